@@ -1,0 +1,344 @@
+"""The dataset on disk: shards (a bucket and a number) with one tar per layer, index parts, and the index.
+
+A unit is one (shard, layer). Its tar is a plain WebDataset; its index part, a small Parquet file in ``parts/``, is the
+commit record: a tar without a part does not exist, and a part is written only after its tar is durable. Readers go
+through ``index.parquet`` and read any member with one ranged read.
+
+Formats: USTAR (POSIX.1-1988: 512-byte member header, so data starts at header + 512), NPY 1.0, WebP lossless, Parquet.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from prep.errors import DataError
+from prep.files import sha256_bytes, sha256_file, sync_folder, write_atomic
+
+SCHEMA_VERSION = 1
+
+# The members of each layer: file name in the tar is KEY.MEMBER, columns of the index are LAYER/MEMBER/offset, ...
+LAYERS: dict[str, tuple[str, ...]] = {
+    "px": ("webp",),
+    "text": ("txt", "json"),
+    "t5": ("t5.npy",),
+    "dino": ("cls.npy", "dino.npy", "dino_scale.npy"),
+    "pose": ("pose.npy", "json"),
+}
+
+# What a layer's index parts say about a sample besides where its members are.
+LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "px": {"phash": pa.string(), "thumbnail": pa.binary()},
+    "text": {"caption": pa.string()},
+    "t5": {"t5_tokens": pa.int32(), "t5_truncated": pa.bool_()},
+    "dino": {"dino_h": pa.int32(), "dino_w": pa.int32()},
+    "pose": {"persons": pa.int32()},
+}
+
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One (shard, layer): what is computed, committed and recomputed as a whole."""
+
+    bucket: str
+    shard: int
+    layer: str
+
+    @property
+    def tar(self) -> str:
+        """Path of the tar below the dataset folder, for example ``bucket_64x64/shard-000003.px.tar``."""
+        return f"bucket_{self.bucket}/shard-{self.shard:06d}.{self.layer}.tar"
+
+    @property
+    def part(self) -> str:
+        """Path of the index part below the dataset folder."""
+        return f"parts/bucket_{self.bucket}-shard-{self.shard:06d}.{self.layer}.parquet"
+
+    def __str__(self) -> str:
+        return self.tar
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample that a layer refused: reason is a short code, detail a sentence."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A committed unit: one row per sample plus what was refused."""
+
+    unit: Unit
+    fingerprint: str
+    tar_bytes: int
+    tar_sha256: str
+    rejects: tuple[Rejection, ...]
+    table: pa.Table
+
+
+class LayerWriter:
+    """Writes one unit: add samples in key order, then :meth:`commit`; leaving the ``with`` block without it undoes all.
+
+    The old index part goes before the new tar comes, so that no moment exists in which a part describes another tar.
+    """
+
+    def __init__(self, root: Path, unit: Unit, fingerprint: str) -> None:
+        self.root, self.unit, self.fingerprint = root, unit, fingerprint
+        self._rows: list[dict[str, Any]] = []
+        self._rejects: list[Rejection] = []
+        self._path = root / unit.tar
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit or __exit__
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def add(self, key: str, members: dict[str, bytes], **columns: Any) -> None:
+        """Append one sample: ``members`` by name as in ``LAYERS``, ``columns`` as in ``LAYER_COLUMNS``."""
+        layer = self.unit.layer
+        if tuple(members) != LAYERS[layer] or set(columns) != set(LAYER_COLUMNS[layer]):
+            raise ValueError(f"{self.unit}: expected members {LAYERS[layer]} and columns {set(LAYER_COLUMNS[layer])}")
+        if self._rows and key <= self._rows[-1]["key"]:
+            raise ValueError(f"{self.unit}: key {key} is not after {self._rows[-1]['key']}")
+        row: dict[str, Any] = {"key": key, **columns}
+        for member, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{member}")  # defaults: mtime 0, uid and gid 0, mode 0644, no names
+            info.size = len(data)
+            row[f"{layer}/{member}/offset"] = self._tar.offset + TAR_BLOCK
+            row[f"{layer}/{member}/length"] = len(data)
+            row[f"{layer}/{member}/sha256"] = sha256_bytes(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self._rows.append(row)
+
+    def reject(self, key: str, reason: str, detail: str) -> None:
+        """Note that this layer refuses a sample; it will be missing from the layer and from the index."""
+        self._rejects.append(Rejection(key, reason, detail))
+
+    def commit(self) -> None:
+        """Make the tar durable and visible, then its index part."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        record = {
+            "schema": SCHEMA_VERSION,
+            "bucket": self.unit.bucket,
+            "shard": self.unit.shard,
+            "layer": self.unit.layer,
+            "fingerprint": self.fingerprint,
+            "tar_bytes": self._temporary.stat().st_size,
+            "tar_sha256": sha256_file(self._temporary),
+            "rejects": [vars(reject) for reject in sorted(self._rejects, key=lambda reject: reject.key)],
+        }
+        part = self.root / self.unit.part
+        if part.exists():
+            part.unlink()
+            sync_folder(part.parent)
+        os.replace(self._temporary, self._path)
+        sync_folder(self._path.parent)
+        schema = part_schema(self.unit.layer).with_metadata({"nanodit": json.dumps(record, sort_keys=True)})
+        write_atomic(part, parquet_bytes(pa.Table.from_pylist(self._rows, schema=schema)))
+
+
+def member_columns(layer: str) -> dict[str, pa.DataType]:
+    """The index columns that locate the members of a layer."""
+    kinds = {"offset": pa.int64(), "length": pa.int64(), "sha256": pa.string()}
+    return {f"{layer}/{member}/{name}": kind for member in LAYERS[layer] for name, kind in kinds.items()}
+
+
+def part_schema(layer: str) -> pa.Schema:
+    """Schema of the index parts of a layer."""
+    return pa.schema({"key": pa.string(), **LAYER_COLUMNS[layer], **member_columns(layer)})
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """``table`` as the bytes of a Parquet file; equal tables give equal bytes for one version of pyarrow."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def read_part(root: Path, unit: Unit) -> Part | None:
+    """The committed part of a unit; None where there is none, or where its tar is missing or of another size.
+
+    A damaged or foreign part is treated like a missing one: the unit is then computed again.
+    """
+    try:
+        table = pq.read_table(root / unit.part)
+        record = json.loads((table.schema.metadata or {}).get(b"nanodit", b"{}"))
+        tar_bytes = (root / unit.tar).stat().st_size
+    except (OSError, pa.ArrowException):
+        return None
+    expected = (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer, tar_bytes)
+    if tuple(record.get(name) for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
+        return None
+    rejects = tuple(Rejection(**reject) for reject in record["rejects"])
+    return Part(unit, record["fingerprint"], tar_bytes, record["tar_sha256"], rejects, table)
+
+
+def read_members(root: Path, part: Part, member: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (key, data) of one member for every sample of a committed unit, in key order, each checked by its hash."""
+    column = f"{part.unit.layer}/{member}"
+    names = ["key", *(f"{column}/{name}" for name in ("offset", "length", "sha256"))]
+    for key, offset, length, sha256 in zip(*(part.table[name].to_pylist() for name in names)):
+        yield key, read_range(root, part.unit, key, member, offset, length, sha256)
+
+
+def read_range(root: Path, unit: Unit, key: str, member: str, offset: int, length: int, sha256: str) -> bytes:
+    """Read one member's bytes with a ranged read and check them.
+
+    Raises DataError naming the shard's file and the key when the file is missing or short or the bytes are not those
+    that were committed: a bad sample in a published shard always stops the reader.
+    """
+    where = f"{unit.tar}, sample {key}, member {member}"
+    try:
+        with open(root / unit.tar, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror}. Run prep run again to restore the shard.") from error
+    if len(data) != length:
+        raise DataError(f"{where}: the file ends early. Run prep run again to restore the shard.")
+    if sha256_bytes(data) != sha256:
+        raise DataError(
+            f"{where}: the bytes are not those that were committed (SHA-256 differs). "
+            f"Delete {unit.part} and run prep run again."
+        )
+    return data
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """``array`` as the bytes of an ``.npy`` file, C order, never pickled."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def load_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of an ``.npy`` file; object arrays are refused (they would be pickles)."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def webp_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a lossless WebP, method 0: the fastest to write, and smaller than PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=0)
+    return buffer.getvalue()
+
+
+def load_webp(data: bytes) -> np.ndarray:
+    """uint8 (H, W, 3) from the bytes of a WebP."""
+    with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class Dataset:
+    """A published dataset, read through its index; every member is checked by its hash as it is read.
+
+    ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key. Raises
+    DataError when the folder is not a dataset, has another schema, or its index is not the one dataset.json names.
+    Holds no open files, so it may be shared by threads and forked processes.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        manifest, index = self.root / "dataset.json", self.root / "index.parquet"
+        for path in (manifest, index):
+            if not path.is_file():
+                raise DataError(
+                    f"{path} does not exist: {self.root} is not a finished dataset. Run: python -m prep run"
+                )
+        try:
+            self.info: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
+        if self.info.get("schema") != SCHEMA_VERSION:
+            raise DataError(
+                f"{manifest}: schema is {self.info.get('schema')}, this version reads {SCHEMA_VERSION}. "
+                "Prepare the dataset again with this version."
+            )
+        data = index.read_bytes()
+        if sha256_bytes(data) != self.info["hashes"]["index.parquet"]:
+            raise DataError(f"{index} is not the index that {manifest.name} names. Run prep run again.")
+        self.fingerprint: str = self.info["fingerprint"]
+        self.table: pa.Table = pq.read_table(pa.BufferReader(data))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers this dataset has, in the order of ``LAYERS``."""
+        return tuple(layer for layer in LAYERS if layer in self.info["layers"])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.table.to_pylist()
+
+    def rows(self, split: str | None = None) -> list[dict[str, Any]]:
+        """The index as plain dicts in key order; ``split`` is "train", "holdout" or None for all."""
+        if split not in (None, "train", "holdout"):
+            raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
+        return [dict(row) for row in self._rows if split in (None, row["split"])]
+
+    def read(self, row: dict[str, Any], member: str) -> bytes:
+        """The bytes of one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
+        layer, name = member.split("/", 1)
+        if f"{member}/offset" not in row:
+            raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
+        unit = Unit(row["bucket"], row["shard"], layer)
+        place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
+        return read_range(self.root, unit, row["key"], name, *place)
+
+    def pixels(self, row: dict[str, Any]) -> np.ndarray:
+        """The crop, uint8 (H, W, 3), sRGB."""
+        return load_webp(self.read(row, "px/webp"))
+
+    def t5(self, row: dict[str, Any]) -> np.ndarray:
+        """Text features of the valid tokens, float16 (L, Wt)."""
+        return load_npy(self.read(row, "t5/t5.npy"))
+
+    def cls(self, row: dict[str, Any]) -> np.ndarray:
+        """The DINOv3 class token, float32 (Wd,)."""
+        return load_npy(self.read(row, "dino/cls.npy"))
+
+    def patches(self, row: dict[str, Any]) -> np.ndarray:
+        """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd)."""
+        from prep.dinov3 import dequantise  # here, because reading pixels and text should not import the encoder
+
+        quantised = load_npy(self.read(row, "dino/dino.npy"))
+        scale = load_npy(self.read(row, "dino/dino_scale.npy"))
+        return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
+
+    def pose(self, row: dict[str, Any]) -> np.ndarray:
+        """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
+        return load_npy(self.read(row, "pose/pose.npy"))
+
+    def truth(self) -> dict[str, dict[str, Any]] | None:
+        """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one."""
+        path = self.root / "truth.parquet"
+        if not path.is_file():
+            return None
+        return {row["key"]: row for row in pq.read_table(path).to_pylist()}

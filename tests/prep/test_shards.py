@@ -1,0 +1,134 @@
+"""The on-disk format: what is written can be read by anybody, and what is damaged is never read silently."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from prep.errors import DataError
+from prep.shards import LayerWriter, Part, Unit, load_npy, load_webp, npy_bytes, read_members, read_part, webp_bytes
+
+UNIT = Unit("64x64", 3, "pose")
+KEYS = [f"{number:032x}" for number in (5, 17, 300)]
+
+
+def write(root, unit=UNIT, keys=KEYS, fingerprint="f" * 64, seed=0) -> Part:
+    generator = np.random.default_rng(seed)
+    with LayerWriter(root, unit, fingerprint) as writer:
+        for key in keys:
+            pose = generator.normal(size=(133, 3)).astype(np.float32)
+            writer.add(key, {"pose.npy": npy_bytes(pose), "json": b"{}\n"}, persons=1)
+        writer.reject("f" * 32, "no_reason", "only for this test")
+        writer.commit()
+    return read_part(root, unit)
+
+
+def test_offsets_and_lengths_are_those_of_the_tar(tmp_path):
+    part = write(tmp_path)
+    data = (tmp_path / UNIT.tar).read_bytes()
+    with tarfile.open(tmp_path / UNIT.tar) as tar:
+        names = tar.getnames()
+        assert names == [f"{key}.{member}" for key in KEYS for member in ("pose.npy", "json")]
+        for row in part.table.to_pylist():
+            for member in ("pose.npy", "json"):
+                start, length = row[f"pose/{member}/offset"], row[f"pose/{member}/length"]
+                assert tar.extractfile(f"{row['key']}.{member}").read() == data[start : start + length]
+    assert [key for key, _ in read_members(tmp_path, part, "pose.npy")] == KEYS
+    assert part.rejects[0].reason == "no_reason"
+    assert part.fingerprint == "f" * 64
+
+
+def test_equal_content_gives_equal_bytes_whenever_and_wherever_it_is_written(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder)
+    for path in (UNIT.tar, UNIT.part):
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+    with tarfile.open(tmp_path / "a" / UNIT.tar) as tar:
+        for info in tar:
+            assert (info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode) == (0, 0, 0, "", "", 0o644)
+    assert pq.read_schema(tmp_path / "a" / UNIT.part).metadata.keys() == {b"nanodit"}
+
+
+def test_a_unit_without_commit_leaves_nothing(tmp_path):
+    with LayerWriter(tmp_path, UNIT, "f") as writer:
+        writer.add(KEYS[0], {"pose.npy": b"1", "json": b"{}"}, persons=0)
+    assert read_part(tmp_path, UNIT) is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_old_part_goes_before_the_new_tar_comes(tmp_path, monkeypatch):
+    """A kill between the two renames must not leave a part that describes another tar."""
+    write(tmp_path, seed=0)
+    replace = os.replace
+
+    def die_after_the_tar(source, target):
+        replace(source, target)
+        if str(target).endswith(".tar"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die_after_the_tar)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, seed=1)
+    assert (tmp_path / UNIT.tar).is_file()
+    assert read_part(tmp_path, UNIT) is None
+
+
+def test_the_writer_refuses_wrong_order_members_and_columns(tmp_path):
+    with LayerWriter(tmp_path, UNIT, "f") as writer:
+        writer.add(KEYS[1], {"pose.npy": b"1", "json": b"{}"}, persons=0)
+        with pytest.raises(ValueError, match="is not after"):
+            writer.add(KEYS[0], {"pose.npy": b"1", "json": b"{}"}, persons=0)
+        with pytest.raises(ValueError, match="expected members"):
+            writer.add(KEYS[2], {"pose.npy": b"1"}, persons=0)
+        with pytest.raises(ValueError, match="columns"):
+            writer.add(KEYS[2], {"pose.npy": b"1", "json": b"{}"})
+
+
+@pytest.mark.parametrize("damage", ["missing tar", "short tar", "damaged part", "part of another unit"])
+def test_a_part_without_its_tar_is_no_commit(tmp_path, damage):
+    write(tmp_path)
+    tar, part = tmp_path / UNIT.tar, tmp_path / UNIT.part
+    if damage == "missing tar":
+        tar.unlink()
+    elif damage == "short tar":
+        os.truncate(tar, 512)
+    elif damage == "damaged part":
+        part.write_bytes(part.read_bytes()[:-9])
+    else:
+        write(tmp_path, Unit("64x64", 4, "pose"))
+        os.replace(tmp_path / Unit("64x64", 4, "pose").part, part)
+    assert read_part(tmp_path, UNIT) is None
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut off", "removed"])
+def test_trap_35_a_bad_sample_stops_the_reader_and_is_named(tmp_path, damage):
+    part = write(tmp_path)
+    tar = tmp_path / UNIT.tar
+    if damage == "flipped bit":
+        data = bytearray(tar.read_bytes())
+        data[part.table["pose/pose.npy/offset"][1].as_py() + 200] ^= 1
+        tar.write_bytes(data)
+    elif damage == "cut off":
+        os.truncate(tar, part.table["pose/pose.npy/offset"][1].as_py() + 10)
+    else:
+        tar.unlink()
+    with pytest.raises(DataError) as error:
+        list(read_members(tmp_path, part, "pose.npy"))
+    assert UNIT.tar in str(error.value)  # trap 35
+    assert KEYS[0 if damage == "removed" else 1] in str(error.value)
+    assert "prep run" in str(error.value)
+
+
+def test_pixels_survive_unchanged():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    assert np.array_equal(load_webp(webp_bytes(pixels)), pixels)
+
+
+def test_object_arrays_are_refused():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_npy(buffer.getvalue())
