@@ -1,0 +1,129 @@
+"""What an evaluation writes down: one row per judged picture, one metric per claim, and the schema of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from evaluate.statistics import Interval
+
+SCHEMA_VERSION = 1
+ATTRIBUTES = ("top", "trousers", "background", "hair")  # judged on figures, in this order everywhere
+
+# what a row of samples.parquet is: a picture of the model, a baseline in its place, or the holdout image itself
+MODEL, BASELINE, REAL = "model", "baseline", "real"
+
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("seed", pa.int32()),  # seed index of the noise; null where nothing was drawn
+        ("kind", pa.string()),  # model, baseline or real
+        ("condition", pa.string()),  # all, text+pose, ...; or the baseline's name; or real
+        ("guidance", pa.float64()),
+        ("bucket", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("degenerate", pa.string()),  # why the picture cannot be scored, or null
+        ("mse", pa.float64()),
+        ("psnr", pa.float64()),
+        ("ssim", pa.float64()),
+        ("lpips", pa.float64()),
+        ("persons", pa.int32()),  # figures found in the picture
+        ("joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) re-detected, pixels
+        ("target_joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) asked for, pixels
+        ("pose_hits", pa.int32()),
+        ("pose_joints", pa.int32()),
+        *((f"{name}_true", pa.string()) for name in ATTRIBUTES),
+        *((f"{name}_judged", pa.string()) for name in ATTRIBUTES),  # null: no figure found
+        ("image", pa.string()),  # path below the output folder, for the pictures of the grid
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One claim: a value with its interval, its number of images and what it is to be compared with.
+
+    ``value`` is None where it could not be computed, and ``reason`` says why. ``needed`` is the bar that the
+    configuration sets, if any.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    better: str = "higher"
+    unit: str = ""
+    needed: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, name: str, interval: Interval, **details: Any) -> Metric:
+        """Make a metric from an interval; too few images leave the bounds empty and say so."""
+        reason = None if interval.low is not None else f"inconclusive: {interval.n} images carry no interval"
+        return cls(name, interval.value, interval.low, interval.high, interval.n, reason=reason, **details)
+
+    @property
+    def verdict(self) -> str | None:
+        """``met``, ``missed`` or ``inconclusive`` against ``needed``; None where no bar is set."""
+        if self.needed is None:
+            return None
+        if self.value is None:
+            return "inconclusive"
+        return Interval(self.value, self.low, self.high, self.n).verdict(self.needed, self.better)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metric as an entry of report.json."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "n": self.n,
+            "baselines": dict(self.baselines),
+            "settings": dict(self.settings),
+            "better": self.better,
+            "unit": self.unit,
+            "needed": self.needed,
+            "verdict": self.verdict,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A metric that was not computed, and why."""
+
+    name: str
+    reason: str
+
+
+def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> list[Mapping[str, Any]]:
+    """The rows of one arm."""
+    return [row for row in samples if row["kind"] == kind and row["condition"] == condition]
+
+
+def degenerate_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why an arm cannot be scored, or None.
+
+    One degenerate picture is enough: leaving it out would flatter the model, and counting it as zero would invent a
+    number.
+    """
+    bad = [row for row in rows if row["degenerate"]]
+    if not bad:
+        return None
+    kinds = ", ".join(sorted({row["degenerate"] for row in bad}))
+    return f"degenerate: {len(bad)} of {len(rows)} pictures are {kinds}, the first for sample {bad[0]['key']}"
+
+
+def average(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+    """Plain mean of a column over the rows that have it; None where none has."""
+    numbers = [number for row in rows if (number := value(row)) is not None]
+    return sum(numbers) / len(numbers) if numbers else None

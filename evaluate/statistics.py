@@ -1,0 +1,123 @@
+"""Intervals that respect how the numbers were made: images are resampled, never single judgements.
+
+All seeds, attributes and joints of one image rise and fall together, so one image is one cluster. Pure functions of
+their inputs and a fixed seed: the same numbers give the same interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 4000
+MIN_CLUSTERS = 10  # fewer images than this carry no interval worth printing
+_CHUNK = 2**22  # numbers held at once while resampling
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value, its 95 % interval and the number of images behind it; bounds of None mean "inconclusive"."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def verdict(self, needed: float, better: str = "higher") -> str:
+        """``met`` or ``missed`` where the whole interval agrees, otherwise ``inconclusive``."""
+        if self.low is None or self.high is None:
+            return "inconclusive"
+        low, high = (self.low, self.high) if better == "higher" else (-self.high, -self.low)
+        bar = needed if better == "higher" else -needed
+        return "met" if low >= bar else "missed" if high < bar else "inconclusive"
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], clusters: int, *, seed: int = 0) -> Interval:
+    """Interval of any statistic that can be computed from how often each image was drawn.
+
+    ``statistic`` maps weights float64 (R, C), the number of times each of ``clusters`` images was drawn in each of R
+    resamples, to values (R,). Percentile bootstrap with the small-sample correction of Hesterberg (2015, "What
+    teachers should know about the bootstrap", section 3.2): the tail is Phi(t * sqrt(n / (n - 1))) of Student's t,
+    which widens the plain percentile interval where it is known to be too short.
+    """
+    if clusters < 1:
+        raise ValueError("an interval needs at least one image")
+    value = float(statistic(np.ones((1, clusters)))[0])
+    if clusters < MIN_CLUSTERS:
+        return Interval(value, None, None, clusters)
+    random = np.random.Generator(np.random.Philox(seed))
+    values = []
+    remaining = RESAMPLES
+    while remaining:
+        rows = min(remaining, max(1, _CHUNK // clusters))
+        drawn = random.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, clusters)
+        values.append(statistic(weights.astype(np.float64)))
+        remaining -= rows
+    tail = _tail(clusters)
+    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
+    return Interval(value, float(low), float(high), clusters)
+
+
+def mean(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Mean of ``values`` with an interval over ``clusters`` (the image key of every value).
+
+    Images with more values weigh more, as in the plain mean. ``n`` is the number of images.
+    """
+    return ratio(values, np.ones(len(values)), clusters)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Pooled ``sum(numerators) / sum(denominators)`` with an interval over images.
+
+    Raises ``ValueError`` when the denominators sum to zero. Images whose denominators are all zero carry nothing and
+    are not counted in ``n``.
+    """
+    top, bottom = _per_cluster(numerators, clusters), _per_cluster(denominators, clusters)
+    counted = bottom > 0
+    top, bottom = top[counted], bottom[counted]
+    if not bottom.size:
+        raise ValueError("nothing to average")
+    return bootstrap(lambda weights: (weights @ top) / (weights @ bottom), len(top))
+
+
+def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """A pooled share of successes, clustered by image.
+
+    As :func:`ratio`, except where every image is all right or all wrong in the same way: resampling would then print
+    an interval of width zero, so the open side is the exact binomial bound ``1 - (tail)^(1/n)`` over images.
+    """
+    interval = ratio(successes, trials, clusters)
+    if interval.low is None or interval.value not in (0.0, 1.0):
+        return interval
+    width = 1 - ((1 - LEVEL) / 2) ** (1 / interval.n)
+    low, high = (0.0, width) if interval.value == 0 else (1 - width, 1.0)
+    return Interval(interval.value, low, high, interval.n)
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Mean of ``values - others``, pair by pair, with an interval over images."""
+    return mean(np.asarray(values, np.float64) - np.asarray(others, np.float64), clusters)
+
+
+def _per_cluster(values: Sequence[float], clusters: Sequence[str]) -> np.ndarray:
+    """Sum of values per cluster, clusters in sorted order (so that the order of rows changes nothing)."""
+    values = np.asarray(values, np.float64)
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values for {len(clusters)} cluster names")
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    order = np.lexsort((values, index))  # sums are then equal to the last bit, too
+    return np.bincount(index[order], weights=values[order], minlength=len(names))
+
+
+def _tail(clusters: int) -> float:
+    """The corrected percentile for n clusters: Phi(sqrt(n / (n - 1)) * t quantile), .025 in the limit."""
+    freedom = clusters - 1
+    z = NormalDist().inv_cdf((1 - LEVEL) / 2)
+    # Student's t from the normal quantile: Abramowitz & Stegun 26.7.5, off by less than 1e-3 from 9 degrees of freedom
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return NormalDist().cdf(t * np.sqrt(clusters / freedom))
