@@ -140,22 +140,6 @@ def scene_caption(scene: Scene, dice: Dice, short: bool = False) -> str:
     raise AssertionError(f"no wording of {low} to {high} words for {scene.attributes}")
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can hold, in lower case and sorted.
-
-    Captions consist of these words, single spaces, full stops and commas; only the first letter of a sentence is a capital. There
-    are no digits, hyphens or apostrophes: ``re.findall("[a-z]+|[.,]", caption.lower())`` loses nothing but spaces and capitals.
-    """
-    groups = (_TOP_NOUNS, _HAIR, _LEGS, _FREE_ARM, _HELD_ARM, _VIEW, _LIGHT, _GAZE)
-    phrases = [phrase for group in groups for choices in group.values() for phrase in choices]
-    phrases += [*_TOP_DETAILS.values(), *_PLACE.values(), *_TROUSERS_NOUNS, *_WALL_NOUNS]
-    phrases += [*_LOOKS, *_OPENING, *_CLOTHES, *_HELD, *_EXTRAS]
-    phrases += [*TOP_COLOURS, *TROUSERS_COLOURS, *HAIR_COLOURS, *BACKGROUND_COLOURS, *SKIN_COLOURS]
-    phrases += [*HAIR_STYLES, *BUILDS, *OBJECTS, "left right she he her his a an"]
-    text = re.sub(r"\{\w+\}", " ", " ".join(phrases))
-    return tuple(sorted(set(re.findall("[a-z]+", text.lower()))))
-
-
 def _sentences(scene: Scene, dice: Dice, short: bool) -> tuple[str, list[str], list[str]]:
     """The opening, the sentences that every caption has, and those that say more."""
     words = _words(scene, dice, short)
@@ -198,3 +182,20 @@ def _words(scene: Scene, dice: Dice, short: bool) -> dict[str, str]:
 
 def _count(*texts: str) -> int:
     return sum(len(text.split()) for text in texts)
+
+
+def _vocabulary() -> tuple[str, ...]:
+    groups = (_TOP_NOUNS, _HAIR, _LEGS, _FREE_ARM, _HELD_ARM, _VIEW, _LIGHT, _GAZE)
+    phrases = [phrase for group in groups for choices in group.values() for phrase in choices]
+    phrases += [*_TOP_DETAILS.values(), *_PLACE.values(), *_TROUSERS_NOUNS, *_WALL_NOUNS]
+    phrases += [*_LOOKS, *_OPENING, *_CLOTHES, *_HELD, *_EXTRAS]
+    phrases += [*TOP_COLOURS, *TROUSERS_COLOURS, *HAIR_COLOURS, *BACKGROUND_COLOURS, *SKIN_COLOURS]
+    phrases += [*HAIR_STYLES, *BUILDS, *OBJECTS, "left right she he her his a an"]
+    text = re.sub(r"\{\w+\}", " ", " ".join(phrases))
+    return tuple(sorted(set(re.findall("[a-z]+", text.lower()))))
+
+
+# Every word that a caption can hold, in lower case and sorted. Captions consist of these words, single spaces, full stops and
+# commas; only the first letter of a sentence is a capital. There are no digits, hyphens or apostrophes, so that
+# ``re.findall("[a-z]+|[.,]", caption.lower())`` loses nothing but spaces and capitals.
+VOCABULARY: tuple[str, ...] = _vocabulary()

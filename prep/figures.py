@@ -25,7 +25,7 @@ from PIL import Image
 
 from prep.console import Progress
 from prep.errors import ConfigError
-from prep.figure_captions import scene_caption, vocabulary
+from prep.figure_captions import VOCABULARY, scene_caption
 from prep.figure_drawing import render
 from prep.figure_keypoints import scene_keypoints
 from prep.figure_scene import (
@@ -45,9 +45,9 @@ __all__ = [
     "HAIR_COLOURS",
     "TOP_COLOURS",
     "TROUSERS_COLOURS",
+    "VOCABULARY",
     "Figure",
     "draw_figure",
-    "vocabulary",
     "write_figures",
 ]
 
