@@ -1,0 +1,209 @@
+"""What the trainer reads and in which order: a pure function of (seed, epoch, position) over the dataset's index.
+
+A micro-batch holds ``batch_size`` samples of one bucket. A bucket's samples form one endless stream, a fresh
+permutation per epoch, and its j-th micro-batch is items ``j b .. (j + 1) b`` of that stream: what an epoch leaves over
+comes first in the next, so that no sample is dropped however small its bucket. After e epochs a bucket of n samples has
+emitted ``floor(e n / b)`` micro-batches; an epoch's micro-batches of all buckets are shuffled together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prep.errors import DataError
+from train.conditioning import Conditions, load_conditions
+from train.noise import generator
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Which samples a micro-batch holds: its bucket, and their positions among that bucket's rows."""
+
+    bucket: str
+    items: tuple[int, ...]
+
+
+class Order:
+    """The order of micro-batches, addressed by one integer: the number of micro-batches before it.
+
+    ``sizes`` maps each bucket to its number of samples.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
+        self.sizes = {bucket: size for bucket, size in sorted(sizes.items()) if size > 0}
+        self.batch_size, self.seed = batch_size, seed
+        if not self.sizes:
+            raise DataError("the training split is empty; prepare a dataset with more images")
+        # a pure function of its arguments; consecutive micro-batches ask for the same few
+        self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._permute)
+        self._epoch_batches = lru_cache(maxsize=2)(self._shuffle)
+
+    def __getitem__(self, index: int) -> Slot:
+        """Return the micro-batch number ``index``, 0 or larger."""
+        epoch = self.epoch_of(index)
+        bucket, batch = self._epoch_batches(epoch)[index - self._before(epoch)]
+        size, first = self.sizes[bucket], batch * self.batch_size
+        stream = (divmod(position, size) for position in range(first, first + self.batch_size))
+        return Slot(bucket, tuple(int(self._permutation(bucket, lap)[item]) for lap, item in stream))
+
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch of micro-batch ``index``; epochs too small for a single micro-batch are passed over."""
+        total = sum(self.sizes.values())
+        epoch = index * self.batch_size // total  # never too late: floor(e n / b) summed is at most e N / b
+        while self._before(epoch + 1) <= index:
+            epoch += 1
+        return epoch
+
+    def unseen(self, micro_batches: int) -> int:
+        """Count the samples that the first ``micro_batches`` never show."""
+        epoch = self.epoch_of(micro_batches)
+        emitted = {bucket: self._emitted(bucket, epoch) for bucket in self.sizes}
+        for bucket, _ in self._epoch_batches(epoch)[: micro_batches - self._before(epoch)]:
+            emitted[bucket] += 1
+        return sum(max(0, size - emitted[bucket] * self.batch_size) for bucket, size in self.sizes.items())
+
+    def _emitted(self, bucket: str, epochs: int) -> int:
+        return epochs * self.sizes[bucket] // self.batch_size
+
+    def _before(self, epoch: int) -> int:
+        return sum(self._emitted(bucket, epoch) for bucket in self.sizes)
+
+    def _shuffle(self, epoch: int) -> list[tuple[str, int]]:
+        batches = [
+            (bucket, batch)
+            for bucket in self.sizes
+            for batch in range(self._emitted(bucket, epoch), self._emitted(bucket, epoch + 1))
+        ]
+        return [batches[i] for i in generator(self.seed, "epoch", epoch).permutation(len(batches))]
+
+    def _permute(self, bucket: str, lap: int) -> np.ndarray:
+        return generator(self.seed, "bucket", bucket, lap).permutation(self.sizes[bucket])
+
+
+class TrainingSet:
+    """The training split by bucket, in key order, with decoded samples kept in memory up to ``cache_gb`` (1e9 bytes).
+
+    ``dataset`` is a :class:`prep.shards.Dataset`. What comes first stays: with a permutation per epoch, replacing the
+    oldest would always evict what is needed next. Raises :class:`DataError` where a key is in both splits.
+    """
+
+    def __init__(self, dataset: Any, cache_gb: float) -> None:
+        self.info, self.fingerprint = dataset.info, dataset.fingerprint
+        self._dataset, self._budget = dataset, int(cache_gb * 1e9)
+        self._cache: dict[tuple[str, str], np.ndarray] = {}
+        self.rows: dict[str, list[Row]] = {}
+        holdout = {row["key"] for row in dataset.rows("holdout")}
+        for row in dataset.rows("train"):
+            if row["key"] in holdout or row["split"] != "train":
+                raise DataError(
+                    f"{dataset.root}: sample {row['key']} ({row['source']}) is in both the holdout and the training "
+                    "split, so every later number would be wrong. Run prep again on this source."
+                )
+            self.rows.setdefault(row["bucket"], []).append(row)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples per bucket."""
+        return {bucket: len(rows) for bucket, rows in self.rows.items()}
+
+    def select(self, slot: Slot) -> list[Row]:
+        """Return the rows of a micro-batch."""
+        return [self.rows[slot.bucket][item] for item in slot.items]
+
+    def load(self, rows: Sequence[Row]) -> tuple[Tensor, Conditions]:
+        """Read rows of one bucket: pixels (B, 3, H, W) float32 in [-1, 1], and all they can be conditioned on."""
+        return load_pixels(self, rows), load_conditions(self, rows)
+
+    def pixels(self, row: Row) -> np.ndarray:
+        """The image, uint8 (H, W, 3)."""
+        return self._cached("pixels", row)
+
+    def t5(self, row: Row) -> np.ndarray:
+        """The caption's tokens, float16 (L, width)."""
+        return self._cached("t5", row)
+
+    def cls(self, row: Row) -> np.ndarray:
+        """The DINO CLS token, (width,)."""
+        return self._cached("cls", row)
+
+    def patches(self, row: Row) -> np.ndarray:
+        """The DINO patches, float32 (h, w, width)."""
+        return self._cached("patches", row)
+
+    def pose(self, row: Row) -> np.ndarray:
+        """The keypoints, float32 (133, 3)."""
+        return self._cached("pose", row)
+
+    def _cached(self, member: str, row: Row) -> np.ndarray:
+        array = self._cache.get((row["key"], member))
+        if array is None:
+            array = getattr(self._dataset, member)(row)
+            if array.nbytes <= self._budget:
+                self._budget -= array.nbytes
+                self._cache[row["key"], member] = array
+        return array
+
+
+def load_pixels(dataset: Any, rows: Sequence[Row]) -> Tensor:
+    """Read the images of some rows of one bucket as (B, 3, H, W) float32 in [-1, 1]."""
+    stacked = np.stack([dataset.pixels(row) for row in rows])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def bucket_size(bucket: str) -> tuple[int, int]:
+    """Return (width, height) of a bucket's name, e.g. ``832x1216``."""
+    width, height = bucket.split("x")
+    return int(width), int(height)
+
+
+def prefetch(make: Callable[[int], T], start: int, depth: int) -> Iterator[T]:
+    """Yield ``make(start)``, ``make(start + 1)``, ... made up to ``depth`` ahead by a background thread (0: none).
+
+    The order and the values are those of calling ``make`` in place; so is an exception, which ends the iteration where
+    the value would have come. Close the iterator to stop the thread.
+    """
+    if depth == 0:
+        while True:
+            yield make(start)
+            start += 1
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        index = start
+        while not stop.is_set():
+            try:
+                made = (make(index), None)
+            except BaseException as error:  # handed to the consumer, which raises it
+                made = (None, error)
+            ready.put(made)
+            index += 1
+            if made[1] is not None:
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error = ready.get()
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            while not ready.empty():
+                ready.get_nowait()
+            thread.join(timeout=0.01)

@@ -1,0 +1,159 @@
+"""What a run records about itself: TensorBoard, metrics.jsonl and provenance.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prep.errors import DataError
+from prep.files import canonical_json, write_atomic
+
+_PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
+
+
+class Tracker:
+    """Writes the same numbers to ``metrics.jsonl`` and TensorBoard.
+
+    ``step`` counts the optimiser steps completed before: what an interrupted run logged beyond it is dropped from both.
+    """
+
+    def __init__(self, run_folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
+
+        truncate_metrics(run_folder / "metrics.jsonl", step)
+        self._file = open(run_folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        # events of an earlier start at purge_step or later are hidden
+        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` (tag -> finite number) at ``step`` completed optimiser steps."""
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Show an image, uint8 (H, W, 3), on TensorBoard."""
+        self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Make what was logged durable; called before a checkpoint, which promises the records up to its step."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+
+class Rates:
+    """Steps and images per second of training alone: no validation, pictures or saving, no compilation, no warm-up."""
+
+    WARM_UP_STEPS = 2
+
+    def __init__(self) -> None:
+        self._added = self._graphs = 0
+        self._steps = self._images = 0
+        self._seconds = 0.0
+        self._shown: dict[str, str] = {}
+
+    def add(self, images: int, seconds: float) -> None:
+        """Count one optimiser step, unless it is one of the first or compiled something."""
+        self._added += 1
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+        compiled, self._graphs = graphs > self._graphs, graphs
+        if self._added > self.WARM_UP_STEPS and not compiled:
+            self._steps += 1
+            self._images += images
+            self._seconds += seconds
+
+    def take(self) -> dict[str, float]:
+        """Return the rates since the last call, empty where nothing was counted."""
+        if not self._steps:
+            return {}
+        iterations, images = self._steps / self._seconds, self._images / self._seconds
+        self._steps = self._images = 0
+        self._seconds = 0.0
+        self._shown = {"images/s": f"{images:.1f}"}
+        return {"sys/iter_per_sec": iterations, "sys/images_per_sec": images}
+
+    def shown(self) -> dict[str, str]:
+        """Return what a progress line says: the last rate taken."""
+        return self._shown
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a torn last line, which a kill can leave, is dropped, any other is a :class:`DataError`."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a whole line ends with a newline
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not last:
+                break
+            raise DataError(f"{path}:{number}: not a record of metrics; restore the file or delete it") from None
+        records.append(record)
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the records of the first ``step`` completed steps."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_atomic(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what bit-equality depends on beside config and data; no host names, no paths, no variables."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def write_provenance(run_folder: Path, device: torch.device, dataset: Mapping[str, Any], step: int) -> None:
+    """Write provenance.json: code, packages, kind of machine and data of this start, and the steps of all starts."""
+    path = run_folder / "provenance.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["started_at_steps"] if path.exists() else []
+    record = {
+        "schema": 1,
+        "git": git_state(Path(__file__).parent),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "environment": environment(device),
+        "dataset": dict(dataset),
+        "started_at_steps": [*starts, step],
+    }
+    write_atomic(path, canonical_json(record))
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Return the commit and whether anything differs from it; "unknown" where git cannot say or does not track us."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", Path(__file__).name)  # not the repository of whoever installed the package
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": "unknown"}
