@@ -1,8 +1,8 @@
 """The strict config loader of all three packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
 
 A file may inherit with ``extends: OTHER.yaml`` (relative to the file); mappings merge, everything else replaces.
-Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and, for
-an unknown one, the nearest key that exists.
+Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and,
+for an unknown one, the nearest key that exists.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""Muon for the blocks' matrices, AdamW for everything else, and the learning-rate schedule.
+
+Groups come from the tags that :mod:`train.model` sets where a parameter is defined; an untagged one is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prep.config import Config
+
+# quintic Newton-Schulz iteration; Jordan et al., "Muon: an optimizer for hidden layers", 2024
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+
+
+class OptimizerConfig(Config):
+    """Which optimiser, and its constants."""
+
+    type: Literal["muon", "adamw"] = "muon"  # "muon": Muon on the blocks' matrices, AdamW on the rest
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_lr_factor: float = Field(default=1.0, gt=0)
+
+
+def learning_rate(step: int, lr: float, lr_min: float, warmup: int | None, total_steps: int) -> float:
+    """Return the learning rate of the ``step``-th optimiser step (0-based) of ``total_steps``."""
+    warmup = min(500, total_steps // 20) if warmup is None else warmup
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return {"muon": {name: parameter}, "adamw": {...}} from the tags; raises ValueError for a parameter without one."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}}
+    for name, parameter in model.named_parameters():
+        group = getattr(parameter, "optimizer_group", None)
+        if group not in groups:
+            raise ValueError(
+                f"parameter {name} has optimizer_group {group!r}; tag it where it is defined (train/model.py)"
+            )
+        groups[group][name] = parameter
+    return groups
+
+
+def orthogonalize(g_kab: Tensor) -> Tensor:
+    """Bring each matrix of a batch (k, a, b) near the closest orthogonal one by five Newton-Schulz steps, in its dtype."""
+    tall = g_kab.shape[1] > g_kab.shape[2]
+    x = g_kab.transpose(1, 2) if tall else g_kab
+    x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
+    a, b, c = NS_COEFFICIENTS
+    for _ in range(NS_STEPS):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon:
+    """Muon with Nesterov momentum and ``match_rms_adamw`` scaling, batched over matrices of equal shape.
+
+    The update has the RMS of AdamW's: ``.2 sqrt(max(a, b))`` times the orthogonalised momentum (Liu et al., arXiv
+    2502.16982), so both optimisers share one learning rate. ``dtype`` is what Newton-Schulz computes in.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype) -> None:
+        self.parameters, self.config, self.dtype = parameters, config, dtype
+        self.lr = 0.0
+        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self._shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            self._shapes[tuple(parameter.shape)].append(name)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply one update to every parameter of the group."""
+        beta, decay = self.config.muon_momentum, self.config.weight_decay
+        names = list(self.parameters)
+        gradients = [self.parameters[name].grad for name in names]
+        momenta = [self.momentum[name] for name in names]
+        # torch.optim.Muon: m = lerp(m, g, 1 - beta), update = lerp(g, m, beta)
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        nesterov = dict(zip(names, torch._foreach_lerp(gradients, momenta, beta)))
+        for shape, group in self._shapes.items():
+            updates = orthogonalize(torch.stack([nesterov[name] for name in group]).to(self.dtype))
+            rate = self.lr * self.config.muon_lr_factor
+            scaled = (updates.float() * (-rate * 0.2 * math.sqrt(max(shape)))).unbind(0)
+            weights = [self.parameters[name] for name in group]
+            if decay:
+                torch._foreach_mul_(weights, 1 - rate * decay)
+            torch._foreach_add_(weights, list(scaled))
+
+
+class Optimizer:
+    """The optimiser of a run: Muon + AdamW, or AdamW alone; one learning rate for both."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        groups = parameter_groups(model)
+        adamw = groups["adamw"] if config.type == "muon" else {**groups["muon"], **groups["adamw"]}
+        muon = groups["muon"] if config.type == "muon" else {}
+        first = next(iter(adamw.values()))
+        # float32 on CPUs without fast bfloat16; published Muon computes Newton-Schulz in bfloat16
+        dtype = torch.bfloat16 if first.device.type == "cuda" or has_fast_bf16() else torch.float32
+        self.muon = Muon(muon, config, dtype) if muon else None
+        self._adamw_names = list(adamw)
+        self.adamw = torch.optim.AdamW(
+            list(adamw.values()),
+            lr=0.0,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        self.adamw.param_groups[0]["lr"] = lr
+        if self.muon:
+            self.muon.lr = lr
+
+    def step(self) -> None:
+        """Update every parameter from its gradient."""
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+        if self.muon:
+            for parameter in self.muon.parameters.values():
+                parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole state as a flat dict of tensors, for safetensors; empty parts before the first step."""
+        state = {}
+        for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
+            for key, value in self.adamw.state.get(parameter, {}).items():
+                state[f"adamw/{key}/{name}"] = value
+        if self.muon:
+            state.update({f"muon/momentum/{name}": value for name, value in self.muon.momentum.items()})
+        return state
+
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`tensors` returned; raises ValueError when a tensor is missing, foreign or misshaped."""
+        expected = set()
+        for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
+            keys = {key: f"adamw/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            if not state.keys() & set(keys.values()):
+                continue
+            expected.update(keys.values())
+            values = {key: _take(state, full, None if key == "step" else parameter) for key, full in keys.items()}
+            self.adamw.state[parameter] = values
+        if self.muon:
+            for name, momentum in self.muon.momentum.items():
+                expected.add(f"muon/momentum/{name}")
+                momentum.copy_(_take(state, f"muon/momentum/{name}", momentum))
+        if foreign := state.keys() - expected:
+            raise ValueError(f"optimiser state has {len(foreign)} tensors of another model, first {min(foreign)}")
+
+
+def _take(state: dict[str, Tensor], name: str, like: Tensor | None) -> Tensor:
+    if name not in state:
+        raise ValueError(f"optimiser state lacks {name}")
+    value = state[name]
+    if like is None:
+        return value.clone()
+    if value.shape != like.shape:
+        raise ValueError(f"optimiser state {name} is {tuple(value.shape)}, expected {tuple(like.shape)}")
+    return value.to(like.device).clone()
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), where it is several times faster than float32."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Build the optimiser of a run from the model's tags."""
+    return Optimizer(model, config)
