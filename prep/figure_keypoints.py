@@ -68,15 +68,15 @@ def face_points(scene: Scene) -> np.ndarray:
 
     jaw_angles = np.linspace(math.pi, 0, 17)
     outline = [(0.9 * math.cos(a), 0.1 + 0.88 * math.sin(a)) for a in jaw_angles]
-    features = [*arc(-0.37, -0.17, 0.22, -0.09, 5), *arc(0.37, -0.17, 0.22, -0.09, 5)]
+    features = [*arc(-0.38, -0.2, 0.2, -0.07, 5), *arc(0.38, -0.2, 0.2, -0.07, 5)]
     features += [(0, 0.08), (0, 0.17), (0, 0.26), (0, 0.35)]
     features += [(-0.12, 0.41), (-0.06, 0.43), (0, 0.44), (0.06, 0.43), (0.12, 0.41)]
     for side in (-1, 1):
         centre = side * 0.36
         features += [(centre + dx, 0.1 + dy) for dx, dy in ((-0.12, 0), (-0.05, -0.13), (0.05, -0.13))]
         features += [(centre + dx, 0.1 + dy) for dx, dy in ((0.12, 0), (0.05, 0.13), (-0.05, 0.13))]
-    features += [*arc(0, 0.6, 0.3, 0.05, 7), *arc(0, 0.6, 0.3, 0.2, 7)[-2:0:-1]]
-    features += [*arc(0, 0.61, 0.24, 0.06, 5), *arc(0, 0.61, 0.24, 0.13, 5)[-2:0:-1]]
+    features += [*arc(0, 0.56, 0.34, 0.05, 7), *arc(0, 0.56, 0.34, 0.26, 7)[-2:0:-1]]
+    features += [*arc(0, 0.57, 0.26, 0.06, 5), *arc(0, 0.57, 0.26, 0.14, 5)[-2:0:-1]]
     local = outline + [(u + shift, v) for u, v in features]
     return np.array([head_point(scene, u, v) for u, v in local])
 

@@ -97,8 +97,17 @@ LEG_POSES = {
     "walking": ((18, 24), (6, 12), (8, 14), (30, 42)),
     "lifted": ((58, 74), (-26, -8), (0, 4), (0, 3)),
     "lunge": ((40, 48), (-12, 2), (26, 32), (24, 32)),
-    "jumping": ((20, 32), (-40, -14), (20, 32), (-40, -14)),
+    "jumping": ((38, 50), (-36, -18), (20, 28), (26, 40)),
     "sitting": ((12, 20), (0, 5), (12, 20), (0, 5)),
+}
+LEG_SHARES = {
+    "straight": 0.2,
+    "apart": 0.2,
+    "walking": 0.18,
+    "lifted": 0.12,
+    "lunge": 0.1,
+    "jumping": 0.08,
+    "sitting": 0.12,
 }
 
 # Lengths in figure heights (hair to soles, standing).
@@ -210,7 +219,7 @@ def sample_scene(seed: int, index: int) -> Scene:
         "light": dice.pick(LIGHTS),
         "held_colour": dice.pick([c for c in TOP_COLOURS if c not in (top, trousers)]),
     }
-    for _ in range(200):
+    for _ in range(5000):  # about one try in square pictures, 15 in the narrowest
         scene = _place(dice, _sample_pose(dice, looks))
         if scene is not None:
             return scene
@@ -222,7 +231,7 @@ def _sample_pose(dice: Dice, looks: dict) -> Scene:
     hand = dice.pick(("left", "right"))
     thing = dice.pick(tuple(OBJECTS))
     arms = {hand: dice.pick(OBJECTS[thing]), _other(hand): dice.pick(FREE_ARM_POSES)}
-    legs, leading = dice.pick(tuple(LEG_POSES)), dice.pick(("left", "right"))
+    legs, leading = dice.weighted(LEG_SHARES), dice.pick(("left", "right"))
     gaze = dice.weighted({"ahead": 0.5, "left": 0.25, "right": 0.25})
     lean = math.radians(dice.uniform(-6, 6))
     tilt = lean + math.radians(dice.uniform(-9, 9))
@@ -295,28 +304,26 @@ def _place(dice: Dice, scene: Scene) -> Scene | None:
     if _covers_something_judged(scene):
         return None
     left, top, right, bottom = union_box([*body_circles(scene), *object_circles(scene)])
-    body_top, body_bottom = union_box(body_circles(scene))[1::2]
     head_top = scene.points["head"][1] - HEAD_RADIUS - HAIR_RISE
     wide = scene.aspect > 1.2
-    closer = scene.legs in ("straight", "apart") and dice.uniform(0, 1) < (0.75 if wide else 0.35)
+    closer = scene.legs in ("straight", "apart", "walking") and dice.uniform(0, 1) < (0.8 if wide else 0.35)
     room = 1 - 2 * MARGIN
+    widest = scene.aspect * room / (right - left)
     if closer:  # the picture ends between knees and ankles
         knees = max(scene.points[f"{side}_knee"][1] for side in ("left", "right"))
         cut = knees + dice.uniform(0.075, 0.11)
-        unit = (1 - MARGIN) / (cut - top)
+        unit = min((1 - MARGIN) / (cut - top), widest)
         origin_y = 1 - cut * unit
-        if unit < 0.95:
-            return None
+        smallest = 0.97
     else:
-        unit = dice.uniform(0.82, 0.93) / (scene.ground - head_top)
-        unit = min(unit, room / (max(bottom, body_bottom, scene.ground) - min(top, body_top)))
-        if unit * (scene.ground - head_top) < 0.8 and unit < 0.86:
-            return None
+        height = scene.ground - head_top
+        unit = min(dice.uniform(0.84, 0.94) / height, room / (max(bottom, scene.ground) - top), widest)
         spare = 1 - unit * (max(bottom, scene.ground) - top)
-        origin_y = -top * unit + spare * dice.uniform(0.35, 0.65)
-    spare = scene.aspect * room - unit * (right - left)
-    if spare < 0:
+        origin_y = spare * dice.uniform(0.35, 0.65) - top * unit
+        smallest = 0.8 / max(height, 0.93)
+    if unit < smallest:
         return None
+    spare = scene.aspect * room - unit * (right - left)
     shift = dice.uniform(0, 1)
     origin_x = scene.aspect * MARGIN - left * unit + spare * shift
     origin = np.array([origin_x, origin_y])
@@ -407,7 +414,7 @@ def object_circles(scene: Scene) -> list[tuple[np.ndarray, float]]:
     if scene.held_object == "cup":
         return [(at(0.012, -0.018), 0.062 * u)]
     if scene.held_object == "flag":
-        return [(at(x, y), 0.06 * u) for x in (0.06, 0.15) for y in (-0.2, -0.15)]
+        return [(at(x, y), 0.06 * u) for x in (0.06, 0.12) for y in (-0.195, -0.15)]
     return [(at(x, -0.2), 0.035 * u) for x in (-0.13, 0.17)] + [(at(0.02, -0.255), 0.07 * u)]
 
 
