@@ -17,6 +17,7 @@ import torch
 
 from prep.errors import DataError
 from prep.files import canonical_json, write_atomic
+from train.optim import has_fast_bf16
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
 
@@ -124,6 +125,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fast_bf16": has_fast_bf16(),  # decides what Muon computes in
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

@@ -1,0 +1,230 @@
+"""Checkpoints: whole or absent, hashed, never pickled.
+
+``RUN/checkpoints/step-000500/`` holds model, ema and optimizer ``.safetensors``, ``state.json`` and, written last,
+``manifest.json`` with the size and hash of each. The folder is filled under a temporary name and renamed, so that
+whatever is killed when, a folder named ``step-*`` is complete; what a disk damages later, the hashes find.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prep.console import say
+from prep.errors import ConfigError, DataError
+from prep.faults import fault
+from prep.files import canonical_json, sha256_file, sync_folder
+from train.config import TrainConfig
+from train.model import Features, NanoDiT, build_model
+
+SCHEMA = 1
+PARTS = ("model", "ema", "optimizer")
+_FILES = (*(f"{part}.safetensors" for part in PARTS), "state.json")
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory, on the CPU; ``state`` is its state.json."""
+
+    path: Path
+    model: Tensors
+    ema: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+
+def checkpoints_folder(run_folder: Path) -> Path:
+    """Return where a run keeps its checkpoints."""
+    return run_folder / "checkpoints"
+
+
+def save_checkpoint(
+    run_folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any], keep_last: int | None = None
+) -> Path:
+    """Write ``checkpoints/step-NNNNNN`` atomically and durably; then remove all but the ``keep_last`` newest.
+
+    ``tensors`` maps each of PARTS to its named tensors; ``state`` must be JSON.
+    """
+    parent = checkpoints_folder(run_folder)
+    target = parent / f"step-{step:06d}"
+    temporary = parent / f".{target.name}.tmp"
+    remove_leftovers(run_folder)
+    temporary.mkdir(parents=True)
+    for part in PARTS:
+        # no metadata: safetensors keeps the entries in a hash map, and several would come in another order every time
+        save_file({name: _storable(t) for name, t in tensors[part].items()}, temporary / f"{part}.safetensors")
+        fault(f"checkpoint.after_{part}")
+    (temporary / "state.json").write_text(canonical_json({"schema": SCHEMA, "step": step, **state}), encoding="utf-8")
+    for name in _FILES:
+        _sync_file(temporary / name)
+    fault("checkpoint.after_state")
+    files = {
+        name: {"sha256": sha256_file(temporary / name), "bytes": os.path.getsize(temporary / name)} for name in _FILES
+    }
+    manifest = temporary / "manifest.json"
+    manifest.write_text(canonical_json({"schema": SCHEMA, "step": step, "files": files}), encoding="utf-8")
+    _sync_file(manifest)
+    sync_folder(temporary)
+    fault("checkpoint.after_tmp")
+    if target.exists():  # a damaged one that the run fell back from, or the same step once more
+        target.rename(parent / f".{target.name}.old")
+    temporary.rename(target)
+    sync_folder(parent)
+    fault("checkpoint.after_rename")
+    remove_leftovers(run_folder)
+    if keep_last is not None:
+        for old in checkpoint_steps(run_folder)[keep_last:]:
+            shutil.rmtree(old)
+    return target
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Delete what a killed save left behind; only the holder of the run's lock may call it."""
+    for leftover in checkpoints_folder(run_folder).glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def find_latest(run_folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files have the sizes and hashes of its manifest; None where there is none.
+
+    A damaged one is named in a printed warning and passed over. Raises :class:`DataError` where all are damaged.
+    """
+    steps = checkpoint_steps(run_folder)
+    for path in steps:
+        try:
+            verify(path)
+        except DataError as error:
+            say(f"warning: {error}; trying the checkpoint before it")
+        else:
+            return path
+    if steps:
+        raise DataError(
+            f"{checkpoints_folder(run_folder)}: all {len(steps)} checkpoints are damaged; "
+            "restore one from a copy, or start again with another `output`"
+        )
+    return None
+
+
+def checkpoint_steps(run_folder: Path) -> list[Path]:
+    """Return the step folders of a run, newest first, damaged or not."""
+    found = [path for path in checkpoints_folder(run_folder).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest; raises :class:`DataError` naming the first that differs."""
+    manifest = _read_json(path / "manifest.json")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or set(files) != set(_FILES) or manifest.get("schema") != SCHEMA:
+        raise DataError(f"{path}/manifest.json: not the manifest of a checkpoint of schema {SCHEMA}")
+    for name, expected in files.items():
+        try:
+            size = os.path.getsize(path / name)
+        except OSError as error:
+            raise DataError(f"{path / name}: {error.strerror}") from None
+        if size != expected["bytes"]:
+            raise DataError(f"{path / name}: {size} bytes, the manifest says {expected['bytes']}")
+        if sha256_file(path / name) != expected["sha256"]:
+            raise DataError(f"{path / name}: its SHA-256 is not the manifest's; the file is damaged")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify and read one step folder; raises :class:`DataError` before any tensor is used."""
+    verify(path)
+    return Checkpoint(path=path, state=_read_state(path), **{part: _read_tensors(path, part) for part in PARTS})
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the step folder meant by ``path``: itself, or the newest valid one of a run folder.
+
+    Raises :class:`ConfigError` for anything else; a file, such as a pickled ``.pt``, is refused without being opened.
+    """
+    if path.is_file():
+        raise ConfigError(
+            f"{path}: a checkpoint is a folder of .safetensors and .json files; a single file, such as a pickle (.pt, "
+            ".pth, .ckpt), is never loaded, because reading one can run any code"
+        )
+    if (path / "manifest.json").is_file():
+        return path
+    latest = find_latest(path.parent if path.name == "checkpoints" else path)
+    if latest is None:
+        raise ConfigError(
+            f"{path}: neither a checkpoint (step-NNNNNN with a manifest.json) nor a run folder that has one"
+        )
+    return latest
+
+
+def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+    """Build the model of a checkpoint exactly as training did: (model, config, state.json), for drawing and evaluation.
+
+    ``path`` is a step folder or a run folder (its newest valid checkpoint). The model is on the CPU, in eval mode, and
+    needs no dataset. Raises :class:`DataError` for damaged files or tensors that do not fit.
+    """
+    step_folder = resolve_checkpoint(Path(path))
+    verify(step_folder)
+    state = _read_state(step_folder)
+    try:
+        config = TrainConfig.model_validate(state["config"])
+    except ValidationError as error:
+        raise DataError(f"{step_folder}/state.json: its config is not one of this version: {error}") from None
+    model = build_model(config.model, Features.from_dataset(state["dataset"]))
+    load_weights(model, _read_tensors(step_folder, weights), step_folder / f"{weights}.safetensors")
+    return model.eval(), config, state
+
+
+def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
+    """Copy every one of ``tensors`` into ``module``; :class:`DataError` names what is missing, extra or mis-shaped."""
+    expected = module.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is not in the model" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DataError(f"{source}: does not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
+    module.load_state_dict(tensors)
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise DataError(f"{path}: not JSON: {error}") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    return _read_json(path / "state.json")
+
+
+def _read_tensors(path: Path, part: str) -> Tensors:
+    file = path / f"{part}.safetensors"
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: cannot be read as safetensors: {error}") from None

@@ -1,0 +1,77 @@
+"""The trainer's config: each component's section beside the component, composed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from prep.config import Config
+from train.conditioning import ConditioningConfig
+from train.flow import FlowConfig
+from train.model import ModelConfig
+from train.optim import OptimizerConfig
+
+
+class TrainSection(Config):
+    """Steps, batches, learning rate and numerics of the loop."""
+
+    steps: int = Field(default=5000, gt=0)  # optimiser steps
+    batch_size: int = Field(default=16, gt=0)  # images in a micro-batch, all of one bucket
+    grad_accumulation_steps: int = Field(default=1, gt=0)  # micro-batches in an optimiser step
+    lr: float = Field(default=3e-4, gt=0)  # the peak, for every optimiser
+    lr_min: float = Field(default=1e-6, ge=0)  # where the cosine ends
+    warmup: int | None = Field(default=None, ge=0)  # steps; null: min(500, 5 % of the steps)
+    grad_clip: float = Field(default=1.0, gt=0)  # of the norm over all parameters
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # null: the power warm-up, which suits any length
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    gradient_checkpointing: bool = False
+    compile: bool = False  # each block by itself
+    threads: int | None = Field(default=None, gt=0)  # of torch on the CPU; null: torch's own choice
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSection(Config):
+    """How samples are read; no effect on which ones or in which order."""
+
+    cache_gb: float = Field(default=4.0, ge=0)  # 1e9 bytes of decoded samples kept in memory
+    prefetch: int = Field(default=2, ge=0)  # micro-batches made ahead by a background thread; 0: none
+
+
+class CheckpointSection(Config):
+    """When to save, and how many to keep."""
+
+    every_steps: int = Field(default=500, gt=0)
+    keep_last: int | None = Field(default=None, gt=0)  # null: all
+
+
+class VisualDebugSection(Config):
+    """The grid of holdout samples drawn from EMA weights; ``every_steps`` 0 turns it off."""
+
+    every_steps: int = Field(default=500, ge=0)
+    count: int = Field(default=8, gt=0)  # holdout samples
+    steps: int = Field(default=20, gt=0)  # of the sampler (Heun)
+    guidance: float = Field(default=1.0, ge=0)
+
+
+class TrainConfig(Config):
+    """Everything that ``python -m train run`` reads."""
+
+    dataset: str
+    output: str
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=1, gt=0)
+    model: ModelConfig = ModelConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    visual_debug: VisualDebugSection = VisualDebugSection()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.output)

@@ -1,0 +1,146 @@
+"""Draw images from a checkpoint: from a prompt, or from the stored conditions of a holdout sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from prep.errors import ConfigError, DataError
+from prep.files import canonical_json
+from prep.shards import Dataset
+from train.checkpoint import load_model
+from train.conditioning import Conditions, Subset, collate, load_conditions, parse_subset, subset_name
+from train.config import TrainConfig
+from train.data import bucket_size
+from train.noise import noise
+from train.sample import sample, to_uint8
+
+BATCH = 8  # images sampled together
+PROMPT_NOISE_KEY = "prompt"  # one noise per seed for all prompts, so that prompts can be compared
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw and how; exactly one of ``prompt`` and ``key`` (a holdout sample of ``dataset``).
+
+    ``conditions`` is a subset's name such as ``text+pose`` (None: all there are), ``size`` (width, height) in pixels.
+    """
+
+    output: Path
+    prompt: str | None = None
+    key: str | None = None
+    dataset: Path | None = None
+    conditions: str | None = None
+    seed: int = 0
+    count: int = 1
+    size: tuple[int, int] | None = None
+    sampler: Literal["heun", "euler"] = "heun"
+    steps: int = 20
+    guidance: float = 1.0
+    weights: Literal["ema", "model"] = "ema"
+
+
+def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[Path]:
+    """Draw ``count`` images of seeds ``seed``, ``seed + 1``, ... and return the PNG files, which hold their settings.
+
+    Raises :class:`ConfigError` for a condition subset that training never saw, :class:`DataError` for another dataset.
+    """
+    model, config, state = load_model(checkpoint, request.weights)
+    model = model.to(device)
+    if request.prompt is not None:
+        if parse_subset(request.conditions or "text") != {"text"}:
+            raise ConfigError("--conditions: a prompt gives text alone; with --key a holdout sample gives the rest")
+        subset, conditions = frozenset({"text"}), prompt_conditions(request.prompt, state["dataset"], device)
+        noise_key, size = PROMPT_NOISE_KEY, (state["dataset"]["base"],) * 2
+    else:
+        conditions, size = stored_conditions(request, config, state["dataset"])
+        subset = parse_subset(request.conditions or "all") & set(model.features.modalities)
+        noise_key = request.key
+    trained = config.conditioning.resolve(model.features.modalities)
+    check_trained(subset, trained, model.features.modalities)
+    if request.guidance != 1:
+        check_trained(frozenset(), trained, model.features.modalities)
+    width, height = request.size or size
+    if width % config.model.patch_size or height % config.model.patch_size or not (width and height):
+        raise ConfigError(
+            f"--size {width}x{height}: both sides must be multiples of the patch size, {config.model.patch_size}"
+        )
+
+    settings = {
+        "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
+        "prompt": request.prompt, "key": request.key, "conditions": subset_name(subset, model.features.modalities),
+        "sampler": request.sampler, "steps": request.steps, "guidance": request.guidance, "size": f"{width}x{height}",
+    }  # fmt: skip
+    files = []
+    conditions = conditions.keeping(subset).to(device)
+    seeds = list(range(request.seed, request.seed + request.count))
+    for start in range(0, len(seeds), BATCH):
+        chunk = seeds[start : start + BATCH]
+        starts = torch.from_numpy(np.stack([noise(noise_key, seed, height, width) for seed in chunk])).to(device)
+        images = sample(
+            model, conditions.select([0] * len(chunk)), starts, flow=config.flow, steps=request.steps,
+            method=request.sampler, guidance=request.guidance,
+        )  # fmt: skip
+        for seed, image in zip(chunk, to_uint8(images)):
+            name = request.output if request.count == 1 else request.output.with_stem(f"{request.output.stem}-{seed}")
+            files.append(_save(name, image, {**settings, "seed": seed}))
+    return files
+
+
+def check_trained(subset: Subset, table: dict[Subset, float], modalities: Iterable[str]) -> None:
+    """Refuse, by name, a subset of conditions that the dropout table never trains."""
+    if subset not in table:
+        known = ", ".join(subset_name(other, modalities) for other in table)
+        raise ConfigError(
+            f"conditions {subset_name(subset, modalities)}: never trained by this run's dropout table, so the result "
+            f"would mean nothing; trained: {known}"
+        )
+
+
+def prompt_conditions(prompt: str, dataset: dict[str, Any], device: torch.device) -> Conditions:
+    """Embed a prompt with the T5 that the dataset's captions went through; one image's conditions."""
+    from prep.t5 import T5Encoder  # transformers takes seconds to import, and stored conditions need none of it
+
+    layer = dataset["layers"].get("t5")
+    if layer is None:
+        raise ConfigError("--prompt: this model was trained without text; use --key")
+    model, revision = layer["model"], layer.get("revision")
+    if dataset["encoders"] == "demo":
+        from prep.demo import build_demo_encoders, demo_folder
+
+        model, revision = build_demo_encoders(demo_folder()).t5, None
+    encoder = T5Encoder(model, revision, device=str(device), max_tokens=layer["max_tokens"])
+    if encoder.width != layer["width"]:
+        raise DataError(f"{model}: {encoder.width} channels a token, the dataset's text has {layer['width']}")
+    return collate(text=[encoder.encode([prompt])[0].embedding], count=1)
+
+
+def stored_conditions(
+    request: DrawRequest, config: TrainConfig, trained_on: dict[str, Any]
+) -> tuple[Conditions, tuple[int, int]]:
+    """Read the conditions of the holdout sample ``request.key`` and its bucket's (width, height)."""
+    dataset = Dataset(request.dataset or Path(config.dataset))
+    if dataset.fingerprint != trained_on["fingerprint"]:
+        raise DataError(
+            f"{dataset.root}: its fingerprint is {dataset.fingerprint}, the checkpoint was trained on "
+            f"{trained_on['fingerprint']}; give the dataset of then"
+        )
+    rows = [row for row in dataset.rows("holdout") if row["key"] == request.key]
+    if not rows:
+        raise ConfigError(f"--key {request.key}: not a holdout sample of {dataset.root}; its index.parquet lists them")
+    return load_conditions(dataset, rows), bucket_size(rows[0]["bucket"])
+
+
+def _save(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+    info = PngInfo()
+    info.add_itxt("nanodit", canonical_json(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, pnginfo=info)
+    return path

@@ -1,0 +1,101 @@
+"""What a run may continue from: the right checkpoint, the same config, the same data, the same arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prep.errors import ConfigError, DataError
+from train.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    find_latest,
+    load_checkpoint,
+    remove_leftovers,
+    resolve_checkpoint,
+)
+from train.config import TrainConfig
+
+# Places, and the pace of saving and looking: nothing here changes a weight. All other keys must be the checkpoint's.
+SAFE_TO_CHANGE = ("dataset", "output", "log_every", "data", "checkpoint", "visual_debug")
+
+
+def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
+    """Return what ``--resume`` means for a run folder: None to start from the beginning.
+
+    ``auto`` continues from the newest valid checkpoint if there is any; ``never`` refuses a folder that holds a run;
+    else a path to a checkpoint or another run. The caller holds the run's lock. Raises :class:`ConfigError`.
+    """
+    remove_leftovers(run_folder)
+    if resume == "auto":
+        latest = find_latest(run_folder)
+        return None if latest is None else load_checkpoint(latest)
+    steps = checkpoint_steps(run_folder)
+    if resume == "never":
+        if steps or (run_folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{run_folder} already holds a run; choose another `output`, or leave out --resume never to continue"
+            )
+        return None
+    checkpoint = load_checkpoint(resolve_checkpoint(Path(resume)))
+    later = [path.name for path in steps if int(path.name[5:]) > checkpoint.state["step"]]
+    if later:
+        raise ConfigError(
+            f"{run_folder} has checkpoints after step {checkpoint.state['step']} ({later[-1]} to {later[0]}); "
+            "remove them, or choose another `output` for the branch"
+        )
+    return checkpoint
+
+
+def check_same_run(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    fingerprint: str,
+    environment: dict[str, Any],
+    *,
+    allowed_changes: Sequence[str] = (),
+    allow_environment_change: bool = False,
+) -> None:
+    """Refuse to continue where the result would not be the run's: :class:`DataError` for other data, else ConfigError.
+
+    ``allowed_changes`` names dotted keys or sections of the config that may differ all the same.
+    """
+    state, name = checkpoint.state, checkpoint.path
+    if state["dataset"]["fingerprint"] != fingerprint:
+        raise DataError(
+            f"{config.dataset}: the dataset's fingerprint is {fingerprint}, {name} was trained on "
+            f"{state['dataset']['fingerprint']}. Train on the dataset of then, or choose another `output`"
+        )
+    safe = (*SAFE_TO_CHANGE, *allowed_changes)
+    changes = [
+        f"{key}: {before!r} -> {after!r}"
+        for key, before, after in differences(state["config"], config.model_dump(mode="json"))
+        if not any(key == other or key.startswith(other + ".") for other in safe)
+    ]
+    if changes:
+        raise ConfigError(
+            f"{name} was trained with another config:\n         "
+            + "\n         ".join(changes)
+            + "\n       Set these back, choose another `output`, or name them in --allow-change"
+        )
+    changes = [
+        f"{key}: {before!r} -> {after!r}" for key, before, after in differences(state["environment"], environment)
+    ]
+    if changes and not allow_environment_change:
+        raise ConfigError(
+            f"{name} was computed in another environment ({'; '.join(changes)}), so the result would not be bit-equal. "
+            "Go back to it (train.threads sets the threads), or pass --allow-environment-change"
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """List (dotted key, value before, value after) where two nested dicts differ; a missing key is None."""
+    found = []
+    for key in dict.fromkeys((*before, *after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((prefix + key, old, new))
+    return found

@@ -1,0 +1,95 @@
+"""The picture a person looks at while a run trains: holdout samples, and what the model makes of their conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from prep.console import say
+from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
+from train.config import TrainConfig
+from train.data import Row, load_pixels
+from train.model import NanoDiT
+from train.noise import noise
+from train.sample import sample, to_uint8
+
+CELL = 160  # smaller images are enlarged by a whole factor to about this
+GAP = 4
+LABEL_WIDTH = 84
+ARMS = ("all", "text+pose", "text")  # as far as the dropout table trains them
+
+
+class VisualDebug:
+    """Draws the same holdout samples, from the same noise, every time: real | all | text+pose | text."""
+
+    def __init__(self, config: TrainConfig, dataset: Any, table: Mapping[Subset, float]) -> None:
+        self.config = config
+        rows = dataset.rows("holdout")
+        count = min(config.visual_debug.count, len(rows))
+        self.rows = [rows[i * len(rows) // count] for i in range(count)]  # spread evenly over the keys
+        self._dataset = dataset
+        modalities = frozenset().union(*table)
+        arms = (parse_subset(name) & modalities for name in ARMS)
+        self.arms = [arm for arm in dict.fromkeys(arms) if arm and arm in table] or [max(table, key=len)]
+        self._modalities = modalities
+
+    def draw(self, model: NanoDiT, step: int, run_folder: Path) -> np.ndarray | None:
+        """Write ``visual_debug/step-NNNNNN/grid.png`` and captions.txt.
+
+        Returns the grid, uint8 (H, W, 3); None where the dataset has no holdout.
+        """
+        if not self.rows:
+            return None
+        columns: dict[str, list[np.ndarray]] = {}
+        for bucket in dict.fromkeys(row["bucket"] for row in self.rows):
+            rows = [row for row in self.rows if row["bucket"] == bucket]
+            columns.update(zip((row["key"] for row in rows), self._columns(model, rows)))
+        labels = ["real", *(subset_name(arm, self._modalities) for arm in self.arms)]
+        grid = lay_out([columns[row["key"]] for row in self.rows], labels)
+        folder = run_folder / "visual_debug" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(folder / "grid.png")
+        captions = [f"{i + 1}. {row['key']}: {row.get('caption') or ''}" for i, row in enumerate(self.rows)]
+        (folder / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        say(f"step {step}: {folder / 'grid.png'}")
+        return grid
+
+    def _columns(self, model: NanoDiT, rows: Sequence[Row]) -> list[list[np.ndarray]]:
+        """Return for each row of one bucket its images from top to bottom."""
+        debug = self.config.visual_debug
+        real = load_pixels(self._dataset, rows)
+        conditions = load_conditions(self._dataset, rows)
+        height, width = real.shape[2:]
+        start = torch.from_numpy(np.stack([noise(row["key"], 0, height, width) for row in rows]))
+        images = [to_uint8(real)]
+        for arm in self.arms:
+            kept: Conditions = conditions.keeping(arm)
+            drawn = sample(
+                model, kept, start, flow=self.config.flow, steps=debug.steps, method="heun", guidance=debug.guidance
+            )
+            images.append(to_uint8(drawn))
+        return [list(column) for column in zip(*images)]
+
+
+def lay_out(columns: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> np.ndarray:
+    """Place columns of images, uint8 (H, W, 3) of any sizes, on one white sheet with a label before each row."""
+    largest = max(max(image.shape[:2]) for column in columns for image in column)
+    factor = max(1, round(CELL / largest))
+    cell_width = max(image.shape[1] for column in columns for image in column) * factor + GAP
+    cell_height = max(image.shape[0] for column in columns for image in column) * factor + GAP
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(columns) * cell_width + GAP, len(labels) * cell_height + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        pen.text((GAP, GAP + (row + 0.5) * cell_height), label, fill="black", anchor="lm")
+        for column, images in enumerate(columns):
+            image = Image.fromarray(images[row])
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+            left = GAP + LABEL_WIDTH + column * cell_width + (cell_width - GAP - image.width) // 2
+            top = GAP + row * cell_height + (cell_height - GAP - image.height) // 2
+            sheet.paste(image, (left, top))
+    return np.asarray(sheet)
