@@ -1,7 +1,7 @@
 """The demo encoders: small local models in the real classes and file formats, for runs without any download.
 
-T5 and DINOv3 are built here from a fixed seed in seconds; the two pose networks are trained by ``prep/demo_pose.py`` and kept
-in ``prep/assets``. All four are loaded by exactly the code that loads the real ones.
+T5 and DINOv3 are built here from a fixed seed in seconds; the two pose networks are trained by
+``prep/demo_pose.py`` and kept in ``prep/assets``. All four are loaded by exactly the code that loads the real ones.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def demo_folder() -> Path:
 
 
 def recipe_digest() -> str:
-    """SHA-256 of everything the demo encoders are made from: this recipe's version, the vocabulary, the pose networks."""
+    """SHA-256 of what the demo encoders are made from: this recipe's version, the vocabulary, the pose networks."""
     return sha256_bytes(
         canonical_json(
             {
@@ -133,8 +133,8 @@ def _publish(temporary: Path, folder: Path, digest: str) -> None:
 def pieces(words: list[str] | tuple[str, ...]) -> list[tuple[str, float]]:
     """A unigram vocabulary (piece, log probability) in which each of ``words`` is one token.
 
-    Words come as they are and capitalised, since captions start with a capital. Punctuation and single characters follow,
-    much less likely, so that any text can be written and no known word is ever spelt out.
+    Words come as they are and capitalised, since captions start with a capital. Punctuation and single characters
+    follow, much less likely, so that any text can be written and no known word is ever spelt out.
     """
     known: set[str] = set()
     for word in words:
@@ -151,10 +151,11 @@ def pieces(words: list[str] | tuple[str, ...]) -> list[tuple[str, float]]:
 def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> None:
     """Save a two-layer T5 encoder whose features are *token identity plus context*.
 
-    A network with random attention mixes all tokens and loses which word stood where; then no image model learns colours from
-    captions in minutes. Here attention is purely positional: queries and keys are zero and the relative bias makes each
-    head copy the token at one fixed offset (T5's buckets are exact below eight), through a random projection of its own,
-    next to the residual stream that keeps the token's own embedding. So "red" is linearly readable at "jumper".
+    A network with random attention mixes all tokens and loses which word stood where; then no image model learns
+    colours from captions in minutes. Here attention is purely positional: queries and keys are zero and the
+    relative bias makes each head copy the token at one fixed offset (T5's buckets are exact below eight), through a
+    random projection of its own, next to the residual stream that keeps the token's own embedding. So "red" is
+    linearly readable at "jumper".
     """
     vocabulary = pieces(words)
     config = T5Config(
@@ -198,8 +199,9 @@ def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> N
 def positional_bias(buckets: int) -> np.ndarray:
     """Relative attention bias (buckets, heads) that makes head h look at ``T5_OFFSETS[h]``.
 
-    T5 puts an offset d <= 0 into bucket -d and d > 0 into bucket ``buckets / 2 + d``, exactly for \\|d\\| < 8 (Raffel et al.
-    2020, section 2.1). Where the text ends before the offset, the head falls back on the token itself.
+    T5 puts an offset d <= 0 into bucket -d and d > 0 into bucket ``buckets / 2 + d``, exactly for \\|d\\| < 8
+    (Raffel et al. 2020, section 2.1). Where the text ends before the offset, the head falls back on the token
+    itself.
     """
     half = buckets // 2
     bias = np.zeros((buckets, len(T5_OFFSETS)), np.float32)
@@ -220,9 +222,9 @@ def positional_bias(buckets: int) -> np.ndarray:
 def build_dino(folder: Path) -> None:
     """Save a two-layer DINOv3 ViT with four registers whose features hold what a patch looks like.
 
-    The patch embedding is a random mixture of the lowest cosines of each colour channel, so colour, gradients and coarse
-    edges of a patch survive; a constant bias keeps brightness readable behind the final normalisation. Queries and keys are
-    small, so CLS gathers the mean of the patches.
+    The patch embedding is a random mixture of the lowest cosines of each colour channel, so colour, gradients and
+    coarse edges of a patch survive; a constant bias keeps brightness readable behind the final normalisation.
+    Queries and keys are small, so CLS gathers the mean of the patches.
     """
     config = DINOv3ViTConfig(
         patch_size=16,
@@ -258,15 +260,17 @@ def build_dino(folder: Path) -> None:
 
 
 def cosine_basis(side: int) -> np.ndarray:
-    """The lowest two-dimensional cosines on a ``side`` x ``side`` patch, (n, side, side) float32, mean square falling with
-    frequency as natural images' spectra rise, scaled so that a constant patch of 1 gives 1."""
+    """The lowest two-dimensional cosines on a ``side`` x ``side`` patch, (n, side, side) float32.
+
+    Scaled so that the first, the constant, gives the mean of a patch.
+    """
     places = (np.arange(side) + 0.5) / side
     waves = [np.cos(np.pi * k * places) for k in range(DINO_FREQUENCIES)]
     return np.stack([np.outer(a, b) / side**2 for a in waves for b in waves]).astype(np.float32)
 
 
 class _Normal:
-    """Standard normal float32 tensors from a counter-based generator: equal on every machine, unlike torch's initialisers."""
+    """Standard normal float32 tensors from a counter-based generator: equal for every version of torch."""
 
     def __init__(self, name: str) -> None:
         key = int(sha256_bytes(f"nanodit demo {name} {SEED}".encode())[:32], 16)

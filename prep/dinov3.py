@@ -29,8 +29,9 @@ def fingerprint(
 class DINOv3Encoder:
     """A DINOv3 vision transformer: RGB images of one size in, final-norm CLS and patch features out.
 
-    CLS and patches come from the same forward pass at the same resolution. Computed in float32 on the CPU and in bfloat16
-    on a GPU. The last bits depend on the shape of the batch, so callers that promise equal bytes must form equal batches.
+    CLS and patches come from the same forward pass at the same resolution. Computed in float32 on the CPU and in
+    bfloat16 on a GPU. The last bits depend on the shape of the batch, so callers that promise equal bytes must form
+    equal batches.
 
     Raises :class:`ConfigError` when the model cannot be loaded.
     """
@@ -92,11 +93,11 @@ class DINOv3Encoder:
 
 
 def quantise(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Store features (N, W) as int8 (N, W) with one float16 scale per token and group of 64 channels, (N, ceil(W / 64)).
+    """Store features (N, W) as int8 (N, W) and float16 scales (N, ceil(W / 64)), one per token and 64 channels.
 
-    ``q = clip(round(x / s), -127, 127)`` with the scale as rounded to float16, so that ``q * s`` is the best that can be
-    read back. A group without signal has scale 0 and reads back as zeros. A scale per group, not per token, keeps the
-    cosine above .9999 where a few channels are far larger than the rest.
+    ``q = clip(round(x / s), -127, 127)`` with the scale as rounded to float16, so that ``q * s`` is the best that
+    can be read back. A group without signal has scale 0 and reads back as zeros. A scale per group, not per token,
+    keeps the cosine above .9999 where a few channels are far larger than the rest.
     """
     count, width = patches.shape
     groups = -(-width // GROUP)

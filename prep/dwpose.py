@@ -44,8 +44,9 @@ POSE_STD = np.array([58.395, 57.12, 57.375], np.float32)
 class Pose:
     """The largest person of an image, and how many there are.
 
-    ``keypoints`` (133, 3) float32: continuous x and y in pixels of the image, and confidence, a logit-like number that can
-    exceed 1. A joint that was not found is (0, 0, 0), and so are all when nobody was found: nothing is made up.
+    ``keypoints`` (133, 3) float32: continuous x and y in pixels of the image, and confidence, a logit-like number
+    that can exceed 1. A joint that was not found is (0, 0, 0), and so are all when nobody was found: nothing is
+    made up.
     ``boxes`` (persons, 5) float32: x0, y0, x1, y1, score, the largest first.
     """
 
@@ -90,8 +91,9 @@ def fingerprint(detector: Path, pose: Path) -> dict[str, str | int]:
 class DWPose:
     """The two networks: RGB images of one size in, one :class:`Pose` per image out.
 
-    ``detector`` takes ``(B, 3, 640, 640)`` and gives YOLOX's raw ``(B, 8400, 85)``; ``pose`` takes ``(B, 3, 384, 288)`` and
-    gives ``simcc_x (B, 133, 576)`` and ``simcc_y (B, 133, 768)``. Networks exported for a single image run one by one.
+    ``detector`` takes ``(B, 3, 640, 640)`` and gives YOLOX's raw ``(B, 8400, 85)``; ``pose`` takes
+    ``(B, 3, 384, 288)`` and gives ``simcc_x (B, 133, 576)`` and ``simcc_y (B, 133, 768)``. Networks exported for a
+    single image run one by one.
 
     Raises :class:`ConfigError` for a file that is no such network, :class:`ResourceError` when CUDA was asked for and
     onnxruntime would silently have used the CPU.
@@ -131,8 +133,8 @@ class DWPose:
 def letterbox(images: np.ndarray) -> tuple[np.ndarray, float]:
     """Images (B, H, W, 3) uint8 RGB -> YOLOX's input (B, 3, 640, 640) float32, and pixels of it per pixel of an image.
 
-    Scaled into the top-left corner (bilinear with half-pixel centres and without antialiasing, as ``cv2.resize``), grey 114
-    around; BGR from 0 to 255, not normalised.
+    Scaled into the top-left corner (bilinear with half-pixel centres and without antialiasing, as ``cv2.resize``),
+    grey 114 around; BGR from 0 to 255, not normalised.
     """
     batch, height, width, _ = images.shape
     ratio = min(DETECTOR_SIDE / height, DETECTOR_SIDE / width)
@@ -162,9 +164,9 @@ CELLS, CELL_STRIDES = _anchor_grid()
 
 
 def person_boxes(prediction: np.ndarray, ratio: float) -> np.ndarray:
-    """YOLOX's raw output for one image, (8400, 85), -> people (P, 5): x0, y0, x1, y1 in image pixels, score; largest first.
+    """YOLOX's raw output for one image, (8400, 85), -> people (P, 5), the largest first.
 
-    Columns are x, y, log w, log h relative to the cell and its stride, objectness, 80 class probabilities.
+    A person is x0, y0, x1, y1 in pixels of the image, and a score. Columns of the output are x, y, log w, log h relative to the cell and its stride, objectness, 80 class probabilities.
     """
     score = prediction[:, 4] * prediction[:, 5 + PERSON_CLASS]
     likely = np.flatnonzero(score > CANDIDATE_SCORE)
@@ -216,8 +218,9 @@ def padded_region(box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def crop(image: np.ndarray, centre: np.ndarray, size: np.ndarray) -> np.ndarray:
     """The region of ``image`` (H, W, 3) uint8 RGB as the pose network's input, (3, 384, 288) float32, normalised RGB.
 
-    The reference's affine map without rotation: index ``(288, 384) / 2`` of the input lies on index ``centre`` of the image
-    (``cv2.warpAffine``: whole numbers are pixel centres), bilinear, black outside. Without rotation it is separable.
+    The reference's affine map without rotation: index ``(288, 384) / 2`` of the input lies on index ``centre`` of
+    the image (``cv2.warpAffine``: whole numbers are pixel centres), bilinear, black outside. Without rotation it is
+    separable.
     """
     rows, row_weights = _taps(POSE_HEIGHT, centre[1], size[1], image.shape[0])
     columns, column_weights = _taps(POSE_WIDTH, centre[0], size[0], image.shape[1])
@@ -281,8 +284,9 @@ class _Network:
             raise ConfigError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
         if kind == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise ResourceError(
-                f"onnxruntime cannot use {device} and would have used the CPU: only one of onnxruntime and onnxruntime-gpu may be "
-                "installed (pip uninstall onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu), with the CUDA it names"
+                f"onnxruntime cannot use {device} and would have used the CPU. Install onnxruntime-gpu alone "
+                "(pip uninstall onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu) and the CUDA it asks for, "
+                "or choose the device cpu"
             )
         (self._input,) = self._session.get_inputs()
         self._path = path

@@ -19,7 +19,7 @@ PAD_MULTIPLE = 32  # batches are padded to few distinct lengths, so equal batche
 
 @dataclass(frozen=True)
 class T5Tokens:
-    """Features of one caption: ``embedding`` (L, W) float16, valid tokens only; ``truncated`` if the caption was cut."""
+    """Features of one caption: ``embedding`` (L, W) float16, valid tokens only; ``truncated`` if it was cut."""
 
     embedding: np.ndarray
     truncated: bool
@@ -33,8 +33,8 @@ def fingerprint(model: str | Path, revision: str | None = None, max_tokens: int 
 class T5Encoder:
     """A T5 encoder with its tokenizer: captions in, float16 features of their valid tokens out.
 
-    Computed in float32 on the CPU and in bfloat16 on a GPU (T5 overflows in float16). The last bits of a result depend on
-    the shape of the batch, so callers that promise equal bytes must form equal batches.
+    Computed in float32 on the CPU and in bfloat16 on a GPU (T5 overflows in float16). The last bits of a result
+    depend on the shape of the batch, so callers that promise equal bytes must form equal batches.
 
     Raises :class:`ConfigError` when the model cannot be loaded.
     """
