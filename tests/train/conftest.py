@@ -1,4 +1,4 @@
-"""A synthetic dataset in the published format: milliseconds to make, every layer there, four buckets of unequal size."""
+"""A synthetic dataset in the published format: milliseconds to make, every layer, four buckets of unequal size."""
 
 from __future__ import annotations
 
