@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from prep.errors import DataError
+from prep.shards import Dataset
 from train.noise import generator
 
 
@@ -54,6 +56,7 @@ class TrainingImages:
         if not self.count:
             raise ValueError("the baselines need training images")
         self._images, self._keys = images, keys
+        self._fits: dict[tuple[float, float], tuple[float, float]] = {}
         self._means = {bucket: pixels.astype(np.float64).mean(0) for bucket, pixels in images.items() if len(pixels)}
         colours = [pixels.astype(np.float64).mean((1, 2)) for pixels in images.values() if len(pixels)]
         self._colour = np.concatenate(colours).mean(0)
@@ -65,19 +68,38 @@ class TrainingImages:
         width, height = map(int, bucket.split("x"))
         return np.broadcast_to(self._colour, (height, width, 3))
 
-    def affine(self, low: float, high: float, name: str) -> tuple[float, float]:
+    def affine(self, low: float, high: float) -> tuple[float, float]:
         """Least squares (a, b) of ``x ~ a z + b`` over all training pixels, for t uniform in [low, high].
 
-        x in [-1, 1], ``z = (1 - t) x + t e``. ``name`` keys t and e, so that the fit is a function of the training set.
+        x in [-1, 1], ``z = (1 - t) x + t e``; t and e are functions of the image's key and the interval.
         """
+        if (low, high) in self._fits:
+            return self._fits[low, high]
         moments = np.zeros(5)  # n, sum z, sum x, sum z z, sum z x
         for bucket in sorted(self._images):
             for key, pixels in zip(self._keys[bucket], self._images[bucket]):
-                random = generator("affine", name, key)
+                random = generator("affine", key, repr(low), repr(high))
                 t = random.uniform(low, high)
                 x = pixels.astype(np.float32) / 127.5 - 1
                 z = (1 - t) * x + t * random.standard_normal(x.shape, dtype=np.float32)
                 moments += [x.size, z.sum(), x.sum(), np.vdot(z, z), np.vdot(z, x)]
         n, sum_z, sum_x, sum_zz, sum_zx = moments
         slope = (n * sum_zx - sum_z * sum_x) / (n * sum_zz - sum_z**2)
-        return float(slope), float((sum_x - slope * sum_z) / n)
+        self._fits[low, high] = float(slope), float((sum_x - slope * sum_z) / n)
+        return self._fits[low, high]
+
+
+def load_training_images(dataset: Dataset, buckets: Collection[str], count: int) -> TrainingImages:
+    """About ``count`` training images of ``buckets`` (of all where those have none), spread evenly over the keys."""
+    train = dataset.rows("train")
+    rows = [row for row in train if row["bucket"] in buckets] or train
+    if not rows:
+        raise DataError(f"{dataset.root}: the training split is empty, and the baselines are made from it")
+    rows = sorted(rows, key=lambda row: (row["bucket"], row["key"]))[:: max(1, len(rows) // count)]
+    members: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        members[row["bucket"]].append(row)
+    return TrainingImages(
+        {bucket: np.stack([dataset.pixels(row) for row in own]) for bucket, own in members.items()},
+        {bucket: [row["key"] for row in own] for bucket, own in members.items()},
+    )

@@ -43,9 +43,10 @@ def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Structural similarity per image with the original settings: Gaussian 11 x 11, sigma 1.5, K = (.01, .03).
 
-    ``images``, ``references``: uint8 (B, H, W, 3), sides of at least 11. Returns float64 (B,) in [-1, 1], the mean over
-    windows that lie inside the image and over the three channels. Wang et al. 2004, eq. 13; equal to scikit-image's
-    ``structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1)``.
+    ``images``, ``references``: uint8 (B, H, W, 3), sides of at least 11. Returns float64 (B,) in [-1, 1], the mean
+    over windows that lie inside the image and over the three channels. Wang et al. 2004, eq. 13; equal to
+    scikit-image's ``structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    channel_axis=-1)``.
     """
     _check_pair(images, references)
     if min(images.shape[1:3]) <= 2 * SSIM_RADIUS:
@@ -69,9 +70,7 @@ def _blur(images: np.ndarray) -> np.ndarray:
     kernel /= kernel.sum()
     for axis in (1, 2):
         size = images.shape[axis] - 2 * SSIM_RADIUS
-        images = sum(
-            weight * images.take(range(start, start + size), axis=axis) for start, weight in enumerate(kernel)
-        )
+        images = sum(weight * images.take(range(start, start + size), axis=axis) for start, weight in enumerate(kernel))
     return images
 
 
@@ -148,7 +147,7 @@ def lpips_backbone() -> Path:
 
 def lpips_unavailable() -> str | None:
     """Why LPIPS cannot be computed here, or None when it can."""
-    return None if lpips_backbone().is_file() else f"no backbone weights ({LPIPS_BACKBONE} is not in torch.hub's cache)"
+    return None if lpips_backbone().is_file() else f"no backbone weights: torch.hub's cache lacks {LPIPS_BACKBONE}"
 
 
 def _check_pair(images: np.ndarray, references: np.ndarray) -> None:

@@ -32,7 +32,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("psnr", pa.float64()),
         ("ssim", pa.float64()),
         ("lpips", pa.float64()),
-        ("persons", pa.int32()),  # figures found in the picture
+        ("figure_found", pa.bool_()),  # null: not looked for
         ("joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) re-detected, pixels
         ("target_joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) asked for, pixels
         ("pose_hits", pa.int32()),

@@ -1,0 +1,48 @@
+"""What an evaluation reads from its YAML: samples, conditions and guidance, sampler, grid, bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from evaluate.suite.heldout_loss import HeldoutLossConfig
+from prep.config import Config
+
+
+class SamplerConfig(Config):
+    """How pictures are drawn; the same for every condition."""
+
+    method: Literal["heun", "euler"] = "heun"
+    steps: int = Field(default=16, gt=0)
+
+
+class PoseModelsConfig(Config):
+    """The two ONNX files of DWPose that judge pictures."""
+
+    detector: str
+    pose: str
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Paths of the person detector and the joint network."""
+        return Path(self.detector), Path(self.pose)
+
+
+class EvaluateConfig(Config):
+    """Everything that ``python -m evaluate run`` reads beside the checkpoint."""
+
+    samples: int = Field(default=256, gt=0)  # holdout images, at most
+    seeds: int = Field(default=1, gt=0)  # noises per image and condition
+    # conditions kept -> guidance scale; guidance 1 is none, and what reconstruction is quoted at
+    conditions: dict[str, float] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
+    sampler: SamplerConfig = SamplerConfig()
+    heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
+    baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
+    # DWPose's files; null: the demo networks for datasets made with demo encoders, otherwise no judging of joints
+    pose_models: PoseModelsConfig | None = None
+    needed: dict[str, float] = Field(default={})  # metric name -> the bar it is held against in the report
+    grid_images: int = Field(default=8, ge=0)  # samples whose pictures are kept for the report
+    batch_size: int = Field(default=32, gt=0)  # changes no number
+    device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,0 +1,144 @@
+"""What is under test: a model, the holdout it is tested on, and the batches both are read in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evaluate.baselines import random_pairs
+from prep.errors import DataError
+from prep.shards import Dataset
+from train.conditioning import Conditions, Subset, load_conditions
+from train.flow import FlowConfig
+from train.noise import noise
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some holdout samples of one bucket: index rows, pixels uint8 (B, H, W, 3) and their stored conditions."""
+
+    bucket: str
+    rows: tuple[Row, ...]
+    pixels: np.ndarray
+    conditions: Conditions
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[2]
+
+    @property
+    def keys(self) -> list[str]:
+        return [row["key"] for row in self.rows]
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        """Some of the samples."""
+        rows = tuple(self.rows[index] for index in indices)
+        return Batch(self.bucket, rows, self.pixels[list(indices)], self.conditions.select(list(indices)))
+
+    def noise(self, seed_index: int) -> Tensor:
+        """The noise of each sample for one seed, float32 (B, 3, H, W): a function of key and seed index alone."""
+        return torch.from_numpy(np.stack([noise(key, seed_index, self.height, self.width) for key in self.keys]))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode, how it was trained to be used, and the holdout samples to test it on.
+
+    ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``.
+    """
+
+    model: nn.Module
+    flow: FlowConfig
+    table: Mapping[Subset, float]
+    dataset: Dataset
+    rows: tuple[Row, ...]
+    batch_size: int = 32
+    device: str = "cpu"
+
+    @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """The conditions that the dataset has."""
+        return dataset_modalities(self.dataset)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """All samples, buckets never mixed; read once and kept, since every test looks at the same ones."""
+        return tuple(read_batches(self.dataset, self.rows, self.batch_size))
+
+    @cached_property
+    def partners(self) -> dict[str, Row]:
+        """For each holdout sample another one of its bucket, for the random-pair baseline; a lone one has none."""
+        holdout = {row["key"]: row for row in self.dataset.rows("holdout")}
+        return {key: holdout[other] for key, other in random_pairs(list(holdout.values())).items()}
+
+
+def dataset_modalities(dataset: Dataset) -> tuple[str, ...]:
+    """The conditions that a dataset's layers provide, in the model's order."""
+    layers = dataset.info["layers"]
+    provided = {"t5": ("text",), "dino": ("cls", "patches"), "pose": ("pose",)}
+    return tuple(name for layer, names in provided.items() if layer in layers for name in names)
+
+
+def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    """Read rows bucket by bucket, in key order, at most ``batch_size`` at a time."""
+    buckets: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["bucket"], row["key"])):
+        buckets[row["bucket"]].append(row)
+    for bucket, members in buckets.items():
+        for start in range(0, len(members), batch_size):
+            chunk = tuple(members[start : start + batch_size])
+            pixels = np.stack([dataset.pixels(row) for row in chunk])
+            yield Batch(bucket, chunk, pixels, load_conditions(dataset, chunk))
+
+
+def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:
+    """The first ``count`` holdout rows in key order: keys are content hashes, so this is a random sample for good.
+
+    Raises :class:`DataError` when there is no holdout, and when a holdout sample is also in the training split: as the
+    same key, or as a member of the same duplicate group.
+    """
+    holdout = dataset.rows("holdout")
+    if not holdout:
+        raise DataError(f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min in prep")
+    check_leaks(dataset.rows("train"), holdout)
+    return tuple(sorted(holdout, key=lambda row: row["key"])[:count])
+
+
+def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
+    """Raise :class:`DataError` listing every pair of a holdout and a training sample that are duplicates."""
+    by_key = {row["key"]: row for row in train}
+    by_group = {row["duplicate_group"]: row for row in train if row["duplicate_group"] is not None}
+    pairs = []
+    for row in holdout:
+        twin = by_key.get(row["key"]) or by_group.get(row["duplicate_group"])
+        if twin is not None:
+            pairs.append(f"{row['key']} ({row['source']}) ~ {twin['key']} ({twin['source']})")
+    if pairs:
+        shown = "\n  ".join(pairs[:20]) + (f"\n  ... and {len(pairs) - 20} more" if len(pairs) > 20 else "")
+        raise DataError(
+            f"leak: {len(pairs)} holdout samples are also in the training split:\n  {shown}\nRun prep again"
+        )
+
+
+def to_float(pixels: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) to the model's float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """float (B, 3, H, W) in about [-1, 1] to uint8 (B, H, W, 3), clipped and rounded; non-finite values become 0."""
+    pixels = ((images.float() + 1) * 127.5).nan_to_num(0, 0, 0).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

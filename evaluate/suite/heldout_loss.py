@@ -1,0 +1,168 @@
+"""Held-out flow loss on a fixed grid of times and noises, against predictors that anybody could write down.
+
+The grid: [0, 1] is cut into equal bins, mapped through the resolution shift that training used; within each bin every
+sample has its own times and noises, functions of (sample key, bin) alone. One row per (sample, conditions, bin).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from evaluate import statistics
+from evaluate.baselines import TrainingImages
+from evaluate.records import Metric
+from evaluate.subject import Batch, Subject, to_float
+from prep.config import Config
+from train.conditioning import Subset, subset_name
+from train.flow import flow_loss, interpolate, shift, to_x
+from train.noise import generator
+
+PREDICTORS = ("mean_image", "identity", "affine")
+RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
+
+
+class HeldoutLossConfig(Config):
+    """The grid and the conditions it is evaluated under."""
+
+    bins: int = Field(default=10, ge=1)
+    times_per_bin: int = Field(default=1, ge=1)
+    conditions: list[str] = Field(default=["all", "text+pose", "text"])
+
+
+def grid_times(key: str, bins: int, times_per_bin: int) -> np.ndarray:
+    """Times of one sample before the resolution shift, float64 (bins, times_per_bin), stratified within each bin."""
+    offsets = generator("heldout times", key).random((bins, times_per_bin))
+    strata = (np.arange(times_per_bin) + offsets) / times_per_bin
+    return (np.arange(bins)[:, None] + strata) / bins
+
+
+@torch.inference_mode()
+def measure(
+    subject: Subject,
+    subsets: Sequence[Subset],
+    training: TrainingImages,
+    config: HeldoutLossConfig,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """Score the model and the trivial predictors at every point of the grid.
+
+    Returns rows of key, condition, bin, ``mse`` and ``loss`` of the model, and the same of each trivial predictor as
+    ``mean_image_mse``, ``mean_image_loss``, ... Errors are per pixel in [-1, 1]; the loss divides by max(t, t_min)^2.
+    ``advance`` is told how many samples are done.
+    """
+    rows: list[dict[str, Any]] = []
+    for batch in subject.batches:
+        x = to_float(batch.pixels)
+        times = np.stack([grid_times(key, config.bins, config.times_per_bin) for key in batch.keys])
+        times = torch.from_numpy(shift(times, subject.flow.shift_of(batch.height, batch.width)).astype(np.float32))
+        mean_image = to_float(training.mean_image(batch.bucket)[None].repeat(len(batch.rows), axis=0))
+        contexts = {subset: _context(subject, batch, subset) for subset in subsets}
+        sums: dict[tuple[Subset, int], list[np.ndarray]] = defaultdict(list)
+        for index in range(config.bins):
+            slope, offset = _affine(subject, training, batch, index, config.bins)
+            for repeat in range(config.times_per_bin):
+                t = times[:, index, repeat]
+                z = interpolate(x, batch.noise(index * config.times_per_bin + repeat), t)
+                trivial = {"mean_image": mean_image, "identity": z, "affine": slope * z + offset}
+                shared = [_errors(trivial[name], x, t, subject.flow.t_min) for name in PREDICTORS]
+                for subset, context in contexts.items():
+                    output = subject.model(z.to(subject.device), t.to(subject.device), context).cpu()
+                    x_hat = to_x(output, z, t, subject.flow.prediction)
+                    sums[subset, index].append(np.stack([_errors(x_hat, x, t, subject.flow.t_min), *shared]))
+        for (subset, index), repeats in sums.items():
+            errors = np.mean(repeats, axis=0)  # (predictors, mse and loss, images)
+            for position, key in enumerate(batch.keys):
+                row = {"key": key, "condition": subset_name(subset, subject.modalities), "bin": index}
+                for number, prefix in enumerate(("", *(f"{name}_" for name in PREDICTORS))):
+                    row[f"{prefix}mse"], row[f"{prefix}loss"] = map(float, errors[number, :, position])
+                rows.append(row)
+        advance(len(batch.rows))
+    return sorted(rows, key=lambda row: (row["condition"], row["key"], row["bin"]))
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]
+) -> list[Metric]:
+    """Metrics from the rows of :func:`measure`.
+
+    ``heldout_loss`` (all conditions) and ``heldout_loss/CONDITION``: the mean loss on the grid.
+    ``heldout_mse/CONDITION/ LOW-HIGH``: the error in one bin. ``heldout_ratio/CONDITION``: the worst bin from t = .3
+    on, error of the model over error of the best trivial predictor.
+    """
+    settings = {
+        **settings,
+        "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift",
+        "weight": "1 / max(t, t_min)^2",
+    }
+    metrics: list[Metric] = []
+    by_condition: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_condition[row["condition"]].append(row)
+    for condition, own in by_condition.items():
+        suffix = "" if condition == "all" else f"/{condition}"
+        named = {**settings, "conditions": condition}
+        metrics.append(_mean_metric(f"heldout_loss{suffix}", own, "loss", named))
+        bins = [[row for row in own if row["bin"] == index] for index in range(config.bins)]
+        for index, members in enumerate(bins):
+            low, high = index / config.bins, (index + 1) / config.bins
+            bounds = {**named, "t_low": low, "t_high": high}
+            metrics.append(_mean_metric(f"heldout_mse/{condition}/{low:.2g}-{high:.2g}", members, "mse", bounds))
+        noisy = [members for index, members in enumerate(bins) if index / config.bins >= RATIO_FROM - 1e-9]
+        if noisy:
+            metrics.append(_ratio_metric(f"heldout_ratio/{condition}", noisy, {**named, "t_from": RATIO_FROM}))
+    return metrics
+
+
+def _mean_metric(name: str, rows: Sequence[Mapping[str, Any]], column: str, settings: Mapping[str, Any]) -> Metric:
+    keys = [row["key"] for row in rows]
+    baselines = {predictor: float(np.mean([row[f"{predictor}_{column}"] for row in rows])) for predictor in PREDICTORS}
+    details = {"baselines": baselines, "settings": settings, "better": "lower"}
+    reason = _non_finite(rows)
+    if reason:
+        return Metric(name, None, n=len(set(keys)), reason=reason, **details)
+    return Metric.of(name, statistics.mean([row[column] for row in rows], keys), **details)
+
+
+def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]) -> Metric:
+    """The largest over bins of model error over best trivial error, each bin pooled over images."""
+    details = {"settings": settings, "better": "lower", "baselines": {"best_trivial": 1.0}}
+    images = len({row["key"] for row in bins[0]})
+    reason = _non_finite([row for members in bins for row in members])
+    if reason:
+        return Metric(name, None, n=images, reason=reason, **details)
+    # every bin has one row for each image, in key order: (bins, images)
+    model = np.array([[row["mse"] for row in members] for members in bins])
+    trivial = np.array([[[row[f"{name}_mse"] for row in members] for members in bins] for name in PREDICTORS])
+
+    def worst(weights: np.ndarray) -> np.ndarray:
+        best = np.einsum("pbi,ri->prb", trivial, weights).min(0)
+        return (weights @ model.T / best).max(1)
+
+    return Metric.of(name, statistics.bootstrap(worst, images), **details)
+
+
+def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    bad = [row["key"] for row in rows if not np.isfinite(row["mse"])]
+    return f"degenerate: {len(bad)} predictions are non-finite, the first for sample {bad[0]}" if bad else None
+
+
+def _errors(x_hat: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_min: float) -> np.ndarray:
+    """Mean squared error and flow loss of each image: float64 (2, B)."""
+    loss = flow_loss(x_hat, x, t, t_min).double()
+    return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
+
+
+def _context(subject: Subject, batch: Batch, subset: Subset) -> Any:
+    conditions = batch.conditions.keeping(subset).to(subject.device)
+    return subject.model.encode_context(conditions, batch.height, batch.width, cache=True)
+
+
+def _affine(subject: Subject, training: TrainingImages, batch: Batch, index: int, bins: int) -> tuple[float, float]:
+    s = subject.flow.shift_of(batch.height, batch.width)
+    return training.affine(float(shift(index / bins, s)), float(shift((index + 1) / bins, s)))
