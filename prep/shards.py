@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from prep.errors import DataError
-from prep.files import sha256_bytes, sha256_file, sync_folder, write_atomic
+from prep.faults import fault
+from prep.files import canonical_json, sha256_bytes, sha256_file, sync_folder, write_atomic
 
 SCHEMA_VERSION = 1
 
@@ -83,14 +84,29 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Part:
-    """A committed unit: one row per sample plus what was refused."""
+    """A committed unit: one row per sample plus what was refused.
+
+    ``recipe`` is everything the unit was made from, ``fingerprint`` its hash; ``facts`` is what the encoder says of
+    itself (feature widths, for example).
+    """
 
     unit: Unit
-    fingerprint: str
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
     tar_bytes: int
     tar_sha256: str
     rejects: tuple[Rejection, ...]
     table: pa.Table
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the recipe."""
+        return fingerprint_of(self.recipe)
+
+
+def fingerprint_of(recipe: dict[str, Any]) -> str:
+    """SHA-256 of a recipe, a tree of plain values."""
+    return sha256_bytes(canonical_json(recipe).encode())
 
 
 class LayerWriter:
@@ -99,8 +115,8 @@ class LayerWriter:
     The old index part goes before the new tar comes, so that no moment exists in which a part describes another tar.
     """
 
-    def __init__(self, root: Path, unit: Unit, fingerprint: str) -> None:
-        self.root, self.unit, self.fingerprint = root, unit, fingerprint
+    def __init__(self, root: Path, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.root, self.unit, self.recipe, self.facts = root, unit, recipe, facts
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[Rejection] = []
         self._path = root / unit.tar
@@ -148,17 +164,20 @@ class LayerWriter:
             "bucket": self.unit.bucket,
             "shard": self.unit.shard,
             "layer": self.unit.layer,
-            "fingerprint": self.fingerprint,
+            "recipe": self.recipe,
+            "facts": self.facts,
             "tar_bytes": self._temporary.stat().st_size,
             "tar_sha256": sha256_file(self._temporary),
             "rejects": [vars(reject) for reject in sorted(self._rejects, key=lambda reject: reject.key)],
         }
+        fault("shards.before_tar")
         part = self.root / self.unit.part
         if part.exists():
             part.unlink()
             sync_folder(part.parent)
         os.replace(self._temporary, self._path)
         sync_folder(self._path.parent)
+        fault("shards.before_part")
         schema = part_schema(self.unit.layer).with_metadata({"nanodit": json.dumps(record, sort_keys=True)})
         write_atomic(part, parquet_bytes(pa.Table.from_pylist(self._rows, schema=schema)))
 
@@ -196,7 +215,7 @@ def read_part(root: Path, unit: Unit) -> Part | None:
     if tuple(record.get(name) for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
         return None
     rejects = tuple(Rejection(**reject) for reject in record["rejects"])
-    return Part(unit, record["fingerprint"], tar_bytes, record["tar_sha256"], rejects, table)
+    return Part(unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table)
 
 
 def read_members(root: Path, part: Part, member: str) -> Iterator[tuple[str, bytes]]:

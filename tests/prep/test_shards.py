@@ -9,15 +9,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.errors import DataError
-from prep.shards import LayerWriter, Part, Unit, load_npy, load_webp, npy_bytes, read_members, read_part, webp_bytes
+from prep.shards import (
+    LayerWriter,
+    Part,
+    Unit,
+    fingerprint_of,
+    load_npy,
+    load_webp,
+    npy_bytes,
+    read_members,
+    read_part,
+    webp_bytes,
+)
 
 UNIT = Unit("64x64", 3, "pose")
+RECIPE = {"layer": "pose", "code": 1, "encoder": {"model": "none"}}
 KEYS = [f"{number:032x}" for number in (5, 17, 300)]
 
 
-def write(root, unit=UNIT, keys=KEYS, fingerprint="f" * 64, seed=0) -> Part:
+def write(root, unit=UNIT, keys=KEYS, seed=0) -> Part:
     generator = np.random.default_rng(seed)
-    with LayerWriter(root, unit, fingerprint) as writer:
+    with LayerWriter(root, unit, RECIPE, {"width": 3}) as writer:
         for key in keys:
             pose = generator.normal(size=(133, 3)).astype(np.float32)
             writer.add(key, {"pose.npy": npy_bytes(pose), "json": b"{}\n"}, persons=1)
@@ -38,7 +50,8 @@ def test_offsets_and_lengths_are_those_of_the_tar(tmp_path):
                 assert tar.extractfile(f"{row['key']}.{member}").read() == data[start : start + length]
     assert [key for key, _ in read_members(tmp_path, part, "pose.npy")] == KEYS
     assert part.rejects[0].reason == "no_reason"
-    assert part.fingerprint == "f" * 64
+    assert (part.recipe, part.facts) == (RECIPE, {"width": 3})
+    assert part.fingerprint == fingerprint_of(RECIPE)
 
 
 def test_equal_content_gives_equal_bytes_whenever_and_wherever_it_is_written(tmp_path):
@@ -53,7 +66,7 @@ def test_equal_content_gives_equal_bytes_whenever_and_wherever_it_is_written(tmp
 
 
 def test_a_unit_without_commit_leaves_nothing(tmp_path):
-    with LayerWriter(tmp_path, UNIT, "f") as writer:
+    with LayerWriter(tmp_path, UNIT, RECIPE, {}) as writer:
         writer.add(KEYS[0], {"pose.npy": b"1", "json": b"{}"}, persons=0)
     assert read_part(tmp_path, UNIT) is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -77,7 +90,7 @@ def test_the_old_part_goes_before_the_new_tar_comes(tmp_path, monkeypatch):
 
 
 def test_the_writer_refuses_wrong_order_members_and_columns(tmp_path):
-    with LayerWriter(tmp_path, UNIT, "f") as writer:
+    with LayerWriter(tmp_path, UNIT, RECIPE, {}) as writer:
         writer.add(KEYS[1], {"pose.npy": b"1", "json": b"{}"}, persons=0)
         with pytest.raises(ValueError, match="is not after"):
             writer.add(KEYS[0], {"pose.npy": b"1", "json": b"{}"}, persons=0)

@@ -1,0 +1,124 @@
+"""Near duplicates and the split into train and holdout: by content, with every group on one side.
+
+Exact duplicates never come this far (``prep/sources.py`` refuses them). Two samples are near duplicates when their
+perceptual hashes differ in at most ``MAX_DISTANCE`` bits *and* their thumbnails confirm it: drawings and product shots
+on one background share a hash by the dozen and are still different pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+CODE_VERSION = 1
+HASH_SIDE = 8  # the 8x8 lowest frequencies of a 32x32 DCT: the usual "pHash", 64 bits
+DCT_SIDE = 32
+THUMBNAIL_SIDE = 16
+MAX_DISTANCE = 2
+MAX_DIFFERENCE = 2.0  # mean absolute difference of thumbnails, 0-255: JPEG q50 and half the size stay below 1.5
+BANDS = ((0, 22), (22, 21), (43, 21))  # first bit, bits: hashes that differ in two bits agree in one of three bands
+HOLDOUT_CAP = 5  # the minimum never takes more than a fifth of a small set
+
+_DCT = np.cos(np.pi * np.outer(np.arange(HASH_SIDE), np.arange(DCT_SIDE) + 0.5) / DCT_SIDE)  # DCT-II, unscaled
+
+
+def perceptual_hash(pixels: np.ndarray) -> str:
+    """64 bits as 16 hexadecimal digits: which low frequencies of uint8 (H, W, 3) are above their median."""
+    grey = Image.fromarray(pixels).convert("L").resize((DCT_SIDE, DCT_SIDE), Image.Resampling.BOX)
+    frequencies = (_DCT @ np.asarray(grey, np.float64) @ _DCT.T).ravel()
+    bits = frequencies > np.median(frequencies[1:])  # the first is the mean brightness
+    return np.packbits(bits).tobytes().hex()
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """16x16 RGB bytes (768) of uint8 (H, W, 3), the aspect ratio not kept."""
+    return Image.fromarray(pixels).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+
+
+def near_pairs(hashes: list[str], thumbnails: list[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the index pairs of near duplicates (some more than once)."""
+    bits = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
+    small = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(hashes), -1).astype(np.int16)
+    for first, width in BANDS:
+        band = (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.r_[True, band[order][1:] != band[order][:-1]])
+        for run in np.split(order, starts[1:]):
+            for position, index in enumerate(run[:-1]):
+                others = run[position + 1 :]
+                others = others[np.bitwise_count(bits[others] ^ bits[index]) <= MAX_DISTANCE]
+                close = np.abs(small[others] - small[index]).mean(axis=1) <= MAX_DIFFERENCE
+                yield from ((int(index), int(other)) for other in others[close])
+
+
+def duplicate_groups(keys: list[str], hashes: list[str], thumbnails: list[bytes]) -> dict[str, str]:
+    """Map every key to its group's name, the smallest key that near duplicates connect it with (itself when alone)."""
+    parent = list(range(len(keys)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    for a, b in near_pairs(hashes, thumbnails) if keys else ():
+        parent[root(b)] = root(a)
+    members = defaultdict(list)
+    for index, key in enumerate(keys):
+        members[root(index)].append(key)
+    return {key: min(group) for group in members.values() for key in group}
+
+
+@dataclass(frozen=True)
+class Split:
+    """``sides`` maps keys to "train" or "holdout"; ``linking`` lists the new keys that would connect both sides."""
+
+    sides: dict[str, str]
+    linking: list[str]
+
+
+def holdout_size(count: int, fraction: float, minimum: int) -> int:
+    """How many of ``count`` samples to hold out: the fraction, or the minimum where a fifth of the set allows it."""
+    return max(math.floor(count * fraction + 0.5), min(minimum, count // HOLDOUT_CAP))
+
+
+def assign_splits(
+    groups: Mapping[str, str], published: Mapping[str, str], seed: int, fraction: float, minimum: int
+) -> Split:
+    """Split samples by the hash of their key, whole groups at a time.
+
+    ``groups`` maps keys to group names, ``published`` the keys of an earlier index to their side: those never change
+    it. A new sample follows its group; one whose group has published members on both sides is left out and reported.
+    """
+    members = defaultdict(list)
+    for key, name in groups.items():
+        members[name].append(key)
+    sides = {key: published[key] for key in groups if key in published}
+    linking: list[str] = []
+    free: list[list[str]] = []
+    for group in members.values():
+        taken = {published[key] for key in group if key in published}
+        new = [key for key in group if key not in published]
+        if len(taken) == 2:
+            linking += new
+        elif taken:
+            sides |= dict.fromkeys(new, taken.pop())
+        else:
+            free.append(new)
+    wanted = holdout_size(len(groups) - len(linking), fraction, minimum)
+    held = sum(side == "holdout" for side in sides.values())
+    for group in sorted(free, key=lambda group: _draw(group, seed)):
+        chosen = held + len(group) <= wanted
+        held += len(group) if chosen else 0
+        sides |= dict.fromkeys(group, "holdout" if chosen else "train")
+    return Split(sides, sorted(linking))
+
+
+def _draw(group: Iterable[str], seed: int) -> str:
+    return min(hashlib.sha256(f"holdout {seed} {key}".encode()).hexdigest() for key in group)

@@ -1,0 +1,70 @@
+"""The configuration of ``prep run``; every key is explained in ``configs/prep/base.yaml``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prep.caption import CaptionConfig
+from prep.config import Config
+
+
+class ImageConfig(Config):
+    """Limits on source images."""
+
+    max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
+    max_upscale: float = Field(4 / 3, gt=0)
+
+
+class T5Config(Config):
+    """The text encoder; ``model`` None means the one that ``encoders`` names."""
+
+    model: str | None = None
+    revision: str | None = None
+    max_tokens: int = Field(512, ge=2)
+    batch_size: int = Field(16, ge=1)
+
+
+class DINOv3Config(Config):
+    """The image encoder; None means what ``encoders`` stands for."""
+
+    model: str | None = None
+    revision: str | None = None
+    input_scale: float | None = Field(None, gt=0)
+    batch_size: int = Field(16, ge=1)
+
+
+class PoseConfig(Config):
+    """The two networks of DWPose as ONNX files; None means the ones that ``encoders`` names."""
+
+    detector: str | None = None
+    pose: str | None = None
+    batch_size: int = Field(16, ge=1)
+
+
+class PrepConfig(Config):
+    """Everything ``prep run`` can be told."""
+
+    source: str
+    output: str
+    seed: int = Field(0, ge=0)
+    base: int = 1024
+    encoders: Literal["demo", "production"] = "production"
+    layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"])
+    image: ImageConfig = ImageConfig()
+    captions: CaptionConfig = CaptionConfig()
+    t5: T5Config = T5Config()
+    dino: DINOv3Config = DINOv3Config()
+    pose: PoseConfig = PoseConfig()
+    shard_size: int = Field(128, ge=1)
+    holdout: float = Field(0.02, ge=0, lt=1)
+    holdout_min: int = Field(64, ge=0)
+    max_reject_rate: float = Field(0.5, ge=0, le=1)
+    workers: int | None = Field(None, ge=1)
+
+    @property
+    def active_layers(self) -> tuple[str, ...]:
+        """The layers of the dataset in the order of the data flow: px always, text brings t5 with it."""
+        wanted = {"px", *self.layers} | ({"t5"} if "text" in self.layers else set())
+        return tuple(layer for layer in ("px", "text", "t5", "dino", "pose") if layer in wanted)
