@@ -166,7 +166,8 @@ CELLS, CELL_STRIDES = _anchor_grid()
 def person_boxes(prediction: np.ndarray, ratio: float) -> np.ndarray:
     """YOLOX's raw output for one image, (8400, 85), -> people (P, 5), the largest first.
 
-    A person is x0, y0, x1, y1 in pixels of the image, and a score. Columns of the output are x, y, log w, log h relative to the cell and its stride, objectness, 80 class probabilities.
+    A person is x0, y0, x1, y1 in pixels of the image, and a score. Columns of the output are x, y, log w, log h
+    relative to the cell and its stride, objectness, and 80 class probabilities.
     """
     score = prediction[:, 4] * prediction[:, 5 + PERSON_CLASS]
     likely = np.flatnonzero(score > CANDIDATE_SCORE)
