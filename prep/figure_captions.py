@@ -1,7 +1,7 @@
 """Captions of figures: grammatical, varied, from a closed vocabulary.
 
-Left and right are the figure's own, except where a phrase says "of the picture". A colour always stands directly before the
-noun it belongs to ("a red jumper", "black hair"), under exactly the palette's name.
+Left and right are the figure's own, except where a phrase says "of the picture" (or "its", of the picture). A colour
+always stands directly before the noun it belongs to ("a red jumper", "black hair"), under exactly the palette's name.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ _EXTRAS = (
 def scene_caption(scene: Scene, dice: Dice, short: bool = False) -> str:
     """Describe a scene in 60 to 130 words, or in 48 to 60 when ``short``; the wording comes from ``dice``.
 
-    Every caption names hair, background, legs, top, trousers, held object and hand, and what the other arm does; a detailed one
-    adds place, light, gaze, skin and build, and a short one as many of these as fit.
+    Every caption names hair, background, legs, top, trousers, held object and hand, and what the other arm does; a
+    detailed one adds place, light, gaze, skin and build, and a short one as many of these as fit.
     """
     low, high = SHORT_WORDS if short else DETAILED_WORDS
     for _ in range(100):
@@ -195,7 +195,7 @@ def _vocabulary() -> tuple[str, ...]:
     return tuple(sorted(set(re.findall("[a-z]+", text.lower()))))
 
 
-# Every word that a caption can hold, in lower case and sorted. Captions consist of these words, single spaces, full stops and
-# commas; only the first letter of a sentence is a capital. There are no digits, hyphens or apostrophes, so that
-# ``re.findall("[a-z]+|[.,]", caption.lower())`` loses nothing but spaces and capitals.
+# Every word that a caption can hold, in lower case and sorted. Captions consist of these words, single spaces, full
+# stops and commas; only the first letter of a sentence is a capital. There are no digits, hyphens or apostrophes, so
+# that ``re.findall("[a-z]+|[.,]", caption.lower())`` loses nothing but spaces and capitals.
 VOCABULARY: tuple[str, ...] = _vocabulary()

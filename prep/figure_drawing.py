@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from prep.figure_keypoints import FACE, LEFT_HAND, RIGHT_HAND, scene_keypoints
+from prep.figure_canvas import Canvas, capsule, ellipse, mix, outline_colour, rotation, shade, smooth
+from prep.figure_keypoints import FACE, LEFT_HAND, RIGHT_HAND
 from prep.figure_scene import (
     BACKGROUND_COLOURS,
-    BUILDS,
     HAIR_COLOURS,
+    HAIR_OVER_EARS,
     HEAD_RADIUS,
     SKIN_COLOURS,
     TOP_COLOURS,
@@ -23,19 +24,16 @@ from prep.figure_scene import (
     object_grip,
 )
 
-Colour = tuple[int, int, int]
 Pair = tuple[float, float]
 
 WOOD, SHOE, INK, LIPS, WHITE = (150, 104, 62), (70, 54, 52), (40, 30, 32), (196, 62, 70), (255, 255, 255)
 STRING, PAPER = (110, 110, 116), (244, 240, 228)
-# Where the light falls from, for the shade on the far side of every shape.
-TOWARDS_LIGHT = {"left": (-0.95, -0.3), "right": (0.95, -0.3), "above": (0.0, -1.0), "even": (0.0, 0.0)}
 
 
 def render(scene: Scene, width: int, height: int) -> Image.Image:
     """Draw ``scene`` as an RGB picture of ``width`` x ``height`` pixels, antialiased by supersampling."""
     factor = 3 if width * height > 256 * 256 else 4
-    canvas = _Canvas(scene, width * factor, height * factor)
+    canvas = Canvas(scene, width * factor, height * factor)
     _draw_room(canvas)
     _draw_behind(canvas)
     _draw_legs(canvas)
@@ -63,103 +61,7 @@ def _lit(image: Image.Image, source: str) -> Image.Image:
     return Image.fromarray(np.minimum(lit, 255).astype(np.uint8))
 
 
-class _Canvas:
-    """A supersampled picture that takes shapes in the scene's relative coordinates."""
-
-    def __init__(self, scene: Scene, width: int, height: int):
-        self.scene, self.points, self.unit = scene, scene.points, scene.unit
-        self.girth = scene.unit * BUILDS[scene.build]
-        self.keypoints, _ = scene_keypoints(scene)
-        self.image = Image.new("RGB", (width, height), BACKGROUND_COLOURS[scene.background])
-        self._scale = np.array([width / scene.aspect, height])
-        self._draw = ImageDraw.Draw(self.image)
-        self._outline = max(0.0042 * scene.unit, 0.6 / height)
-        self._towards_light = np.array(TOWARDS_LIGHT[scene.light])
-
-    def fill(self, polygon: np.ndarray, colour: Colour) -> None:
-        """A polygon (n, 2) without outline."""
-        self._draw.polygon((polygon * self._scale).ravel().tolist(), fill=colour)
-
-    def shapes(self, polygons: Sequence[np.ndarray], colour: Colour, edge: Colour | None = None) -> None:
-        """Polygons as one body: the outlines of all lie behind the fills of all, with shade on the side away from the light."""
-        for polygon in polygons:
-            self.fill(grow(polygon, self._outline), edge or outline_colour(colour))
-        depth = 0.006 * self.unit
-        shaded = self._towards_light.any()
-        for polygon in polygons if shaded else ():
-            self.fill(polygon, shade(colour, 0.87))
-        for polygon in polygons:
-            self.fill(grow(polygon, -depth) + depth * self._towards_light if shaded else polygon, colour)
-
-    def stroke(self, path: np.ndarray, thickness: float, colour: Colour) -> None:
-        """A line with round ends through ``path`` (n, 2), without outline."""
-        points = [tuple(p) for p in (path * self._scale).tolist()]
-        thick = max(1.0, thickness * self._scale[1])
-        self._draw.line(points, fill=colour, width=round(thick), joint="curve")
-        for x, y in (points[0], points[-1]):
-            r = thick / 2
-            self._draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-
-
-def shade(colour: Colour, factor: float) -> Colour:
-    """The colour with its light multiplied by ``factor``, clipped."""
-    return tuple(min(255, max(0, round(c * factor))) for c in colour)
-
-
-def mix(colour: Colour, other: Colour, share: float) -> Colour:
-    """The colour with ``share`` of another one in it."""
-    return tuple(round(c + (o - c) * share) for c, o in zip(colour, other))
-
-
-def outline_colour(colour: Colour) -> Colour:
-    """A darker tone of the fill; black shapes get a lighter one, so that limbs stay apart."""
-    return shade(colour, 0.62) if sum(colour) > 160 else (84, 84, 90)
-
-
-def grow(polygon: np.ndarray, margin: float) -> np.ndarray:
-    """The polygon with every vertex moved outwards by ``margin`` along its normal."""
-    tangent = np.roll(polygon, -1, 0) - np.roll(polygon, 1, 0)
-    tangent /= np.maximum(np.hypot(tangent[:, 0], tangent[:, 1]), 1e-9)[:, None]
-    x, y = polygon.T
-    clockwise = np.sign(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
-    return polygon + clockwise * margin * np.stack([tangent[:, 1], -tangent[:, 0]], 1)
-
-
-def ellipse(centre: np.ndarray, rx: float, ry: float | None = None, angle: float = 0.0, count: int = 40) -> np.ndarray:
-    """An ellipse as a polygon, its x axis turned clockwise by ``angle`` radians."""
-    a = np.linspace(0, 2 * math.pi, count, endpoint=False)
-    points = np.stack([rx * np.cos(a), (rx if ry is None else ry) * np.sin(a)], 1)
-    return centre + points @ rotation(angle).T
-
-
-def rotation(angle: float) -> np.ndarray:
-    """The matrix that turns clockwise by ``angle`` radians (y points down)."""
-    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-
-
-def capsule(a: np.ndarray, b: np.ndarray, ra: float, rb: float, flat: bool = False) -> np.ndarray:
-    """Two discs and everything between them: a tapered limb; ``flat`` cuts it straight at ``b``, like a cuff."""
-    angle = math.atan2(b[1] - a[1], b[0] - a[0])
-    around = np.linspace(-math.pi / 2, math.pi / 2, 13)
-    start = a + ra * np.stack([np.cos(angle + math.pi + around), np.sin(angle + math.pi + around)], 1)
-    around = np.linspace(-1, 1, 5) if flat else around
-    if flat:
-        end = b + rb * np.outer(around, [-math.sin(angle), math.cos(angle)])
-    else:
-        end = b + rb * np.stack([np.cos(angle + around), np.sin(angle + around)], 1)
-    return np.concatenate([end, start])
-
-
-def smooth(points: Sequence[np.ndarray], steps: int = 6) -> np.ndarray:
-    """A closed Catmull-Rom curve through ``points`` as a polygon."""
-    p = np.asarray(points)
-    t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
-    a, b, c, d = np.roll(p, 1, 0), p, np.roll(p, -1, 0), np.roll(p, -2, 0)
-    curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    return curve.transpose(1, 0, 2).reshape(-1, 2)
-
-
-def _draw_room(canvas: _Canvas) -> None:
+def _draw_room(canvas: Canvas) -> None:
     """Floor and the shadow under the figure; the wall is the canvas itself."""
     scene, wall = canvas.scene, BACKGROUND_COLOURS[canvas.scene.background]
     horizon = scene.ground - 0.055 * scene.unit
@@ -172,7 +74,7 @@ def _draw_room(canvas: _Canvas) -> None:
     canvas.fill(ellipse(np.array([middle, scene.ground]), reach, 0.022 * scene.unit), shade(wall, 0.74))
 
 
-def _draw_behind(canvas: _Canvas) -> None:
+def _draw_behind(canvas: Canvas) -> None:
     """What is behind the body: a stool, long hair, a bun, pigtails."""
     scene, u = canvas.scene, canvas.unit
     if scene.legs == "sitting":
@@ -208,11 +110,9 @@ def _head_outline(scene: Scene, half: Sequence[Pair], rest: Sequence[Pair] = ())
     return smooth([head_point(scene, *point) for point in outline])
 
 
-def _draw_legs(canvas: _Canvas) -> None:
+def _draw_legs(canvas: Canvas) -> None:
     p, u, g = canvas.points, canvas.unit, canvas.girth
     cloth = [capsule(p["left_hip"], p["right_hip"], 0.05 * g, 0.05 * g)]
-    crotch = (p["left_hip"] + p["right_hip"]) / 2 + np.array([0, 0.03 * u])
-    cloth.append(ellipse(crotch, 0.05 * g, 0.04 * g, count=24))
     for side in ("left", "right"):
         hip, knee, ankle, heel, toe = (p[f"{side}_{part}"] for part in ("hip", "knee", "ankle", "heel", "big_toe"))
         canvas.shapes([capsule(heel, toe, 0.02 * u, 0.021 * u), capsule(ankle, heel, 0.022 * u, 0.02 * u)], SHOE)
@@ -221,15 +121,15 @@ def _draw_legs(canvas: _Canvas) -> None:
     canvas.shapes(cloth, TROUSERS_COLOURS[canvas.scene.trousers])
 
 
-def _torso_point(canvas: _Canvas, x: float, y: float) -> np.ndarray:
+def _torso_point(canvas: Canvas, x: float, y: float) -> np.ndarray:
     """A point of the torso's frame: x across (scaled by the build), y up from the pelvis, in figure heights."""
     spine = canvas.points["neck"] - canvas.points["pelvis"]
     up = spine / math.hypot(*spine)
     return canvas.points["pelvis"] + np.array([-up[1], up[0]]) * x * canvas.girth + up * y * canvas.unit
 
 
-def _draw_torso(canvas: _Canvas) -> None:
-    """Neck and top, with what tells a jumper (ribbed hem), a shirt (collar, buttons) and a short-sleeved top (low neck) apart."""
+def _draw_torso(canvas: Canvas) -> None:
+    """Neck and top: a jumper has a ribbed hem, a shirt a collar and buttons, a short-sleeved top a low neck."""
     scene, u = canvas.scene, canvas.unit
     skin, colour = SKIN_COLOURS[scene.skin], TOP_COLOURS[scene.top]
     edge = outline_colour(colour)
@@ -255,8 +155,8 @@ def _draw_torso(canvas: _Canvas) -> None:
             canvas.stroke(np.array([at(x, -0.012), at(x, -0.03)]), 0.003 * u, edge)
 
 
-def _draw_arm(canvas: _Canvas, side: str) -> None:
-    scene, u, g, p = canvas.scene, canvas.unit, canvas.girth, canvas.points
+def _draw_arm(canvas: Canvas, side: str) -> None:
+    scene, g, p = canvas.scene, canvas.girth, canvas.points
     skin, colour = SKIN_COLOURS[scene.skin], TOP_COLOURS[scene.top]
     shoulder, elbow, wrist = (p[f"{side}_{part}"] for part in ("shoulder", "elbow", "wrist"))
     _draw_hand(canvas, side)
@@ -273,7 +173,7 @@ def _draw_arm(canvas: _Canvas, side: str) -> None:
     canvas.fill(capsule(shoulder, _torso_point(canvas, sign * 0.07, 0.225), 0.03 * g, 0.036 * g), colour)
 
 
-def _draw_hand(canvas: _Canvas, side: str) -> None:
+def _draw_hand(canvas: Canvas, side: str) -> None:
     """A palm and five fingers along the keypoints of the hand."""
     u, skin = canvas.unit, SKIN_COLOURS[canvas.scene.skin]
     hand = canvas.keypoints[LEFT_HAND if side == "left" else RIGHT_HAND]
@@ -282,12 +182,13 @@ def _draw_hand(canvas: _Canvas, side: str) -> None:
     canvas.shapes([capsule(hand[0], palm, 0.019 * u, 0.025 * u), *fingers], skin)
 
 
-def _draw_head(canvas: _Canvas) -> None:
+def _draw_head(canvas: Canvas) -> None:
     scene, radius = canvas.scene, HEAD_RADIUS * canvas.unit
     skin, hair, face = SKIN_COLOURS[scene.skin], HAIR_COLOURS[scene.hair], canvas.keypoints[FACE]
     upright = rotation(scene.tilt)
-    if scene.hair_style not in ("long", "curly"):
-        canvas.shapes([ellipse(head_point(scene, sign * 0.92, 0.14), 0.16 * radius, 0.2 * radius) for sign in (-1, 1)], skin)
+    if scene.hair_style not in HAIR_OVER_EARS:
+        ears = [ellipse(head_point(scene, sign * 0.92, 0.14), 0.16 * radius, 0.2 * radius) for sign in (-1, 1)]
+        canvas.shapes(ears, skin)
     skull = [head_point(scene, 0.9 * math.cos(a), -0.1 - 0.85 * math.sin(a)) for a in np.linspace(0, math.pi, 12)[1:-1]]
     canvas.shapes([np.concatenate([face[:17], skull])], skin)
     for sign, first in ((-1, 36), (1, 42)):
@@ -306,10 +207,10 @@ def _draw_head(canvas: _Canvas) -> None:
     canvas.fill(face[60:68], WHITE)
 
 
-def _draw_hair(canvas: _Canvas) -> None:
+def _draw_hair(canvas: Canvas) -> None:
     """The cap of hair round the face, and long locks over the shoulders."""
     scene, hair = canvas.scene, HAIR_COLOURS[canvas.scene.hair]
-    low = 0.28 if scene.hair_style in ("short", "curly") else 0.1
+    low = {"short": 0.0, "curly": 0.28}.get(scene.hair_style, 0.1)
     parting = 0.2 if scene.hair_style in ("short", "long", "pigtails") else 0.0
     outer = [(0, -1.18), (0.45, -1.12), (0.86, -0.85), (1.06, -0.3), (1.0, low)]
     fringe = [(0.86, low), (0.8, -0.25), (0.56, -0.42), (parting + 0.1, -0.52), (parting - 0.1, -0.5), (-0.5, -0.42)]
@@ -317,12 +218,21 @@ def _draw_hair(canvas: _Canvas) -> None:
     left = [(-x, y) for x, y in reversed(outer[1:])]
     canvas.shapes([smooth([head_point(scene, *point) for point in [*outer, *fringe, *left]])], hair)
     if scene.hair_style == "long":
-        lock = [(0.84, -0.3), (1.06, -0.2), (1.17, 0.8), (1.14, 1.7), (0.92, 2.0), (0.74, 1.75), (0.76, 1.1), (0.9, 0.5)]
+        lock = [
+            (0.84, -0.3),
+            (1.06, -0.2),
+            (1.17, 0.8),
+            (1.14, 1.7),
+            (0.92, 2.0),
+            (0.74, 1.75),
+            (0.76, 1.1),
+            (0.9, 0.5),
+        ]
         for sign in (-1, 1):
             canvas.shapes([smooth([head_point(scene, sign * x, y) for x, y in lock])], hair)
 
 
-def _draw_object(canvas: _Canvas) -> None:
+def _draw_object(canvas: Canvas) -> None:
     """The held object, and fingers over what they grip."""
     scene, u = canvas.scene, canvas.unit
     colour = TOP_COLOURS[scene.held_colour]
@@ -347,9 +257,9 @@ def _draw_object(canvas: _Canvas) -> None:
         canvas.shapes([knot, ellipse(at(0.04, -0.257), 0.082 * u, 0.096 * u)], colour)
         canvas.fill(ellipse(at(0.04, -0.257) - np.array([0.03, 0.035]) * u, 0.014 * u, 0.024 * u, 0.5), gleam)
     elif scene.held_object == "book":
-        canvas.shapes([box(-0.045, -0.09, 0.085, 0.07)], PAPER, edge)
-        canvas.shapes([box(-0.05, -0.09, 0.078, 0.07)], colour)
-        canvas.fill(box(-0.015, -0.06, 0.05, -0.03), mix(colour, WHITE, 0.7))
+        canvas.shapes([box(-0.015, -0.09, 0.115, 0.07)], PAPER, edge)
+        canvas.shapes([box(-0.02, -0.09, 0.108, 0.07)], colour)
+        canvas.fill(box(0.015, -0.06, 0.08, -0.03), mix(colour, WHITE, 0.7))
     elif scene.held_object == "cup":
         canvas.shapes([ellipse(at(0.07, -0.02), 0.028 * u)], colour)
         canvas.fill(ellipse(at(0.07, -0.02), 0.014 * u), BACKGROUND_COLOURS[scene.background])
@@ -367,8 +277,8 @@ def _draw_object(canvas: _Canvas) -> None:
         for x in (-0.063, 0.063):
             canvas.stroke(np.array([at(0.02 + x, -0.2), at(0.02 + x * 0.6, -0.28), at(0.02, -0.313)]), 0.004 * u, edge)
     if scene.held_object == "book":
-        thumb = np.array([-0.055, 0.0]), np.array([-0.012, -0.008])
-        canvas.shapes([capsule(at(*thumb[0]), at(*thumb[1]), 0.011 * u, 0.0095 * u)], SKIN_COLOURS[scene.skin])
+        thumb = capsule(at(-0.025, 0.0), at(0.014, -0.008), 0.011 * u, 0.0095 * u)
+        canvas.shapes([thumb], SKIN_COLOURS[scene.skin])
     elif scene.held_object == "cup":
         fingers = [capsule(at(-0.028, y), at(0.012, y), 0.0095 * u, 0.0085 * u) for y in (-0.026, -0.008, 0.01)]
         canvas.shapes(fingers, SKIN_COLOURS[scene.skin])

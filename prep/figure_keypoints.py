@@ -10,28 +10,29 @@ import math
 
 import numpy as np
 
-from prep.figure_scene import HEAD_RADIUS, Scene, ball_centre, head_point, object_grip
+from prep.figure_scene import HAIR_OVER_EARS, Scene, head_point, object_circles
 
 BODY = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
-    "left_hip right_hip left_knee right_knee left_ankle right_ankle"
-).split()
-FEET = "left_big_toe left_small_toe left_heel right_big_toe right_small_toe right_heel".split()
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
+    *("left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist"),
+    *("left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
+)
+FEET = ("left_big_toe", "left_small_toe", "left_heel", "right_big_toe", "right_small_toe", "right_heel")
 FACE = slice(23, 91)
 LEFT_HAND, RIGHT_HAND = slice(91, 112), slice(112, 133)
 COUNT = 133
 
 HIDDEN, VISIBLE = 1, 2  # 0 stands for outside the picture
 
-# Angle from the middle finger (degrees, towards the thumb), where the finger starts and how long it is (in hand lengths).
+# Thumb to little finger: angle from the middle finger (degrees, towards the thumb), start and length (in hand lengths).
 _FINGERS = ((52, 0.22, 0.52), (15, 0.5, 0.42), (2, 0.52, 0.48), (-11, 0.5, 0.43), (-25, 0.46, 0.34))
 
 
 def scene_keypoints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Positions (133, 2) in the scene's relative coordinates and visibility (133,): 1 hidden by something, 2 in view.
 
-    Joints of the body are where the drawing puts its limbs' axes; being under clothes is being in view, as in COCO. Ears are
-    hidden by hair that covers them, fingers by the object they close around.
+    Joints of the body are where the drawing puts its limbs' axes; being under clothes is being in view, as in COCO.
+    Ears are hidden by hair that covers them, other points by a ball, balloon or book in front of them.
     """
     face = face_points(scene)
     points = dict(scene.points)
@@ -48,13 +49,11 @@ def scene_keypoints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         ]
     )
     visibility = np.full(COUNT, VISIBLE)
-    if scene.hair_style in ("long", "curly"):
+    if scene.hair_style in HAIR_OVER_EARS:
         visibility[[3, 4]] = HIDDEN
-    hand = LEFT_HAND if scene.held_hand == "left" else RIGHT_HAND
-    if scene.held_object in ("ball", "book"):
-        centre, radius = (ball_centre(scene), 0.062) if scene.held_object == "ball" else (object_grip(scene), 0.055)
-        covered = np.hypot(*(positions[hand] - centre).T) < radius * scene.unit
-        visibility[hand] = np.where(covered, HIDDEN, VISIBLE)
+    if scene.held_object in ("ball", "balloon", "book"):
+        for centre, radius in object_circles(scene):
+            visibility[np.hypot(*(positions - centre).T) < radius] = HIDDEN
     return positions, visibility
 
 
@@ -85,7 +84,7 @@ def hand_points(scene: Scene, side: str) -> np.ndarray:
     """Wrist, then four points of the thumb, index, middle, ring and little finger (21, 2)."""
     wrist, finger = scene.points[f"{side}_wrist"], scene.points[f"{side}_finger"]
     along = finger - wrist
-    # The thumb points towards the body when the arm hangs, to the head when it is raised; seen from the front that is this side.
+    # the thumb is towards the body when the arm hangs and towards the head when it is raised
     inward = -1 if side == "left" else 1
     across = inward * np.array([along[1], -along[0]])
     curl = 0.55 if side == scene.held_hand else 1.0
@@ -96,8 +95,3 @@ def hand_points(scene: Scene, side: str) -> np.ndarray:
         base = wrist + direction * start
         points += [base + direction * length * curl * step / 3 for step in range(4)]
     return np.array(points)
-
-
-def head_radius(scene: Scene) -> float:
-    """Half the height of the head without hair, in the scene's relative coordinates."""
-    return HEAD_RADIUS * scene.unit

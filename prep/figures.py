@@ -1,8 +1,8 @@
 """The built-in dataset: drawings of people with a caption and the known truth beside each.
 
-Everything can be run and judged with it before any photograph is at hand. Figure ``i`` of a set is a pure function of the set's
-seed, ``i`` and the size: the scene (:mod:`prep.figure_scene`), its 133 keypoints (:mod:`prep.figure_keypoints`), the picture
-(:mod:`prep.figure_drawing`) and the caption (:mod:`prep.figure_captions`).
+Everything can be run and judged with it before any photograph is at hand. Figure ``i`` of a set is a pure function of
+the set's seed, ``i`` and the size: the scene (:mod:`prep.figure_pose`), its 133 keypoints
+(:mod:`prep.figure_keypoints`), the picture (:mod:`prep.figure_drawing`) and the caption (:mod:`prep.figure_captions`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from prep.errors import ConfigError
 from prep.figure_captions import VOCABULARY, scene_caption
 from prep.figure_drawing import render
 from prep.figure_keypoints import scene_keypoints
+from prep.figure_pose import sample_scene
 from prep.figure_scene import (
     BACKGROUND_COLOURS,
     HAIR_COLOURS,
@@ -35,7 +36,6 @@ from prep.figure_scene import (
     TROUSERS_COLOURS,
     Dice,
     body_circles,
-    sample_scene,
     union_box,
 )
 from prep.files import canonical_json, write_atomic
@@ -60,9 +60,10 @@ _MARKER, _TRUTH = "figures.json", "truth.parquet"
 class Figure:
     """A drawn figure and its truth.
 
-    ``keypoints`` is float32 (133, 3): x and y in continuous pixels of the picture (the centre of the first pixel is at .5, .5), then
-    visibility: 0 outside the picture, 1 hidden, 2 visible. ``box`` is (x0, y0, x1, y1) of the person without the held object, clipped
-    to the picture. ``attributes`` are words: top, trousers, background, hair, skin, held_object, held_colour, held_hand, light, ...
+    ``keypoints`` is float32 (133, 3): x and y in continuous pixels of the picture (the centre of the first pixel is at
+    .5, .5), then visibility: 0 outside the picture, 1 hidden, 2 visible. ``box`` is (x0, y0, x1, y1) of the person
+    without the held object, clipped to the picture. ``attributes`` are words: top, trousers, background, hair, skin,
+    held_object, held_colour, held_hand, light, ...
     """
 
     image: Image.Image
@@ -100,8 +101,8 @@ def write_figures(
 ) -> None:
     """Write ``figure-NNNNNN.png`` and ``.txt`` for each figure, then ``truth.parquet``, into the folder ``out``.
 
-    ``figures.json`` keeps the parameters: the same call again finishes an interrupted set, or does nothing when it is complete.
-    Raises ConfigError for a folder that holds anything else.
+    ``figures.json`` keeps the parameters: the same call again redoes an interrupted set, and does nothing when it is
+    complete. Raises ConfigError for a folder that holds anything else.
     """
     out = Path(out)
     parameters = {
@@ -133,6 +134,8 @@ def _check(out: Path, parameters: dict) -> None:
             f"prep figures: count {parameters['count']}, size {parameters['size']}, seed {parameters['seed']}: "
             "need a count of at least 1, a size of at least 32 pixels and a seed that is not negative"
         )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; prep figures writes a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     try:
