@@ -34,7 +34,7 @@ def write_dataset(root: Path, seed: int = 0, layers: tuple[str, ...] = tuple(LAY
         }
         for layer in layers:
             unit = Unit(bucket, 0, layer)
-            with LayerWriter(root, unit, "synthetic") as writer:
+            with LayerWriter(root, unit, recipe={"made": "synthetic"}, facts={}) as writer:
                 for key in keys:
                     members, columns = samples[key][layer]
                     writer.add(key, members, **columns)
