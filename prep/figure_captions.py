@@ -99,7 +99,7 @@ _CLOTHES = (
     "{S} wears {top} and {trousers}.",
     "{S} is dressed in {trousers} and {top}.",
     "{P} clothes are {top} and {trousers}.",
-    "{S} wears {trousers} with {top}.",
+    "{S} has {top} and {trousers} on.",
 )
 _HELD = (
     "In {p} {hand} hand {s} holds {thing}, {arm}.",
