@@ -66,7 +66,7 @@ class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            _conv(3, 24), _conv(24, 32, stride=2), _Residual(32, 2), _Residual(32, 4), _Residual(32, 2)
+            _conv(3, 16), _conv(16, 32, stride=2), _Residual(32, 2), _Residual(32, 4), _Residual(32, 2)
         )
         self.head = nn.Sequential(_conv(64, 40), nn.Conv2d(40, 5, 1))
 
@@ -87,21 +87,23 @@ class Detector(nn.Module):
 class PoseNet(nn.Module):
     """Normalised RGB, (B, 3, 384, 288) -> SimCC (B, 133, 576) and (B, 133, 768).
 
-    A small U-Net gives one heatmap per joint; its mean place is drawn as a bump on each axis, which is finer than
-    its cells. The bump is as high as the confidence, below zero for joints outside the picture.
+    A small U-Net gives one heatmap per joint. Its mean place, finer than the cells, is drawn as a parabola on each
+    axis, as high as the confidence: below zero for joints outside the picture.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.high = nn.Sequential(_conv(3, 24, stride=2), _Residual(24))  # 48 x 36
-        self.middle = nn.Sequential(_conv(24, 48, stride=2), _Residual(48))  # 24 x 18
-        self.low = nn.Sequential(_conv(48, 72, stride=2), _Residual(72), _Residual(72, 2))  # 12 x 9
-        self.to_middle = nn.Conv2d(72, 48, 1)
+        # widths are multiples of 16, the block of onnxruntime's convolutions
+        self.high = nn.Sequential(_conv(3, 16, stride=2), _Residual(16))  # 48 x 36
+        self.middle = nn.Sequential(_conv(16, 48, stride=2), _Residual(48))  # 24 x 18
+        self.low = nn.Sequential(_conv(48, 64, stride=2), _Residual(64), _Residual(64, 2))  # 12 x 9
+        self.low_to_middle = nn.Conv2d(64, 48, 1)
         self.merge_middle = _Residual(48)
-        self.to_high = nn.Conv2d(48, 24, 1)
-        self.merge_high = _conv(24, 40)
-        self.maps = nn.Conv2d(40, JOINTS, 1)
-        self.presence = nn.Linear(2 * 72, JOINTS)
+        self.middle_to_high = nn.Conv2d(48, 32, 1)
+        self.high_to_high = nn.Conv2d(16, 32, 1)
+        self.merge_high = _conv(32, 32)
+        self.maps = nn.Conv2d(32, JOINTS, 1)
+        self.presence = nn.Linear(2 * 64, JOINTS)
         self.register_buffer("rows", torch.arange(POSE_HEIGHT // POSE_CELL) * POSE_CELL + (POSE_CELL - 1) / 2, False)
         self.register_buffer("columns", torch.arange(POSE_WIDTH // POSE_CELL) * POSE_CELL + (POSE_CELL - 1) / 2, False)
 
@@ -111,8 +113,8 @@ class PoseNet(nn.Module):
         high = self.high(pooled)
         middle = self.middle(high)
         low = self.low(middle)
-        middle = self.merge_middle(middle + _double(self.to_middle(low)))
-        high = self.merge_high(high + _double(self.to_high(middle)))
+        middle = self.merge_middle(middle + _double(self.low_to_middle(low)))
+        high = self.merge_high(F.relu(self.high_to_high(high) + _double(self.middle_to_high(middle))))
         maps = self.maps(high)
         share = maps.float().flatten(2).softmax(-1).view_as(maps)
         presence = self.presence(torch.cat([low.mean((2, 3)), low.amax((2, 3))], dim=1))
@@ -126,17 +128,17 @@ class PoseNet(nn.Module):
         columns, rows, presence = self.predict(F.avg_pool2d(image, POSE_POOL))
         confidence = 1.25 * presence.sigmoid() - 0.25  # .3 is an even chance or nearly, and the absent are negative
         x, y = self.places(columns, rows)
-        return _bump(x, 2 * POSE_WIDTH, confidence), _bump(y, 2 * POSE_HEIGHT, confidence)
+        return _parabola(x, 2 * POSE_WIDTH, confidence), _parabola(y, 2 * POSE_HEIGHT, confidence)
 
 
 def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _bump(place: Tensor, bins: int, height: Tensor) -> Tensor:
-    """A bump of ``height`` at input index ``place`` (B, 133) over half-pixel ``bins``: (B, 133, bins)."""
-    distance = torch.arange(bins, device=place.device) / 2 - place[..., None]
-    return height[..., None] * torch.exp(-distance.square() / 50)
+def _parabola(place: Tensor, bins: int, height: Tensor) -> Tensor:
+    """A parabola with its top, ``height``, at input index ``place`` (B, 133) over half-pixel bins: (B, 133, bins)."""
+    distance = torch.arange(bins, device=place.device) / 40 - place[..., None] / 20
+    return height[..., None] - distance * distance
 
 
 # --- figures and how they are disturbed -------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def disturb(pictures: Tensor) -> Tensor:
     gain = uniform(0.6, 1.2, batch, 1, 1, 1) * uniform(0.9, 1.1, batch, 3, 1, 1)
     pictures = (pictures - mean) * gain + mean + torch.randn(batch, 1, 1, 1) * 15 + torch.randn(batch, 3, 1, 1) * 10
     if torch.rand(()) < 0.6:  # one blur per batch is cheap, and there are many batches
-        factor = float(uniform(1.2, 3.2))
+        factor = float(uniform(1.2, 4.0))
         small = F.interpolate(
             pictures, (round(height / factor), round(width / factor)), mode="bilinear", antialias=True
         )
@@ -221,7 +223,8 @@ def nobody(pictures: Tensor) -> Tensor:
     pieces = pieces[:, :, torch.randperm(25)].unflatten(2, (5, 5)).permute(0, 1, 2, 4, 3, 5)
     shuffled = F.interpolate(pieces.flatten(4, 5).flatten(2, 3), (height, width))
     cells = int(uniform(2, 40))
-    noise = F.interpolate(128 + 60 * torch.randn(batch, 3, cells, cells), (height, width), mode="bilinear")
+    field = 128 + uniform(0, 70, batch, 1, 1, 1) * torch.randn(batch, 3, cells, cells)  # flat colours to gaudy spots
+    noise = F.interpolate(field, (height, width), mode="bilinear")
     white = 128 + uniform(10, 90, batch, 1, 1, 1) * torch.randn_like(pictures)
     kind = torch.randint(4, (batch, 1, 1, 1))
     return torch.where(kind == 0, rooms, torch.where(kind == 1, shuffled, torch.where(kind == 2, noise, white)))
