@@ -24,7 +24,17 @@ from prep.encoders import build_encoder
 from prep.errors import DataError
 from prep.files import canonical_json
 from prep.settings import PrepConfig
-from prep.shards import LayerWriter, Part, Unit, load_webp, npy_bytes, read_members, read_part, webp_bytes
+from prep.shards import (
+    LayerWriter,
+    Part,
+    Unit,
+    fingerprint_of,
+    load_webp,
+    npy_bytes,
+    read_members,
+    read_part,
+    webp_bytes,
+)
 from prep.sources import BadImage, Source, load_canonical
 
 
@@ -57,12 +67,15 @@ class LayerWorker:
         self._encoders: dict[str, Any] = {}
 
     def run(self, task: ShardTask) -> list[dict[str, Any]]:
-        """Compute and commit every layer of the task; returns layer, samples and seconds of each."""
+        """Compute and commit the layers of the task, but those committed meanwhile; returns what each took."""
         compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
         done = []
         for layer, recipe in task.recipes.items():
             start = time.monotonic()
-            compute[layer](task, Unit(task.bucket, task.shard, layer), recipe)
+            unit = Unit(task.bucket, task.shard, layer)
+            part = read_part(self.root, unit)
+            if part is None or part.fingerprint != fingerprint_of(recipe):
+                compute[layer](task, unit, recipe)
             done.append({"layer": layer, "samples": len(task.sources), "seconds": round(time.monotonic() - start, 3)})
         return done
 

@@ -14,7 +14,7 @@ class ImageConfig(Config):
     """Limits on source images."""
 
     max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
-    max_upscale: float = Field(4 / 3, gt=0)
+    max_upscale: float = Field(1.3334, gt=0)  # 4/3 with room for rounding
 
 
 class T5Config(Config):

@@ -28,6 +28,7 @@ MAX_EXIF_BYTES = 1 << 20
 KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
 TRUTH_NAME = "truth.parquet"
+FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
 TRANSPOSE = {
     1: None,
@@ -85,7 +86,7 @@ class Scan:
 def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
     """Yield every file below ``folder`` as (POSIX name, problem or None), sorted by name.
 
-    Caption sidecars and the figures' truth table are no sources and are left out. Links to folders are not followed
+    Caption sidecars and the figures' tables are no sources and are left out. Links to folders are not followed
     and hidden folders not entered; both are reported, so that nothing disappears silently.
     """
     root = folder.resolve()
@@ -102,7 +103,7 @@ def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
             folders.remove(name)
         for name in files:
             path = Path(parent, name)
-            if name == TRUTH_NAME or (name.lower().endswith(SIDECAR_SUFFIX) and not name.startswith(".")):
+            if name in FIGURES_FILES or (name.lower().endswith(SIDECAR_SUFFIX) and not name.startswith(".")):
                 continue
             found.append((_posix(path, root), _name_problem(path, root)))
     return iter(sorted(found, key=lambda item: item[0]))

@@ -1,0 +1,248 @@
+"""The plan of a run: which sample is in which shard, what every unit is made from, and which units are missing and why.
+
+Nothing is computed here. A unit is current when its index part carries the recipe that the config, the sources and the
+code ask for now; a recipe names its upstream's fingerprint, so a change reaches exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep import caption
+from prep.buckets import centre_crop, choose_bucket
+from prep.caption import BadCaption, SidecarCaptions
+from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
+from prep.errors import ConfigError, DataError
+from prep.files import sha256_bytes, write_atomic
+from prep.layers import ShardTask
+from prep.settings import PrepConfig
+from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_part
+from prep.sources import Reject, Source, scan
+
+# Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
+PX_VERSION = 1
+LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 1, "pose": 1}
+UPSTREAM = {"text": "px", "t5": "text", "dino": "px", "pose": "px"}
+
+MANIFEST = "manifest.parquet"
+MANIFEST_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "source": pa.string(),
+        "size_bytes": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "bucket": pa.string(),
+        "shard": pa.int32(),
+    }
+)
+NAMED = 5  # how many examples an error lists
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do.
+
+    ``sources`` maps keys to usable sources, ``shards`` maps (bucket, number) to the sorted keys of its members,
+    ``rejects`` has what was refused so far, ``seen`` counts the files looked at. ``recipes`` says what every unit must
+    be made from, ``parts`` holds the units that are current and ``missing`` the reason for every one that is not.
+    """
+
+    config: PrepConfig
+    sources: dict[str, Source]
+    shards: dict[tuple[str, int], list[str]]
+    rejects: list[Reject]
+    seen: int
+    recipes: dict[Unit, dict[str, Any]]
+    parts: dict[Unit, Part]
+    missing: dict[Unit, str]
+
+    def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
+        """The missing units of some layers, by shard; the shards with most to do come first, to end together."""
+        wanted: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+        for unit in self.missing:  # in the order of the data flow within a shard
+            if unit.layer in layers:
+                wanted[unit.bucket, unit.shard][unit.layer] = self.recipes[unit]
+        tasks = [
+            ShardTask(bucket, shard, tuple(self.sources[key] for key in self.shards[bucket, shard]), recipes)
+            for (bucket, shard), recipes in wanted.items()
+        ]
+        return sorted(tasks, key=lambda task: (-len(task.sources) * len(task.recipes), task.bucket, task.shard))
+
+    def explain(self) -> list[str]:
+        """One line per layer and reason: how many shards are computed, and why."""
+        lines = []
+        for layer in self.config.active_layers:
+            reasons = Counter(reason for unit, reason in self.missing.items() if unit.layer == layer)
+            for reason, count in sorted(reasons.items()):
+                lines.append(f"{layer}: {count} of {len(self.shards)} shards: {reason}")
+        return lines or ["nothing to compute: every layer of every shard is current"]
+
+
+def make_plan(config: PrepConfig) -> Plan:
+    """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions."""
+    folder, root = Path(config.source), Path(config.output)
+    check_folders(folder, root)
+    found = scan(folder, config.image.max_pixels)
+    seen = len(found.sources) + len(found.rejects)
+    if not seen:
+        raise DataError(f"source {folder} holds no files. Set source=FOLDER to where the images are")
+    rejects, sources = list(found.rejects), {}
+    for source in found.sources:
+        bucket = choose_bucket(source.width, source.height, config.base)
+        scale = centre_crop(source.width, source.height, bucket).scale
+        if scale > config.image.max_upscale:
+            detail = f"{source.width}x{source.height} would be enlarged {scale:.2f} times to fill {bucket}"
+            rejects.append(Reject(source.name, "source", "too_small", detail))
+        else:
+            sources[source.key] = source
+    captions = read_captions(config, sources)
+    buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
+    shards = assign_shards(buckets, read_manifest(root), config.shard_size)
+    recipes = make_recipes(config, shards, captions)
+    parts = {unit: part for unit in recipes if (part := read_part(root, unit)) is not None}
+    missing = {unit: why for unit, recipe in recipes.items() if (why := reason(root, unit, recipe, parts.get(unit)))}
+    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    return Plan(config, sources, shards, rejects, seen, recipes, current, missing)
+
+
+def check_folders(source: Path, output: Path) -> None:
+    """Refuse an output inside the source or the other way round: a dataset must not become its own input."""
+    source, output = source.resolve(), output.resolve()
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
+
+
+def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> dict[str, str]:
+    """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
+
+    Raises DataError with the count and the first paths when ``captions.on_missing`` is "error" and a caption cannot be
+    used, before anything expensive runs.
+    """
+    if "text" not in config.layers:
+        return {}
+    sidecars = SidecarCaptions(Path(config.source))
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = list(pool.map(lambda source: _try_caption(sidecars, source.name), sources.values()))
+    bad = [problem for problem in found if isinstance(problem, BadCaption)]
+    if bad and config.captions.on_missing == "error":
+        counts = ", ".join(
+            f"{count} {name}" for name, count in Counter(problem.reason for problem in bad).most_common()
+        )
+        examples = "; ".join(problem.detail for problem in bad[:NAMED])
+        raise DataError(
+            f"{len(bad)} of {len(sources)} images have no usable caption ({counts}): {examples}"
+            f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
+            "or set captions.on_missing=reject to leave these images out"
+        )
+    return {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
+
+
+def _try_caption(sidecars: SidecarCaptions, name: str) -> str | BadCaption:
+    try:
+        return sidecars.caption(name).provenance["sha256"]
+    except BadCaption as bad:
+        return bad
+
+
+def assign_shards(
+    buckets: Mapping[str, str], previous: Mapping[str, tuple[str, int]], shard_size: int
+) -> dict[tuple[str, int], list[str]]:
+    """Place samples in shards of their bucket, from (bucket, key) alone.
+
+    ``buckets`` maps keys to bucket names, ``previous`` maps keys to the (bucket, shard) of an earlier run: those stay,
+    and new samples fill new shards in key order, so that old shards are untouched. Shards and members come sorted.
+    """
+    shards: dict[tuple[str, int], list[str]] = defaultdict(list)
+    following: dict[str, int] = defaultdict(int)
+    for bucket, shard in previous.values():
+        following[bucket] = max(following[bucket], shard + 1)
+    new: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(buckets):
+        place = previous.get(key)
+        if place and place[0] == buckets[key]:
+            shards[place].append(key)
+        else:
+            new[buckets[key]].append(key)
+    for bucket, keys in new.items():
+        for position, key in enumerate(keys):
+            shards[bucket, following[bucket] + position // shard_size].append(key)
+    return dict(sorted(shards.items()))
+
+
+def make_recipes(
+    config: PrepConfig, shards: Mapping[tuple[str, int], list[str]], captions: Mapping[str, str]
+) -> dict[Unit, dict[str, Any]]:
+    """Everything each unit is made from, shard by shard in the order of the data flow."""
+    encoders = {layer: encoder_fingerprint(config, layer) for layer in config.active_layers if layer in ENCODER_LAYERS}
+    recipes: dict[Unit, dict[str, Any]] = {}
+    for (bucket, shard), keys in shards.items():
+        for layer in config.active_layers:
+            recipe: dict[str, Any] = {"layer": layer, "code": LAYER_VERSIONS[layer]}
+            if layer == "px":
+                recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
+            else:
+                recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, UPSTREAM[layer])])
+            if layer == "text":
+                recipe |= {"backend": config.captions.backend, "captions": {key: captions[key] for key in keys}}
+            if layer in encoders:
+                recipe["encoder"] = encoders[layer]
+            recipes[Unit(bucket, shard, layer)] = recipe
+    return recipes
+
+
+def reason(root: Path, unit: Unit, recipe: dict[str, Any], part: Part | None) -> str:
+    """Why a unit has to be computed; empty when it is current."""
+    if part is None:
+        return "its tar or index part is damaged" if (root / unit.part).exists() else "not computed yet"
+    if fingerprint_of(part.recipe) == fingerprint_of(recipe):
+        return ""
+    old, new = _flat(part.recipe), _flat(recipe)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if any(name.startswith("captions.") for name in changed):
+        changed = [name for name in changed if not name.startswith("captions.")] + ["captions"]
+    if "upstream" in changed:
+        changed[changed.index("upstream")] = f"{UPSTREAM[unit.layer]} layer"
+    return f"changed: {', '.join(changed)}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: json.dumps(value)}
+    return flat
+
+
+def read_manifest(root: Path) -> dict[str, tuple[str, int]]:
+    """The (bucket, shard) of every key of an earlier plan; empty before the first."""
+    path = root / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        table = pq.read_table(path, schema=MANIFEST_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error}). Restore it, or delete {root} and prepare it again") from error
+    return {row["key"]: (row["bucket"], row["shard"]) for row in table.to_pylist()}
+
+
+def write_manifest(plan: Plan) -> None:
+    """Fix the membership of the shards, before the first unit is computed."""
+    rows = [
+        vars(plan.sources[key]) | {"source": plan.sources[key].name, "bucket": bucket, "shard": shard}
+        for (bucket, shard), keys in plan.shards.items()
+        for key in keys
+    ]
+    rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
+    data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    path = Path(plan.config.output) / MANIFEST
+    if not path.exists() or path.read_bytes() != data:
+        write_atomic(path, data)
