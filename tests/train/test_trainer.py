@@ -1,0 +1,365 @@
+"""The loop: what a step computes, that nothing which looks on changes it, and that stopping loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prep.errors import Interrupted
+from prep.shards import Dataset
+from tests.train.tiny import tiny_config, write_dataset
+from train import trainer as trainer_module
+from train.checkpoint import load_checkpoint
+from train.conditioning import MODALITIES, ConditioningConfig
+from train.flow import flow_loss, interpolate, to_x
+from train.noise import generator
+from train.tracking import read_metrics
+from train.trainer import NonFiniteError, Trainer, autocast_dtype, clip_gradients, deal_subsets, gradient_norms, split
+
+CPU = torch.device("cpu")
+TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)
+
+
+def make(dataset: Path, output: Path, *overrides: str) -> Trainer:
+    config = tiny_config(dataset, output, *overrides)
+    config.run_folder.mkdir(exist_ok=True)
+    return Trainer(config, Dataset(dataset), CPU)
+
+
+def weights_of(run: Path, step: int) -> dict[str, bytes]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return {part: (folder / f"{part}.safetensors").read_bytes() for part in ("model", "ema", "optimizer")}
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The deterministic part of metrics.jsonl."""
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("sys/", "memory/"))}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_dataset, tmp_path_factory) -> Path:
+    """The run that nothing disturbs."""
+    trainer = make(tiny_dataset, tmp_path_factory.mktemp("straight") / "run")
+    trainer.run()
+    return trainer.config.run_folder
+
+
+# What one step is
+
+
+def test_a_micro_batch_is_a_pure_function_of_its_number(tiny_dataset, tmp_path):
+    first, second = (make(tiny_dataset, tmp_path / name) for name in "ab")
+    forwards = [first.make_micro_batch(i) for i in range(6)]
+    for i in reversed(range(6)):
+        ours, theirs = forwards[i], second.make_micro_batch(i)
+        assert ours.keys == theirs.keys
+        assert ours.subsets == theirs.subsets
+        for name in ("x", "noise", "t"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert not torch.equal(forwards[0].noise[0], forwards[0].noise[1])
+    assert not torch.equal(forwards[0].noise[0].flatten()[:99], forwards[2].noise[0].flatten()[:99])
+
+
+def test_times_are_stratified_over_the_whole_step(tiny_dataset, tmp_path):
+    trainer = make(
+        tiny_dataset, tmp_path / "run", "train.grad_accumulation_steps=8", "flow.uniform_share=0", "flow.shift=1"
+    )
+    for step in range(3):
+        t = np.concatenate([trainer.make_micro_batch(step * 8 + i).t.numpy() for i in range(8)])
+        flow = trainer.config.flow
+        normal = torch.from_numpy((np.log(t / (1 - t)) - flow.logit_mean) / flow.logit_std).double()
+        strata = (torch.special.ndtr(normal) * len(t)).floor().int()
+        assert sorted(strata.tolist()) == list(range(32))
+        assert t.tolist() != sorted(t.tolist())
+
+
+def test_each_image_weighs_the_same(tiny_dataset, tmp_path):
+    trainer = make(tiny_dataset, tmp_path / "run")
+    _unfreeze(trainer)
+    batches = [trainer.make_micro_batch(i) for i in range(2)]
+    for batch in batches:
+        trainer.micro_step(batch)
+    accumulated = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    for batch in batches:  # image by image, every condition masked or dropped by itself
+        for i in range(len(batch.x)):
+            part = next(p for p in batch.parts if p.images.start <= i < p.images.stop)
+            one = slice(i, i + 1)
+            z = interpolate(batch.x[one], batch.noise[one], batch.t[one])
+            alone = part.conditions.select(slice(i - part.images.start, i - part.images.start + 1))
+            output = trainer.model(z, batch.t[one], alone.keeping(batch.subsets[one]))
+            x_hat = to_x(output, z, batch.t[one], "x")
+            (flow_loss(x_hat, batch.x[one], batch.t[one], 0.05).sum() / 8).backward()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(accumulated[name], parameter.grad, rtol=2e-3, atol=2e-6)
+
+
+def test_subsets_are_dealt_exactly_and_independently_of_the_micro_batch():
+    table = ConditioningConfig(preset="quickstart").resolve()
+    per_place = [Counter() for _ in range(4)]
+    for step in range(500):
+        dealt = deal_subsets(table, 4, 10, generator(0, step))
+        assert len(dealt) == 40
+        counts = Counter(dealt)
+        assert all(abs(counts[subset] - 40 * share) < 1 for subset, share in table.items())
+        changes = sum(
+            a != b for place in range(4) for a, b in zip(dealt[place * 10 :][:9], dealt[place * 10 + 1 :][:9])
+        )
+        assert changes <= len(table) - 1, "equal subsets sit side by side, in few micro-batches"
+        for place, counter in enumerate(per_place):
+            counter.update(dealt[place * 10 : (place + 1) * 10])
+    for counter in per_place:  # whichever bucket a micro-batch has, its shares are the table's
+        for subset, share in table.items():
+            assert counter[subset] / 5000 == pytest.approx(share, abs=0.05)
+
+
+def test_runs_of_equal_subsets_get_a_forward_of_their_own():
+    assert split([TEXT] * 3 + [POSE] * 8 + [ALL] * 9) == [slice(0, 3), slice(3, 11), slice(11, 20)]
+    assert split([TEXT] * 2 + [POSE] * 3 + [ALL] * 1) == [slice(0, 6)]
+    assert split([TEXT] * 8 + [POSE] * 1 + [ALL] * 2) == [slice(0, 8), slice(8, 11)]
+
+
+def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
+    trainer = make(tiny_dataset, tmp_path / "run", "train.batch_size=40", "train.grad_accumulation_steps=1")
+    batch = trainer.make_micro_batch(0)
+    assert [part.images.stop - part.images.start for part in batch.parts] == [4, 10, 16, 10]
+    nothing, text, pose, everything = (part.conditions for part in batch.parts)
+    assert nothing.text is None
+    assert text.text is not None
+    assert text.pose is None
+    assert pose.patches is None
+    assert everything.keep.all()
+
+
+def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path):
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            # what .item(), .tolist(), bool() and float() of a tensor become, and ops whose output size is data
+            assert function not in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+                torch.ops.aten.masked_select.default,
+            ), function
+            return function(*args, **(kwargs or {}))
+
+    trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default", "train.batch_size=24")
+    batch = trainer.make_micro_batch(0)
+    with NoSync():  # trap 20
+        trainer.micro_step(batch)
+        gradient_norms(trainer.model)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        torch.ones(1).item()
+
+
+def test_gradients_are_clipped_together(tiny_dataset, tmp_path):
+    trainer = make(tiny_dataset, tmp_path / "run")
+    _unfreeze(trainer)
+    trainer.micro_step(trainer.make_micro_batch(0))
+    groups, total = gradient_norms(trainer.model)
+    every = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(total, every.norm())
+    assert {"blocks.00", "blocks.01", "final", "context", "patch_embedding"} <= set(groups)
+    clip_gradients(trainer.model, total, float(total) / 4)
+    _, clipped = gradient_norms(trainer.model)
+    torch.testing.assert_close(clipped, total / 4)
+    clip_gradients(trainer.model, clipped, 1e9)
+    torch.testing.assert_close(gradient_norms(trainer.model)[1], clipped)
+
+
+def test_gradient_checkpointing_and_bf16_change_memory_not_the_step(tiny_dataset, tmp_path):
+    def gradient(*overrides):
+        trainer = make(tiny_dataset, tmp_path / "run", *overrides)
+        _unfreeze(trainer)
+        trainer.micro_step(trainer.make_micro_batch(0))
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters()), "master weights stay float32"
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    plain = gradient()
+    assert torch.equal(plain, gradient("train.gradient_checkpointing=true"))
+    half = gradient("train.precision=bf16")
+    assert not torch.equal(plain, half)
+    assert torch.nn.functional.cosine_similarity(plain, half, dim=0) > 0.99
+
+
+def test_precision_auto_is_fp32_on_a_cpu():
+    assert autocast_dtype("auto", CPU) is None
+    assert autocast_dtype("fp32", CPU) is None
+    assert autocast_dtype("bf16", CPU) is torch.bfloat16
+
+
+def test_trap_21_compiling_renames_nothing(tiny_dataset, tmp_path):
+    plain, compiled = make(tiny_dataset, tmp_path / "a"), make(tiny_dataset, tmp_path / "b", "train.compile=true")
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())  # trap 21
+    compiled.ema.update(compiled.model, 1)
+    assert all(block._compiled_call_impl is not None for block in compiled.model.blocks)
+
+
+@pytest.mark.parametrize("layers", [("px", "text", "t5"), ("px", "dino"), ("px", "pose")])
+def test_modalities_may_be_absent(tmp_path, layers):
+    dataset = write_dataset(tmp_path / "dataset", layers=layers)
+    trainer = make(
+        dataset, tmp_path / "run", "train.steps=2", "visual_debug.every_steps=2", "conditioning.preset=default"
+    )
+    trainer.run()
+    assert sum(trainer.table.values()) == pytest.approx(1)
+    assert np.isfinite([record["train/loss"] for record in logged(tmp_path / "run")]).all()
+
+
+# What a run is
+
+
+def test_a_run_learns_and_records_it(straight):
+    records = logged(straight)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[-1]["train/loss"] < records[0]["train/loss"]
+    for record in records:
+        assert sum(v for k, v in record.items() if k.startswith("train/condition_share/")) == pytest.approx(1)
+        groups = [v for k, v in record.items() if k.startswith("grad_norm/")]
+        assert np.linalg.norm(groups) == pytest.approx(record["train/grad_norm"], rel=1e-5)
+    # the zero model predicts x = 0: its velocity is z / t, of about sqrt(1 + E x^2) at t near 1
+    assert 0.9 < records[0]["train/velocity_norm"] < 2
+    last = read_metrics(straight / "metrics.jsonl")[-1]
+    assert last["sys/images_per_sec"] == pytest.approx(8 * last["sys/iter_per_sec"])
+    assert last["sys/active_tokens"] in range(8 * 60, 8 * 71)
+
+
+def test_trap_27_28_what_looks_on_changes_nothing(tiny_dataset, straight, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    watched = make(
+        tiny_dataset, tmp_path / "run",
+        "visual_debug.every_steps=1", "log_every=5", "checkpoint.every_steps=2", "data.prefetch=0", "data.cache_gb=0",
+    )  # fmt: skip
+    watched.run()
+    assert weights_of(tmp_path / "run", 12) == weights_of(straight, 12)  # trap 27
+    assert torch.equal(torch.get_rng_state(), before[0])  # trap 28: nobody draws from or seeds a global state
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
+    kept = [record for record in logged(straight) if record["step"] % 5 == 0 or record["step"] == 12]
+    assert logged(tmp_path / "run") == kept
+
+
+def test_trap_27_the_averaged_model_shares_no_memory(tiny_dataset, tmp_path):
+    trainer = make(tiny_dataset, tmp_path / "run")
+    pointers = {p.data_ptr() for p in trainer.model.parameters()} | {v.data_ptr() for v in trainer.ema.state.values()}
+    averaged = trainer.ema_model()
+    assert not pointers & {p.data_ptr() for p in averaged.parameters()}  # trap 27
+    assert not averaged.training
+
+
+def test_the_picture_shows_the_arms_and_is_the_same_every_time(tiny_dataset, tmp_path):
+    pictures = []
+    for name in "ab":
+        trainer = make(tiny_dataset, tmp_path / name, "train.steps=2", "visual_debug.every_steps=2")
+        assert trainer.visual.arms == [ALL, POSE, TEXT]
+        assert len({row["bucket"] for row in trainer.visual.rows}) > 1
+        assert {row["split"] for row in trainer.visual.rows} == {"holdout"}
+        trainer.run()
+        pictures.append((tmp_path / name / "visual_debug" / "step-000002" / "grid.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_trap_30_stopped_and_continued_is_the_straight_run(
+    tiny_dataset, straight, tmp_path, monkeypatch, signal_number
+):
+    def stop_after(steps):
+        passed = iter(range(1, 100))
+        monkeypatch.setattr(
+            trainer_module, "fault", lambda point: next(passed) == steps and os.kill(os.getpid(), signal_number)
+        )
+
+    run, step = tmp_path / "run", 0
+    for more in (4, 1, 2):  # steps 4, 5 and 7: none is the checkpoint's own interval
+        stop_after(more)
+        trainer = make(tiny_dataset, run)
+        if step:
+            trainer.load(load_checkpoint(run / "checkpoints" / f"step-{step:06d}"))
+        with pytest.raises(Interrupted, match="the same command continues"):
+            trainer.run()
+        step += more
+        assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+    monkeypatch.undo()
+    trainer = make(tiny_dataset, run)
+    trainer.load(load_checkpoint(run / "checkpoints" / f"step-{step:06d}"))
+    trainer.run()
+    assert weights_of(run, 12) == weights_of(straight, 12)  # trap 30
+    assert logged(run) == logged(straight)
+    state = load_checkpoint(run / "checkpoints" / "step-000012").state
+    assert state["micro_batches"] == 24
+    assert signal.getsignal(signal_number) is not None
+
+
+def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
+    dataset = write_dataset(tmp_path / "dataset")
+    shard = dataset / "bucket_64x64" / "shard-000000.t5.tar"
+    shard.write_bytes(shard.read_bytes()[:-20000])
+    trainer = make(dataset, tmp_path / "run")
+    with pytest.raises(Exception, match=r"bucket_64x64/shard-000000\.t5\.tar.*[0-9a-f]{32}"):  # trap 35
+        trainer.run()
+
+
+@pytest.mark.parametrize("where", ["input", "weights", "gradient"])
+def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypatch, where):
+    trainer = make(tiny_dataset, tmp_path / "run", "data.prefetch=0", "checkpoint.every_steps=1")
+    real = trainer.make_micro_batch
+
+    def poisoned(index):
+        batch = real(index)
+        if index == 5 and where == "input":
+            batch.x[2, 0, 0, 0] = float("inf")
+        if index == 5 and where == "weights":
+            with torch.no_grad():
+                trainer.model.blocks[0].mlp.up.weight[0, 0] = float("nan")
+        if index == 5 and where == "gradient":
+            trainer.model.final.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return batch
+
+    monkeypatch.setattr(trainer, "make_micro_batch", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 3: .* is not finite\. Optimiser and EMA were not touched"):
+        trainer.run()
+    assert trainer.step == 2
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002")
+    for name, value in trainer.ema.state.items():
+        assert torch.equal(value, saved.ema[name])
+    for name, value in trainer.optimizer.tensors().items():
+        assert torch.equal(value, saved.optimizer[name])
+    if where != "weights":
+        assert all(torch.equal(value, saved.model[name]) for name, value in trainer.model.state_dict().items())
+    record = json.loads((tmp_path / "run" / "non-finite-step-000003.json").read_text())
+    assert len(record["images"]) == 8
+    assert all(0 < image["t"] < 1 and len(image["key"]) == 32 for image in record["images"])
+    assert "nan" in json.dumps(record)
+    if where == "input":
+        assert [i for i, image in enumerate(record["images"]) if image["loss"] in ("inf", "nan")] == [6]
+
+
+def test_the_state_is_in_the_checkpoint_and_nowhere_else(straight):
+    checkpoint = load_checkpoint(straight / "checkpoints" / "step-000012")
+    assert checkpoint.state["rng"].startswith("counter-based")
+    assert checkpoint.state["config"]["train"]["steps"] == 12
+    assert set(checkpoint.state["environment"]) == {"torch", "threads", "cpu_capability", "fast_bf16", "device"}
+    names = {name.rsplit("/", 1)[-1] for name in checkpoint.optimizer}
+    assert names == set(checkpoint.model)
+
+
+def _unfreeze(trainer: Trainer) -> None:
+    """Move the zero-initialised layers away from zero, so that gradients reach every parameter."""
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(0)
+        for parameter in trainer.model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.05, generator=rng)
