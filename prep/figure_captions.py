@@ -21,8 +21,8 @@ from prep.figure_scene import (
     Scene,
 )
 
-# Words a caption may have: of the ordinary kind (detailed), and of the short kind.
-DETAILED_WORDS, SHORT_WORDS = (60, 200), (48, 60)
+# Words a caption may have: detailed, and short enough for 64 tokens with punctuation (one padding step of the trainer).
+DETAILED_WORDS, SHORT_WORDS = (60, 200), (48, 54)
 
 _TOP_NOUNS = {"jumper": ("jumper", "sweater"), "shirt": ("shirt",), "top": ("top", "tee")}
 _TOP_DETAILS = {"jumper": "with long sleeves", "shirt": "with a collar", "top": "with short sleeves"}
@@ -118,7 +118,7 @@ _EXTRAS = (
 
 
 def scene_caption(scene: Scene, dice: Dice, short: bool = False) -> str:
-    """Describe a scene in 60 to 130 words, or in 48 to 60 when ``short``; the wording comes from ``dice``.
+    """Describe a scene in 60 to 130 words, or in 48 to 54 when ``short``; the wording comes from ``dice``.
 
     Every caption names hair, background, legs, top, trousers, held object and hand, and what the other arm does; a
     detailed one adds place, light, gaze, skin and build, and a short one as many of these as fit.

@@ -35,6 +35,7 @@ class ModelConfig(Config):
     in_channels: int = Field(default=3, gt=0)
     bottleneck: int = Field(default=128, gt=0)
     context_patches: int | None = Field(default=256, gt=0)  # DINO patch tokens at most; null: all of them
+    context_joints: int = Field(default=JOINTS, gt=0, le=JOINTS)  # the first so many: 17 body, 23 with feet, 91 with face
     output_conv: bool = False
 
     @model_validator(mode="after")
@@ -164,7 +165,7 @@ class ContextEncoder(nn.Module):
     def __init__(self, config: ModelConfig, features: Features) -> None:
         super().__init__()
         d = config.hidden_size
-        self.context_patches = config.context_patches
+        self.context_patches, self.context_joints = config.context_patches, config.context_joints
         self.modalities = features.modalities
         self.null = nn.Parameter(torch.randn(len(MODALITIES), d) * 0.02)
         self.role = nn.Parameter(torch.randn(len(MODALITIES), d) * 0.02)
@@ -179,7 +180,7 @@ class ContextEncoder(nn.Module):
         if "pose" in self.modalities:
             self.pose = nn.Sequential(_linear(3, d, bias=True), nn.GELU(), _linear(d, d, bias=True))
             self.pose_position = _linear(4 * POSE_FREQUENCIES, d)
-            self.joint = nn.Parameter(torch.randn(JOINTS, d) * 0.02)
+            self.joint = nn.Parameter(torch.randn(config.context_joints, d) * 0.02)
             self.null_joint = nn.Parameter(torch.randn(d) * 0.02)
             self.no_person = nn.Parameter(torch.randn(d) * 0.02)
 
@@ -204,8 +205,8 @@ class ContextEncoder(nn.Module):
                 person = (conditions.pose[..., 2] > 0).any(1, keepdim=True)
                 # "no person" is a statement about the image, a dropped pose is not
                 add(torch.where((kept & ~person).unsqueeze(2), self.no_person, null) + self.role[i], ~(kept & person))
-                x, position = self._pose(conditions.pose, rows, columns, base_grid)
-                add(x + self.role[i], (kept & person).expand(b, JOINTS), position)
+                x, position = self._pose(conditions.pose[:, : self.context_joints], rows, columns, base_grid)
+                add(x + self.role[i], (kept & person).expand(b, self.context_joints), position)
                 continue
             add(null + self.role[i], ~kept)
             if name == "text" and conditions.text is not None:
