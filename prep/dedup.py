@@ -20,9 +20,11 @@ CODE_VERSION = 1
 HASH_SIDE = 8  # the 8x8 lowest frequencies of a 32x32 DCT: the usual "pHash", 64 bits
 DCT_SIDE = 32
 THUMBNAIL_SIDE = 16
-MAX_DISTANCE = 2
-MAX_DIFFERENCE = 2.0  # mean absolute difference of thumbnails, 0-255: JPEG q50 and half the size stay below 1.5
-BANDS = ((0, 22), (22, 21), (43, 21))  # first bit, bits: hashes that differ in two bits agree in one of three bands
+MAX_DISTANCE = 4  # JPEG q50 and half the size change 0 to 4 bits of a photograph
+MAX_DIFFERENCE = (
+    3.0  # mean absolute difference of thumbnails, 0-255: those edits stay below 2.5, two figures are above 10
+)
+BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits; see near_pairs
 HOLDOUT_CAP = 5  # the minimum never takes more than a fifth of a small set
 
 _DCT = np.cos(np.pi * np.outer(np.arange(HASH_SIDE), np.arange(DCT_SIDE) + 0.5) / DCT_SIDE)  # DCT-II, unscaled
@@ -42,7 +44,10 @@ def thumbnail(pixels: np.ndarray) -> bytes:
 
 
 def near_pairs(hashes: list[str], thumbnails: list[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the index pairs of near duplicates (some more than once)."""
+    """Yield the index pairs of near duplicates (some more than once).
+
+    Hashes that differ in four bits agree in at least one of five bands, so only those that do are compared.
+    """
     bits = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
     small = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(hashes), -1).astype(np.int16)
     for first, width in BANDS:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from prep.buckets import buckets_for
 from prep.caption import CaptionConfig
 from prep.config import Config
+from prep.errors import ConfigError
 
 
 class ImageConfig(Config):
@@ -62,6 +64,15 @@ class PrepConfig(Config):
     holdout_min: int = Field(64, ge=0)
     max_reject_rate: float = Field(0.5, ge=0, le=1)
     workers: int | None = Field(None, ge=1)
+
+    @field_validator("base")
+    @classmethod
+    def _has_buckets(cls, base: int) -> int:
+        try:
+            buckets_for(base)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None  # what pydantic reports with the key's path
+        return base
 
     @property
     def active_layers(self) -> tuple[str, ...]:

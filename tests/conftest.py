@@ -1,0 +1,62 @@
+"""What all tests share: one thread per process, and one small dataset built through the real ``prep run``."""
+
+import os
+
+# before anything imports torch: two test workers share two cores, and a second thread makes both slower
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from prep.figures import write_figures
+from prep.settings import PrepConfig
+
+FIGURES = 60
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all test workers of this run see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A local Ray for everything this test worker runs (starting one takes seconds)."""
+    from prep.pipeline import ray_session
+
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="session")
+def figures_folder(shared_folder) -> Path:
+    """60 figures of about 96 pixels with captions and truth. Read only: copy what a test changes."""
+    folder = shared_folder / "figures"
+    with FileLock(shared_folder / "figures.lock"):
+        write_figures(folder, FIGURES, size=96, seed=7, short_captions=True, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def figures_config(shared_folder, figures_folder) -> PrepConfig:
+    """The config of ``figures_dataset``."""
+    return PrepConfig(
+        source=str(figures_folder), output=str(shared_folder / "dataset"), base=64, encoders="demo", shard_size=16
+    )
+
+
+@pytest.fixture(scope="session")
+def figures_dataset(shared_folder, figures_config, request) -> Path:
+    """The figures prepared at base 64 with the demo encoders, once per test run. Read only, as the figures."""
+    with FileLock(shared_folder / "dataset.lock"):
+        if not (Path(figures_config.output) / "dataset.json").exists():
+            request.getfixturevalue("ray_session")  # only the worker that builds it needs one
+            from prep.run import run
+
+            run(figures_config)
+    return Path(figures_config.output)

@@ -1,0 +1,68 @@
+"""The command line: verbs, exit codes, and configs that say what they mean."""
+
+from pathlib import Path
+
+import pytest
+
+from prep.__main__ import main
+from prep.config import load_config, walk_keys
+from prep.errors import ConfigError, run_command
+from prep.settings import PrepConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "prep"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path):
+    load_config(PrepConfig, path)
+
+
+def test_the_base_config_says_every_key_and_its_default():
+    base = load_config(PrepConfig, CONFIGS / "base.yaml")
+    assert base == PrepConfig(source=base.source, output=base.output)
+    text = (CONFIGS / "base.yaml").read_text()
+    for key in walk_keys(PrepConfig):
+        assert f"{key.rsplit('.', 1)[-1]}:" in text, key
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["caption_model=x", "captions.backend=ollama", "base=64.5", "seed=-1", "layers=[px]", "holdout=1", "shard_size=0"],
+)
+def test_what_has_no_effect_is_an_error(override):
+    with pytest.raises(ConfigError):  # trap 9: every key in a config has an effect or is an error
+        load_config(PrepConfig, CONFIGS / "base.yaml", [override])
+
+
+def test_text_brings_its_features_and_pixels_are_always_there():
+    def layers(value):
+        return PrepConfig(source="a", output="b", layers=value).active_layers
+
+    assert layers(["text", "dino", "pose"]) == ("px", "text", "t5", "dino", "pose")
+    assert layers(["pose", "text"]) == ("px", "text", "t5", "pose")
+    assert layers([]) == ("px",)
+
+
+def test_figures_are_written(tmp_path, capsys):
+    assert main(["figures", str(tmp_path / "figures"), "--count", "2", "--size", "64", "--seed", "3"]) == 0
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 2
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote 2 figures to {tmp_path / 'figures'}"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "overrides", "code", "message"),
+    [
+        (None, [], 2, "is not a folder"),
+        ("empty", [], 3, "holds no files"),
+        ("empty", ["output=source/inside"], 2, "must not lie inside each other"),
+        ("empty", ["base=72"], 2, "seven distinct buckets"),
+    ],
+)
+def test_bad_input_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, prepare, overrides, code, message):
+    monkeypatch.chdir(tmp_path)
+    if prepare:
+        Path("source").mkdir()
+    arguments = ["run", "source=source", "output=out", *overrides]
+    assert run_command(lambda: main(arguments)) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("index.parquet"))
