@@ -1,13 +1,37 @@
 # One rule builds the environment everywhere: a fresh clone, a developer's machine, CI.
 VENV ?= .venv
 PYTHON ?= python3
-BIN = $(VENV)/bin
-STAMP = $(VENV)/.built-from-pyproject
+BIN := $(abspath $(VENV))/bin
+STAMP := $(abspath $(VENV))/.built-from-pyproject
+Q := quickstart
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint
 install: $(STAMP)
+	@# an environment that several clones share follows the clone it was last used from
+	@cd / && $(BIN)/python -c "import prep, sys; sys.exit(not prep.__path__[0].startswith('$(CURDIR)/'))" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --no-deps --editable '$(CURDIR)'
+
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(STAMP)
+
+# figures -> shards -> a trained model -> a report, without any download
+quickstart: install
+	$(BIN)/python -m prep figures $(Q)/figures --count 2500 --size 96 --seed 1 --short-captions
+	$(BIN)/python -m prep run --config configs/prep/quickstart.yaml
+	$(BIN)/python -m train run --config configs/train/quickstart.yaml
+	$(BIN)/python -m evaluate run --checkpoint $(Q)/run --config configs/evaluate/quickstart.yaml
+	$(BIN)/python -m evaluate report $(Q)/run --output $(Q)/report.html
+	@printf '\n%s\n\n%s\n  %s\n  %s\n  %s\n' "The report: $(CURDIR)/$(Q)/report.html" "To go on:" \
+		"$(VENV)/bin/python -m train sample --checkpoint $(Q)/run --prompt 'A woman with long ginger hair stands in front of an azure wall. She wears a yellow jumper and black trousers.' --output $(Q)/sample.png" \
+		"$(VENV)/bin/python -m train run --config configs/train/figures-64-long.yaml" \
+		"$(VENV)/bin/python -m prep run --config configs/prep/production.yaml source=FOLDER output=DATASET"
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
