@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from prep.console import say
@@ -80,6 +80,7 @@ def save_checkpoint(
     fault("checkpoint.after_tmp")
     if target.exists():  # a damaged one that the run fell back from, or the same step once more
         target.rename(parent / f".{target.name}.old")
+    fault("checkpoint.before_rename")
     temporary.rename(target)
     sync_folder(parent)
     fault("checkpoint.after_rename")
@@ -225,6 +226,6 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path, part: str) -> Tensors:
     file = path / f"{part}.safetensors"
     try:
-        return load_file(file)
+        return load(file.read_bytes())  # not mapped: the file may be replaced while its tensors are in use
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file}: cannot be read as safetensors: {error}") from None

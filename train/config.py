@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prep.config import Config
 from train.conditioning import ConditioningConfig
@@ -70,6 +70,11 @@ class TrainConfig(Config):
     data: DataSection = DataSection()
     checkpoint: CheckpointSection = CheckpointSection()
     visual_debug: VisualDebugSection = VisualDebugSection()
+
+    @model_validator(mode="after")
+    def _check_table(self) -> TrainConfig:
+        self.conditioning.resolve()  # a wrong table is refused here and not after a minute of loading
+        return self
 
     @property
     def run_folder(self) -> Path:

@@ -20,8 +20,13 @@ BUCKETS = {"64x64": (13, 3), "80x56": (9, 2), "56x80": (3, 1), "88x48": (1, 0)}
 GRID = {"64x64": (8, 8), "80x56": (8, 10), "56x80": (10, 8), "88x48": (8, 11)}  # patches (h, w)
 
 
-def write_dataset(root: Path, seed: int = 0, layers: tuple[str, ...] = tuple(LAYERS)) -> Path:
-    """Write a dataset of random colours and features; ``seed`` changes every sample."""
+def write_dataset(
+    root: Path, seed: int = 0, layers: tuple[str, ...] = tuple(LAYERS), text_of_one: float | None = None
+) -> Path:
+    """Write a dataset of random colours and features.
+
+    ``seed`` changes every sample; ``text_of_one`` (NaN, say) replaces the text features of one training sample.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for bucket, (train, holdout) in BUCKETS.items():
@@ -29,6 +34,10 @@ def write_dataset(root: Path, seed: int = 0, layers: tuple[str, ...] = tuple(LAY
         keys = sorted(sha256_bytes(f"{seed}/{bucket}/{i}".encode())[:32] for i in range(train + holdout))
         splits = dict(zip(keys, ["train"] * train + ["holdout"] * holdout))
         samples = {key: _sample(rng, width, height, *GRID[bucket]) for key in keys}
+        if text_of_one is not None and bucket == "88x48":  # which has one sample, so every micro-batch of it
+            members, _ = samples[keys[0]]["t5"]
+            members["t5.npy"] = npy_bytes(np.full((5, TEXT_WIDTH), text_of_one, np.float16))
+            samples[keys[0]]["t5"][1]["t5_tokens"] = 5
         merged = {
             key: {"key": key, "source": f"{key[:8]}.png", "bucket": bucket, "shard": 0, "split": splits[key]}
             for key in keys
