@@ -35,6 +35,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("figure_found", pa.bool_()),  # null: not looked for
         ("joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) re-detected, pixels
         ("target_joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) asked for, pixels
+        ("box_side", pa.float32()),  # longer side of the person's box, pixels: what PCK is relative to
         ("pose_hits", pa.int32()),
         ("pose_joints", pa.int32()),
         *((f"{name}_true", pa.string()) for name in ATTRIBUTES),

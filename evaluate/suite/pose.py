@@ -18,7 +18,7 @@ CONFIDENCE = 0.3
 def score(
     joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], longer_sides: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Columns joints, target_joints, pose_hits and pose_joints for each picture.
+    """Columns joints, target_joints, box_side, pose_hits and pose_joints for each picture.
 
     ``joints`` are those found in it, float (17 or more, 3) in pixels, None where no figure was found: then all that
     were asked for are missed. ``targets`` are those asked for, in the same pixels.
@@ -32,6 +32,7 @@ def score(
             {
                 "joints": None if found is None else detected.astype(np.float32).ravel().tolist(),
                 "target_joints": target.astype(np.float32).ravel().tolist(),
+                "box_side": float(side),
                 "pose_hits": hits,
                 "pose_joints": asked,
             }

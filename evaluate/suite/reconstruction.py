@@ -11,17 +11,18 @@ from evaluate import metrics, statistics
 from evaluate.records import BASELINE, MODEL, Metric, degenerate_reason, select
 
 BASELINES = ("random_pair", "mean_image", "round_trip")
+PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
 MEASURES = {"psnr": ("higher", "dB"), "ssim": ("higher", ""), "lpips": ("lower", "")}
 
 
 def score(pictures: np.ndarray, truths: np.ndarray, lpips: metrics.Lpips | None) -> list[dict[str, float | None]]:
     """Columns mse, psnr, ssim and lpips for each picture, uint8 (B, H, W, 3), against its truth.
 
-    PSNR is null for an identical picture (it would be infinite), LPIPS without its weights.
+    PSNR is at most PSNR_CEILING, so that an exact copy has a number; LPIPS is null without its weights.
     """
     columns = {
         "mse": metrics.mse(pictures, truths),
-        "psnr": metrics.psnr(pictures, truths),
+        "psnr": np.minimum(metrics.psnr(pictures, truths), PSNR_CEILING),
         "ssim": metrics.ssim(pictures, truths),
         "lpips": np.full(len(pictures), np.nan) if lpips is None else lpips(pictures, truths),
     }
@@ -55,13 +56,8 @@ def summarise(
 
 
 def _metric(name: str, rows: Sequence[Mapping[str, Any]], measure: str, details: Mapping[str, Any]) -> Metric:
-    images = len({row["key"] for row in rows})
-    reason = degenerate_reason(rows)
-    exact = sum(row[measure] is None for row in rows)
-    if not reason and exact:
-        reason = f"infinite: {exact} of {len(rows)} pictures are identical to the truth"
-    if reason:
-        return Metric(name, None, n=images, reason=reason, **details)
+    if reason := degenerate_reason(rows):
+        return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     return Metric.of(name, statistics.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
 
 
@@ -74,8 +70,6 @@ def _gain(
     reason = degenerate_reason(rows)
     if not reason and not paired:
         reason = "no sample has another of its bucket to be paired with"
-    if not reason and any(row["psnr"] is None for row in paired):
-        reason = "infinite: some pictures are identical to the truth"
     if reason:
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]

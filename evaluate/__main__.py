@@ -1,0 +1,64 @@
+"""Command line: ``python -m evaluate run | report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prep.config import load_config
+from prep.console import say
+from prep.errors import SkippedError, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda: options.verb(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluate", description="Say how good a checkpoint is, and how sure."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    run = verbs.add_parser("run", help="measure a checkpoint on the holdout of its dataset")
+    run.set_defaults(verb=_run)
+    run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
+    run.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
+    run.add_argument("--dataset", type=Path, help="where the dataset is (default: where the run's config says)")
+    run.add_argument("--output", type=Path, help="folder (default: RUN/validation_outputs/step-NNNNNN)")
+    run.add_argument("--strict", action="store_true", help="exit with 5 when any metric was skipped")
+    run.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+    report = verbs.add_parser("report", help="turn the files of a run of `evaluate run` into one HTML page and a CSV")
+    report.set_defaults(verb=_report)
+    report.add_argument("folder", type=Path, help="an output folder, or a run folder for its newest")
+    report.add_argument("--output", type=Path, help="HTML file (default: report.html in the output folder)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from evaluate.config import EvaluateConfig  # imports torch: --help should not wait for it
+    from evaluate.run import run
+    from evaluate.summary import summary
+
+    config = load_config(EvaluateConfig, options.config, options.overrides)
+    folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
+    say(summary(evidence.metrics, evidence.skipped))
+    say(f"wrote {folder}: report.json, samples.parquet. Next: python -m evaluate report {folder} --output report.html")
+    if options.strict and evidence.skipped:
+        names = ", ".join(skipped.name for skipped in evidence.skipped)
+        raise SkippedError(f"--strict: {len(evidence.skipped)} metrics were skipped: {names}; the reasons are above")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from evaluate.report import write_report
+
+    page, table = write_report(options.folder, options.output)
+    say(f"wrote {page} and {table}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

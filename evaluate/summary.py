@@ -1,0 +1,36 @@
+"""The last lines of ``evaluate run``: the headline numbers as a plain table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evaluate.records import Metric, Skipped
+
+
+def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
+    """Headline metrics with interval, n, bar and baselines, then what was skipped and why.
+
+    Metrics with a bar, or one per test and condition: the breakdown by attribute and by t stays in the files.
+    """
+    shown = [metric for metric in metrics if metric.needed is not None or _is_headline(metric.name)]
+    rows = [("metric", "value", "95 % interval", "n", "needed", "baselines")]
+    rows += [_row(metric) for metric in shown]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"{metric.name}: {metric.reason}" for metric in shown if metric.reason]
+    lines += [f"skipped: {one.name}: {one.reason}" for one in skipped]
+    return "\n".join(lines)
+
+
+def _is_headline(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith("heldout_mse")
+
+
+def _row(metric: Metric) -> tuple[str, ...]:
+    interval = "" if metric.low is None else f"[{metric.low:.3g}, {metric.high:.3g}]"
+    needed = ""
+    if metric.needed is not None:
+        needed = f"{'>=' if metric.better == 'higher' else '<='} {metric.needed:g}: {metric.verdict}"
+    baselines = ", ".join(f"{name} {value:.3g}" for name, value in metric.baselines.items())
+    value = "null" if metric.value is None else f"{metric.value:.3g}"
+    return metric.name, f"{value} {metric.unit}".strip(), interval, str(metric.n), needed, baselines

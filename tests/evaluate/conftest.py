@@ -1,0 +1,197 @@
+"""A small dataset of figures held in memory, and models whose answers are known in advance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evaluate.config import EvaluateConfig
+from evaluate.subject import Subject
+from prep.buckets import centre_crop, choose_bucket, crop_to_bucket
+from prep.dwpose import normalise
+from prep.figures import draw_figure
+from prep.files import sha256_bytes
+from train.conditioning import ConditioningConfig
+from train.flow import FlowConfig
+from train.noise import generator, noise
+
+
+class FiguresInMemory:
+    """What a :class:`prep.shards.Dataset` of figures offers to the evaluation, without a disk; features are noise."""
+
+    def __init__(self, train: int, holdout: int):
+        self.root = Path("figures-in-memory")
+        self.fingerprint = "figures"
+        layers = {"px": {}, "text": {}, "t5": {"width": 8}, "dino": {"width": 8}, "pose": {}}
+        counts = {"samples": train + holdout, "train": train, "holdout": holdout, "rejects": 0}
+        self.info = {"base": 64, "encoders": "demo", "layers": layers, "counts": counts}
+        self._rows, self._pixels, self._truth = {}, {}, {}
+        for index in range(train + holdout):
+            figure = draw_figure(5, index, 64, short_caption=True)
+            bucket = choose_bucket(*figure.image.size, 64)
+            crop = centre_crop(*figure.image.size, bucket)
+            key = sha256_bytes(f"figure {index}".encode())[:32]
+            keypoints = figure.keypoints.copy()
+            keypoints[:, :2] = (keypoints[:, :2] - (crop.left, crop.top)) * crop.scale
+            box = (np.reshape(figure.box, (2, 2)) - (crop.left, crop.top)) * crop.scale
+            self._pixels[key] = np.asarray(crop_to_bucket(figure.image, bucket))
+            self._truth[key] = {
+                **figure.attributes,
+                "keypoints": keypoints.ravel().tolist(),
+                "box": box.ravel().tolist(),
+            }
+            self._rows[key] = {
+                "key": key,
+                "source": f"figure-{index:06d}.png",
+                "bucket": str(bucket),
+                "split": "train" if index < train else "holdout",
+                "caption": figure.caption,
+                "persons": 1,
+                "duplicate_group": None,
+            }
+
+    def rows(self, split: str | None = None) -> list[dict[str, Any]]:
+        return [dict(row) for key, row in sorted(self._rows.items()) if split in (None, row["split"])]
+
+    def pixels(self, row: dict[str, Any]) -> np.ndarray:
+        return self._pixels[row["key"]]
+
+    def truth(self) -> dict[str, dict[str, Any]]:
+        return self._truth
+
+    def t5(self, row: dict[str, Any]) -> np.ndarray:
+        return generator("t5", row["key"]).standard_normal((12, 8), np.float32)
+
+    def cls(self, row: dict[str, Any]) -> np.ndarray:
+        return generator("cls", row["key"]).standard_normal(8, np.float32)
+
+    def patches(self, row: dict[str, Any]) -> np.ndarray:
+        height, width = self.pixels(row).shape[:2]
+        return generator("patches", row["key"]).standard_normal((height // 8, width // 8, 8), np.float32)
+
+    def pose(self, row: dict[str, Any]) -> np.ndarray:
+        height, width = self.pixels(row).shape[:2]
+        keypoints = np.reshape(self._truth[row["key"]]["keypoints"], (-1, 3)).astype(np.float32)
+        keypoints[:, 2] = keypoints[:, 2] > 0  # visibility becomes the confidence of a perfect detector
+        return normalise(keypoints, width, height)
+
+
+class Oracle(nn.Module):
+    """Predicts a fixed picture for every sample, which it recognises by its noise.
+
+    ``pictures`` maps keys to uint8 (H, W, 3). Works on the sampler's path, whose states are mixtures of that picture and
+    the sample's noise, and on the grid of the held-out loss, whose states are mixtures of the truth and the noise.
+    """
+
+    def __init__(self, dataset: FiguresInMemory, pictures: dict[str, np.ndarray], noises: int = 20):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self._states: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        self._answers: dict[tuple[int, int], list[Tensor]] = {}
+        for row in dataset.rows("holdout"):
+            height, width = dataset.pixels(row).shape[:2]
+            answer, truth = (_tensor(image) for image in (pictures[row["key"]], dataset.pixels(row)))
+            for seed in range(noises):
+                e = torch.from_numpy(noise(row["key"], seed, height, width))
+                for image in (answer, truth):
+                    self._states.setdefault((height, width), []).append((image, e))
+                    self._answers.setdefault((height, width), []).append(answer)
+
+    def encode_context(self, conditions, height: int, width: int, *, cache: bool = False):
+        return conditions
+
+    def forward(self, z: Tensor, t: Tensor, context) -> Tensor:
+        size = tuple(z.shape[2:])
+        images, noises = (torch.stack(part) for part in zip(*self._states[size]))
+        nearest = []
+        for state, time in zip(z, t):
+            candidates = (1 - time) * images + time * noises
+            nearest.append(int((candidates - state).square().flatten(1).sum(1).argmin()))
+        return torch.stack([self._answers[size][index] for index in nearest])
+
+
+class Constant(nn.Module):
+    """Predicts one picture for everything, or echoes z, or breaks."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self._answer = answer
+
+    def encode_context(self, conditions, height: int, width: int, *, cache: bool = False):
+        return conditions
+
+    def forward(self, z: Tensor, t: Tensor, context) -> Tensor:
+        return self._answer(z)
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+@pytest.fixture(scope="session")
+def figures() -> FiguresInMemory:
+    """40 training and 24 holdout figures of 64 pixels."""
+    return FiguresInMemory(40, 24)
+
+
+@pytest.fixture(scope="session")
+def models(figures) -> dict[str, nn.Module]:
+    """Models by name: truth, shuffled (another holdout figure of the same bucket), mean_image, noise, black, broken."""
+    from evaluate.baselines import random_pairs
+
+    rows = {row["key"]: row for row in figures.rows("holdout")}
+    truth = {key: figures.pixels(row) for key, row in rows.items()}
+    pairs = random_pairs(list(rows.values()))
+    shuffled = {key: truth[pairs.get(key, key)] for key in truth}
+    means = {
+        shape: _tensor(np.mean([image for image in truth.values() if image.shape[:2] == shape], axis=0))
+        for shape in {image.shape[:2] for image in truth.values()}
+    }
+    return {
+        "truth": Oracle(figures, truth),
+        "shuffled": Oracle(figures, shuffled),
+        "mean_image": Constant(lambda z: means[tuple(z.shape[2:])].expand_as(z)),
+        "noise": Constant(lambda z: z),
+        "black": Constant(lambda z: torch.full_like(z, -1)),
+        "broken": Constant(lambda z: torch.full_like(z, float("nan"))),
+    }
+
+
+@pytest.fixture
+def make_subject(figures, models) -> Callable[..., Subject]:
+    """``make_subject("truth", batch_size=7)``: one of the models on the holdout figures."""
+
+    def make(
+        model: str, rows: Iterable[dict[str, Any]] | None = None, batch_size: int = 32, preset: str = "quickstart"
+    ):
+        return Subject(
+            model=models[model],
+            flow=FlowConfig(),
+            table=ConditioningConfig(preset=preset).resolve(),
+            dataset=figures,
+            rows=tuple(figures.rows("holdout") if rows is None else rows),
+            batch_size=batch_size,
+        )
+
+    return make
+
+
+@pytest.fixture
+def quick() -> EvaluateConfig:
+    """Few steps: the oracles need no more."""
+    return EvaluateConfig.model_validate(
+        {
+            "conditions": {"all": 1.0, "text+pose": 2.0},
+            "sampler": {"method": "euler", "steps": 3},
+            "heldout_loss": {"bins": 10, "conditions": ["all"]},
+            "baseline_images": 40,
+            "grid_images": 2,
+        }
+    )
