@@ -24,14 +24,15 @@ from prep.figures import VOCABULARY
 from prep.files import canonical_json, sha256_bytes, sha256_file
 from prep.weights import quiet_transformers
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 SEED = 20250101
 ASSETS = Path(__file__).parent / "assets"
 DETECTOR = "demo_yolox.onnx"
 POSE = "demo_dw_ll.onnx"
+MARKER = "demo.json"  # names the recipe that a folder was built by
 
 T5_WIDTH = 128
-T5_VALUE_WIDTH = 64
+T5_VALUE_WIDTH = 32
 # Head h of the demo T5 looks at the token this far away; None is everything four or more tokens before or behind.
 T5_OFFSETS = (-3, -2, -1, 1, 2, 3, None, None)
 T5_GAINS = (0.4, 0.5, 0.6, 0.6, 0.5, 0.4, 0.5, 0.5)  # size of each head's message beside the token's own identity, 1
@@ -76,13 +77,16 @@ def build_demo_encoders(folder: Path) -> DemoEncoders:
 
     The folder appears complete or not at all, so several processes may build it at once.
 
-    Raises :class:`DataError` when the pose networks are missing from the installation.
+    Raises :class:`DataError` when the pose networks are missing from the installation, or ``folder``
+    holds anything else.
     """
     folder = Path(folder)
     encoders = DemoEncoders(folder / "t5", folder / "dino", folder / DETECTOR, folder / POSE)
     digest = recipe_digest()
     if _is_built(folder, digest):
         return encoders
+    if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds other files; give the demo encoders a folder of their own")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
@@ -90,7 +94,7 @@ def build_demo_encoders(folder: Path) -> DemoEncoders:
         build_dino(temporary / "dino")
         for name in (DETECTOR, POSE):
             shutil.copyfile(_asset(name), temporary / name)
-        (temporary / "demo.json").write_text(canonical_json({"recipe": digest}))
+        (temporary / MARKER).write_text(canonical_json({"recipe": digest}))
         _publish(temporary, folder, digest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,7 +112,7 @@ def _asset(name: str) -> Path:
 
 def _is_built(folder: Path, digest: str) -> bool:
     try:
-        return json.loads((folder / "demo.json").read_text())["recipe"] == digest
+        return json.loads((folder / MARKER).read_text())["recipe"] == digest
     except FileNotFoundError:
         return False
 
@@ -162,12 +166,11 @@ def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> N
         vocab_size=len(vocabulary),
         d_model=T5_WIDTH,
         d_kv=T5_VALUE_WIDTH,
-        d_ff=2 * T5_WIDTH,
+        d_ff=T5_WIDTH,
         num_layers=2,
         num_heads=len(T5_OFFSETS),
         dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        feed_forward_proj="relu",
         pad_token_id=0,
         eos_token_id=1,
     )
@@ -186,7 +189,7 @@ def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> N
             gains = torch.tensor(T5_GAINS) * (1.0 if layer == 0 else 0.4)
             attention.v.weight.copy_(values.flatten(0, 1))
             attention.o.weight.copy_((outputs * gains[:, None]).flatten(1))
-            for linear, gain in ((dense.wi_0, 1.0), (dense.wi_1, 1.0), (dense.wo, 0.2)):
+            for linear, gain in ((dense.wi, 1.0), (dense.wo, 0.2)):
                 linear.weight.copy_(draw(*linear.weight.shape) * gain / linear.in_features**0.5)
         bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias  # shared by all layers
         bias.weight.copy_(torch.from_numpy(positional_bias(config.relative_attention_num_buckets)))

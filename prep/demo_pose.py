@@ -36,6 +36,7 @@ BATCH = 32
 
 DETECTOR_POOL, DETECTOR_STRIDE = 16, 32
 POSE_POOL, POSE_CELL = 4, 8
+DETECTOR_OUTPUT = {"output": (8400, 85)}
 SIMCC = {"simcc_x": (JOINTS, 2 * POSE_WIDTH), "simcc_y": (JOINTS, 2 * POSE_HEIGHT)}
 # What each group of joints counts in the loss: body, feet, face, hands.
 JOINT_WEIGHTS = torch.cat([torch.full((n,), w) for n, w in ((17, 1.0), (6, 0.5), (68, 0.1), (42, 0.15))])
@@ -381,7 +382,7 @@ def main() -> None:
     figures = Figures.draw(arguments.figures)
     detector, pose = Detector(), PoseNet()
     train("detector", detector, detector_loss, figures, arguments.minutes * 0.25, 4e-3)
-    export(detector, arguments.output / DETECTOR, (DETECTOR_SIDE, DETECTOR_SIDE), {"output": (8400, 85)})
+    export(detector, arguments.output / DETECTOR, (DETECTOR_SIDE, DETECTOR_SIDE), DETECTOR_OUTPUT)
     train("pose", pose, pose_loss, figures, arguments.minutes * 0.75, 4e-3)
     export(pose, arguments.output / POSE, (POSE_HEIGHT, POSE_WIDTH), SIMCC)
     for name in (DETECTOR, POSE):
