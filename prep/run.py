@@ -90,6 +90,7 @@ def run(config: PrepConfig) -> None:
             gate(config, plan.rejects, plan.seen, folder.rejects)
             write_manifest(plan)
             work = compute(plan, folder) if plan.missing else {}
+            remove_temporary_files(root)
             published = publish(plan, current_parts(plan), folder.rejects)
             remove_leftovers(root, plan)
         except KeyboardInterrupt:
@@ -158,7 +159,7 @@ def current_parts(plan: Plan) -> dict[Unit, Part]:
 
 
 def remove_temporary_files(root: Path) -> None:
-    """Collect what killed runs left half-written."""
+    """Collect what killed runs and killed actors left half-written."""
     for folder in (root, root / "parts", *root.glob("bucket_*")):
         for path in folder.glob(".*.tmp-*"):
             path.unlink(missing_ok=True)
