@@ -25,9 +25,9 @@ class TrainSection(Config):
     warmup: int | None = Field(default=None, ge=0)  # steps; null: min(500, 5 % of the steps)
     grad_clip: float = Field(default=1.0, gt=0)  # of the norm over all parameters
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # null: the power warm-up, which suits any length
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
     gradient_checkpointing: bool = False
-    compile: bool = False  # each block by itself
+    compile: bool | Literal["auto"] = False  # each block by itself; auto: where a compiler is found
     threads: int | None = Field(default=None, gt=0)  # of torch on the CPU; null: torch's own choice
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

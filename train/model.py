@@ -375,10 +375,14 @@ class NanoDiT(nn.Module):
                 if isinstance(layer, nn.Linear):
                     layer.weight.optimizer_group = "muon"
 
-    def compile_blocks(self) -> None:
-        """Compile each block's forward in place; parameter names stay as they are."""
+    def compile_blocks(self, *, dynamic: bool) -> None:
+        """Compile each block's forward in place; parameter names stay as they are.
+
+        Never torch's default, which decides about dynamic shapes from the shapes seen before, so that a resumed run
+        would compute with other kernels than an uninterrupted one.
+        """
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=dynamic)
 
     def encode_context(self, conditions: Conditions, height: int, width: int, *, cache: bool = False) -> Context:
         """Encode conditions for images of this size; with ``cache`` (sampling) also every block's keys and values."""

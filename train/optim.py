@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prep.config import Config
+from train.hardware import has_fast_bf16
 
 # quintic Newton-Schulz iteration; Jordan et al., "Muon: an optimizer for hidden layers", 2024
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -177,11 +178,6 @@ def _take(state: dict[str, Tensor], name: str, like: Tensor | None) -> Tensor:
     if value.shape != like.shape:
         raise ValueError(f"optimiser state {name} is {tuple(value.shape)}, expected {tuple(like.shape)}")
     return value.to(like.device).clone()
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), where it is several times faster than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

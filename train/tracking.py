@@ -17,7 +17,7 @@ import torch
 
 from prep.errors import DataError
 from prep.files import canonical_json, write_atomic
-from train.optim import has_fast_bf16
+from train.hardware import can_compile, has_fast_bf16
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
 
@@ -125,7 +125,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fast_bf16": has_fast_bf16(),  # decides what Muon computes in
+        "fast_bf16": has_fast_bf16(),  # decides what Muon computes in, and "auto" precision
+        "can_compile": can_compile(device.type),  # decides "auto" compilation
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

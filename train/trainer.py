@@ -31,6 +31,7 @@ from train.config import TrainConfig
 from train.data import Order, TrainingSet, bucket_size, prefetch
 from train.ema import EMA
 from train.flow import flow_loss, interpolate, timesteps, to_x, velocity
+from train.hardware import autocast_dtype, can_compile
 from train.model import Features, NanoDiT, build_model
 from train.noise import generator
 from train.optim import build_optimizer, learning_rate
@@ -84,8 +85,12 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model: NanoDiT = build_model(config.model, Features.from_dataset(dataset.info)).to(device)
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
-        if config.train.compile:
-            self.model.compile_blocks()
+        compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
+        if compiles:
+            # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
+            self.model.compile_blocks(dynamic=device.type == "cpu")
+        elif config.train.compile == "auto":
+            say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = EMA(self.model, config.train.steps, config.train.ema_decay)
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
@@ -281,15 +286,6 @@ class Trainer:
             f"step {self.step + 1}: {which}, is not finite. Optimiser and EMA were not touched; samples, t and norms "
             f"are in {path}. Look at these samples, or lower train.lr; the last checkpoint is intact"
         )
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 where ``precision`` asks for autocast, or is "auto" on a GPU that has it; else None."""
-    if precision == "auto":
-        precision = (
-            "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        )
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 def deal_subsets(table: dict[Subset, float], micro_batches: int, size: int, rng: np.random.Generator) -> list[Subset]:

@@ -76,7 +76,7 @@ def test_mistakes_are_refused_by_name(tmp_path, text, expected):
 def test_any_unknown_key_is_refused(key):
     if key in Outer.model_fields:
         return
-    with pytest.raises(ConfigError, match=f"`{key}`|null|true|false|not text"):
+    with pytest.raises(ConfigError, match=rf"`{key}`|null|true|false|not text"):
         load_config(Outer, None, ["out=x", f"{key}=1"])
 
 

@@ -47,7 +47,7 @@ def test_an_absent_modality_merges_categories():
 
 @pytest.mark.parametrize("table", [{"text": 0.5}, {"text": 1.5, "nothing": -0.5}, {"txt": 1.0}])
 def test_wrong_tables_are_refused(table):
-    with pytest.raises(ConfigError, match="conditions|shares"):
+    with pytest.raises(ConfigError, match=r"conditions|shares"):
         ConditioningConfig(preset=None, table=table).resolve()
 
 
