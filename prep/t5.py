@@ -85,7 +85,7 @@ class T5Encoder:
             return []
         tokens = [self.tokenize(caption) for caption in captions]
         longest = max(len(ids) for ids, _ in tokens)
-        padded = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(self.max_tokens, longest))
+        padded = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_tokens)
         # The mask comes from the very tokens embedded here: no other row, no earlier caption can leave one behind.
         ids_bl = torch.full((len(tokens), padded), self.tokenizer.pad_token_id, dtype=torch.long)
         mask_bl = torch.zeros((len(tokens), padded), dtype=torch.long)

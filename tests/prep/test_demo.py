@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def network(encoders: DemoEncoders) -> DWPose:
 
 
 def test_finds_the_joints_of_figures(
-    network: DWPose, small_figures: list[Figure], record_property: pytest.FixtureRequest
+    network: DWPose, small_figures: list[Figure], record_property: Callable[[str, object], None]
 ) -> None:
     large = share_found(network, [draw_figure(SEED, index, 512) for index in range(64)])
     small = share_found(network, small_figures[:64])
