@@ -156,7 +156,7 @@ def git_state(folder: Path) -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        ask("ls-files", "--error-unmatch", Path(__file__).name)  # not the repository of whoever installed the package
+        ask("ls-files", "--error-unmatch", ".")  # fails in the repository of whoever installed the package
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": "unknown"}

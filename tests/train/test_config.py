@@ -30,7 +30,7 @@ TINY = [
 EFFECTS: dict[str, Any] = {
     "seed": 1,
     "model.hidden_size": 48, "model.depth": 1, "model.num_heads": 4, "model.patch_size": 4, "model.bottleneck": 8,
-    "model.context_patches": 4, "model.output_conv": "true",
+    "model.context_patches": 4, "model.context_joints": 17, "model.output_conv": "true",
     "conditioning.preset": "seed", "conditioning.table": "{nothing: 0.5, all: 0.5}",
     "flow.prediction": "v", "flow.logit_mean": 0.0, "flow.logit_std": 2.0, "flow.uniform_share": 0.9,
     "flow.shift": 2.0, "flow.t_min": 0.5,

@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prep.errors import Interrupted
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config, write_dataset
-from train import trainer as trainer_module
 from train.checkpoint import load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
 from train.flow import flow_loss, interpolate, to_x
 from train.noise import generator
 from train.tracking import read_metrics
-from train.trainer import NonFiniteError, Trainer, autocast_dtype, clip_gradients, deal_subsets, gradient_norms, split
+from train.trainer import NonFiniteError, Trainer, clip_gradients, deal_subsets, gradient_norms, split
 
 CPU = torch.device("cpu")
 TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)
@@ -194,12 +193,6 @@ def test_gradient_checkpointing_and_bf16_change_memory_not_the_step(tiny_dataset
     assert torch.nn.functional.cosine_similarity(plain, half, dim=0) > 0.99
 
 
-def test_precision_auto_is_fp32_on_a_cpu():
-    assert autocast_dtype("auto", CPU) is None
-    assert autocast_dtype("fp32", CPU) is None
-    assert autocast_dtype("bf16", CPU) is torch.bfloat16
-
-
 def test_trap_21_compiling_renames_nothing(tiny_dataset, tmp_path):
     plain, compiled = make(tiny_dataset, tmp_path / "a"), make(tiny_dataset, tmp_path / "b", "train.compile=true")
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())  # trap 21
@@ -273,34 +266,38 @@ def test_the_picture_shows_the_arms_and_is_the_same_every_time(tiny_dataset, tmp
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_trap_30_stopped_and_continued_is_the_straight_run(
-    tiny_dataset, straight, tmp_path, monkeypatch, signal_number
-):
-    def stop_after(steps):
-        passed = iter(range(1, 100))
-        monkeypatch.setattr(
-            trainer_module, "fault", lambda point: next(passed) == steps and os.kill(os.getpid(), signal_number)
-        )
+@pytest.mark.parametrize("moment", ["between steps", "inside a step"])
+def test_trap_30_stopped_and_continued_is_the_straight_run(tiny_dataset, straight, tmp_path, signal_number, moment):
+    def interrupt(trainer, step):
+        """Send the signal after ``step`` steps, or in the accumulation of the next, which must count for nothing."""
+        real, micro_batches = trainer.micro_step, 2 * step + (moment == "inside a step")
+
+        def micro_step(batch):
+            nonlocal micro_batches
+            result = real(batch)
+            micro_batches -= 1
+            if micro_batches == 0:
+                os.kill(os.getpid(), signal_number)
+            return result
+
+        trainer.micro_step = micro_step
 
     run, step = tmp_path / "run", 0
-    for more in (4, 1, 2):  # steps 4, 5 and 7: none is the checkpoint's own interval
-        stop_after(more)
+    for more in (4, 1, 2):  # steps 4, 5 and 7: none is a multiple of the interval between checkpoints
         trainer = make(tiny_dataset, run)
         if step:
             trainer.load(load_checkpoint(run / "checkpoints" / f"step-{step:06d}"))
+        interrupt(trainer, more)
         with pytest.raises(Interrupted, match="the same command continues"):
             trainer.run()
         step += more
         assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
-    monkeypatch.undo()
     trainer = make(tiny_dataset, run)
     trainer.load(load_checkpoint(run / "checkpoints" / f"step-{step:06d}"))
     trainer.run()
     assert weights_of(run, 12) == weights_of(straight, 12)  # trap 30
     assert logged(run) == logged(straight)
-    state = load_checkpoint(run / "checkpoints" / "step-000012").state
-    assert state["micro_batches"] == 24
-    assert signal.getsignal(signal_number) is not None
+    assert load_checkpoint(run / "checkpoints" / "step-000012").state["micro_batches"] == 24
 
 
 def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
@@ -351,7 +348,14 @@ def test_the_state_is_in_the_checkpoint_and_nowhere_else(straight):
     checkpoint = load_checkpoint(straight / "checkpoints" / "step-000012")
     assert checkpoint.state["rng"].startswith("counter-based")
     assert checkpoint.state["config"]["train"]["steps"] == 12
-    assert set(checkpoint.state["environment"]) == {"torch", "threads", "cpu_capability", "fast_bf16", "device"}
+    assert set(checkpoint.state["environment"]) == {
+        "torch",
+        "threads",
+        "cpu_capability",
+        "fast_bf16",
+        "device",
+        "can_compile",
+    }
     names = {name.rsplit("/", 1)[-1] for name in checkpoint.optimizer}
     assert names == set(checkpoint.model)
 

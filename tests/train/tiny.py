@@ -91,7 +91,7 @@ def _sample(rng: np.random.Generator, width: int, height: int, h: int, w: int) -
 CONFIG = """\
 model: {hidden_size: 32, depth: 2, num_heads: 2, patch_size: 8, bottleneck: 16}
 conditioning: {preset: quickstart}
-train: {steps: 12, batch_size: 4, grad_accumulation_steps: 2, lr: 3e-3, device: cpu}
+train: {steps: 12, batch_size: 4, grad_accumulation_steps: 2, lr: 3e-3, device: cpu, precision: fp32}
 checkpoint: {every_steps: 3}
 visual_debug: {every_steps: 0, count: 4, steps: 2}
 """
