@@ -13,7 +13,7 @@ from PIL import Image
 
 from prep import demo
 from prep.demo import DETECTOR, POSE, DemoEncoders, build_demo_encoders, demo_folder
-from prep.demo_pose import DETECTOR_OUTPUT, SIMCC, Detector, PoseNet, export
+from prep.demo_networks import DETECTOR_OUTPUT, SIMCC, Detector, PoseNet, export
 from prep.dinov3 import DINOv3Encoder
 from prep.dwpose import DETECTOR_SIDE, POSE_HEIGHT, POSE_WIDTH, DWPose
 from prep.errors import DataError
