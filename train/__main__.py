@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
     sample.add_argument("--weights", choices=("ema", "model"), default="ema")
+    sample.add_argument("--text-encoder", type=Path, help="folder of the T5 the captions went through, if it was one")
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument("--output", type=Path, required=True, help="PNG file; with --count, -SEED is added to its name")
     return parser
@@ -99,6 +100,7 @@ def _run(options: argparse.Namespace) -> None:
         if checkpoint is not None:
             trainer.load(checkpoint)
             say(f"continuing from {checkpoint.path}")
+            del checkpoint  # as large as weights, average and optimiser together
         write_atomic(run_folder / "config.yaml", dump_config(config))
         write_provenance(run_folder, device, dataset_summary(dataset.info), step)
         trainer.run()
@@ -106,7 +108,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    names = ("prompt", "key", "dataset", "seed", "count", "sampler", "steps", "guidance", "weights", "output")
+    names = (
+        "prompt", "key", "dataset", "seed", "count", "sampler", "steps", "guidance", "weights", "text_encoder",
+        "output",
+    )  # fmt: skip
     request = DrawRequest(
         **{name: getattr(options, name) for name in names},
         conditions=None if options.conditions is None else options.conditions.replace(",", "+"),

@@ -45,6 +45,7 @@ class DrawRequest:
     steps: int = 20
     guidance: float = 1.0
     weights: Literal["ema", "model"] = "ema"
+    text_encoder: Path | None = None  # None: the hub's model that the dataset names, or the demo encoder
 
 
 def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[Path]:
@@ -57,7 +58,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     if request.prompt is not None:
         if parse_subset(request.conditions or "text") != {"text"}:
             raise ConfigError("--conditions: a prompt gives text alone; with --key a holdout sample gives the rest")
-        subset, conditions = frozenset({"text"}), prompt_conditions(request.prompt, state["dataset"], device)
+        subset, conditions = frozenset({"text"}), prompt_conditions(request, state["dataset"], device)
         noise_key, size = PROMPT_NOISE_KEY, (state["dataset"]["base"],) * 2
     else:
         conditions, size = stored_conditions(request, config, state["dataset"])
@@ -104,22 +105,29 @@ def check_trained(subset: Subset, table: dict[Subset, float], modalities: Iterab
         )
 
 
-def prompt_conditions(prompt: str, dataset: dict[str, Any], device: torch.device) -> Conditions:
-    """Embed a prompt with the T5 that the dataset's captions went through; one image's conditions."""
+def prompt_conditions(request: DrawRequest, dataset: dict[str, Any], device: torch.device) -> Conditions:
+    """Embed the prompt with the T5 that the dataset's captions went through; one image's conditions.
+
+    Raises :class:`DataError` where the encoder found is not that one.
+    """
     from prep.t5 import T5Encoder  # transformers takes seconds to import, and stored conditions need none of it
 
     layer = dataset["layers"].get("t5")
     if layer is None:
         raise ConfigError("--prompt: this model was trained without text; use --key")
-    model, revision = layer["model"], layer.get("revision")
-    if dataset["encoders"] == "demo":
+    recorded = layer["encoder"]
+    model, revision = request.text_encoder or recorded.get("model"), recorded.get("revision")
+    if model is None:  # a folder, which is recorded by its content alone
         from prep.demo import build_demo_encoders, demo_folder
 
-        model, revision = build_demo_encoders(demo_folder()).t5, None
+        model = build_demo_encoders(demo_folder()).t5
     encoder = T5Encoder(model, revision, device=str(device), max_tokens=layer["max_tokens"])
-    if encoder.width != layer["width"]:
-        raise DataError(f"{model}: {encoder.width} channels a token, the dataset's text has {layer['width']}")
-    return collate(text=[encoder.encode([prompt])[0].embedding], count=1)
+    if encoder.fingerprint() != recorded:
+        raise DataError(
+            f"{model}: not the text encoder of the training captions ({canonical_json(recorded).strip()}); "
+            "give its folder as --text-encoder"
+        )
+    return collate(text=[encoder.encode([request.prompt])[0].embedding], count=1)
 
 
 def stored_conditions(

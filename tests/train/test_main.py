@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prep.demo import build_demo_encoders, demo_folder
 from prep.shards import Dataset
-from tests.train.tiny import TEXT_WIDTH, write_config, write_dataset
+from tests.train.tiny import TEXT_ENCODER, TEXT_WIDTH, write_config, write_dataset
 from train import draw as draw_module
 from train.__main__ import main
 from train.noise import noise
@@ -40,6 +41,9 @@ def prompts(monkeypatch):
 
         def __init__(self, model, revision, device, max_tokens):
             assert max_tokens == 512
+
+        def fingerprint(self):
+            return TEXT_ENCODER
 
         def encode(self, captions):
             words = [len(word) for word in captions[0].split()]
@@ -213,6 +217,20 @@ def test_a_model_without_text_takes_no_prompt(tmp_path, prompts, capsys):
     assert "trained without text" in capsys.readouterr().err
 
 
-def test_another_text_encoder_is_refused(run, tmp_path, capsys, monkeypatch):
-    assert sample(run, tmp_path / "x.png", "--prompt", "a woman") == 3  # the real demo T5 has another width
-    assert "channels a token" in capsys.readouterr().err
+def test_another_text_encoder_is_refused(run, tmp_path, capsys):
+    assert sample(run, tmp_path / "x.png", "--prompt", "a woman") == 3  # the demo T5 is not the synthetic features'
+    assert "not the text encoder of the training captions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_figures_from_end_to_end(figures_dataset, tmp_path, capsys):
+    path = write_config(tmp_path / "c.yaml", figures_dataset, tmp_path / "run")
+    assert main(["run", "--config", str(path), "train.steps=4", "visual_debug.every_steps=4"]) == 0
+    assert (tmp_path / "run" / "visual_debug" / "step-000004" / "grid.png").exists()
+    assert sample(tmp_path / "run", tmp_path / "a.png", "--prompt", "A woman in a red top.", "--guidance", "2") == 0
+    assert sample(tmp_path / "run", tmp_path / "b.png", "--prompt", "A man in a blue top.", "--guidance", "2") == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    encoder = build_demo_encoders(demo_folder()).t5
+    arguments = ["--prompt", "A woman in a red top.", "--guidance", "2", "--text-encoder", str(encoder)]
+    assert sample(tmp_path / "run", tmp_path / "c.png", *arguments) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()

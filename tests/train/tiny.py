@@ -15,6 +15,7 @@ from prep.shards import LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, rea
 from train.config import TrainConfig
 
 TEXT_WIDTH, DINO_WIDTH = 24, 16
+TEXT_ENCODER = {"encoder": "t5", "content": "synthetic"}
 # WIDTHxHEIGHT -> (training samples, holdout samples); the last two hold less than a micro-batch of 4
 BUCKETS = {"64x64": (13, 3), "80x56": (9, 2), "56x80": (3, 1), "88x48": (1, 0)}
 GRID = {"64x64": (8, 8), "80x56": (8, 10), "56x80": (10, 8), "88x48": (8, 11)}  # patches (h, w)
@@ -56,7 +57,7 @@ def write_dataset(
     index = parquet_bytes(pa.Table.from_pylist(rows))
     write_atomic(root / "index.parquet", index)
     described = {
-        "px": {}, "text": {}, "t5": {"width": TEXT_WIDTH, "model": "demo", "max_tokens": 512},
+        "px": {}, "text": {}, "t5": {"width": TEXT_WIDTH, "max_tokens": 512, "encoder": TEXT_ENCODER},
         "dino": {"width": DINO_WIDTH}, "pose": {},
     }  # fmt: skip
     info = {
