@@ -117,13 +117,17 @@ def metrics_csv(metrics: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """A value as people read it: two decimals or three significant digits, dB with one decimal; a dash for null."""
+def number(value: float | None, metric: Mapping[str, Any]) -> str:
+    """A number of a metric as people read it, a dash for null.
+
+    dB get one decimal; the rest two, or three where the metric's value is below a tenth. A metric, its interval and its
+    baselines share their decimals.
+    """
     if value is None:
         return "–"
-    if unit == "dB":
+    if metric["unit"] == "dB":
         return f"{value:.1f}"
-    return f"{value:.2f}" if value == 0 or 0.01 <= abs(value) < 100 else f"{value:.3g}"
+    return f"{value:.3f}" if abs(metric["value"] or 1) < 0.1 else f"{value:.2f}"
 
 
 def _pretty(value: Any) -> str:

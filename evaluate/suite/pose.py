@@ -50,7 +50,7 @@ def summarise(
     """
     metrics = []
     for condition in conditions:
-        rows = [row for row in select(samples, MODEL, condition) if row["pose_joints"]]
+        drawn = select(samples, MODEL, condition)
         name = f"pose_pck/{condition}"
         baselines = {}
         for label, kind, arm in (("random_pair", BASELINE, "random_pair"), ("detector_on_real", REAL, "real")):
@@ -59,9 +59,10 @@ def summarise(
                 baselines[label] = sum(row["pose_hits"] for row in other) / sum(row["pose_joints"] for row in other)
         own = {**settings[condition], "alpha": ALPHA, "of": "longer side of the box", "confidence": CONFIDENCE}
         details = {"baselines": baselines, "settings": own}
-        reason = degenerate_reason(rows) if rows else "no sample has a pose to ask for"
+        rows = [row for row in drawn if row["pose_joints"]]
+        reason = degenerate_reason(drawn) or (None if rows else "no sample has a pose to ask for")
         if reason:
-            metrics.append(Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details))
+            metrics.append(Metric(name, None, n=len({row["key"] for row in drawn}), reason=reason, **details))
             continue
         hits, asked = [row["pose_hits"] for row in rows], [row["pose_joints"] for row in rows]
         metrics.append(Metric.of(name, statistics.proportion(hits, asked, [row["key"] for row in rows]), **details))

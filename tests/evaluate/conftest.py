@@ -85,18 +85,18 @@ class FiguresInMemory:
 class Oracle(nn.Module):
     """Predicts a fixed picture for every sample, which it recognises by its noise.
 
-    ``pictures`` maps keys to uint8 (H, W, 3). Works on the sampler's path, whose states are mixtures of that picture and
-    the sample's noise, and on the grid of the held-out loss, whose states are mixtures of the truth and the noise.
+    ``pictures`` maps keys to uint8 (H, W, 3). Works on the sampler's path, whose states are mixtures of that picture
+    and the sample's noise, and on the grid of the held-out loss, whose states are mixtures of the truth and the noise.
     """
 
-    def __init__(self, dataset: FiguresInMemory, pictures: dict[str, np.ndarray], noises: int = 20):
+    def __init__(self, dataset: FiguresInMemory, pictures: dict[str, np.ndarray], noises: int = 10):
         super().__init__()
         self.nothing = nn.Parameter(torch.zeros(1))
         self._states: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         self._answers: dict[tuple[int, int], list[Tensor]] = {}
         for row in dataset.rows("holdout"):
             height, width = dataset.pixels(row).shape[:2]
-            answer, truth = (_tensor(image) for image in (pictures[row["key"]], dataset.pixels(row)))
+            answer, truth = (to_tensor(image) for image in (pictures[row["key"]], dataset.pixels(row)))
             for seed in range(noises):
                 e = torch.from_numpy(noise(row["key"], seed, height, width))
                 for image in (answer, truth):
@@ -131,7 +131,7 @@ class Constant(nn.Module):
         return self._answer(z)
 
 
-def _tensor(pixels: np.ndarray) -> Tensor:
+def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -151,7 +151,7 @@ def models(figures) -> dict[str, nn.Module]:
     pairs = random_pairs(list(rows.values()))
     shuffled = {key: truth[pairs.get(key, key)] for key in truth}
     means = {
-        shape: _tensor(np.mean([image for image in truth.values() if image.shape[:2] == shape], axis=0))
+        shape: to_tensor(np.mean([image for image in truth.values() if image.shape[:2] == shape], axis=0))
         for shape in {image.shape[:2] for image in truth.values()}
     }
     return {
@@ -174,7 +174,7 @@ def make_subject(figures, models) -> Callable[..., Subject]:
         return Subject(
             model=models[model],
             flow=FlowConfig(),
-            table=ConditioningConfig(preset=preset).resolve(),
+            table=ConditioningConfig(preset="quickstart").resolve(),
             dataset=figures,
             rows=tuple(figures.rows("holdout") if rows is None else rows),
             batch_size=batch_size,

@@ -1,0 +1,318 @@
+"""The whole evaluation: known models come out in the known order, and nothing but the model moves a number."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from evaluate import metrics
+from evaluate.__main__ import main
+from evaluate.records import SAMPLES_SCHEMA
+from evaluate.run import evaluate, with_bars
+from evaluate.suite.pose import ALPHA
+from prep.shards import Dataset
+from train.checkpoint import find_latest, load_model
+from train.conditioning import load_conditions
+from train.noise import noise
+from train.sample import sample
+
+HEADLINES = ("reconstruction/psnr", "reconstruction/ssim", "attribute_accuracy/all", "pose_pck/all")
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, models, figures, tmp_path_factory):
+    """What every known model scores: name -> metric name -> Metric; computed once."""
+    from evaluate.config import EvaluateConfig
+    from evaluate.subject import Subject
+    from train.conditioning import ConditioningConfig
+    from train.flow import FlowConfig
+
+    config = EvaluateConfig.model_validate(
+        {
+            "conditions": {"all": 1.0, "text+pose": 2.0},
+            "sampler": {"method": "euler", "steps": 3},
+            "heldout_loss": {"bins": 10, "conditions": ["all"]},
+            "grid_images": 0,
+        }
+    )
+    table = ConditioningConfig(preset="quickstart").resolve()
+    found = {}
+    for name, model in models.items():
+        subject = Subject(model, FlowConfig(), table, figures, tuple(figures.rows("holdout")))
+        evidence = evaluate(subject, config, tmp_path_factory.mktemp(name))
+        found[name] = {metric.name: metric for metric in evidence.metrics}
+    return found
+
+
+def test_the_truth_is_perfect_everywhere(verdicts):
+    truth = verdicts["truth"]
+    assert truth["reconstruction/psnr"].value == pytest.approx(58.92, abs=0.01)
+    assert truth["reconstruction/ssim"].value == pytest.approx(1.0)
+    assert truth["attribute_accuracy/all"].value >= 0.95
+    assert truth["pose_pck/all"].value >= 0.95
+    assert truth["heldout_loss"].value == pytest.approx(0, abs=1e-8)
+    assert truth["reconstruction/psnr_gain"].low > 30
+
+
+def test_known_models_come_out_in_the_known_order(verdicts):  # fault E08
+    for name in HEADLINES:
+        order = [verdicts[model][name].value for model in ("truth", "shuffled", "noise")]
+        assert order == sorted(order, reverse=True), name
+        assert order[0] > order[1] + 0.2
+    losses = [verdicts[model]["heldout_ratio/all"].value for model in ("truth", "mean_image", "noise")]
+    assert losses == sorted(losses)
+    # blurred nothing beats a wrong person in dB, and shows no colour of the caption: why no single number decides
+    assert verdicts["mean_image"]["reconstruction/psnr"].value > verdicts["shuffled"]["reconstruction/psnr"].value
+    assert verdicts["mean_image"]["attribute_accuracy/all"].value < 0.5
+
+
+def test_shuffled_truth_scores_as_the_random_pair(verdicts):
+    shuffled = verdicts["shuffled"]
+    for name in HEADLINES:
+        metric = shuffled[name]
+        assert metric.value == pytest.approx(metric.baselines["random_pair"], abs=0.06 * max(1, metric.value))
+    assert abs(shuffled["reconstruction/psnr_gain"].value) < 0.5
+    assert shuffled["attribute_accuracy/all"].value < 0.45
+
+
+def test_guidance_between_equal_predictions_changes_nothing(verdicts):
+    truth = verdicts["truth"]
+    assert truth["reconstruction/psnr/text+pose"].value == pytest.approx(truth["reconstruction/psnr"].value, abs=0.1)
+    assert truth["reconstruction/psnr/text+pose"].settings["guidance"] == 2.0
+
+
+@pytest.mark.parametrize(("model", "reason"), [("black", "constant"), ("broken", "non-finite")])
+def test_degenerate_outputs_are_null_with_a_reason(verdicts, model, reason):  # fault E02
+    for name in HEADLINES:
+        metric = verdicts[model][name]
+        assert metric.value is None
+        assert metric.low is None
+        assert f"24 of 24 pictures are {reason}" in metric.reason
+        assert metric.n == 24
+
+
+def test_every_metric_carries_its_settings(verdicts):  # trap 23
+    for metric in verdicts["truth"].values():
+        assert metric.settings["weights"] == "ema"
+        assert metric.settings["base"] == 64
+        assert "conditions" in metric.settings
+        if not metric.name.startswith("heldout"):
+            assert {"sampler", "steps", "seeds", "guidance"} <= set(metric.settings)
+
+
+def test_batch_size_and_order_move_no_number(make_subject, quick, figures, tmp_path):  # trap 22, fault E03
+    rows = figures.rows("holdout")[:12]
+    one = evaluate(make_subject("truth", rows=rows, batch_size=1), quick, tmp_path / "one")
+    seven = evaluate(make_subject("truth", rows=rows[::-1], batch_size=7), quick, tmp_path / "seven")
+    assert [row["key"] for row in one.samples] == [row["key"] for row in seven.samples]
+    for a, b in zip(one.samples, seven.samples):
+        for name in ("psnr", "ssim", "mse"):
+            assert a[name] == (b[name] if b[name] is None else pytest.approx(b[name], abs=1e-4))
+        assert [a[f"{name}_judged"] for name in ("top", "hair")] == [b[f"{name}_judged"] for name in ("top", "hair")]
+    for a, b in zip(one.metrics, seven.metrics):
+        assert (a.name, a.n) == (b.name, b.n)
+        for bound in ("value", "low", "high"):
+            assert getattr(a, bound) == pytest.approx(getattr(b, bound), abs=1e-4)
+
+
+def test_evaluation_leaves_generators_and_weights_alone(make_subject, quick, figures, tmp_path):  # traps 27, 28
+    subject = make_subject("noise", rows=figures.rows("holdout")[:4])
+    weights = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    evaluate(subject, quick, tmp_path)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert all(torch.equal(weights[name], tensor) for name, tensor in subject.model.state_dict().items())
+
+
+def test_bars_without_a_metric_are_listed(verdicts):
+    found, skipped = with_bars(list(verdicts["truth"].values()), {"pose_pck/all": 0.9, "pose_pck/text": 0.9})
+    assert next(metric for metric in found if metric.name == "pose_pck/all").needed == 0.9
+    assert [one.name for one in skipped] == ["pose_pck/text"]
+
+
+# --- the command line, on a dataset from prep run and a checkpoint from train run
+
+
+@pytest.fixture(scope="module")
+def trained(figures_dataset, tmp_path_factory) -> Path:
+    """A run folder with a checkpoint of three steps."""
+    from train.__main__ import main as train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    small = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.bottleneck=16", "train.batch_size=4"]
+    places = ["--config", "configs/train/quickstart.yaml", f"dataset={figures_dataset}", f"output={folder}"]
+    short = ["train.steps=3", "train.device=cpu", "visual_debug.every_steps=0"]
+    assert train(["run", *places, *small, *short]) == 0
+    return folder
+
+
+FAST = ["--config", "configs/evaluate/quickstart.yaml", "sampler.steps=2", "sampler.method=euler", "samples=12"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained) -> Path:
+    assert main(["run", "--checkpoint", str(trained), *FAST]) == 0
+    return trained / "validation_outputs" / "step-000003"
+
+
+@pytest.mark.slow
+def test_the_files_are_those_promised(evaluated, figures_dataset):
+    report = json.loads((evaluated / "report.json").read_text())
+    assert set(report) == {"schema", "metrics", "skipped", "provenance"}
+    names = {metric["name"] for metric in report["metrics"]}
+    assert {
+        "heldout_loss", "attribute_accuracy/text+pose", "attribute_accuracy/text", "pose_pck/text+pose",
+        "reconstruction/psnr", "reconstruction/ssim", "reconstruction/psnr_gain", "heldout_ratio/all",
+    } <= names  # fmt: skip
+    for metric in report["metrics"]:
+        assert {"name", "value", "low", "high", "n", "baselines", "settings"} <= set(metric)
+    provenance = report["provenance"]
+    assert provenance["step"] == 3
+    assert provenance["dataset"]["fingerprint"] == Dataset(figures_dataset).fingerprint
+
+    samples = pq.read_table(evaluated / "samples.parquet")
+    assert samples.schema.names == SAMPLES_SCHEMA.names
+    rows = samples.to_pylist()
+    drawn = [row for row in rows if row["kind"] == "model"]
+    holdout = {row["key"] for row in Dataset(figures_dataset).rows("holdout")[:12]}
+    assert len(drawn) == 3 * len(holdout)
+    assert {row["key"] for row in rows} == holdout
+    assert all((evaluated / row["image"]).is_file() for row in rows if row["image"])
+    steps = [json.loads(line)["step"] for line in (evaluated / "training.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert (evaluated / "config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_report_json_follows_from_samples_parquet(evaluated):
+    rows = [r for r in pq.read_table(evaluated / "samples.parquet").to_pylist() if r["condition"] == "text+pose"]
+    metrics_by_name = {m["name"]: m for m in json.loads((evaluated / "report.json").read_text())["metrics"]}
+    hits, joints = sum(r["pose_hits"] for r in rows), sum(r["pose_joints"] for r in rows)
+    assert metrics_by_name["pose_pck/text+pose"]["value"] == pytest.approx(hits / joints)
+    assert metrics_by_name["reconstruction/psnr/text+pose"]["value"] == pytest.approx(
+        np.mean([r["psnr"] for r in rows])
+    )
+    assert metrics_by_name["pose_pck/text+pose"]["settings"]["alpha"] == ALPHA
+
+
+@pytest.mark.slow
+def test_trap_26_what_is_evaluated_is_what_sampling_draws(evaluated, trained, figures_dataset):
+    """The pictures judged are those of the checkpoint's own model, conditions and noise, to the last bit."""
+    from PIL import Image
+
+    model, config, _ = load_model(find_latest(trained))
+    data = Dataset(figures_dataset)
+    row = data.rows("holdout")[0]
+    width, height = map(int, row["bucket"].split("x"))
+    start = torch.from_numpy(noise(row["key"], 0, height, width))[None]
+    image = sample(model, load_conditions(data, [row]), start, flow=config.flow, steps=2, method="euler", guidance=1.0)
+    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
+    stored = np.asarray(Image.open(evaluated / "images" / f"{row['key']}-all-0.png"))
+    assert np.abs(stored.astype(int) - pixels).max() <= 1  # another batch size
+
+
+@pytest.mark.slow
+def test_running_again_gives_the_same_bytes(trained, evaluated, tmp_path):
+    names = ("report.json", "samples.parquet", "heldout_loss.parquet", "training.jsonl")
+    assert main(["run", "--checkpoint", str(trained), "--output", str(tmp_path), *FAST]) == 0
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_missing_metric_weights_are_skipped_and_strict_minds(trained, tmp_path, monkeypatch, capsys):  # fault E04
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    command = ["run", "--checkpoint", str(trained), "--output", str(tmp_path / "out"), *FAST]
+    assert main([*command, "samples=3"]) == 0
+    assert "skipped: reconstruction/lpips: no backbone weights" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["name"] for one in report["skipped"]] == ["reconstruction/lpips"]
+    assert all(metric["reason"].startswith("inconclusive") for metric in report["metrics"])  # three images
+    assert main([*command, "samples=3", "--strict"]) == 5
+    assert "reconstruction/lpips" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lpips_with_random_weights_is_labelled_so(trained, tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / metrics.LPIPS_BACKBONE
+    path.parent.mkdir(parents=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+    assert main(["run", "--checkpoint", str(trained), "--output", str(tmp_path / "out"), *FAST]) == 0
+    found = {m["name"]: m for m in json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]}
+    lpips = found["reconstruction/lpips"]
+    assert lpips["value"] > lpips["baselines"]["round_trip"] > 0
+    assert lpips["better"] == "lower"
+    assert "not the published weights" in lpips["settings"]["lpips"]
+
+
+@pytest.mark.slow
+def test_another_dataset_is_refused(trained, figures_dataset, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "dataset"
+    shutil.copytree(figures_dataset, copy)
+    info = json.loads((copy / "dataset.json").read_text())
+    info["fingerprint"] = "another"
+    (copy / "dataset.json").write_text(json.dumps(info))
+    output = tmp_path / "out"
+    command = ["run", "--checkpoint", str(trained), "--dataset", str(copy), "--output", str(output), *FAST]
+    assert main(command) == 3
+    error = capsys.readouterr().err
+    assert "another" in error
+    assert str(copy) in error
+    assert not (output / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_a_leak_ends_with_three(trained, figures_dataset, tmp_path, capsys):  # fault E01
+    """A training sample that an edited index puts into a holdout sample's duplicate group."""
+    import shutil
+
+    from prep.files import sha256_bytes
+
+    copy = tmp_path / "dataset"
+    shutil.copytree(figures_dataset, copy)
+    table = pq.read_table(copy / "index.parquet").to_pylist()
+    train = next(row for row in table if row["split"] == "train")
+    held = next(row for row in table if row["split"] == "holdout")
+    train["duplicate_group"] = held["duplicate_group"] = "group"
+    import pyarrow as pa
+
+    schema = pq.read_schema(copy / "index.parquet")
+    pq.write_table(pa.Table.from_pylist(table, schema=schema), copy / "index.parquet")
+    info = json.loads((copy / "dataset.json").read_text())
+    info["hashes"]["index.parquet"] = sha256_bytes((copy / "index.parquet").read_bytes())
+    (copy / "dataset.json").write_text(json.dumps(info))
+    command = ["run", "--checkpoint", str(trained), "--dataset", str(copy), "--output", str(tmp_path / "out"), *FAST]
+    assert main(command) == 3
+    error = capsys.readouterr().err
+    assert "leak: 1 holdout sample" in error
+    assert held["source"] in error
+    assert train["source"] in error
+
+
+def test_usage_errors_end_with_two(tmp_path, capsys):
+    assert main(["run", "--checkpoint", str(tmp_path / "nothing")]) == 2
+    assert main(["report", str(tmp_path)]) == 2
+    assert "evaluate run first" in capsys.readouterr().err
+    config = tmp_path / "wrong.yaml"
+    config.write_text("sample: 3\n")
+    assert main(["run", "--checkpoint", str(tmp_path), "--config", str(config)]) == 2
+    assert "did you mean `samples`" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from evaluate.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
