@@ -21,7 +21,7 @@ from prep.buckets import Bucket, crop_to_bucket
 from prep.caption import BadCaption, SidecarCaptions
 from prep.dedup import perceptual_hash, thumbnail
 from prep.encoders import build_encoder
-from prep.errors import DataError
+from prep.errors import ConfigError, DataError
 from prep.files import canonical_json
 from prep.settings import PrepConfig
 from prep.shards import (
@@ -113,7 +113,7 @@ class LayerWorker:
 
     def t5(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
         """Captions -> T5 features of the valid tokens."""
-        encoder = self._encoder("t5")
+        encoder = self._encoder("t5", recipe)
         table = self._part(unit, "text").table
         rows = list(zip(table["key"].to_pylist(), table["caption"].to_pylist()))
         facts = {"width": encoder.width, "max_tokens": encoder.max_tokens}
@@ -129,7 +129,7 @@ class LayerWorker:
         """Crops -> the DINOv3 class token and quantised patch tokens."""
         from prep.dinov3 import quantise
 
-        encoder = self._encoder("dino")
+        encoder = self._encoder("dino", recipe)
         facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
         with LayerWriter(self.root, unit, recipe, facts) as writer:
             for keys, images in self._images(unit, self.config.dino.batch_size):
@@ -145,7 +145,7 @@ class LayerWorker:
         """Crops -> the joints of the largest person, and everybody's box."""
         from prep.dwpose import normalise
 
-        encoder, bucket = self._encoder("pose"), Bucket.parse(task.bucket)
+        encoder, bucket = self._encoder("pose", recipe), Bucket.parse(task.bucket)
         with LayerWriter(self.root, unit, recipe, facts={}) as writer:
             for keys, images in self._images(unit, self.config.pose.batch_size):
                 for key, pose in zip(keys, encoder.detect(images)):
@@ -167,9 +167,16 @@ class LayerWorker:
         for batch in batched(read_members(self.root, self._part(unit, "px"), "webp"), batch_size):
             yield [key for key, _ in batch], np.stack([load_webp(data) for _, data in batch])
 
-    def _encoder(self, layer: str) -> Any:
+    def _encoder(self, layer: str, recipe: dict[str, Any]) -> Any:
+        """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""
         if layer not in self._encoders:
-            self._encoders[layer] = build_encoder(self.config, layer, self.device)
+            encoder = build_encoder(self.config, layer, self.device)
+            if encoder.fingerprint() != recipe["encoder"]:
+                raise ConfigError(
+                    f"the {layer} encoder of this worker is {encoder.fingerprint()}, the plan was made with "
+                    f"{recipe['encoder']}. Give all machines the same models and the same code, and run again"
+                )
+            self._encoders[layer] = encoder
         return self._encoders[layer]
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prep import sources
+from prep import pipeline, sources
 from prep.buckets import Bucket
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes, sha256_file
@@ -333,7 +333,7 @@ def test_p11_a_killed_run_continues_and_ends_with_the_same_bytes(
     assert process.wait() == -signal.SIGKILL
     time.sleep(2)  # Ray's processes follow their driver
     committed = {path: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
-    assert 12 <= len(committed) < 5 * len(Dataset(figures_dataset).info["buckets"])
+    assert len(committed) >= 12
     assert not (tmp_path / "out" / "index.parquet").exists()
     run(settings)
     assert files_of(tmp_path / "out") == files_of(figures_dataset)
@@ -439,11 +439,37 @@ def test_encoders_work_in_batches_that_do_not_span_shards(tmp_path, monkeypatch)
     write_images(tmp_path / "source", 7)
     settings = config(tmp_path, layers=["dino"], shard_size=5, dino={"batch_size": 2})
     plan = make_plan(settings)
+    tasks = plan.tasks(settings.active_layers)
     worker = LayerWorker(settings)
     sizes = []
-    encoder = worker._encoder("dino")
+    encoder = worker._encoder("dino", tasks[0].recipes["dino"])
     encode = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda images: sizes.append(len(images)) or encode(images))
-    for task in plan.tasks(settings.active_layers):
+    for task in tasks:
         worker.run(task)
     assert sizes == [2, 2, 1, 2]  # trap 6: batches, and five and two images in two shards
+
+
+def test_a_worker_with_another_model_than_the_plan_refuses(tmp_path):
+    """Features of two models must never meet in a layer, wherever a worker found its model."""
+    write_images(tmp_path / "source", 2)
+    settings = config(tmp_path, layers=["dino"])
+    (task,) = make_plan(settings).tasks(settings.active_layers)
+    other = settings.model_copy(update={"dino": settings.dino.model_copy(update={"input_scale": 2.0})})
+    with pytest.raises(ConfigError, match="the dino encoder of this worker is"):
+        LayerWorker(other).run(task)
+    assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "px")) is not None
+    assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "dino")) is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "passes"),
+    [
+        ({"CPU": 8.0}, [(("px", "text", "t5", "dino", "pose"), "cpu", 8)]),
+        ({"CPU": 8.0, "GPU": 2.0}, [(("px", "text"), "cpu", 8), (("t5", "dino", "pose"), "cuda", 2)]),
+    ],
+)
+def test_encoders_go_to_gpus_where_there_are_any(tmp_path, monkeypatch, resources, passes):
+    monkeypatch.setattr(pipeline.ray, "cluster_resources", lambda: resources)
+    settings = config(tmp_path, layers=["text", "dino", "pose"])
+    assert [(step.layers, step.device, step.actors) for step in pipeline.plan_passes(settings)] == passes
