@@ -94,6 +94,17 @@ class Rates:
         return self._shown
 
 
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Return the GPU memory in 1e9 bytes, the peak so far and what is allocated and reserved now; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "memory/peak_vram_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "memory/vram_allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
+        "memory/vram_reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
+    }
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a torn last line, which a kill can leave, is dropped, any other is a :class:`DataError`."""
     if not path.exists():

@@ -108,8 +108,8 @@ def test_trap_26_one_path_rebuilds_the_model_without_the_dataset(tiny_dataset, r
         torch.device("cpu"),
     )
     trained.load(load_checkpoint(run / "checkpoints" / "step-000004"))
-    batch = trained.make_micro_batch(0)
-    _, conditions = trained.data.load(trained.data.select(trained.order[0]))
+    batch = trained.batches.make(0)
+    _, conditions = trained.data.load(trained.data.select(trained.batches.order[0]))
     assert conditions.keep.all()
     for weights, expected in (("model", trained.model.eval()), ("ema", trained.ema_model())):
         model, config, state = load_model(run, weights)

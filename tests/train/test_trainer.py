@@ -20,9 +20,10 @@ from tests.train.tiny import tiny_config, write_dataset
 from train.checkpoint import load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
 from train.flow import flow_loss, interpolate, to_x
+from train.microbatch import deal_subsets, split
 from train.noise import generator
 from train.tracking import read_metrics
-from train.trainer import NonFiniteError, Trainer, clip_gradients, deal_subsets, gradient_norms, split
+from train.trainer import NonFiniteError, Trainer, clip_gradients, gradient_norms
 
 CPU = torch.device("cpu")
 TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)
@@ -60,9 +61,9 @@ def straight(tiny_dataset, tmp_path_factory) -> Path:
 
 def test_a_micro_batch_is_a_pure_function_of_its_number(tiny_dataset, tmp_path):
     first, second = (make(tiny_dataset, tmp_path / name) for name in "ab")
-    forwards = [first.make_micro_batch(i) for i in range(6)]
+    forwards = [first.batches.make(i) for i in range(6)]
     for i in reversed(range(6)):
-        ours, theirs = forwards[i], second.make_micro_batch(i)
+        ours, theirs = forwards[i], second.batches.make(i)
         assert ours.keys == theirs.keys
         assert ours.subsets == theirs.subsets
         for name in ("x", "noise", "t"):
@@ -76,7 +77,7 @@ def test_times_are_stratified_over_the_whole_step(tiny_dataset, tmp_path):
         tiny_dataset, tmp_path / "run", "train.grad_accumulation_steps=8", "flow.uniform_share=0", "flow.shift=1"
     )
     for step in range(3):
-        t = np.concatenate([trainer.make_micro_batch(step * 8 + i).t.numpy() for i in range(8)])
+        t = np.concatenate([trainer.batches.make(step * 8 + i).t.numpy() for i in range(8)])
         flow = trainer.config.flow
         normal = torch.from_numpy((np.log(t / (1 - t)) - flow.logit_mean) / flow.logit_std).double()
         strata = (torch.special.ndtr(normal) * len(t)).floor().int()
@@ -87,7 +88,7 @@ def test_times_are_stratified_over_the_whole_step(tiny_dataset, tmp_path):
 def test_each_image_weighs_the_same(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run")
     _unfreeze(trainer)
-    batches = [trainer.make_micro_batch(i) for i in range(2)]
+    batches = [trainer.batches.make(i) for i in range(2)]
     for batch in batches:
         trainer.micro_step(batch)
     accumulated = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
@@ -133,7 +134,7 @@ def test_runs_of_equal_subsets_get_a_forward_of_their_own():
 
 def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run", "train.batch_size=40", "train.grad_accumulation_steps=1")
-    batch = trainer.make_micro_batch(0)
+    batch = trainer.batches.make(0)
     assert [part.images.stop - part.images.start for part in batch.parts] == [4, 10, 16, 10]
     nothing, text, pose, everything = (part.conditions for part in batch.parts)
     assert nothing.text is None
@@ -155,7 +156,7 @@ def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path):
             return function(*args, **(kwargs or {}))
 
     trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default", "train.batch_size=24")
-    batch = trainer.make_micro_batch(0)
+    batch = trainer.batches.make(0)
     with NoSync():  # trap 20
         trainer.micro_step(batch)
         gradient_norms(trainer.model)
@@ -166,7 +167,7 @@ def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path):
 def test_gradients_are_clipped_together(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run")
     _unfreeze(trainer)
-    trainer.micro_step(trainer.make_micro_batch(0))
+    trainer.micro_step(trainer.batches.make(0))
     groups, total = gradient_norms(trainer.model)
     every = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
     torch.testing.assert_close(total, every.norm())
@@ -182,7 +183,7 @@ def test_gradient_checkpointing_and_bf16_change_memory_not_the_step(tiny_dataset
     def gradient(*overrides):
         trainer = make(tiny_dataset, tmp_path / "run", *overrides)
         _unfreeze(trainer)
-        trainer.micro_step(trainer.make_micro_batch(0))
+        trainer.micro_step(trainer.batches.make(0))
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters()), "master weights stay float32"
         return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
@@ -312,7 +313,7 @@ def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
 @pytest.mark.parametrize("where", ["input", "weights", "gradient"])
 def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypatch, where):
     trainer = make(tiny_dataset, tmp_path / "run", "data.prefetch=0", "checkpoint.every_steps=1")
-    real = trainer.make_micro_batch
+    real = trainer.batches.make
 
     def poisoned(index):
         batch = real(index)
@@ -325,7 +326,7 @@ def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypat
             trainer.model.final.weight.register_hook(lambda gradient: gradient * float("nan"))
         return batch
 
-    monkeypatch.setattr(trainer, "make_micro_batch", poisoned)
+    monkeypatch.setattr(trainer.batches, "make", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 3: .* is not finite\. Optimiser and EMA were not touched"):
         trainer.run()
     assert trainer.step == 2

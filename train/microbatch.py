@@ -1,0 +1,108 @@
+"""What one micro-step needs, as a pure function of config, data and the number of the micro-batch.
+
+Pixels come in the order of :mod:`train.data`; noise, times and dropped conditions from generators named by (seed,
+purpose, step, image). So micro-batches can be made ahead, or again after a kill, without any state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.conditioning import Conditions, Subset, deal
+from train.config import TrainConfig
+from train.data import Order, TrainingSet, bucket_size
+from train.flow import timesteps
+from train.noise import generator
+
+MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a micro-batch that go through the network together."""
+
+    images: slice
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout."""
+
+    keys: list[str]
+    subsets: list[Subset]
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    parts: list[Part]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Move every tensor."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x", "noise", "t")}
+        return replace(self, **moved, parts=[Part(p.images, p.conditions.to(device)) for p in self.parts])
+
+    def image_tokens(self, patch_size: int) -> int:
+        """Count the image tokens that go through the blocks."""
+        images, _, height, width = self.x.shape
+        return images * (height // patch_size) * (width // patch_size)
+
+
+class MicroBatches:
+    """All micro-batches of a run, by number."""
+
+    def __init__(self, config: TrainConfig, data: TrainingSet, table: dict[Subset, float]) -> None:
+        self.config, self.data, self.table = config, data, table
+        self.order = Order(data.sizes, config.train.batch_size, config.seed)
+
+    def make(self, index: int) -> MicroBatch:
+        """Return micro-batch ``index`` of the run; another thread calls ahead."""
+        config = self.config
+        accumulation, size = config.train.grad_accumulation_steps, config.train.batch_size
+        step, position = divmod(index, accumulation)
+        mine = slice(position * size, (position + 1) * size)  # of the images of the step
+        slot = self.order[index]
+        rows = self.data.select(slot)
+        x, conditions = self.data.load(rows)
+
+        # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
+        buckets = [self.order[step * accumulation + other].bucket for other in range(accumulation)]
+        shifts = np.repeat([config.flow.shift_of(h, w) for w, h in map(bucket_size, buckets)], size)
+        t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[mine]
+        subsets = deal_subsets(self.table, accumulation, size, generator(config.seed, "conditions", step))[mine]
+        images = range(mine.start, mine.stop)
+        noise = np.stack(
+            [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
+        )
+        parts = [Part(part, conditions.select(part).keeping(subsets[part])) for part in split(subsets)]
+        return MicroBatch([r["key"] for r in rows], subsets, x, torch.from_numpy(noise), torch.from_numpy(t), parts)
+
+
+def deal_subsets(table: dict[Subset, float], micro_batches: int, size: int, rng: np.random.Generator) -> list[Subset]:
+    """Deal a step's images their condition subsets, equal ones side by side in few micro-batches.
+
+    The micro-batches are permuted, so that a subset does not depend on the bucket; t is drawn independently.
+    """
+    dealt = sorted(deal(table, micro_batches * size, rng), key=list(table).index)
+    order = rng.permutation(micro_batches)
+    return [subset for chunk in order for subset in dealt[chunk * size : (chunk + 1) * size]]
+
+
+def split(subsets: Sequence[Subset]) -> list[slice]:
+    """Cut a micro-batch into parts: a run of at least MIN_GROUP equal subsets is one, what lies between is mixed."""
+    cuts = [0, *(i for i in range(1, len(subsets)) if subsets[i] != subsets[i - 1]), len(subsets)]
+    parts: list[slice] = []
+    mixed = False
+    for start, stop in pairwise(cuts):
+        small = stop - start < MIN_GROUP
+        if small and mixed:
+            parts[-1] = slice(parts[-1].start, stop)
+        else:
+            parts.append(slice(start, stop))
+        mixed = small
+    return parts
