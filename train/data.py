@@ -182,6 +182,8 @@ def prefetch(make: Callable[[int], T], start: int, depth: int) -> Iterator[T]:
     stop = threading.Event()
 
     def work() -> None:
+        # of this thread alone: a second team of torch threads would fight with the training's for the cores
+        torch.set_num_threads(1)
         index = start
         while not stop.is_set():
             try:

@@ -114,7 +114,7 @@ class Trainer:
                     if saved < self.step:
                         tracker.sync()
                         self.save()
-                    raise Interrupted(f"stopped at step {self.step}, saved; the same command continues")
+                    raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
                 rates.add(self.images_per_step, time.perf_counter() - started)
                 fault("train.step")

@@ -135,6 +135,18 @@ def test_prefetch_gives_the_same_values_and_errors_in_the_same_place(depth):
         next(values)
 
 
+def test_prefetching_takes_one_thread_and_leaves_the_others_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ahead = prefetch(lambda i: torch.get_num_threads(), 0, 1)
+        assert next(ahead) == 1
+        ahead.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_closing_prefetch_ends_its_thread():
     before = threading.active_count()
     iterator = prefetch(lambda i: i, 0, 2)
