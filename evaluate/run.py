@@ -104,7 +104,7 @@ def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence
     kept = {row["key"] for row in subject.rows[: config.grid_images]}
     samples: list[dict[str, Any]] = []
     with Progress("pictures", len(subject.rows) * (1 + len(arms) * config.seeds), "pictures") as progress:
-        for batch in subject.batches:
+        for batch in subject.batches():
             rows = _reference_rows(batch, subject, training, examiner)
             _keep_images(rows[: len(batch.rows)], batch.pixels, kept, folder)  # the real ones come first
             samples += rows

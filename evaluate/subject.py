@@ -73,10 +73,9 @@ class Subject:
         """The conditions that the dataset has."""
         return dataset_modalities(self.dataset)
 
-    @cached_property
-    def batches(self) -> tuple[Batch, ...]:
-        """All samples, buckets never mixed; read once and kept, since every test looks at the same ones."""
-        return tuple(read_batches(self.dataset, self.rows, self.batch_size))
+    def batches(self) -> Iterator[Batch]:
+        """Read all samples, buckets never mixed, one batch in memory at a time."""
+        return read_batches(self.dataset, self.rows, self.batch_size)
 
     @cached_property
     def partners(self) -> dict[str, Row]:

@@ -57,7 +57,7 @@ def measure(
     ``advance`` is told how many samples are done.
     """
     rows: list[dict[str, Any]] = []
-    for batch in subject.batches:
+    for batch in subject.batches():
         x = to_float(batch.pixels)
         times = np.stack([grid_times(key, config.bins, config.times_per_bin) for key in batch.keys])
         times = torch.from_numpy(shift(times, subject.flow.shift_of(batch.height, batch.width)).astype(np.float32))

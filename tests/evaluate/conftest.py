@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evaluate.baselines import random_pairs
 from evaluate.config import EvaluateConfig
 from evaluate.subject import Subject
 from prep.buckets import centre_crop, choose_bucket, crop_to_bucket
@@ -144,8 +145,6 @@ def figures() -> FiguresInMemory:
 @pytest.fixture(scope="session")
 def models(figures) -> dict[str, nn.Module]:
     """Models by name: truth, shuffled (another holdout figure of the same bucket), mean_image, noise, black, broken."""
-    from evaluate.baselines import random_pairs
-
     rows = {row["key"]: row for row in figures.rows("holdout")}
     truth = {key: figures.pixels(row) for key, row in rows.items()}
     pairs = random_pairs(list(rows.values()))

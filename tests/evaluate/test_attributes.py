@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from evaluate.config import EvaluateConfig
+from evaluate.examine import open_detector
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL
 from evaluate.suite import attributes
 from evaluate.suite.attributes import PALETTES, judge, nearest_colour
@@ -118,8 +120,6 @@ def test_degenerate_pictures_are_null_and_not_zero():
 
 def test_the_demo_networks_are_named():
     """The judge uses the demo pose networks only for datasets that were made with them."""
-    from evaluate.config import EvaluateConfig
-    from evaluate.examine import open_detector
 
     class Photographs:
         def __init__(self):

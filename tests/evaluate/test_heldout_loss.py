@@ -1,5 +1,7 @@
 """The held-out loss sits on a grid that never moves, and trivial models score what trivial predictors score."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,15 +68,13 @@ def test_loss_is_error_over_clamped_t_squared(make_subject, training):
 
 
 def test_the_grid_follows_the_resolution_shift(figures, make_subject, training):
-    from dataclasses import replace
-
     subject = replace(make_subject("noise", rows=figures.rows("holdout")[:1]), flow=FlowConfig(shift=3.0))
     rows, _ = measured(subject, training)
     key, row = rows[0]["key"], rows[5]
     t = grid_times(key, 10, 1)[5, 0]
     t = 3 * t / (1 + 2 * t)
     x = torch.from_numpy(figures.pixels({"key": key}).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-    e = subject.batches[0].noise(5)[0]
+    e = next(subject.batches()).noise(5)[0]
     assert row["mse"] == pytest.approx(float(((1 - t) * x + t * e - x).square().mean()), rel=1e-4)
 
 

@@ -103,6 +103,7 @@ def random_backbone(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the package uses torchvision's old argument names
 def test_lpips_equals_the_package_on_the_same_weights(random_backbone):
     import lpips
 

@@ -1,6 +1,7 @@
 """The page is a pure function of the files, says nothing that they do not, and trusts no string."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluate import report, run
 from evaluate.config import EvaluateConfig
 from evaluate.report import Files, find_output, number, write_report
+from evaluate.subject import Subject
 from prep.errors import ConfigError, DataError
+from train.conditioning import ConditioningConfig
+from train.flow import FlowConfig
 
 HOSTILE = '<script>document.title="owned"</script><img src="https://example.org/x.png" onerror="alert(1)">'
 RTL = "امرأة ترتدي قميصا أحمر 👩🏽‍🦰 \u202e reversed"
@@ -45,10 +50,6 @@ def provenance(config):
 @pytest.fixture(scope="module")
 def folder(models, figures, tmp_path_factory) -> Path:
     """An evaluation of a model that draws other people, with hostile captions and curves."""
-    from evaluate.subject import Subject
-    from train.conditioning import ConditioningConfig
-    from train.flow import FlowConfig
-
     config = EvaluateConfig.model_validate(
         {
             "conditions": {"all": 1.0, "text+pose": 2.0, "text": 2.0},
@@ -128,8 +129,6 @@ def test_what_was_measured_is_on_the_page(html):
 
 
 def test_a_null_metric_is_shown_with_its_reason(folder, tmp_path):
-    import json
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     content = json.loads((copy / "report.json").read_text())
@@ -205,8 +204,6 @@ def test_a_browser_opens_it_from_disk(folder, tmp_path):
 
     picture = tmp_path / "page.png"
     subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
-    from PIL import Image
-
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape == (2400, 1280, 3)
     assert pixels.std() > 5  # not an empty page

@@ -1,23 +1,32 @@
 """The whole evaluation: known models come out in the known order, and nothing but the model moves a number."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 from evaluate import metrics
 from evaluate.__main__ import main
+from evaluate.config import EvaluateConfig
 from evaluate.records import SAMPLES_SCHEMA
 from evaluate.run import evaluate, with_bars
+from evaluate.subject import Subject
 from evaluate.suite.pose import ALPHA
+from prep.files import sha256_bytes
 from prep.shards import Dataset
+from train.__main__ import main as train
 from train.checkpoint import find_latest, load_model
-from train.conditioning import load_conditions
+from train.conditioning import ConditioningConfig, load_conditions
+from train.flow import FlowConfig
 from train.noise import noise
 from train.sample import sample
 
@@ -25,13 +34,8 @@ HEADLINES = ("reconstruction/psnr", "reconstruction/ssim", "attribute_accuracy/a
 
 
 @pytest.fixture(scope="module")
-def verdicts(request, models, figures, tmp_path_factory):
+def verdicts(models, figures, tmp_path_factory):
     """What every known model scores: name -> metric name -> Metric; computed once."""
-    from evaluate.config import EvaluateConfig
-    from evaluate.subject import Subject
-    from train.conditioning import ConditioningConfig
-    from train.flow import FlowConfig
-
     config = EvaluateConfig.model_validate(
         {
             "conditions": {"all": 1.0, "text+pose": 2.0},
@@ -142,8 +146,6 @@ def test_bars_without_a_metric_are_listed(verdicts):
 @pytest.fixture(scope="module")
 def trained(figures_dataset, tmp_path_factory) -> Path:
     """A run folder with a checkpoint of three steps."""
-    from train.__main__ import main as train
-
     folder = tmp_path_factory.mktemp("trained") / "run"
     small = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.bottleneck=16", "train.batch_size=4"]
     places = ["--config", "configs/train/quickstart.yaml", f"dataset={figures_dataset}", f"output={folder}"]
@@ -204,8 +206,6 @@ def test_report_json_follows_from_samples_parquet(evaluated):
 @pytest.mark.slow
 def test_trap_26_what_is_evaluated_is_what_sampling_draws(evaluated, trained, figures_dataset):
     """The pictures judged are those of the checkpoint's own model, conditions and noise, to the last bit."""
-    from PIL import Image
-
     model, config, _ = load_model(find_latest(trained))
     data = Dataset(figures_dataset)
     row = data.rows("holdout")[0]
@@ -240,8 +240,6 @@ def test_missing_metric_weights_are_skipped_and_strict_minds(trained, tmp_path, 
 
 @pytest.mark.slow
 def test_lpips_with_random_weights_is_labelled_so(trained, tmp_path, monkeypatch):
-    import torchvision
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = tmp_path / "hub" / "checkpoints" / metrics.LPIPS_BACKBONE
     path.parent.mkdir(parents=True)
@@ -258,8 +256,6 @@ def test_lpips_with_random_weights_is_labelled_so(trained, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_another_dataset_is_refused(trained, figures_dataset, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "dataset"
     shutil.copytree(figures_dataset, copy)
     info = json.loads((copy / "dataset.json").read_text())
@@ -277,18 +273,12 @@ def test_another_dataset_is_refused(trained, figures_dataset, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_leak_ends_with_three(trained, figures_dataset, tmp_path, capsys):  # fault E01
     """A training sample that an edited index puts into a holdout sample's duplicate group."""
-    import shutil
-
-    from prep.files import sha256_bytes
-
     copy = tmp_path / "dataset"
     shutil.copytree(figures_dataset, copy)
     table = pq.read_table(copy / "index.parquet").to_pylist()
     train = next(row for row in table if row["split"] == "train")
     held = next(row for row in table if row["split"] == "holdout")
     train["duplicate_group"] = held["duplicate_group"] = "group"
-    import pyarrow as pa
-
     schema = pq.read_schema(copy / "index.parquet")
     pq.write_table(pa.Table.from_pylist(table, schema=schema), copy / "index.parquet")
     info = json.loads((copy / "dataset.json").read_text())

@@ -1,5 +1,8 @@
 """The holdout is one, the noise belongs to the sample, and every bucket keeps its shape."""
 
+from copy import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,8 +86,6 @@ def test_conditions_never_trained_are_skipped_by_name(make_subject):
 
 
 def test_guidance_needs_the_unconditional_to_be_trained(make_subject):
-    from dataclasses import replace
-
     subject = make_subject("noise")
     table = {subset: share for subset, share in subject.table.items() if subset}
     arms, skipped = choose_arms(EvaluateConfig(), replace(subject, table=table))
@@ -93,9 +94,6 @@ def test_guidance_needs_the_unconditional_to_be_trained(make_subject):
 
 
 def test_conditions_that_coincide_without_a_modality_are_refused(make_subject, figures):
-    from copy import copy
-    from dataclasses import replace
-
     without = copy(figures)
     without.info = {**figures.info, "layers": {name: v for name, v in figures.info["layers"].items() if name != "pose"}}
     assert dataset_modalities(without) == ("text", "cls", "patches")
