@@ -90,8 +90,8 @@ class Plan:
 
 def make_plan(config: PrepConfig) -> Plan:
     """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions."""
+    check_folders(config)
     folder, root = Path(config.source), Path(config.output)
-    check_folders(folder, root)
     found = scan(folder, config.image.max_pixels)
     seen = len(found.sources) + len(found.rejects)
     if not seen:
@@ -115,9 +115,11 @@ def make_plan(config: PrepConfig) -> Plan:
     return Plan(config, sources, shards, rejects, seen, recipes, current, missing)
 
 
-def check_folders(source: Path, output: Path) -> None:
-    """Refuse an output inside the source or the other way round: a dataset must not become its own input."""
-    source, output = source.resolve(), output.resolve()
+def check_folders(config: PrepConfig) -> None:
+    """Refuse, before anything is written, a missing source and an output that would become its own input."""
+    source, output = Path(config.source).resolve(), Path(config.output).resolve()
+    if not source.is_dir():
+        raise ConfigError(f"source {config.source} is not a folder. Set source=FOLDER to where the images are")
     if output.is_relative_to(source) or source.is_relative_to(output):
         raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
 

@@ -21,7 +21,7 @@ from prep.config import dump_config
 from prep.console import Progress, duration, say
 from prep.errors import ConfigError, DataError, Interrupted, ResourceError
 from prep.files import write_atomic
-from prep.plan import Plan, make_plan, write_manifest
+from prep.plan import Plan, check_folders, make_plan, write_manifest
 from prep.publish import Published, gate, publish
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, read_part
@@ -79,6 +79,7 @@ def explain(config: PrepConfig) -> None:
 
 def run(config: PrepConfig) -> None:
     """Make the dataset complete, computing only what is missing. Raises NanoditError; the same call continues."""
+    check_folders(config)
     root = Path(config.output)
     with locked(root):
         folder = RunFolder(root, config)

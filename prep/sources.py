@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from prep.errors import ConfigError
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -179,12 +177,7 @@ def _damage(what: str, error: Exception) -> BadImage:
 
 
 def scan(folder: Path, max_pixels: int) -> Scan:
-    """Find, hash and check every file below ``folder``; of equal files the first name is kept.
-
-    Raises ConfigError when the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"source {folder} is not a folder. Set source=FOLDER to where the images are")
+    """Find, hash and check every file below ``folder``; of equal files the first name is kept."""
 
     def look(item: tuple[str, BadImage | None]) -> Source | Reject:
         name, problem = item

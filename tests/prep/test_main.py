@@ -66,3 +66,4 @@ def test_bad_input_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, prepar
     assert run_command(lambda: main(arguments)) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("index.parquet"))
+    assert code == 3 or not list(tmp_path.rglob("runs"))  # wrong usage leaves nothing behind

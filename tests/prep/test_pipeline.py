@@ -271,6 +271,7 @@ def test_p01_p02_bad_files_become_rows_and_the_run_goes_on(tmp_path, ray_session
     assert files_of(tmp_path / "out") == before  # what was published stays
 
 
+@pytest.mark.slow
 def test_p04_images_without_a_usable_caption_are_left_out_when_allowed(tmp_path, ray_session):
     source = tmp_path / "source"
     write_images(source, 6)
@@ -338,6 +339,23 @@ def test_p11_a_killed_run_continues_and_ends_with_the_same_bytes(
     run(settings)
     assert files_of(tmp_path / "out") == files_of(figures_dataset)
     assert {path: path.stat().st_mtime_ns for path in committed} == committed  # nothing is computed twice
+
+
+@pytest.mark.slow
+def test_a_run_asked_to_stop_ends_with_75_and_continues(tmp_path, ray_session):
+    write_images(tmp_path / "source", 30, size=(400, 400))
+    settings = config(tmp_path, layers=[], shard_size=1)
+    process = subprocess.Popen(command(settings), cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "out" / "parts"
+    while process.poll() is None and not list(parts.glob("*.parquet")):
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "The same command continues" in errors
+    assert not (tmp_path / "out" / "index.parquet").exists()
+    run(settings)
+    assert len(Dataset(tmp_path / "out")) == 30
 
 
 @pytest.mark.parametrize("moment", ["shards.before_tar", "shards.before_part"])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from prep.errors import ConfigError
 from prep.sources import BadImage, canonical_pixels, decode, load_canonical, read_header, scan
 
 CAP = 178_956_970
@@ -115,11 +114,6 @@ def test_a_name_that_is_not_utf8_is_refused_under_a_printable_name(tmp_path):
     assert reject.source.encode() == b"caf\\xe9.png"
 
 
-def test_a_missing_folder_is_a_usage_error(tmp_path):
-    with pytest.raises(ConfigError, match="is not a folder"):
-        scan(tmp_path / "missing", CAP)
-
-
 def test_a_file_that_changes_during_the_run_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(picture()))
     source = read_header(tmp_path, "a.png", CAP)
@@ -182,23 +176,25 @@ def test_a_photograph_with_a_second_one_behind_it_is_a_still_picture():
     assert decode(data, CAP).size == (60, 40)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_bombs_cost_no_memory(tmp_path):
-    """A header of 2.5 gigapixels and compressed chunks that unpack to gigabytes are refused within 300 MB."""
+    """A header of 2.5 gigapixels and compressed chunks that unpack to gigabytes are refused within 150 MB."""
     (tmp_path / "bomb.png").write_bytes(png_with_header(50_000, 50_000))
     text = b"a\0\0" + zlib.compress(b"\0" * 200_000_000, 9)
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
     plain = encoded(picture())
     (tmp_path / "text.png").write_bytes(plain[:33] + chunk + plain[33:])
-    code = (
-        "import resource, sys; from pathlib import Path; from prep.sources import scan\n"
+    code = (  # VmHWM, because ru_maxrss of a child starts at what its parent used
+        "import re, sys; from pathlib import Path; from prep.sources import scan\n"
         f"found = scan(Path(sys.argv[1]), {CAP})\n"
-        "print(len(found.sources), len(found.rejects), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
+        "print(len(found.sources), len(found.rejects), int(peak) // 1024)"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, timeout=60)
     sources, rejects, megabytes = map(int, run.stdout.split())
     assert sources + rejects == 2
     assert rejects >= 1
-    assert megabytes < 300
+    assert megabytes < 150
 
 
 # --- canonical pixels ----------------------------------------------------------------------------------------------
