@@ -14,7 +14,7 @@ from filelock import FileLock
 from prep.figures import write_figures
 from prep.settings import PrepConfig
 
-FIGURES = 60
+FIGURES = 80  # 64 for training, 16 held out
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def figures_folder(shared_folder) -> Path:
-    """60 figures of about 96 pixels with captions and truth. Read only: copy what a test changes."""
+    """80 figures of about 96 pixels with captions and truth. Read only: copy what a test changes."""
     folder = shared_folder / "figures"
     with FileLock(shared_folder / "figures.lock"):
         write_figures(folder, FIGURES, size=96, seed=7, short_captions=True, workers=1)

@@ -291,9 +291,10 @@ class Attention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # on CPUs the fused kernel's backward is two to four times slower than these three calls (tests/benchmarks/attention.py)
+    # in bfloat16 on a CPU the fused kernel is the slower one, and torch.compile cannot fuse into it
+    # (tests/benchmarks/attention.py)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
 

@@ -24,7 +24,7 @@ class Outer(Config):
     inner: Inner = Inner()
     seed: int = 0
     enabled: bool = False
-    tags: list[str] = []
+    tags: list[str] = Field(default=[])
     out: str
 
 

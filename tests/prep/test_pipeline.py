@@ -52,7 +52,7 @@ def rejects_of(root: Path) -> dict[str, tuple[str, str]]:
 def test_every_sample_has_every_layer_and_the_index_describes_it(figures_dataset, figures_folder):
     dataset = Dataset(figures_dataset)
     rows = dataset.rows()
-    assert len(rows) == len(dataset) == 60
+    assert len(rows) == len(dataset) == 80
     assert dataset.layers == tuple(LAYERS)
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
     assert {row["bucket"] for row in rows} == set(dataset.info["buckets"])
@@ -72,9 +72,9 @@ def test_every_sample_has_every_layer_and_the_index_describes_it(figures_dataset
         assert (pose.shape, pose.dtype) == ((133, 3), np.float32)
         assert row["persons"] == 1
     counts = dataset.info["counts"]
-    assert counts == {"samples": 60, "train": 48, "holdout": 12, "rejects": 0}
-    assert [len(dataset.rows(split)) for split in ("train", "holdout")] == [48, 12]
-    assert sum(bucket["samples"] for bucket in dataset.info["buckets"].values()) == 60
+    assert counts == {"samples": 80, "train": 64, "holdout": 16, "rejects": 0}
+    assert [len(dataset.rows(split)) for split in ("train", "holdout")] == [64, 16]
+    assert sum(bucket["samples"] for bucket in dataset.info["buckets"].values()) == 80
 
 
 def test_the_truth_is_mapped_through_the_crop(figures_dataset):
