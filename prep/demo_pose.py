@@ -131,12 +131,15 @@ def nobody(pictures: Tensor) -> Tensor:
     pieces = pictures.unfold(2, height // 5, height // 5).unfold(3, width // 5, width // 5).flatten(2, 3)
     pieces = pieces[:, :, torch.randperm(25)].unflatten(2, (5, 5)).permute(0, 1, 2, 4, 3, 5)
     shuffled = F.interpolate(pieces.flatten(4, 5).flatten(2, 3), (height, width))
-    cells = int(2 ** uniform(1, 5.3))
-    field = 128 + uniform(0, 70, batch, 1, 1, 1) * torch.randn(batch, 3, cells, cells)  # flat colours to gaudy spots
-    noise = F.interpolate(field, (height, width), mode="bilinear")
+    fields = []  # from flat colours to gaudy spots, of two sizes per batch
+    for part in (batch // 2, batch - batch // 2):
+        cells = [int(2 ** uniform(1, 5.3)) for _ in range(2)]
+        field = 128 + uniform(0, 80, part, 1, 1, 1) * torch.randn(part, 3, *cells)
+        fields.append(F.interpolate(field, (height, width), mode="bilinear"))
+    spots = torch.cat(fields)
     white = 128 + uniform(10, 90, batch, 1, 1, 1) * torch.randn_like(pictures)
-    kind = torch.randint(5, (batch, 1, 1, 1))
-    return torch.where(kind == 0, rooms, torch.where(kind == 1, shuffled, torch.where(kind == 2, white, noise)))
+    kind = torch.randint(6, (batch, 1, 1, 1))
+    return torch.where(kind == 0, rooms, torch.where(kind == 1, shuffled, torch.where(kind == 2, white, spots)))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
