@@ -7,12 +7,13 @@ sample has its own times and noises, functions of (sample key, bin) alone. One r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from evaluate import statistics
 from evaluate.baselines import TrainingImages
@@ -58,32 +59,61 @@ def measure(
     """
     rows: list[dict[str, Any]] = []
     for batch in subject.batches():
-        x = to_float(batch.pixels)
-        times = np.stack([grid_times(key, config.bins, config.times_per_bin) for key in batch.keys])
-        times = torch.from_numpy(shift(times, subject.flow.shift_of(batch.height, batch.width)).astype(np.float32))
-        mean_image = to_float(training.mean_image(batch.bucket)[None].repeat(len(batch.rows), axis=0))
-        contexts = {subset: _context(subject, batch, subset) for subset in subsets}
-        sums: dict[tuple[Subset, int], list[np.ndarray]] = defaultdict(list)
-        for index in range(config.bins):
-            slope, offset = _affine(subject, training, batch, index, config.bins)
-            for repeat in range(config.times_per_bin):
-                t = times[:, index, repeat]
-                z = interpolate(x, batch.noise(index * config.times_per_bin + repeat), t)
-                trivial = {"mean_image": mean_image, "identity": z, "affine": slope * z + offset}
-                shared = [_errors(trivial[name], x, t, subject.flow.t_min) for name in PREDICTORS]
-                for subset, context in contexts.items():
-                    output = subject.model(z.to(subject.device), t.to(subject.device), context).cpu()
-                    x_hat = to_x(output, z, t, subject.flow.prediction)
-                    sums[subset, index].append(np.stack([_errors(x_hat, x, t, subject.flow.t_min), *shared]))
-        for (subset, index), repeats in sums.items():
-            errors = np.mean(repeats, axis=0)  # (predictors, mse and loss, images)
-            for position, key in enumerate(batch.keys):
-                row = {"key": key, "condition": subset_name(subset, subject.modalities), "bin": index}
-                for number, prefix in enumerate(("", *(f"{name}_" for name in PREDICTORS))):
-                    row[f"{prefix}mse"], row[f"{prefix}loss"] = map(float, errors[number, :, position])
+        trivial = _trivial_errors(subject, batch, training, config)
+        for subset in subsets:
+            condition = subset_name(subset, subject.modalities)
+            errors = _model_errors(subject, batch, subset, config)
+            for index, position in np.ndindex(config.bins, len(batch.rows)):
+                row = {"key": batch.keys[position], "condition": condition, "bin": index}
+                row["mse"], row["loss"] = errors[index, :, position].tolist()
+                for name in PREDICTORS:
+                    row[f"{name}_mse"], row[f"{name}_loss"] = trivial[name][index, :, position].tolist()
                 rows.append(row)
         advance(len(batch.rows))
     return sorted(rows, key=lambda row: (row["condition"], row["key"], row["bin"]))
+
+
+def _grid(subject: Subject, batch: Batch, config: HeldoutLossConfig) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield (bin, x, z, t) for every point of a batch's grid: x and z (B, 3, H, W), t (B,)."""
+    x = to_float(batch.pixels)
+    times = np.stack([grid_times(key, config.bins, config.times_per_bin) for key in batch.keys])
+    times = shift(times, subject.flow.shift_of(batch.height, batch.width)).astype(np.float32)
+    for index, repeat in np.ndindex(config.bins, config.times_per_bin):
+        t = torch.from_numpy(times[:, index, repeat])
+        yield index, x, interpolate(x, batch.noise(index * config.times_per_bin + repeat), t), t
+
+
+def _model_errors(subject: Subject, batch: Batch, subset: Subset, config: HeldoutLossConfig) -> np.ndarray:
+    """Mean squared error and loss of the model in every bin, float64 (bins, 2, B)."""
+    conditions = batch.conditions.keeping(subset).to(subject.device)
+    context = subject.model.encode_context(conditions, batch.height, batch.width, cache=True)
+    errors = np.zeros((config.bins, 2, len(batch.rows)))
+    for index, x, z, t in _grid(subject, batch, config):
+        output = subject.model(z.to(subject.device), t.to(subject.device), context).cpu()
+        x_hat = to_x(output, z, t, subject.flow.prediction)
+        errors[index] += _errors(x_hat, x, t, subject.flow.t_min) / config.times_per_bin
+    return errors
+
+
+def _trivial_errors(
+    subject: Subject, batch: Batch, training: TrainingImages, config: HeldoutLossConfig
+) -> dict[str, np.ndarray]:
+    """The same of each trivial predictor, by name."""
+    mean_image = to_float(training.mean_image(batch.bucket)[None])
+    s = subject.flow.shift_of(batch.height, batch.width)
+    errors = {name: np.zeros((config.bins, 2, len(batch.rows))) for name in PREDICTORS}
+    for index, x, z, t in _grid(subject, batch, config):
+        low, high = shift(index / config.bins, s), shift((index + 1) / config.bins, s)
+        slope, offset = training.affine(low, high)
+        for name, x_hat in {"mean_image": mean_image, "identity": z, "affine": slope * z + offset}.items():
+            errors[name][index] += _errors(x_hat, x, t, subject.flow.t_min) / config.times_per_bin
+    return errors
+
+
+def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
+    """Mean squared error and flow loss of each image: float64 (2, B)."""
+    loss = flow_loss(x_hat, x, t, t_min).double()
+    return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
 def summarise(
@@ -150,19 +180,3 @@ def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settin
 def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:
     bad = [row["key"] for row in rows if not np.isfinite(row["mse"])]
     return f"degenerate: {len(bad)} predictions are non-finite, the first for sample {bad[0]}" if bad else None
-
-
-def _errors(x_hat: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_min: float) -> np.ndarray:
-    """Mean squared error and flow loss of each image: float64 (2, B)."""
-    loss = flow_loss(x_hat, x, t, t_min).double()
-    return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
-
-
-def _context(subject: Subject, batch: Batch, subset: Subset) -> Any:
-    conditions = batch.conditions.keeping(subset).to(subject.device)
-    return subject.model.encode_context(conditions, batch.height, batch.width, cache=True)
-
-
-def _affine(subject: Subject, training: TrainingImages, batch: Batch, index: int, bins: int) -> tuple[float, float]:
-    s = subject.flow.shift_of(batch.height, batch.width)
-    return training.affine(float(shift(index / bins, s)), float(shift((index + 1) / bins, s)))
