@@ -124,7 +124,7 @@ class Conditions:
         return self._map(lambda tensor: tensor[indices])
 
     def keeping(self, subset: Iterable[str] | Sequence[Subset]) -> Conditions:
-        """Keep ``subset`` for all images, or the i-th of a list of subsets for image i; call before moving to a GPU.
+        """Keep ``subset`` for all images, or the i-th of a list of subsets for image i; waits for a GPU it lies on.
 
         A modality that nobody keeps is removed and text is trimmed to the longest that is kept, so that what is dropped
         costs nothing. An image keeps at most what it had.
@@ -132,7 +132,7 @@ class Conditions:
         subsets = list(subset)
         if not subsets or isinstance(subsets[0], str):
             subsets = [frozenset(subsets)] * len(self)
-        wanted = torch.tensor([[name in kept for name in MODALITIES] for kept in subsets])
+        wanted = torch.tensor([[name in kept for name in MODALITIES] for kept in subsets], device=self.keep.device)
         keep = self.keep & wanted
         kept_by_any = dict(zip(MODALITIES, keep.any(0).tolist()))
         result = replace(self, keep=keep, **{name: None for name, kept in kept_by_any.items() if not kept})

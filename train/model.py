@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,12 @@ class ModelConfig(Config):
     depth: int = Field(default=12, gt=0)
     num_heads: int = Field(default=6, gt=0)
     patch_size: int = Field(default=16, gt=0)
-    in_channels: int = Field(default=3, gt=0)
+    in_channels: Literal[3] = 3
     bottleneck: int = Field(default=128, gt=0)
     context_patches: int | None = Field(default=256, gt=0)  # DINO patch tokens at most; null: all of them
-    context_joints: int = Field(default=JOINTS, gt=0, le=JOINTS)  # the first so many: 17 body, 23 with feet, 91 with face
+    context_joints: int = Field(
+        default=JOINTS, gt=0, le=JOINTS
+    )  # the first so many: 17 body, 23 with feet, 91 with face
     output_conv: bool = False
 
     @model_validator(mode="after")
