@@ -118,16 +118,17 @@ def metrics_csv(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def number(value: float | None, metric: Mapping[str, Any]) -> str:
-    """A number of a metric as people read it, a dash for null.
+    """A number of a metric (its value, a bound, a baseline) as people read it, a dash for null.
 
-    dB get one decimal; the rest two, or three where the metric's value is below a tenth. A metric, its interval and its
-    baselines share their decimals.
+    dB get one decimal, shares and similarities two, losses and distances three significant digits.
     """
     if value is None:
         return "–"
     if metric["unit"] == "dB":
-        return f"{value:.1f}"
-    return f"{value:.3f}" if abs(metric["value"] or 1) < 0.1 else f"{value:.2f}"
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.2f}" if metric["better"] == "higher" else f"{value:#.3g}".rstrip(".")
+    return text.replace("-", "−")
 
 
 def _pretty(value: Any) -> str:

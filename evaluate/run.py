@@ -33,8 +33,8 @@ from prep.console import Progress
 from prep.errors import ConfigError, DataError
 from prep.files import canonical_json, sha256_file, write_atomic
 from prep.shards import Dataset, parquet_bytes
+from train import tracking
 from train.checkpoint import load_model, resolve_checkpoint
-from train.tracking import git_state, read_metrics
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
 CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same training gives again
@@ -80,7 +80,9 @@ def run(
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
     evidence = evaluate(subject, config, folder)
-    curves = [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]]
+    curves = [
+        record for record in tracking.read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]
+    ]
     write(folder, config, evidence, provenance(subject, config, state, step_folder), curves)
     return folder, evidence
 
@@ -159,7 +161,7 @@ def provenance(subject: Subject, config: EvaluateConfig, state: Mapping[str, Any
         "dataset": {name: info[name] for name in ("fingerprint", "encoders", "base", "counts")},
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),
-        "git": git_state(Path(__file__).parent),
+        "git": tracking.git_state(Path(tracking.__file__).parent),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {subject.device}",

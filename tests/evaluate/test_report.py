@@ -170,13 +170,13 @@ def test_a_run_folder_means_its_newest_evaluation(folder, tmp_path):
         Files.read(tmp_path)
 
 
-def test_a_metric_and_its_interval_share_their_decimals():
-    accuracy, small, loss = ({"unit": "", "value": value} for value in (0.742, 0.031, 12.3456))
-    assert number(0.742, accuracy) == "0.74"
-    assert number(0.008, accuracy) == "0.01"
-    assert number(0.0081, small) == "0.008"
-    assert number(12.3456, loss) == "12.35"
-    assert number(17.06, {"unit": "dB", "value": 17.06}) == "17.1"
+def test_numbers_carry_no_more_digits_than_they_deserve():
+    accuracy, loss = {"unit": "", "better": "higher"}, {"unit": "", "better": "lower"}
+    assert number(0.7421, accuracy) == "0.74"
+    assert number(0.0042, loss) == "0.00420"
+    assert number(100.4, loss) == "100"
+    assert number(12.3456, loss) == "12.3"
+    assert number(-1.04, {"unit": "dB", "better": "higher"}) == "−1.0"
     assert number(None, accuracy) == "–"
 
 

@@ -23,6 +23,7 @@ from evaluate.subject import Subject
 from evaluate.suite.pose import ALPHA
 from prep.files import sha256_bytes
 from prep.shards import Dataset
+from train import tracking
 from train.__main__ import main as train
 from train.checkpoint import find_latest, load_model
 from train.conditioning import ConditioningConfig, load_conditions
@@ -176,6 +177,7 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
         assert {"name", "value", "low", "high", "n", "baselines", "settings"} <= set(metric)
     provenance = report["provenance"]
     assert provenance["step"] == 24
+    assert provenance["git"] == tracking.git_state(Path(tracking.__file__).parent)
     assert provenance["dataset"]["fingerprint"] == Dataset(figures_dataset).fingerprint
 
     samples = pq.read_table(evaluated / "samples.parquet")
