@@ -8,6 +8,7 @@ Nothing in it depends on the clock, the batch size or the order of the work.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -87,14 +88,12 @@ def run(
     return folder, evidence
 
 
-@torch.inference_mode()
 def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence:
     """Run every test on ``subject``; pictures of the grid go to ``folder/images``, everything else is returned."""
     arms, skipped = choose_arms(config, subject)
     subsets, untrained = choose_subsets(config.heldout_loss.conditions, subject)
-    lpips, no_lpips = None, lpips_unavailable()
-    if no_lpips is None:
-        lpips = Lpips()
+    no_lpips = lpips_unavailable()
+    lpips = Lpips() if no_lpips is None else None
     detector, no_detector = open_detector(config, subject.dataset)
     examiner = Examiner(subject.dataset, lpips, detector)
     skipped += untrained + _skipped_metrics(no_lpips, no_detector, examiner.figures)
@@ -102,7 +101,32 @@ def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence
     training = load_training_images(subject.dataset, {row["bucket"] for row in subject.rows}, config.baseline_images)
     with Progress("held-out loss", len(subject.rows)) as progress:
         heldout = heldout_loss.measure(subject, subsets, training, config.heldout_loss, progress.advance)
+    samples = draw_and_examine(subject, config, arms, training, examiner, folder)
 
+    settings = _settings(subject, config, arms, lpips)
+    measures = [measure for measure in reconstruction.MEASURES if measure != "lpips" or lpips is not None]
+    metrics = heldout_loss.summarise(heldout, config.heldout_loss, _common(subject))
+    metrics += reconstruction.summarise(samples, [arm.name for arm in arms], settings, measures)
+    if detector is not None and examiner.figures:
+        metrics += attributes.summarise(samples, [arm.name for arm in arms if "text" in arm.subset], settings)
+    if detector is not None:
+        metrics += pose.summarise(samples, [arm.name for arm in arms if "pose" in arm.subset], settings)
+    metrics, without = with_bars(metrics, config.needed)
+    return Evidence(samples, heldout, metrics, skipped + without)
+
+
+def draw_and_examine(
+    subject: Subject,
+    config: EvaluateConfig,
+    arms: Sequence[Arm],
+    training: TrainingImages,
+    examiner: Examiner,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Draw every sample with every arm and seed and score it beside the real image and the baselines.
+
+    Returns the rows of samples.parquet, sorted; keeps the pictures of the first ``grid_images`` samples.
+    """
     kept = {row["key"] for row in subject.rows[: config.grid_images]}
     samples: list[dict[str, Any]] = []
     with Progress("pictures", len(subject.rows) * (1 + len(arms) * config.seeds), "pictures") as progress:
@@ -111,28 +135,15 @@ def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence
             _keep_images(rows[: len(batch.rows)], batch.pixels, kept, folder)  # the real ones come first
             samples += rows
             progress.advance(len(batch.rows))
-            for arm in arms:
-                for seed in range(config.seeds):
-                    pictures, reasons = draw(subject, batch, arm, seed, config.sampler)
-                    labels = {"kind": MODEL, "condition": arm.name, "seed": seed, "guidance": arm.guidance}
-                    rows = examiner.rows(batch, pictures, degenerate=reasons, **labels)
-                    _keep_images(rows, pictures, kept, folder)
-                    samples += rows
-                    progress.advance(len(batch.rows))
+            for arm, seed in itertools.product(arms, range(config.seeds)):
+                pictures, reasons = draw(subject, batch, arm, seed, config.sampler)
+                labels = {"kind": MODEL, "condition": arm.name, "seed": seed, "guidance": arm.guidance}
+                rows = examiner.rows(batch, pictures, degenerate=reasons, **labels)
+                _keep_images(rows, pictures, kept, folder)
+                samples += rows
+                progress.advance(len(batch.rows))
     order = {REAL: 0, BASELINE: 1, MODEL: 2}
-    samples.sort(key=lambda row: (row["key"], order[row["kind"]], row["condition"], row["seed"] or 0))
-
-    settings = _settings(subject, config, arms, lpips)
-    names = [arm.name for arm in arms]
-    measures = [measure for measure in reconstruction.MEASURES if measure != "lpips" or lpips is not None]
-    metrics = heldout_loss.summarise(heldout, config.heldout_loss, _common(subject))
-    metrics += reconstruction.summarise(samples, names, settings, measures)
-    if detector is not None and examiner.figures:
-        metrics += attributes.summarise(samples, [arm.name for arm in arms if "text" in arm.subset], settings)
-    if detector is not None:
-        metrics += pose.summarise(samples, [arm.name for arm in arms if "pose" in arm.subset], settings)
-    metrics, without = with_bars(metrics, config.needed)
-    return Evidence(samples, heldout, metrics, skipped + without)
+    return sorted(samples, key=lambda row: (row["key"], order[row["kind"]], row["condition"], row["seed"] or 0))
 
 
 def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[list[Metric], list[Skipped]]:
