@@ -1,4 +1,4 @@
-"""DINOv3 image features: one pass gives the CLS vector and the grid of patch vectors; patches are stored in int8."""
+"""DINOv3 image features: one pass gives the CLS vector and the grid of patch vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ CODE_VERSION = 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_GRID = 8  # patches per side: fewer say too little about layout, so small images are enlarged
-GROUP = 64  # channels that share one scale in the stored form
 
 
 def fingerprint(
@@ -90,26 +89,3 @@ class DINOv3Encoder:
         # [CLS, registers, patches]: the registers hold nothing about a place and must not become patches.
         patches_bnd = tokens_bnd[:, 1 + self.registers :]
         return tokens_bnd[:, 0].numpy().copy(), patches_bnd.reshape(batch, rows, columns, -1).numpy().copy()
-
-
-def quantise(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Store features (N, W) as int8 (N, W) and float16 scales (N, ceil(W / 64)), one per token and 64 channels.
-
-    ``q = clip(round(x / s), -127, 127)`` with the scale as rounded to float16, so that ``q * s`` is the best that
-    can be read back. A group without signal has scale 0 and reads back as zeros. A scale per group, not per token,
-    keeps the cosine above .9999 where a few channels are far larger than the rest.
-    """
-    count, width = patches.shape
-    groups = -(-width // GROUP)
-    grouped = np.zeros((count, groups * GROUP), np.float32)
-    grouped[:, :width] = patches
-    grouped = grouped.reshape(count, groups, GROUP)
-    scale = (np.abs(grouped).max(axis=-1) / 127).astype(np.float16)
-    divisor = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
-    q = np.where(scale[..., None] > 0, np.clip(np.rint(grouped / divisor), -127, 127), 0)
-    return q.astype(np.int8).reshape(count, -1)[:, :width].copy(), scale
-
-
-def dequantise(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Read back what :func:`quantise` stored: float32 (N, W)."""
-    return q.astype(np.float32) * np.repeat(scale.astype(np.float32), GROUP, axis=-1)[:, : q.shape[-1]]

@@ -127,7 +127,7 @@ class LayerWorker:
 
     def dino(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
         """Crops -> the DINOv3 class token and quantised patch tokens."""
-        from prep.dinov3 import quantise
+        from prep.quantise import quantise
 
         encoder = self._encoder("dino", recipe)
         facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}

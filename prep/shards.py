@@ -27,6 +27,7 @@ from PIL import Image
 from prep.errors import DataError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_bytes, sha256_file, sync_folder, write_atomic
+from prep.quantise import dequantise
 
 SCHEMA_VERSION = 1
 
@@ -345,7 +346,6 @@ class Dataset:
 
     def patches(self, row: dict[str, Any]) -> np.ndarray:
         """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd)."""
-        from prep.dinov3 import dequantise  # here, because reading pixels and text should not import the encoder
 
         quantised = load_npy(self.read(row, "dino/dino.npy"))
         scale = load_npy(self.read(row, "dino/dino_scale.npy"))

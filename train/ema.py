@@ -47,7 +47,7 @@ class EMA:
             self.state[name].copy_(value)
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
-        """The model's parameters in the average's order; every one must match, or the average would go stale silently."""
+        """The model's parameters in the average's order; all must match, or the average would go stale silently."""
         parameters = dict(model.named_parameters())
         if parameters.keys() != self.state.keys():
             raise ValueError(f"EMA and model differ in {sorted(parameters.keys() ^ self.state.keys())[:3]}")

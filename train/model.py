@@ -348,7 +348,7 @@ class Block(nn.Module):
 
 
 class NanoDiT(nn.Module):
-    """z (b, 3, H, W), t (b,) and conditions to x (or v), float32 (b, 3, H, W); H and W are multiples of the patch size."""
+    """z (b, 3, H, W), t (b,) and conditions to x (or v), float32 (b, 3, H, W); H, W are multiples of the patch size."""
 
     def __init__(self, config: ModelConfig, features: Features) -> None:
         super().__init__()
@@ -407,7 +407,8 @@ class NanoDiT(nn.Module):
         mask = F.pad(context.mask, (rows * columns, 0), value=True)[:, None, None]
 
         x = F.pixel_unshuffle(z.float(), p).flatten(2).transpose(1, 2)  # (b, n, 3 p p)
-        x = self.patch_embedding(self.patch_bottleneck(x))
+        # the residual stream stays in float32; autocast would start it in bfloat16 and the first gate would end that
+        x = self.patch_embedding(self.patch_bottleneck(x)).float()
         condition = F.silu(self.timestep(t) + context.cls)
         modulation = self.modulation(condition)
         encoded = (context.tokens, context.cos, context.sin)

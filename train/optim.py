@@ -42,7 +42,7 @@ def learning_rate(step: int, lr: float, lr_min: float, warmup: int | None, total
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return {"muon": {name: parameter}, "adamw": {...}} from the tags; raises ValueError for a parameter without one."""
+    """Return {"muon": {name: parameter}, "adamw": {...}} from the tags; raises ValueError for an untagged one."""
     groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}}
     for name, parameter in model.named_parameters():
         group = getattr(parameter, "optimizer_group", None)
@@ -55,7 +55,7 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def orthogonalize(g_kab: Tensor) -> Tensor:
-    """Bring each matrix of a batch (k, a, b) near the closest orthogonal one by five Newton-Schulz steps, in its dtype."""
+    """Bring each matrix of a batch (k, a, b) near an orthogonal one by five Newton-Schulz steps, in its dtype."""
     tall = g_kab.shape[1] > g_kab.shape[2]
     x = g_kab.transpose(1, 2) if tall else g_kab
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)

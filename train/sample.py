@@ -1,6 +1,6 @@
-"""The samplers: Euler and Heun in x-form with classifier-free guidance, used by training, evaluation and the command line.
+"""The samplers: Euler and Heun in x-form with classifier-free guidance, for training, evaluation and command line.
 
-No clamp anywhere: a step is a weighted mean of the state and the predicted image, so an oracle stays exact at every step.
+No clamp anywhere: a step is a mean of the state and the predicted image, so an oracle stays exact at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sampling_times(steps: int, s: float) -> np.ndarray:
 
 
 def step_towards(x_hat: Tensor, z: Tensor, t: float, t_next: float) -> Tensor:
-    """Move from t to t_next along the straight path to ``x_hat``: ``x_hat + (t'/t) (z - x_hat)``; exact for a true x_hat."""
+    """Move from t to t_next straight to ``x_hat``: ``x_hat + (t'/t) (z - x_hat)``; exact for a true x_hat."""
     return x_hat if t_next == 0 else x_hat + (t_next / t) * (z - x_hat)
 
 
@@ -35,8 +35,8 @@ def integrate(
 ) -> Tensor:
     """Integrate from noise at times[0] = 1 to the image at times[-1] = 0.
 
-    ``on_step(t, z)`` sees the state after every step. Heun (the trapezoidal rule on v) costs two evaluations a step except for
-    the last one, which is Euler's because the velocity at t = 0 is not defined by the prediction.
+    ``on_step(t, z)`` sees the state after every step. Heun (the trapezoidal rule on v) costs two evaluations a step
+    except for the last one, which is Euler's because the velocity at t = 0 is not defined by the prediction.
     """
     z = noise
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
@@ -55,7 +55,7 @@ def integrate(
 def guided_denoiser(
     model: NanoDiT, conditions: Conditions, height: int, width: int, flow: FlowConfig, guidance: float
 ) -> Denoiser:
-    """Return the denoiser ``a + g (b - a)`` of the unconditional a and the conditional b, combined on the predicted image.
+    """Return the denoiser ``a + g (b - a)`` of the unconditional a and the conditional b, combined on x.
 
     At g = 1 the unconditional half is not computed. The context's keys and values are computed once, here.
     Source: Ho & Salimans, arXiv 2207.12598; on x instead of v, which is equal since z and t are shared.

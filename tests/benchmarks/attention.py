@@ -1,4 +1,4 @@
-"""Forward and backward of attention on this CPU: PyTorch's fused kernel against the explicit form that train/model.py uses.
+"""Forward and backward of attention on a CPU: PyTorch's fused kernel against the explicit form of train/model.py.
 
     python tests/benchmarks/attention.py
 

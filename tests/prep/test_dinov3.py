@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
 
 from prep.demo import build_dino
-from prep.dinov3 import IMAGENET_MEAN, IMAGENET_STD, DINOv3Encoder, dequantise, fingerprint, quantise
+from prep.dinov3 import IMAGENET_MEAN, IMAGENET_STD, DINOv3Encoder, fingerprint
 from prep.errors import ConfigError
+from prep.quantise import dequantise, quantise
 
 
 @pytest.fixture(scope="module")

@@ -55,4 +55,4 @@ def test_trap_21_a_renamed_parameter_is_an_error():
     with pytest.raises(ValueError, match="_orig_mod"):
         ema.update(renamed, 1)
     with pytest.raises(ValueError, match="differ"):
-        ema.load({name: value for name, value in list(ema.state.items())[1:]})
+        ema.load(dict(list(ema.state.items())[1:]))

@@ -32,7 +32,8 @@ def test_trap_18_groups_are_exactly_the_tagged_ones():
         "context.joint", "context.no_person", "context.null", "context.null_cls_to_adaln", "context.null_joint",
         "context.patches.bias", "context.patches.weight",
         "context.pose.0.bias", "context.pose.0.weight", "context.pose.2.bias", "context.pose.2.weight",
-        "context.pose_position.weight", "context.role", "context.text.bias", "context.text.weight", "context.text_order",
+        "context.pose_position.weight", "context.role",
+        "context.text.bias", "context.text.weight", "context.text_order",
         "final.bias", "final.weight", "final_modulation.bias", "final_modulation.weight",
         "modulation.bias", "modulation.weight", "output_conv.bias", "output_conv.weight",
         "patch_bottleneck.weight", "patch_embedding.bias", "patch_embedding.weight",
@@ -81,7 +82,8 @@ def test_muon_follows_torch(weight_decay):
     optimizer.set_lr(1e-2)
     reference = torch.optim.Muon(
         list(parameter_groups(theirs)["muon"].values()),
-        lr=1e-2, momentum=config.muon_momentum, nesterov=True, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw",
+        lr=1e-2, momentum=config.muon_momentum, nesterov=True, weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
     start = {name: parameter.detach().clone() for name, parameter in matrices.items()}
     for _ in range(3):

@@ -31,7 +31,7 @@ def test_trap_16_an_oracle_stays_on_the_path_at_every_step(method, s, steps):
 
 
 def gaussian_error(method: str, steps: int, sigma: float = 0.5, end: float = 0.05) -> float:
-    """Error of the sampler at t = end against the exact flow of data ~ N(0, sigma^2), where everything is linear in z."""
+    """Error of the sampler at t = end against the exact flow of data ~ N(0, sigma^2), where all is linear in z."""
 
     def denoise(z, t):  # E[x | z]
         t = t.view(-1, 1, 1, 1)

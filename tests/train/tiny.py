@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from prep.config import load_config
-from prep.dinov3 import quantise
 from prep.files import canonical_json, sha256_bytes, write_atomic
+from prep.quantise import quantise
 from prep.shards import LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
 from train.config import TrainConfig
 
