@@ -8,9 +8,10 @@ emitted ``floor(e n / b)`` micro-batches; an epoch's micro-batches of all bucket
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prep.errors import DataError
+from prep.errors import ConfigError, DataError
 from train.conditioning import Conditions, load_conditions
 from train.noise import generator
 
@@ -166,6 +167,17 @@ def bucket_size(bucket: str) -> tuple[int, int]:
     """Return (width, height) of a bucket's name, e.g. ``832x1216``."""
     width, height = bucket.split("x")
     return int(width), int(height)
+
+
+def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
+    """Raise :class:`ConfigError` where a bucket cannot be cut into whole patches."""
+    odd = [bucket for bucket in buckets if any(side % patch_size for side in bucket_size(bucket))]
+    if odd:
+        sides = [side for bucket in buckets for side in bucket_size(bucket)]
+        raise ConfigError(
+            f"model.patch_size {patch_size} does not divide the sides of bucket {', '.join(odd)}. "
+            f"Choose a divisor of {math.gcd(*sides)}, or prepare the dataset at another base"
+        )
 
 
 def prefetch(make: Callable[[int], T], start: int, depth: int) -> Iterator[T]:

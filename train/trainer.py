@@ -28,7 +28,7 @@ from prep.files import canonical_json, write_atomic
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
-from train.data import TrainingSet, prefetch
+from train.data import TrainingSet, check_patch_size, prefetch
 from train.ema import EMA
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast_dtype, can_compile
@@ -64,6 +64,7 @@ class Trainer:
         self.config, self.device = config, device
         self.step = 0  # completed optimiser steps
         self.data = TrainingSet(dataset, config.data.cache_gb)
+        check_patch_size(self.data.sizes, config.model.patch_size)
         self.table = config.conditioning.resolve(Features.from_dataset(dataset.info).modalities)
         self.batches = MicroBatches(config, self.data, self.table)
         self.visual = VisualDebug(config, dataset, self.table)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.errors import DataError
+from prep.errors import ConfigError, DataError
 from prep.shards import Dataset
 from train.conditioning import load_conditions
-from train.data import Order, TrainingSet, bucket_size, load_pixels, prefetch
+from train.data import Order, TrainingSet, bucket_size, check_patch_size, load_pixels, prefetch
 
 
 def test_the_order_is_a_pure_function():
@@ -154,3 +154,9 @@ def test_closing_prefetch_ends_its_thread():
     assert threading.active_count() == before + 1
     iterator.close()
     assert threading.active_count() == before
+
+
+def test_a_patch_size_that_does_not_divide_a_bucket_is_refused():
+    check_patch_size(["64x64", "80x56"], 8)
+    with pytest.raises(ConfigError, match=r"80x56.*divisor of 8"):
+        check_patch_size(["64x64", "80x56"], 16)
