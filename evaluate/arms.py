@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,7 @@ from evaluate.config import EvaluateConfig, SamplerConfig
 from evaluate.metrics import degenerate
 from evaluate.records import Skipped
 from evaluate.subject import Batch, Subject, to_uint8
-from prep.errors import ConfigError
-from train.conditioning import Subset, parse_subset, subset_name
+from train.conditioning import MODALITIES, Subset, parse_subset, subset_name
 from train.sample import sample
 
 
@@ -27,33 +26,44 @@ class Arm:
 
 
 def choose_arms(config: EvaluateConfig, subject: Subject) -> tuple[list[Arm], list[Skipped]]:
-    """The arms that training prepared the model for; the others are named as skipped.
-
-    Raises :class:`ConfigError` when two conditions are the same on a dataset that lacks a modality.
-    """
-    arms, skipped = [], []
-    for name, guidance in config.conditions.items():
-        subset = parse_subset(name) & frozenset(subject.modalities)
-        needs = [subset] if guidance == 1 else [subset, frozenset()]
-        untrained = [subset_name(need, subject.modalities) for need in needs if need not in subject.table]
-        if untrained:
-            skipped.append(Skipped(f"samples/{name}", f"subset {untrained[0]} never trained"))
-        else:
-            arms.append(Arm(subset_name(subset, subject.modalities), subset, guidance))
-    if len({arm.name for arm in arms}) < len(arms):
-        raise ConfigError("conditions: two of them are the same on this dataset, which lacks a modality; remove one")
+    """The arms that the dataset and the model's training allow; the others are named as skipped."""
+    chosen, skipped = _choose(config.conditions, subject, "samples")
+    arms = [
+        Arm(subset_name(subset, subject.modalities), subset, config.conditions[name]) for name, subset in chosen.items()
+    ]
     return arms, skipped
 
 
 def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset], list[Skipped]]:
-    """The condition subsets of the held-out loss, and those that were never trained."""
-    subsets = {name: parse_subset(name) & frozenset(subject.modalities) for name in names}
-    skipped = [
-        Skipped(f"heldout_loss/{name}", f"subset {name} never trained")
-        for name, subset in subsets.items()
-        if subset not in subject.table
-    ]
-    return list(dict.fromkeys(subset for subset in subsets.values() if subset in subject.table)), skipped
+    """The condition subsets of the held-out loss, and those that cannot be measured."""
+    chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
+    return list(chosen.values()), skipped
+
+
+def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
+    """Read the names of conditions (name -> guidance): name -> subset of those to test, and the skipped ones.
+
+    ``all`` means all that the dataset has; any other name means what it says, or nothing.
+    """
+    chosen: dict[str, Subset] = {}
+    skipped = []
+    for name, guidance in guidances.items():
+        subset = parse_subset(name)
+        if name == "all":
+            subset &= frozenset(subject.modalities)
+        lacking = [part for part in MODALITIES if part in subset and part not in subject.modalities]
+        needs = [subset] if guidance == 1 else [subset, frozenset()]
+        untrained = [subset_name(need, subject.modalities) for need in needs if need not in subject.table]
+        twins = [other for other, taken in chosen.items() if taken == subset]
+        if lacking:
+            skipped.append(Skipped(f"{test}/{name}", f"the dataset has no {' and no '.join(lacking)}"))
+        elif untrained:
+            skipped.append(Skipped(f"{test}/{name}", f"subset {untrained[0]} never trained"))
+        elif twins:
+            skipped.append(Skipped(f"{test}/{name}", f"the same conditions as {twins[0]} on this dataset"))
+        else:
+            chosen[name] = subset
+    return chosen, skipped
 
 
 @torch.inference_mode()

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.records import SAMPLES_SCHEMA
 from evaluate.run import evaluate, with_bars
-from evaluate.subject import Subject
+from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
 from prep.files import sha256_bytes
 from prep.shards import Dataset
@@ -139,6 +141,20 @@ def test_bars_without_a_metric_are_listed(verdicts):
     found, skipped = with_bars(list(verdicts["truth"].values()), {"pose_pck/all": 0.9, "pose_pck/text": 0.9})
     assert next(metric for metric in found if metric.name == "pose_pck/all").needed == 0.9
     assert [one.name for one in skipped] == ["pose_pck/text"]
+
+
+@pytest.mark.parametrize("layers", [("t5", "dino"), ("t5",)])
+def test_the_default_conditions_run_on_a_dataset_that_lacks_some(make_subject, figures, layers, tmp_path):
+    smaller = copy(figures)
+    smaller.info = {**figures.info, "layers": {name: figures.info["layers"][name] for name in ("px", *layers)}}
+    table = ConditioningConfig(preset="quickstart").resolve(dataset_modalities(smaller))
+    subject = replace(make_subject("truth", rows=figures.rows("holdout")[:4]), dataset=smaller, table=table)
+    config = EvaluateConfig.model_validate({"sampler": {"method": "euler", "steps": 2}})
+    evidence = evaluate(subject, config, tmp_path)
+    names = {metric.name for metric in evidence.metrics}
+    assert {"heldout_loss", "reconstruction/psnr", "attribute_accuracy/all"} <= names
+    assert not any(name.startswith("pose_pck") for name in names)
+    assert {"samples/text+pose", "heldout_loss/text+pose"} <= {one.name for one in evidence.skipped}
 
 
 # --- the command line, on a dataset from prep run and a checkpoint from train run

@@ -10,7 +10,8 @@ import torch
 from evaluate.arms import choose_arms, choose_subsets
 from evaluate.config import EvaluateConfig
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
-from prep.errors import ConfigError, DataError
+from prep.errors import DataError
+from train.conditioning import ConditioningConfig
 
 
 def row(key, split="train", group=None):
@@ -93,10 +94,33 @@ def test_guidance_needs_the_unconditional_to_be_trained(make_subject):
     assert {one.reason for one in skipped} == {"subset nothing never trained"}
 
 
-def test_conditions_that_coincide_without_a_modality_are_refused(make_subject, figures):
-    without = copy(figures)
-    without.info = {**figures.info, "layers": {name: v for name, v in figures.info["layers"].items() if name != "pose"}}
-    assert dataset_modalities(without) == ("text", "cls", "patches")
-    subject = replace(make_subject("noise"), dataset=without, table={frozenset({"text"}): 0.9, frozenset(): 0.1})
-    with pytest.raises(ConfigError, match="two of them are the same"):
-        choose_arms(EvaluateConfig.model_validate({"conditions": {"text": 1.0, "text+pose": 1.0}}), subject)
+@pytest.mark.parametrize(
+    ("layers", "expected", "left_out"),
+    [
+        (("t5", "dino"), ["all", "text"], {"text+pose": "the dataset has no pose"}),
+        (
+            ("t5",),
+            ["all"],
+            {"text+pose": "the dataset has no pose", "text": "the same conditions as all on this dataset"},
+        ),
+        (
+            ("dino",),
+            ["all"],
+            {"text+pose": "the dataset has no text and no pose", "text": "the dataset has no text"},
+        ),
+    ],
+)
+def test_named_conditions_that_the_dataset_lacks_are_skipped(make_subject, figures, layers, expected, left_out):
+    """The default config on datasets without pose, with text alone and without text: ``all`` is all there is."""
+    smaller = copy(figures)
+    smaller.info = {**figures.info, "layers": {name: figures.info["layers"][name] for name in ("px", *layers)}}
+    table = ConditioningConfig(preset="quickstart").resolve(dataset_modalities(smaller))
+    subject = replace(make_subject("noise"), dataset=smaller, table=table)
+    config = EvaluateConfig()
+    arms, skipped = choose_arms(config, subject)
+    assert [arm.name for arm in arms] == expected
+    assert {one.name: one.reason for one in skipped} == {f"samples/{name}": why for name, why in left_out.items()}
+    assert arms[0].subset == frozenset(dataset_modalities(smaller))
+    subsets, skipped = choose_subsets(config.heldout_loss.conditions, subject)
+    assert len(subsets) == len(expected)
+    assert {one.name: one.reason for one in skipped} == {f"heldout_loss/{name}": why for name, why in left_out.items()}
