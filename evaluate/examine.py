@@ -20,13 +20,14 @@ class Examiner:
     """Scores pictures against their samples with whatever this dataset and machine allow.
 
     ``lpips`` and ``detector`` may be None: their columns stay null, and the caller says why. ``figures`` tells whether
-    the dataset knows its true attributes.
+    the dataset knows its true attributes, ``box`` where the boxes come from that PCK is relative to.
     """
 
     def __init__(self, dataset: Dataset, lpips: Lpips | None, detector: DWPose | None):
         self._dataset, self._lpips, self._detector = dataset, lpips, detector
         self._truth = dataset.truth()
         self.figures = self._truth is not None
+        self.box = pose.TRUE_BOX if self.figures else pose.JOINTS_BOX
 
     def rows(
         self,

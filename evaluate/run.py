@@ -110,7 +110,7 @@ def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence
     if detector is not None and examiner.figures:
         metrics += attributes.summarise(samples, [arm.name for arm in arms if "text" in arm.subset], settings)
     if detector is not None:
-        metrics += pose.summarise(samples, [arm.name for arm in arms if "pose" in arm.subset], settings)
+        metrics += pose.summarise(samples, [arm.name for arm in arms if "pose" in arm.subset], settings, examiner.box)
     metrics, without = with_bars(metrics, config.needed)
     return Evidence(samples, heldout, metrics, skipped + without)
 

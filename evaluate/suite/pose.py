@@ -13,6 +13,8 @@ from evaluate.records import BASELINE, MODEL, REAL, Metric, degenerate_reason, s
 
 ALPHA = 0.1  # of the longer side of the person's box
 CONFIDENCE = 0.3
+# where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
+TRUE_BOX, JOINTS_BOX = "true box", "box around the confident joints that prep found"
 
 
 def score(
@@ -41,12 +43,13 @@ def score(
 
 
 def summarise(
-    samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]], box: str
 ) -> list[Metric]:
     """``pose_pck/CONDITION``: joints found where they were asked for, over joints asked for, pooled over images.
 
     Baselines: another sample's joints in their place (floor), and the detector on the real image against the truth,
-    where there is one (ceiling). Samples in which no joint was asked for do not count.
+    where there is one (ceiling). Samples in which no joint was asked for do not count. ``box`` is TRUE_BOX or
+    JOINTS_BOX, for the settings.
     """
     metrics = []
     for condition in conditions:
@@ -57,7 +60,7 @@ def summarise(
             other = [row for row in select(samples, kind, arm) if row["pose_joints"]]
             if other:
                 baselines[label] = sum(row["pose_hits"] for row in other) / sum(row["pose_joints"] for row in other)
-        own = {**settings[condition], "alpha": ALPHA, "of": "longer side of the box", "confidence": CONFIDENCE}
+        own = {**settings[condition], "alpha": ALPHA, "of": f"longer side of the {box}", "confidence": CONFIDENCE}
         details = {"baselines": baselines, "settings": own}
         rows = [row for row in drawn if row["pose_joints"]]
         reason = degenerate_reason(drawn) or (None if rows else "no sample has a pose to ask for")

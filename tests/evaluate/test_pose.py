@@ -1,10 +1,15 @@
 """Pose accuracy counts joints that were asked for, and nothing that was not."""
 
+from copy import copy
+
 import numpy as np
 import pytest
 
+from evaluate.examine import Examiner
 from evaluate.records import BASELINE, MODEL, REAL
+from evaluate.subject import read_batches
 from evaluate.suite import pose
+from prep.dwpose import denormalise
 
 
 def skeletons(count, seed=0):
@@ -23,7 +28,7 @@ def rows(found, targets, kind=MODEL, condition="text+pose", side=50.0):
 
 
 def pck(samples):
-    (metric,) = pose.summarise(samples, ["text+pose"], {"text+pose": {"guidance": 2.0}})
+    (metric,) = pose.summarise(samples, ["text+pose"], {"text+pose": {"guidance": 2.0}}, pose.TRUE_BOX)
     return metric
 
 
@@ -71,3 +76,22 @@ def test_floor_and_ceiling_are_printed():
     assert metric.baselines["random_pair"] < 0.2
     assert metric.baselines["detector_on_real"] == pytest.approx(0.9)
     assert metric.settings["alpha"] == 0.1
+    assert metric.settings["of"] == "longer side of the true box"
+
+
+def test_the_settings_say_whose_box_the_allowance_is_part_of(figures):
+    """On figures the true box; without a truth the one around the confident joints that prep found."""
+    unknown = copy(figures)
+    unknown.truth = lambda: None
+    (batch, *_) = read_batches(figures, figures.rows("holdout")[:1], 1)
+    joints = denormalise(figures.pose(batch.rows[0]), batch.width, batch.height)
+    sides = {}
+    for dataset, box in ((figures, pose.TRUE_BOX), (unknown, pose.JOINTS_BOX)):
+        examiner = Examiner(dataset, lpips=None, detector=None)
+        assert examiner.box == box
+        (row,) = examiner.rows(batch, batch.pixels, kind=MODEL, condition="all", joints=[joints])
+        sides[box] = row["box_side"]
+    corners = np.reshape(figures.truth()[batch.keys[0]]["box"], (2, 2))
+    assert sides[pose.TRUE_BOX] == pytest.approx(float(np.ptp(corners, axis=0).max()))
+    confident = joints[joints[:, 2] >= pose.CONFIDENCE, :2]
+    assert sides[pose.JOINTS_BOX] == pytest.approx(float(np.ptp(confident, axis=0).max()))
