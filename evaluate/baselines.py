@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from prep.console import Progress
 from prep.errors import DataError
 from prep.shards import Dataset
 from train.noise import generator
@@ -99,7 +100,12 @@ def load_training_images(dataset: Dataset, buckets: Collection[str], count: int)
     members: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         members[row["bucket"]].append(row)
-    return TrainingImages(
-        {bucket: np.stack([dataset.pixels(row) for row in own]) for bucket, own in members.items()},
-        {bucket: [row["key"] for row in own] for bucket, own in members.items()},
-    )
+    images = {}
+    with Progress("training images", len(rows), "images") as progress:
+        for bucket, own in members.items():
+            pixels = []
+            for row in own:
+                pixels.append(dataset.pixels(row))
+                progress.advance()
+            images[bucket] = np.stack(pixels)
+    return TrainingImages(images, {bucket: [row["key"] for row in own] for bucket, own in members.items()})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.baselines import TrainingImages, random_pairs, round_trip
+from evaluate.baselines import TrainingImages, load_training_images, random_pairs, round_trip
 from evaluate.metrics import psnr
 
 
@@ -47,6 +47,11 @@ def test_mean_images_are_per_bucket_with_the_mean_colour_elsewhere():
     assert np.array_equal(training.mean_image("2x6"), np.full((6, 2, 3), 20.5))
     with pytest.raises(ValueError, match="need training images"):
         TrainingImages({}, {})
+
+
+def test_loading_training_images_shows_its_progress(figures, capsys):
+    assert load_training_images(figures, {row["bucket"] for row in figures.rows()}, 40).count == 40
+    assert "training images: 40 images" in capsys.readouterr().out
 
 
 def test_the_affine_fit_is_the_least_squares_answer():
