@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluate import views
-from evaluate.records import SCHEMA_VERSION
+from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric
 from evaluate.suite.attributes import ATTRIBUTES, PALETTES
 from evaluate.suite.heldout_loss import RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from prep.errors import ConfigError, DataError
 from prep.files import write_atomic
 from train.tracking import read_metrics
+
+METRIC_FIELDS = tuple(Metric("", None).to_dict())
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,51 @@ class Files:
     def read(cls, folder: Path) -> Files:
         """Read an output folder, or the newest one of a run.
 
-        Raises :class:`ConfigError` when there is none and :class:`DataError` for files of another version.
+        Raises :class:`ConfigError` when there is none and :class:`DataError` for files that are missing, damaged or of
+        another version.
         """
         folder = find_output(folder)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if report.get("schema") != SCHEMA_VERSION:
-            raise DataError(
-                f"{folder / 'report.json'}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. "
-                "Run python -m evaluate run again"
-            )
-        samples = pq.read_table(folder / "samples.parquet").to_pylist()
-        return cls(folder, report, samples, read_metrics(folder / "training.jsonl"))
+        report = _read_report(folder / "report.json")
+        return cls(folder, report, _read_samples(folder / "samples.parquet"), _read_curves(folder / "training.jsonl"))
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+    if not isinstance(report, dict):
+        raise DataError(f"{path} is damaged (not a JSON object). {AGAIN}")
+    if report.get("schema") != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. {AGAIN}")
+    lacking = {"metrics", "skipped", "provenance"} - set(report)
+    if not lacking:
+        lacking = {name for metric in report["metrics"] for name in METRIC_FIELDS if name not in metric}
+    if lacking:
+        raise DataError(f"{path} is damaged (it lacks {', '.join(sorted(lacking))}). {AGAIN}")
+    return report
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist. {AGAIN}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+    lacking = [name for name in SAMPLES_SCHEMA.names if name not in table.column_names]
+    if lacking:
+        raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
+    return table.to_pylist()
+
+
+def _read_curves(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():  # a run without curves has an empty one
+        raise DataError(f"{path} does not exist. {AGAIN}")
+    try:
+        return read_metrics(path)
+    except DataError as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
 
 
 def find_output(folder: Path) -> Path:
@@ -58,6 +95,7 @@ def find_output(folder: Path) -> Path:
     if (folder / "report.json").is_file():
         return folder
     outputs = [path.parent for path in folder.glob("validation_outputs/step-*/report.json")]
+    outputs = [path for path in outputs if path.name.removeprefix("step-").isdecimal()]
     if not outputs:
         raise ConfigError(f"{folder}: no report.json here or in validation_outputs. Run python -m evaluate run first")
     return max(outputs, key=lambda path: int(path.name.removeprefix("step-")))

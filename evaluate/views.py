@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from evaluate.charts import Axes, Series, line_chart, smooth, thin
-from evaluate.records import ATTRIBUTES, MODEL, REAL
+from evaluate.records import AGAIN, ATTRIBUTES, MODEL, REAL
 from evaluate.suite.attributes import PALETTES
 from evaluate.suite.heldout_loss import PREDICTORS, RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
+from prep.errors import DataError
 
 Row = Mapping[str, Any]
 
@@ -265,9 +266,19 @@ def colour(attribute: str, name: str) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """A picture as a ``data:`` URI: its PNG as it is, or a smaller WebP when it is large."""
-    data, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+    """A picture as a ``data:`` URI: its PNG as it is, or a smaller WebP when it is large.
+
+    Raises :class:`DataError` for a file that is missing or damaged.
+    """
+    try:
+        data, kind = path.read_bytes(), "png"
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+        image.load()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist. {AGAIN}") from error
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+    with image:
         if max(image.size) > IMAGE_LIMIT:
             image.thumbnail((IMAGE_LIMIT, IMAGE_LIMIT), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()

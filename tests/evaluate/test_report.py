@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from evaluate import report, run
+from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.report import Files, find_output, number, write_report
 from evaluate.subject import Subject
@@ -162,12 +164,42 @@ def test_a_run_folder_means_its_newest_evaluation(folder, tmp_path):
     older.mkdir()
     (older / "report.json").write_text("{}")
     assert find_output(root) == folder
+    older = older.rename(folder.parent / "step-000099-old")  # not a name that evaluate gives
+    assert find_output(root) == folder
     shutil.rmtree(older)
     with pytest.raises(ConfigError, match="evaluate run first"):
         find_output(tmp_path)
     (tmp_path / "report.json").write_text('{"schema": 99}')
     with pytest.raises(DataError, match="schema 99"):
         Files.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("report.json", lambda path: path.write_text(path.read_text()[:1000])),
+        ("report.json", lambda path: path.write_text("[]")),
+        ("report.json", lambda path: path.write_text('{"schema": 1}')),
+        ("report.json", lambda path: path.write_text(path.read_text().replace('"verdict"', '"vErdict"'))),
+        ("samples.parquet", Path.unlink),
+        ("samples.parquet", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+        ("samples.parquet", lambda path: pq.write_table(pq.read_table(path).drop_columns("caption"), path)),
+        ("training.jsonl", Path.unlink),
+        ("training.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
+        ("images", lambda path: min(path.iterdir()).unlink()),
+        ("images", lambda path: min(path.iterdir()).write_bytes(b"no picture")),
+        ("images", lambda path: min(path.iterdir()).write_bytes(min(path.iterdir()).read_bytes()[:300])),
+    ],
+)
+def test_missing_and_damaged_files_are_named(folder, tmp_path, name, damage, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy / name)
+    assert main(["report", str(copy), "--output", str(tmp_path / "report.html")]) == 3
+    error = capsys.readouterr().err
+    assert str(copy / name) in error
+    assert "Run python -m evaluate run again" in error
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_numbers_carry_no_more_digits_than_they_deserve():
