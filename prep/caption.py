@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from prep.config import Config
 from prep.files import sha256_bytes
-from prep.sources import SIDECAR_SUFFIX
+from prep.sources import SIDECAR_SUFFIX, leads_out
 
 CODE_VERSION = 1
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
+# .txt first, then .txT to .TXT: the scan takes them all for sidecars
+SUFFIXES = ["." + "".join(letters) for letters in product(*zip(SIDECAR_SUFFIX[1:], SIDECAR_SUFFIX[1:].upper()))]
 
 
 class CaptionConfig(Config):
@@ -38,36 +42,48 @@ class Caption:
 
 
 class SidecarCaptions:
-    """Reads ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark; any whitespace is one space."""
+    """Reads ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark; any whitespace is one space.
+
+    The case of the suffix does not matter; of several files ``.txt`` is read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, source: str) -> str:
-        """Name of the sidecar of a source, below the folder."""
-        return str(PurePosixPath(source).with_suffix(SIDECAR_SUFFIX))
+        """Name of the sidecar of a source, below the folder; the usual name where there is none."""
+        names = [str(PurePosixPath(source).with_suffix(suffix)) for suffix in SUFFIXES]
+        return next((name for name in names if os.path.lexists(self.folder / name)), names[0])
 
     def caption(self, source: str) -> Caption:
         """The caption of a source. Raises BadCaption: a caption is text or an error, never an empty string."""
-        try:
-            with open(self.folder / self.path(source), "rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise BadCaption("caption_missing", f"{self.path(source)}: {error.strerror}") from error
+        name = self.path(source)
+        data = self._read(name)
         if len(data) > MAX_BYTES:
-            raise BadCaption("caption_too_long", f"{self.path(source)} is larger than {MAX_BYTES} bytes")
+            raise BadCaption("caption_too_long", f"{name} is larger than {MAX_BYTES} bytes")
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BadCaption(
-                "caption_not_utf8", f"{self.path(source)}: {error.reason} at byte {error.start}"
-            ) from error
+            raise BadCaption("caption_not_utf8", f"{name}: {error.reason} at byte {error.start}") from error
         if "\0" in text:
-            raise BadCaption("caption_nul", f"{self.path(source)} holds a NUL character; is it UTF-16?")
+            raise BadCaption("caption_nul", f"{name} holds a NUL character; is it UTF-16?")
         text = " ".join(text.split())
         if not text:
-            raise BadCaption("caption_empty", f"{self.path(source)} has no text")
+            raise BadCaption("caption_empty", f"{name} has no text")
         return Caption(text, {"backend": "sidecar", "sha256": sha256_bytes(data)})
+
+    def _read(self, name: str) -> bytes:
+        path = self.folder / name
+        # the text is published: a link must not bring in a file that nobody put into the folder
+        if leads_out(path, self.folder):
+            raise BadCaption("outside_source", f"{name}: the link leads out of the source folder")
+        try:
+            if path.exists() and not path.is_file():
+                raise BadCaption("caption_unreadable", f"{name}: not a regular file")
+            with open(path, "rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise BadCaption("caption_missing", f"{name}: {error.strerror}") from error
 
     def fingerprint(self, source: str) -> str:
         """What the text of a source depends on: the hash of its sidecar, or the reason why it has none."""

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from prep.console import Progress
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -27,6 +29,8 @@ KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
 TRUTH_NAME = "truth.parquet"
 FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
+HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
 TRANSPOSE = {
     1: None,
@@ -95,7 +99,7 @@ def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
             if path.is_symlink():
                 found.append((_posix(path, root), BadImage("linked_folder", "links to folders are not followed")))
             elif name.startswith("."):
-                found.append((_posix(path, root), BadImage("hidden", "hidden folders are not read")))
+                found.append((_posix(path, root), BadImage(HIDDEN, "hidden folders are not read")))
             else:
                 continue
             folders.remove(name)
@@ -114,14 +118,22 @@ def _posix(path: Path, root: Path) -> str:
 
 def _name_problem(path: Path, root: Path) -> BadImage | None:
     if path.name.startswith("."):
-        return BadImage("hidden", "hidden files are not read (names that begin with a dot)")
+        return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot)")
+    if path.name.lower() in SYSTEM_FILES:
+        return BadImage(HIDDEN, "a hidden file of Windows")
     if _posix(path, root) != path.relative_to(root).as_posix():
         return BadImage("name_not_utf8", "the file name is not valid UTF-8")
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
+    if leads_out(path, root):
         return BadImage("outside_source", "the link leads out of the source folder")
     if not path.is_file():
         return BadImage("unreadable", "not a regular file, or a link that leads nowhere")
     return None
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is a link to something outside ``folder``."""
+    # realpath, because Path.resolve raises for a link that leads to itself
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder.resolve())
 
 
 def read_header(folder: Path, name: str, max_pixels: int) -> Source:
@@ -188,8 +200,12 @@ def scan(folder: Path, max_pixels: int) -> Scan:
         except BadImage as bad:
             return Reject(name, "source", bad.reason, bad.detail)
 
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the GIL, and storage likes company
-        seen = list(pool.map(look, find_files(folder)))
+    seen: list[Source | Reject] = []
+    # hashing releases the GIL, and storage likes company
+    with Progress("scan", None, "files") as progress, ThreadPoolExecutor(max_workers=8) as pool:
+        for item in pool.map(look, find_files(folder)):
+            seen.append(item)
+            progress.advance()
     kept: dict[str, Source] = {}
     rejects: list[Reject] = []
     for item in seen:

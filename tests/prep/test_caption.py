@@ -1,5 +1,7 @@
 """Sidecar captions: text or an error, never an empty string."""
 
+import os
+
 import pytest
 
 from prep.caption import MAX_BYTES, BadCaption, SidecarCaptions
@@ -52,3 +54,34 @@ def test_sidecars_of_nested_sources_lie_beside_them(tmp_path):
     (tmp_path / "one" / "two").mkdir(parents=True)
     (tmp_path / "one" / "two" / "x.txt").write_text("here")
     assert SidecarCaptions(tmp_path).caption("one/two/x.webp").text == "here"
+
+
+@pytest.mark.parametrize("suffix", [".TXT", ".Txt"])
+def test_the_case_of_the_suffix_does_not_matter(tmp_path, suffix):
+    (tmp_path / f"A{suffix}").write_text("From a camera.")
+    assert SidecarCaptions(tmp_path).caption("A.JPG").text == "From a camera."
+    (tmp_path / "A.txt").write_text("The usual name.")
+    assert SidecarCaptions(tmp_path).caption("A.JPG").text == "The usual name."
+
+
+def test_a_link_out_of_the_source_is_not_published(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret.txt").write_text("the content of another file")
+    (source / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (source / "b.txt").write_text("shared by two pictures")
+    (source / "c.txt").symlink_to(source / "b.txt")
+    (source / "d.txt").symlink_to(source / "nowhere.txt")
+    (source / "e.txt").mkdir()
+    (source / "g.txt").symlink_to(source / "g.txt")
+    os.mkfifo(source / "f.txt")  # reading it would wait for ever
+    captions = SidecarCaptions(source)
+    assert captions.caption("c.png").text == "shared by two pictures"
+    reasons = {name: captions.fingerprint(f"{name}.png") for name in "adefg"}
+    assert reasons == {
+        "a": "outside_source",
+        "d": "caption_missing",
+        "e": "caption_unreadable",
+        "f": "caption_unreadable",
+        "g": "caption_missing",
+    }
