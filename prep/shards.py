@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from prep.buckets import buckets_for
 from prep.errors import DataError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_bytes, sha256_file, sync_folder, write_atomic
@@ -294,16 +295,21 @@ class Dataset:
             self.info: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
-        if self.info.get("schema") != SCHEMA_VERSION:
-            raise DataError(
-                f"{manifest}: schema is {self.info.get('schema')}, this version reads {SCHEMA_VERSION}. "
-                "Prepare the dataset again with this version."
-            )
-        data = index.read_bytes()
-        if sha256_bytes(data) != self.info["hashes"]["index.parquet"]:
-            raise DataError(f"{index} is not the index that {manifest.name} names. Run prep run again.")
+        check_info(self.info, manifest)
+        self.table: pa.Table = pq.read_table(pa.BufferReader(self._published("index.parquet")))
+        check_index(self.table, self.info, index)
         self.fingerprint: str = self.info["fingerprint"]
-        self.table: pa.Table = pq.read_table(pa.BufferReader(data))
+
+    def _published(self, name: str) -> bytes:
+        """The bytes of a file that dataset.json names. Raises DataError when it is missing or another one."""
+        path = self.root / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}. Run prep run again to restore it.") from error
+        if sha256_bytes(data) != self.info["hashes"][name]:
+            raise DataError(f"{path} is not the file that dataset.json names (SHA-256 differs). Run prep run again.")
+        return data
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -356,8 +362,46 @@ class Dataset:
         return load_npy(self.read(row, "pose/pose.npy"))
 
     def truth(self) -> dict[str, dict[str, Any]] | None:
-        """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one."""
-        path = self.root / "truth.parquet"
-        if not path.is_file():
+        """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one.
+
+        Raises DataError when the file is not the published one, or says nothing about some sample.
+        """
+        if "truth.parquet" not in self.info["hashes"]:
             return None
-        return {row["key"]: row for row in pq.read_table(path).to_pylist()}
+        table = pq.read_table(pa.BufferReader(self._published("truth.parquet")))
+        truth = {row["key"]: row for row in table.to_pylist()}
+        if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
+            raise DataError(
+                f"{self.root / 'truth.parquet'} has no row for {len(unknown)} samples, for example {unknown[0]}. "
+                "Take truth.parquet out of the source folder, or these images, and run prep run again."
+            )
+        return truth
+
+
+def check_info(info: Any, path: Path) -> None:
+    """Raise DataError, naming the file, unless dataset.json has the schema of this version and what readers rely on."""
+    schema = info.get("schema") if isinstance(info, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema is {schema}, this version reads {SCHEMA_VERSION}. "
+            "Prepare the dataset again with this version."
+        )
+    kinds = {"fingerprint": str, "base": int, "layers": dict, "hashes": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind)]
+    if wrong or "index.parquet" not in info["hashes"]:
+        raise DataError(f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run prep run again.")
+
+
+def check_index(table: pa.Table, info: dict[str, Any], path: Path) -> None:
+    """Raise DataError, naming the file, for an index without a column that readers use or with an unknown bucket."""
+    columns = ["key", "source", "bucket", "shard", "split"]
+    for layer in set(info["layers"]) & set(LAYERS):
+        columns += member_columns(layer)
+    if missing := sorted(set(columns) - set(table.column_names)):
+        raise DataError(f"{path} has no column {', '.join(missing)}. Run prep run again.")
+    known = {str(bucket) for bucket in buckets_for(info["base"])}
+    if unknown := sorted(set(table["bucket"].to_pylist()) - known):
+        raise DataError(
+            f"{path} names bucket {', '.join(unknown)}, base {info['base']} has {', '.join(sorted(known))}. "
+            "Run prep run again."
+        )

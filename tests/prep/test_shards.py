@@ -1,15 +1,20 @@
 """The on-disk format: what is written can be read by anybody, and what is damaged is never read silently."""
 
 import io
+import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from prep.errors import DataError
+from prep.files import sha256_file
 from prep.shards import (
+    Dataset,
     LayerWriter,
     Part,
     Unit,
@@ -17,6 +22,7 @@ from prep.shards import (
     load_npy,
     load_webp,
     npy_bytes,
+    parquet_bytes,
     read_members,
     read_part,
     webp_bytes,
@@ -145,3 +151,76 @@ def test_object_arrays_are_refused():
     np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         load_npy(buffer.getvalue())
+
+
+# --- a dataset's own files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    """A dataset of three poses at base 64, with a truth."""
+    table = write(tmp_path).table
+    rows = [row | {"source": "a.png", "bucket": "64x64", "shard": 3, "split": "train"} for row in table.to_pylist()]
+    republish(tmp_path, {"index.parquet": rows, "truth.parquet": [{"key": key, "top": "red"} for key in KEYS]})
+    return tmp_path
+
+
+def republish(root: Path, tables: dict[str, list[dict]], **changes) -> None:
+    info = {"schema": 1, "fingerprint": "1", "base": 64, "layers": {"pose": {}}, "hashes": {}}
+    if (root / "dataset.json").exists():
+        info = json.loads((root / "dataset.json").read_text())
+    for name, rows in tables.items():
+        (root / name).write_bytes(parquet_bytes(pa.Table.from_pylist(rows)))
+        info["hashes"][name] = sha256_file(root / name)
+    (root / "dataset.json").write_text(json.dumps(info | changes))
+
+
+def test_a_dataset_is_read_through_its_index(published):
+    dataset = Dataset(published)
+    assert dataset.pose(dataset.rows()[2]).shape == (133, 3)
+    assert dataset.truth()[KEYS[0]]["top"] == "red"
+
+
+@pytest.mark.parametrize("info", ["[]", "{", '{"schema": 1}', '{"schema": 2}'])
+def test_a_damaged_description_is_named(published, info):
+    (published / "dataset.json").write_text(info)
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        Dataset(published)
+
+
+@pytest.mark.parametrize("changes", [{"hashes": {}}, {"base": "64"}, {"layers": []}])
+def test_a_description_without_what_readers_need_is_named(published, changes):
+    republish(published, {}, **changes)
+    with pytest.raises(DataError, match=r"dataset\.json is damaged"):
+        Dataset(published)
+
+
+@pytest.mark.parametrize("column", ["split", "pose/pose.npy/offset"])
+def test_an_index_without_a_column_is_named(published, column):
+    rows = [{name: row[name] for name in row if name != column} for row in Dataset(published).rows()]
+    republish(published, {"index.parquet": rows})
+    with pytest.raises(DataError, match=rf"index\.parquet has no column {column}\."):
+        Dataset(published)
+
+
+def test_an_index_with_a_bucket_of_another_base_is_named(published):
+    rows = Dataset(published).rows()
+    rows[1]["bucket"] = "128x128"
+    republish(published, {"index.parquet": rows})
+    with pytest.raises(DataError, match=r"index\.parquet names bucket 128x128, base 64 has .*64x64"):
+        Dataset(published)
+
+
+def test_the_truth_is_the_published_one_or_an_error(published):
+    dataset, path = Dataset(published), published / "truth.parquet"
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(DataError, match=r"truth\.parquet is not the file that dataset\.json names"):
+        dataset.truth()
+    path.unlink()
+    with pytest.raises(DataError, match=r"truth\.parquet: No such file"):
+        dataset.truth()
+    republish(published, {"truth.parquet": [{"key": KEYS[0]}]})
+    with pytest.raises(DataError, match=r"truth\.parquet has no row for 2 samples, for example a\.png"):
+        Dataset(published).truth()
+    republish(published, {}, hashes={"index.parquet": sha256_file(published / "index.parquet")})
+    assert Dataset(published).truth() is None  # a file that the dataset does not name is no truth
