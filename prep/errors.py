@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# what the system says when there is no more room to write in
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 class NanoditError(Exception):
@@ -42,14 +51,62 @@ class Interrupted(NanoditError):
     exit_code = 75
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run ``main`` and return its exit code; a :class:`NanoditError` becomes one ``error:`` line on stderr.
+def resource_error(error: BaseException) -> ResourceError | None:
+    """Return ``error`` for the user if it is a lack of memory or disk; None if it is anything else."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{where}cannot be written: {error.strerror}. Make room, or choose another output folder")
+    # torch's class is known by its name: not every command imports torch
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        reason = str(error).strip().partition("\n")[0]
+        return ResourceError(
+            f"out of memory{': ' if reason else ''}{reason}. Close other programs, or take smaller batches or images"
+        )
+    return None
 
-    Any other exception is a defect of ours and keeps its traceback.
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run ``main`` and return its exit code; what a user can act on becomes one ``error:`` line on stderr.
+
+    That is a :class:`NanoditError`, a lack of memory or disk (see :func:`resource_error`), and SIGINT or SIGTERM where
+    ``main`` does not handle them. Any other exception is a defect of ours and keeps its traceback.
     """
     try:
-        return main() or 0
+        with _sigterm_as_interrupt():
+            return main() or 0
     except NanoditError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _report(error)
+    except KeyboardInterrupt:
+        return _report(Interrupted("stopped by a signal; what was finished is kept, and the same command continues"))
+    except Exception as error:
+        known = resource_error(error)
+        if known is None:
+            raise
+        return _report(known)
+
+
+def _report(error: NanoditError) -> int:
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, where ``main`` installs no handler of its own."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may install handlers
+        yield
+        return
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked child inherits the handler, but ends as any process does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
