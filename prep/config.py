@@ -1,6 +1,7 @@
 """The strict config loader of all three packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
 
-A file may inherit with ``extends: OTHER.yaml`` (relative to the file); mappings merge, everything else replaces.
+A file may inherit with ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a
+mapping whose keys the user chooses.
 Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and,
 for an unknown one, the nearest key that exists.
 """
@@ -25,7 +26,9 @@ class Config(BaseModel):
     """Base of every config section: immutable, and an unknown key is an error."""
 
     # strict: "false" is not a bool and "3" is not a number; YAML has its own types
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
 
 
 T = TypeVar("T", bound=Config)
@@ -88,7 +91,7 @@ def parse_yaml(text: str, name: str) -> Any:
         loader.dispose()
 
 
-def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged mapping of ``path`` and, for each dotted key, the file that set it."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
@@ -108,20 +111,28 @@ def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends must name one file")
-        values, origins = _read_file(path.parent / parent, (*chain, path.resolve()))
-    _merge(values, data, origins, str(path))
+        values, origins = _read_file(path.parent / parent, model, (*chain, path.resolve()))
+    _merge(values, data, origins, str(path), model)
     return values, origins
 
 
 def _merge(
-    into: dict[str, Any], update: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = ""
+    into: dict[str, Any],
+    update: dict[str, Any],
+    origins: dict[str, str],
+    origin: str,
+    model: type[Config],
+    prefix: str = "",
 ) -> None:
     for key, value in update.items():
         dotted = prefix + key
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, origins, origin, dotted + ".")
+        section = section_model(model, [key])
+        if section and isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, origins, origin, section, dotted + ".")
         else:
             into[key] = value
+            for replaced in [other for other in origins if other.startswith(dotted + ".")]:
+                del origins[replaced]
             origins[dotted] = origin
 
 
@@ -145,7 +156,7 @@ def load_config(model: type[T], file: Path | str | None, overrides: Sequence[str
     Raises :class:`ConfigError` that lists every problem with its file, its dotted path and, for an unknown key, the
     nearest one that exists.
     """
-    values, origins = ({}, {}) if file is None else _read_file(Path(file))
+    values, origins = ({}, {}) if file is None else _read_file(Path(file), model)
     for override in overrides:
         _apply_override(values, override, origins)
     try:
@@ -222,19 +233,16 @@ class _Dumper(yaml.SafeDumper):
     """Writes floats so that YAML 1.2 readers see floats."""
 
 
+_Dumper.add_representer(float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", repr(value)))
+# YAML reads an unescaped next-line character as a line feed; only double quotes escape it
 _Dumper.add_representer(
-    float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", _format_float(value))
+    str,
+    lambda dumper, value: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style='"' if "\x85" in value else None
+    ),
 )
 # quote what the loader above would otherwise read as something else than text
 _Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
 }
-
-
-def _format_float(value: float) -> str:
-    if value != value:
-        return ".nan"
-    if value in (float("inf"), float("-inf")):
-        return ".inf" if value > 0 else "-.inf"
-    return repr(value)

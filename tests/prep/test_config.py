@@ -6,7 +6,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -25,6 +25,7 @@ class Outer(Config):
     seed: int = 0
     enabled: bool = False
     tags: list[str] = Field(default=[])
+    bars: dict[str, float] = Field(default={})
     out: str
 
 
@@ -52,6 +53,8 @@ def test_numbers_are_numbers(tmp_path):
         ("out: x\nseed: '1'", "`seed`"),
         ("out: x\ninner: {lr: -1.0}", "`inner.lr`"),
         ("out: x\ninner: {lr: 1:30}", "`inner.lr`"),
+        ("out: x\ninner: {lr: .inf}", "`inner.lr`: Input should be a finite number"),
+        ("out: x\nbars: {a: .nan}", "`bars.a`: Input should be a finite number"),
         ("out: x\ninner:", "`inner`"),
         ("out: x\nout: y", "duplicate key 'out'"),
         ("out: !!python/object/apply:os.system [true]", "only plain YAML"),
@@ -90,6 +93,18 @@ def test_inheritance_merges_sections_and_blames_the_right_file(tmp_path):
         load_config(Outer, child)
 
 
+def test_a_mapping_with_keys_of_the_users_is_replaced_and_not_merged(tmp_path):
+    write(tmp_path, "out: base\nbars: {text: 0.5, pose: high}\n", "base.yaml")
+    child = write(tmp_path, "extends: base.yaml\nbars: {text: 0.9}\n")
+    assert load_config(Outer, child).bars == {"text": 0.9}
+    assert load_config(Outer, child, ["bars.pose=0.1"]).bars == {"text": 0.9, "pose": 0.1}
+    child = write(tmp_path, "extends: base.yaml\nbars: {pose: low}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: `bars\.pose`"):
+        load_config(Outer, child)
+    with pytest.raises(ConfigError, match=r"base\.yaml: `bars\.pose`"):
+        load_config(Outer, write(tmp_path, "extends: base.yaml\nseed: 1\n"))
+
+
 def test_circular_inheritance_is_refused(tmp_path):
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")
@@ -103,6 +118,7 @@ def test_malformed_overrides_are_refused(override):
         load_config(Outer, None, ["out=x", "seed=1", "inner.lr=1.0", override])
 
 
+@example(Outer(out="\x85"))
 @given(
     st.builds(
         Outer,
@@ -124,4 +140,4 @@ def test_plain_yaml_libraries_read_the_dump_alike():
 
 
 def test_walk_lists_every_leaf():
-    assert walk_keys(Outer) == ["inner.lr", "inner.steps", "inner.name", "seed", "enabled", "tags", "out"]
+    assert walk_keys(Outer) == ["inner.lr", "inner.steps", "inner.name", "seed", "enabled", "tags", "bars", "out"]
