@@ -6,7 +6,7 @@ Convention: t = 1 is noise, ``z = (1 - t) x + t e``, ``v = e - x``; pixels x in 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class FlowConfig(Config):
     logit_mean: float = 0.8
     logit_std: float = Field(default=0.8, gt=0)
     uniform_share: float = Field(default=0.1, ge=0, le=1)
-    shift: Literal["auto"] | float = "auto"
+    shift: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     t_min: float = Field(default=0.05, gt=0, lt=1)
 
     def shift_of(self, height: int, width: int) -> float:

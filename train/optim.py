@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ class OptimizerConfig(Config):
     """Which optimiser, and its constants."""
 
     type: Literal["muon", "adamw"] = "muon"  # "muon": Muon on the blocks' matrices, AdamW on the rest
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -121,6 +121,14 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        # torch would do the same at a parameter's first gradient, which can be steps away where conditions are dropped;
+        # here, so that the state is complete from the start and a checkpoint that lacks any of it is damaged
+        for parameter in adamw.values():
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -142,10 +150,10 @@ class Optimizer:
                 parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state as a flat dict of tensors, for safetensors; empty parts before the first step."""
+        """Return the whole state as a flat dict of tensors, for safetensors; complete also before the first step."""
         state = {}
         for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
-            for key, value in self.adamw.state.get(parameter, {}).items():
+            for key, value in self.adamw.state[parameter].items():
                 state[f"adamw/{key}/{name}"] = value
         if self.muon:
             state.update({f"muon/momentum/{name}": value for name, value in self.muon.momentum.items()})
@@ -153,31 +161,18 @@ class Optimizer:
 
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`tensors` returned; raises ValueError when a tensor is missing, foreign or misshaped."""
-        expected = set()
-        for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
-            keys = {key: f"adamw/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            if not state.keys() & set(keys.values()):
-                continue
-            expected.update(keys.values())
-            values = {key: _take(state, full, None if key == "step" else parameter) for key, full in keys.items()}
-            self.adamw.state[parameter] = values
-        if self.muon:
-            for name, momentum in self.muon.momentum.items():
-                expected.add(f"muon/momentum/{name}")
-                momentum.copy_(_take(state, f"muon/momentum/{name}", momentum))
-        if foreign := state.keys() - expected:
+        own = self.tensors()
+        if lacking := own.keys() - state.keys():
+            raise ValueError(f"optimiser state lacks {len(lacking)} tensors, first {min(lacking)}")
+        if foreign := state.keys() - own.keys():
             raise ValueError(f"optimiser state has {len(foreign)} tensors of another model, first {min(foreign)}")
-
-
-def _take(state: dict[str, Tensor], name: str, like: Tensor | None) -> Tensor:
-    if name not in state:
-        raise ValueError(f"optimiser state lacks {name}")
-    value = state[name]
-    if like is None:
-        return value.clone()
-    if value.shape != like.shape:
-        raise ValueError(f"optimiser state {name} is {tuple(value.shape)}, expected {tuple(like.shape)}")
-    return value.to(like.device).clone()
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"optimiser state {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

@@ -121,6 +121,16 @@ def test_what_cannot_be_is_an_error(key, tiny_dataset, tmp_path):
         _three_steps(tiny_dataset, tmp_path, f"{key}={ERRORS[key]}")
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["flow.shift=0", "flow.shift=-1.5", "flow.shift=.inf", "optimizer.betas=[0.9, 1.0]", "optimizer.betas=[-0.1, 0.9]",
+     "train.lr=.nan"],
+)  # fmt: skip
+def test_numbers_without_a_meaning_are_refused(override, tiny_dataset, tmp_path):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        tiny_config(tiny_dataset, tmp_path / "run", override)
+
+
 def test_threads_are_set(tiny_dataset, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

@@ -131,6 +131,27 @@ def test_foreign_state_is_refused():
         optimizer.load_tensors({key: value for key, value in state.items() if key != name})
     with pytest.raises(ValueError, match="expected"):
         optimizer.load_tensors({**state, name: torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"lacks 3 tensors, first adamw/exp_avg/final\.weight"):
+        optimizer.load_tensors({key: value for key, value in state.items() if not key.endswith("/final.weight")})
+
+
+def test_a_parameter_without_a_gradient_has_its_state_and_starts_as_torch_would():
+    torch.manual_seed(0)
+    ours, theirs = make_model(), make_model()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, OptimizerConfig(type="adamw"))
+    optimizer.set_lr(1e-2)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step in range(3):
+        for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters()):
+            late = name == "final.weight" and step < 2
+            parameter.grad = None if late else torch.randn_like(parameter)
+            other.grad = None if late else parameter.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert "adamw/exp_avg/final.weight" in optimizer.tensors()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(one, other)
 
 
 def test_learning_rate_warms_up_and_decays():
