@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,8 +52,10 @@ class DrawRequest:
 def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[Path]:
     """Draw ``count`` images of seeds ``seed``, ``seed + 1``, ... and return the PNG files, which hold their settings.
 
-    Raises :class:`ConfigError` for a condition subset that training never saw, :class:`DataError` for another dataset.
+    Raises :class:`ConfigError` for a request that makes no sense, and for conditions that the dataset lacks or training
+    never saw; :class:`DataError` for another dataset.
     """
+    check_request(request)
     model, config, state = load_model(checkpoint, request.weights)
     model = model.to(device)
     if request.prompt is not None:
@@ -62,7 +65,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
         noise_key, size = PROMPT_NOISE_KEY, (state["dataset"]["base"],) * 2
     else:
         conditions, size = stored_conditions(request, config, state["dataset"])
-        subset = parse_subset(request.conditions or "all") & set(model.features.modalities)
+        subset = available(request.conditions or "all", model.features.modalities)
         noise_key = request.key
     trained = config.conditioning.resolve(model.features.modalities)
     check_trained(subset, trained, model.features.modalities)
@@ -93,6 +96,34 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
             name = request.output if request.count == 1 else request.output.with_stem(f"{request.output.stem}-{seed}")
             files.append(_save(name, image, {**settings, "seed": seed}))
     return files
+
+
+def check_request(request: DrawRequest) -> None:
+    """Refuse, by the name of its option, what cannot be drawn whatever the checkpoint; raises :class:`ConfigError`."""
+    for name in ("steps", "count"):
+        if getattr(request, name) < 1:
+            raise ConfigError(f"--{name} {getattr(request, name)}: must be at least 1")
+    if not (math.isfinite(request.guidance) and request.guidance >= 0):
+        raise ConfigError(f"--guidance {request.guidance}: must be a number from 0 on; 1 is no guidance")
+    if request.output.suffix.lower() != ".png" or request.output.is_dir():
+        raise ConfigError(f"--output {request.output}: must be a file named *.png, which also holds the settings")
+    if request.prompt is not None and request.dataset is not None:
+        raise ConfigError("--dataset: a prompt needs none; with --key it says where the holdout sample is")
+
+
+def available(name: str, modalities: Collection[str]) -> Subset:
+    """Return the subset called ``name``, where ``all`` is all of ``modalities``.
+
+    Raises :class:`ConfigError` where it names a condition that the dataset lacks.
+    """
+    subset, present = parse_subset(name), frozenset(modalities)
+    if name == "all":
+        return present
+    if absent := subset - present:
+        raise ConfigError(
+            f"--conditions {name}: the dataset has no {', no '.join(sorted(absent))}; it has {', '.join(modalities)}"
+        )
+    return subset
 
 
 def check_trained(subset: Subset, table: dict[Subset, float], modalities: Iterable[str]) -> None:

@@ -63,14 +63,20 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: Any, device: torch.device) -> None:
         self.config, self.device = config, device
         self.step = 0  # completed optimiser steps
+        features = Features.from_dataset(dataset.info)
+        if not features.modalities:
+            raise DataError(
+                f"{dataset.root}: has no conditions to train on; run prep on it with at least one of text, dino and "
+                "pose in `layers`"
+            )
         self.data = TrainingSet(dataset, config.data.cache_gb)
         check_patch_size(self.data.sizes, config.model.patch_size)
-        self.table = config.conditioning.resolve(Features.from_dataset(dataset.info).modalities)
+        self.table = config.conditioning.resolve(features.modalities)
         self.batches = MicroBatches(config, self.data, self.table)
         self.visual = VisualDebug(config, dataset, self.table)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model: NanoDiT = build_model(config.model, Features.from_dataset(dataset.info)).to(device)
+            self.model: NanoDiT = build_model(config.model, features).to(device)
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from prep.console import say
+from prep.errors import ConfigError
 from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
 from train.config import TrainConfig
 from train.data import Row, load_pixels
@@ -25,12 +26,21 @@ ARMS = ("all", "text+pose", "text")  # as far as the dropout table trains them
 
 
 class VisualDebug:
-    """Draws the same holdout samples, from the same noise, every time: real | all | text+pose | text."""
+    """Draws the same holdout samples, from the same noise, every time: real | all | text+pose | text.
+
+    Raises :class:`ConfigError` for guidance away from a model without conditions that ``table`` never trains.
+    """
 
     def __init__(self, config: TrainConfig, dataset: Any, table: Mapping[Subset, float]) -> None:
         self.config = config
+        debug = config.visual_debug
+        if debug.every_steps > 0 and debug.guidance != 1 and frozenset() not in table:
+            raise ConfigError(
+                f"visual_debug.guidance {debug.guidance:g}: the dropout table never trains `nothing`, from which "
+                "guidance leads away; set it to 1, or give `nothing` a share in conditioning.table"
+            )
         rows = dataset.rows("holdout")
-        count = min(config.visual_debug.count, len(rows))
+        count = min(debug.count, len(rows))
         self.rows = [rows[i * len(rows) // count] for i in range(count)]  # spread evenly over the keys
         self._dataset = dataset
         modalities = frozenset().union(*table)

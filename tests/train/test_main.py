@@ -187,6 +187,12 @@ def test_trap_22_the_noise_is_keyed_by_sample_and_seed(run, tiny_dataset, tmp_pa
         (["--conditions", "text,hair"], "unknown hair"),
         (["--size", "60x64"], "multiples of the patch size, 8"),
         (["--size", "big"], "not of the form WIDTHxHEIGHT"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--count", "0"], "--count 0: must be at least 1"),
+        (["--guidance", "nan"], "--guidance nan: must be a number"),
+        (["--guidance", "-1"], "--guidance -1.0: must be a number"),
+        (["--output", "picture.jpg"], "--output picture.jpg: must be a file named *.png"),
+        (["--output", "picture"], "must be a file named *.png"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(run, tiny_dataset, tmp_path, arguments, message, capsys):
@@ -194,6 +200,41 @@ def test_what_cannot_be_drawn_is_refused_by_name(run, tiny_dataset, tmp_path, ar
     assert sample(run, tmp_path / "x.png", "--key", key, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_senseless_request_is_refused_before_the_checkpoint_is_read(tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    nowhere = tmp_path / "nowhere"
+    assert sample(nowhere, tmp_path / "folder.png", "--prompt", "x") == 2
+    assert "folder.png: must be a file" in capsys.readouterr().err
+    assert sample(nowhere, tmp_path / "x.png", "--prompt", "x", "--dataset", str(tmp_path)) == 2
+    assert "--dataset: a prompt needs none" in capsys.readouterr().err
+
+
+def test_conditions_that_the_dataset_lacks_are_refused_by_name(tmp_path, capsys):
+    dataset = write_dataset(tmp_path / "dataset", layers=("px", "text", "t5"))
+    path = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    assert main(["run", "--config", str(path), "train.steps=1"]) == 0
+    key = Dataset(dataset).rows("holdout")[0]["key"]
+    assert sample(tmp_path / "run", tmp_path / "x.png", "--key", key, "--conditions", "text,pose") == 2
+    assert "--conditions text+pose: the dataset has no pose; it has text" in capsys.readouterr().err
+    assert sample(tmp_path / "run", tmp_path / "x.png", "--key", key, "--conditions", "all") == 0
+
+
+def test_a_dataset_without_conditions_is_refused(tmp_path, capsys):
+    dataset = write_dataset(tmp_path / "dataset", layers=("px", "text"))
+    path = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    assert main(["run", "--config", str(path)]) == 3
+    assert "has no conditions to train on" in capsys.readouterr().err
+
+
+def test_guided_pictures_need_the_unconditional_model(tiny_dataset, tmp_path, capsys):
+    path = write_config(tmp_path / "c.yaml", tiny_dataset, tmp_path / "run")
+    overrides = ["conditioning.preset=null", "conditioning.table={text: 0.5, all: 0.5}", "train.steps=1"]
+    arguments = ["run", "--config", str(path), *overrides, "visual_debug.guidance=2"]
+    assert main([*arguments, "visual_debug.every_steps=1"]) == 2
+    assert "visual_debug.guidance 2: the dropout table never trains `nothing`" in capsys.readouterr().err
+    assert main(arguments) == 0, "no pictures are drawn"
 
 
 def test_guidance_needs_the_unconditional_model(tiny_dataset, tmp_path, prompts, capsys):
