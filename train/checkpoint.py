@@ -21,7 +21,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from prep.console import say
-from prep.errors import ConfigError, DataError
+from prep.errors import ConfigError, DataError, ResourceError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_file, sync_folder
 from train.config import TrainConfig
@@ -55,7 +55,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` atomically and durably; then remove all but the ``keep_last`` newest.
 
-    ``tensors`` maps each of PARTS to its named tensors; ``state`` must be JSON.
+    ``tensors`` maps each of PARTS to its named tensors; ``state`` must be JSON. Raises :class:`ResourceError` where
+    the disk does not take a file; the checkpoints before it are as they were.
     """
     parent = checkpoints_folder(run_folder)
     target = parent / f"step-{step:06d}"
@@ -63,8 +64,7 @@ def save_checkpoint(
     remove_leftovers(run_folder)
     temporary.mkdir(parents=True)
     for part in PARTS:
-        # no metadata: safetensors keeps the entries in a hash map, and several would come in another order every time
-        save_file({name: _storable(t) for name, t in tensors[part].items()}, temporary / f"{part}.safetensors")
+        _write_tensors(temporary / f"{part}.safetensors", tensors[part])
         fault(f"checkpoint.after_{part}")
     (temporary / "state.json").write_text(canonical_json({"schema": SCHEMA, "step": step, **state}), encoding="utf-8")
     for name in _FILES:
@@ -201,8 +201,17 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
     module.load_state_dict(tensors)
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+def _write_tensors(file: Path, tensors: Tensors) -> None:
+    # no metadata: safetensors keeps the entries in a hash map, and several would come in another order every time
+    try:
+        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        raise ResourceError(
+            f"{file}: cannot be written: {error}. Make room, or choose another `output`; the checkpoints before it are "
+            "intact"
+        ) from None
 
 
 def _sync_file(path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from prep.errors import ResourceError
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from train.hardware import can_compile
 from train.runfolder import StopRequest, lock_run_folder
 from train.tracking import read_metrics
 
@@ -228,6 +232,19 @@ def test_T05_killed_from_outside_at_a_moment_nobody_chose(config, dataset, tmp_p
     assert deterministic(run) == deterministic(reference)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile("cpu"), reason="torch.compile needs a C++ compiler and Python's headers")
+def test_T05_compiled_in_bf16_killed_and_resumed_is_byte_equal(config, tmp_path):
+    overrides = ["train.compile=true", "train.precision=bf16", "train.steps=6"]
+    for fault, output in (("train.step:kill:5", "run"), (None, "run"), (None, "straight")):
+        process = train_process(config, *overrides, f"output={tmp_path / output}", fault=fault)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == (-signal.SIGKILL if fault else 0), printed
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["started_at_steps"] == [0, 3]
+    assert weights(tmp_path / "run", 6) == weights(tmp_path / "straight", 6)  # trap 30
+    assert deterministic(tmp_path / "run") == deterministic(tmp_path / "straight")
+
+
 def test_T06_a_changed_config_is_refused_with_the_difference(config, interrupted, straight, capsys):
     assert train(config, "train.lr=1e-3", "model.depth=3", "seed=4") == 2
     error = capsys.readouterr().err
@@ -265,6 +282,28 @@ def test_T08_a_sample_that_is_not_a_number_stops_the_run(tmp_path, value, capsys
     assert len(bad) == 1, "the one sample, however often it is in the micro-batch"
     assert bad.pop() in error
     assert set(content["grad_norms"].values()) & {"nan", "inf"}
+
+
+def test_T10_a_disk_that_takes_no_more_is_a_resource_error_and_costs_no_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    save_checkpoint(tmp_path, 1, {part: {"w": torch.ones(2)} for part in PARTS}, {})
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(tmp_path, 2, {part: {"w": torch.ones(20_000)} for part in PARTS}, {})
+        except ResourceError as error:
+            sys.exit(0 if "step-000002.tmp/model.safetensors: cannot be written" in str(error) else 1)
+        sys.exit(2)
+
+    assert in_child(save) == 0
+    assert find_latest(tmp_path).name == "step-000001"
+
+
+def test_T11_a_signal_before_the_first_step_gives_75(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.__main__.Trainer", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config) == 75
+    assert "error: stopped by a signal" in capsys.readouterr().err
 
 
 @pytest.mark.slow
