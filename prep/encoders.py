@@ -59,6 +59,17 @@ def encoder_fingerprint(config: PrepConfig, layer: str) -> dict[str, Any]:
     return fingerprint(**encoder_arguments(config, layer))
 
 
+def model_name(config: PrepConfig, layer: str, encoder: dict[str, Any]) -> str:
+    """What people call the model of a layer whose fingerprint is ``encoder``, without any path.
+
+    "demo" for the built-in stand-ins, "dwpose" for networks of one's own, else the name on the hub, or "local".
+    """
+    given = (config.pose.detector, config.pose.pose) if layer == "pose" else (getattr(config, layer).model,)
+    if config.encoders == "demo" and not any(given):
+        return "demo"
+    return "dwpose" if layer == "pose" else encoder.get("model", "local")
+
+
 def build_encoder(config: PrepConfig, layer: str, device: str) -> Any:
     """The encoder of a layer, loaded onto a device."""
     if layer == "t5":

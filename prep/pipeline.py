@@ -22,7 +22,7 @@ from typing import Any
 
 from prep.console import say
 from prep.encoders import ENCODER_LAYERS
-from prep.errors import ConfigError, DataError, NanoditError, ResourceError
+from prep.errors import ConfigError, DataError, NanoditError, ResourceError, resource_error
 from prep.layers import LayerWorker, ShardTask
 from prep.settings import PrepConfig
 
@@ -54,9 +54,11 @@ def ray_session() -> Iterator[None]:
         yield
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        say(f"joining Ray at {address}")
         ray.init(**quiet)
     else:
+        say("starting Ray on this machine")
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield
@@ -142,8 +144,11 @@ def actor_class(config: PrepConfig, device: str) -> type:
             done, error, exit_code = [], "", 0
             try:
                 done = self.worker.run(task)
-            except NanoditError as failure:  # ours and for the user; anything else is a defect and ends the job
-                error, exit_code = str(failure), failure.exit_code
+            except Exception as failure:
+                known = failure if isinstance(failure, NanoditError) else resource_error(failure)
+                if known is None:  # not for the user: a defect, which ends the job
+                    raise
+                error, exit_code = str(known), known.exit_code
             answer = {"bucket": task.bucket, "shard": task.shard, "done": json.dumps(done)}
             return {name: [value] for name, value in (answer | {"error": error, "exit_code": exit_code}).items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from prep import caption
 from prep.buckets import centre_crop, choose_bucket
 from prep.caption import BadCaption, SidecarCaptions
+from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes, write_atomic
@@ -53,14 +54,16 @@ class Plan:
     """What a run has to do.
 
     ``sources`` maps keys to usable sources, ``shards`` maps (bucket, number) to the sorted keys of its members,
-    ``rejects`` has what was refused so far, ``seen`` counts the files looked at. ``recipes`` says what every unit must
-    be made from, ``parts`` holds the units that are current and ``missing`` the reason for every one that is not.
+    ``rejects`` has what was refused so far, ``expected`` what the text layer is going to refuse (its units record it),
+    ``seen`` counts the files looked at. ``recipes`` says what every unit must be made from, ``parts`` holds the units
+    that are current and ``missing`` the reason for every one that is not.
     """
 
     config: PrepConfig
     sources: dict[str, Source]
     shards: dict[tuple[str, int], list[str]]
     rejects: list[Reject]
+    expected: list[Reject]
     seen: int
     recipes: dict[Unit, dict[str, Any]]
     parts: dict[Unit, Part]
@@ -105,14 +108,14 @@ def make_plan(config: PrepConfig) -> Plan:
             rejects.append(Reject(source.name, "source", "too_small", detail))
         else:
             sources[source.key] = source
-    captions = read_captions(config, sources)
+    captions, expected = read_captions(config, sources)
     buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
     shards = assign_shards(buckets, read_manifest(root), config.shard_size)
     recipes = make_recipes(config, shards, captions)
-    parts = {unit: part for unit in recipes if (part := read_part(root, unit)) is not None}
+    parts = read_parts(root, recipes)
     missing = {unit: why for unit, recipe in recipes.items() if (why := reason(root, unit, recipe, parts.get(unit)))}
     current = {unit: part for unit, part in parts.items() if unit not in missing}
-    return Plan(config, sources, shards, rejects, seen, recipes, current, missing)
+    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing)
 
 
 def check_folders(config: PrepConfig) -> None:
@@ -124,17 +127,31 @@ def check_folders(config: PrepConfig) -> None:
         raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
 
 
-def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> dict[str, str]:
+def read_parts(root: Path, units: Collection[Unit]) -> dict[Unit, Part]:
+    """The committed ones of some units."""
+    parts = {}
+    with Progress("check", len(units), "units") as progress:
+        for unit in units:
+            if (part := read_part(root, unit)) is not None:
+                parts[unit] = part
+            progress.advance()
+    return parts
+
+
+def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> tuple[dict[str, str], list[Reject]]:
     """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
 
-    Raises DataError with the count and the first paths when ``captions.on_missing`` is "error" and a caption cannot be
-    used, before anything expensive runs.
+    Also returns what is going to be refused for that reason. Raises DataError with the count and the first paths when
+    ``captions.on_missing`` is "error" and a caption cannot be used, before anything expensive runs.
     """
     if "text" not in config.layers:
-        return {}
+        return {}, []
     sidecars = SidecarCaptions(Path(config.source))
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        found = list(pool.map(lambda source: _try_caption(sidecars, source.name), sources.values()))
+    found: list[str | BadCaption] = []
+    with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
+        for item in pool.map(lambda source: _try_caption(sidecars, source.name), sources.values()):
+            found.append(item)
+            progress.advance()
     bad = [problem for problem in found if isinstance(problem, BadCaption)]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
@@ -146,7 +163,13 @@ def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> dict[str
             f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
             "or set captions.on_missing=reject to leave these images out"
         )
-    return {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
+    captions = {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
+    expected = [
+        Reject(source.name, "text", item.reason, item.detail)
+        for source, item in zip(sources.values(), found)
+        if isinstance(item, BadCaption)
+    ]
+    return captions, expected
 
 
 def _try_caption(sidecars: SidecarCaptions, name: str) -> str | BadCaption:

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 
 from prep import dedup
 from prep.buckets import Bucket, buckets_for, centre_crop
+from prep.encoders import model_name
 from prep.errors import DataError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from prep.plan import MANIFEST, NAMED, Plan
 from prep.settings import PrepConfig
 from prep.shards import LAYER_COLUMNS, SCHEMA_VERSION, Part, Unit, fingerprint_of, member_columns, parquet_bytes
-from prep.sources import TRUTH_NAME, Reject, Source
+from prep.sources import HIDDEN, TRUTH_NAME, Reject, Source
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
@@ -105,11 +106,17 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
 def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: Path) -> None:
     """Raise DataError when nothing was accepted or more than ``max_reject_rate`` of the sources was refused.
 
-    The refused sources are then written to ``report``, because no table of them will be published.
+    Hidden files do not count, unless there is nothing else: a Mac leaves one beside every picture. The refused sources
+    are then written to ``report``, because no table of them will be published.
     """
+    refused = rejects
+    rejects = [reject for reject in refused if reject.reason != HIDDEN]
+    seen -= len(refused) - len(rejects)
+    if not seen:
+        rejects, seen = refused, len(refused)
     if not (len(rejects) >= seen or len(rejects) > config.max_reject_rate * seen):
         return
-    write_atomic(report, parquet_bytes(reject_table(rejects)))
+    write_atomic(report, parquet_bytes(reject_table(refused)))
     counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
     examples = "; ".join(f"{reject.source}: {reject.detail}" for reject in rejects[:NAMED])
     numbers = f"{len(rejects)} of {seen} sources were rejected ({counts}), for example {examples}. All are in {report}"
@@ -237,7 +244,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
         }
         described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
         if "encoder" in recipe:
-            described["model"] = "demo" if "content" in recipe["encoder"] else recipe["encoder"].get("model", "dwpose")
+            described["model"] = model_name(config, layer, recipe["encoder"])
         layers[layer] = described
     return {
         "schema": SCHEMA_VERSION,

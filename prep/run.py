@@ -88,11 +88,13 @@ def run(config: PrepConfig) -> None:
             remove_temporary_files(root)
             plan = make_plan(config)
             folder.log("plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=plan.explain())
-            gate(config, plan.rejects, plan.seen, folder.rejects)
+            gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
             write_manifest(plan)
             work = compute(plan, folder) if plan.missing else {}
             remove_temporary_files(root)
-            published = publish(plan, current_parts(plan), folder.rejects)
+            with Progress("publish", len(plan.sources)) as progress:
+                published = publish(plan, current_parts(plan), folder.rejects)
+                progress.update(published.counts["samples"])
             remove_leftovers(root, plan)
         except KeyboardInterrupt:
             folder.log("interrupted")

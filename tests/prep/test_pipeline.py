@@ -1,5 +1,6 @@
 """prep run as a whole, through Ray: what it promises about its output, about running again, and about being killed."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -18,6 +19,8 @@ from PIL import Image
 
 from prep import pipeline, sources
 from prep.buckets import Bucket
+from prep.demo import ASSETS, DETECTOR, POSE
+from prep.encoders import model_name
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes, sha256_file
 from prep.layers import LayerWorker, ShardTask
@@ -28,6 +31,7 @@ from prep.shards import LAYERS, Dataset, Unit, read_part
 from tests.prep.test_plan import config, write_images
 
 PROJECT = Path(__file__).parents[2]
+NETWORKS = {"detector": str(ASSETS / DETECTOR), "pose": str(ASSETS / POSE)}
 FINISHED = ("dataset.json", "index.parquet", "rejects.parquet", "manifest.parquet", "truth.parquet")
 
 
@@ -39,7 +43,13 @@ def files_of(root: Path) -> dict[str, str]:
 
 def command(settings: PrepConfig, *more: str) -> list[str]:
     overrides = [f"{name}={getattr(settings, name)}" for name in ("source", "output", "base", "encoders", "shard_size")]
+    overrides += [f"pose.{name}={path}" for name in NETWORKS if (path := getattr(settings.pose, name))]
     return [sys.executable, "-m", "prep", "run", *overrides, f"layers=[{','.join(settings.layers)}]", *more]
+
+
+def poses(tmp_path: Path, **changes) -> PrepConfig:
+    """Pixels and poses alone, the layer that starts fastest."""
+    return config(tmp_path, layers=["pose"], encoders="production", pose=NETWORKS, **changes)
 
 
 def rejects_of(root: Path) -> dict[str, tuple[str, str]]:
@@ -201,14 +211,26 @@ def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_ses
     assert {row["source"] for row in Dataset(root).rows()} == set(rows)
 
 
+@pytest.mark.parametrize("layer", ["t5", "dino", "pose"])
+def test_models_are_called_what_they_are(figures_dataset, figures_config, tmp_path, layer):
+    assert Dataset(figures_dataset).info["layers"][layer]["model"] == "demo"
+    given = {"detector": "own.onnx"} if layer == "pose" else {"model": str(tmp_path)}
+    section = getattr(figures_config, layer).model_copy(update=given)
+    for encoders in ("demo", "production"):  # a folder is recorded by its content
+        own = figures_config.model_copy(update={layer: section, "encoders": encoders})
+        assert model_name(own, layer, {"content": "00"}) == ("dwpose" if layer == "pose" else "local")
+    hub = figures_config.model_copy(update={"encoders": "production"})
+    assert model_name(hub, layer, {"model": "org/name"}) == ("dwpose" if layer == "pose" else "org/name")
+
+
 def test_layers_can_be_switched_off(tmp_path, ray_session):
     write_images(tmp_path / "source", 5)
-    settings = config(tmp_path, layers=[], encoders="production")
+    settings = poses(tmp_path)
     run(settings)
     dataset = Dataset(tmp_path / "out")
-    assert dataset.layers == ("px",)
+    assert dataset.layers == ("px", "pose")
     assert "caption" not in dataset.table.column_names
-    with pytest.raises(DataError, match=r"has no t5/t5\.npy: its layers are px"):
+    with pytest.raises(DataError, match=r"has no t5/t5\.npy: its layers are px, pose"):
         dataset.t5(dataset.rows()[0])
     assert dataset.truth() is None
 
@@ -233,6 +255,28 @@ def test_an_error_in_an_actor_keeps_its_message_and_exit_code(tmp_path, ray_sess
     assert '"event": "failed"' in log
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "No space left"), (MemoryError(), "out of memory")],
+)
+def test_a_lack_of_room_in_an_actor_is_no_defect(tmp_path, monkeypatch, failure, message):
+    write_images(tmp_path / "source", 1)
+    settings = poses(tmp_path)
+    (task,) = make_plan(settings).tasks(settings.active_layers)
+    actor = pipeline.actor_class(settings, "cpu")()
+
+    def fail(task: ShardTask) -> None:
+        raise failure
+
+    monkeypatch.setattr(actor.worker, "run", fail)
+    answer = actor({"task": [task.to_json()]})
+    assert answer["exit_code"] == [4]
+    assert message in answer["error"][0]
+    failure = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        actor({"task": [task.to_json()]})
+
+
 # --- bad input (P01, P02, P04, P18) -----------------------------------------------------------------------------------
 
 
@@ -254,7 +298,7 @@ def test_p01_p02_bad_files_become_rows_and_the_run_goes_on(tmp_path, ray_session
     }
     for name, data in bad.items():
         (source / name).write_bytes(data)
-    run(config(tmp_path, layers=[], max_reject_rate=0.6))
+    run(poses(tmp_path, max_reject_rate=0.5))
     assert len(Dataset(tmp_path / "out")) == 6
     assert rejects_of(tmp_path / "out") == {
         "cut.jpg": ("px", "truncated"),
@@ -266,8 +310,8 @@ def test_p01_p02_bad_files_become_rows_and_the_run_goes_on(tmp_path, ray_session
         "image-003.png": ("source", "duplicate"),
     }
     before = files_of(tmp_path / "out")
-    with pytest.raises(DataError, match=r"7 of 13 sources were rejected .* above max_reject_rate 0.5"):
-        run(config(tmp_path, layers=[], max_reject_rate=0.5))
+    with pytest.raises(DataError, match=r"6 of 12 sources were rejected .* above max_reject_rate 0.45"):
+        run(poses(tmp_path, max_reject_rate=0.45))
     assert files_of(tmp_path / "out") == before  # what was published stays
 
 
@@ -296,6 +340,31 @@ def test_p04_images_without_a_usable_caption_are_left_out_when_allowed(tmp_path,
     assert len(Dataset(tmp_path / "out")) == 5
 
 
+def test_hidden_files_of_other_systems_are_rows_that_do_not_count(tmp_path, ray_session):
+    """A folder from a Mac has a hidden file beside every picture and every caption."""
+    write_images(tmp_path / "source", 2)
+    hidden = [f"._image-{number:03d}{suffix}" for number in range(2) for suffix in (".png", ".txt")]
+    hidden += [".DS_Store", "Thumbs.db"]
+    for name in hidden:
+        (tmp_path / "source" / name).write_bytes(b"\0\5\x16\7")
+    run(poses(tmp_path, max_reject_rate=0.0))
+    assert Dataset(tmp_path / "out").info["counts"]["samples"] == 2
+    assert rejects_of(tmp_path / "out") == dict.fromkeys(hidden, ("source", "hidden"))
+    for path in (tmp_path / "source").glob("image-*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"nothing was accepted.* 6 of 6 sources were rejected \(6 hidden\)"):
+        run(poses(tmp_path))
+
+
+def test_missing_captions_close_the_gate_before_anything_is_computed(tmp_path):
+    write_images(tmp_path / "source", 4)
+    for number in range(3):
+        (tmp_path / "source" / f"image-{number:03d}.txt").unlink()
+    with pytest.raises(DataError, match=r"3 of 4 sources were rejected \(3 caption_missing\)"):
+        run(config(tmp_path, captions={"on_missing": "reject"}))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["runs"]
+
+
 def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, ray_session):
     (tmp_path / "source").mkdir()
     with pytest.raises(DataError, match="holds no files"):
@@ -310,7 +379,7 @@ def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, 
 
 def test_p18_a_single_image_makes_a_dataset_and_a_warning(tmp_path, ray_session, capsys):
     write_images(tmp_path / "source", 1)
-    run(config(tmp_path, layers=[]))
+    run(poses(tmp_path))
     assert Dataset(tmp_path / "out").info["counts"] == {"samples": 1, "train": 1, "holdout": 0, "rejects": 0}
     output = capsys.readouterr().out
     assert "warning: 1 samples are too few for a holdout" in output
@@ -344,7 +413,7 @@ def test_p11_a_killed_run_continues_and_ends_with_the_same_bytes(
 @pytest.mark.slow
 def test_a_run_asked_to_stop_ends_with_75_and_continues(tmp_path, ray_session):
     write_images(tmp_path / "source", 30, size=(400, 400))
-    settings = config(tmp_path, layers=[], shard_size=1)
+    settings = poses(tmp_path, shard_size=1)
     process = subprocess.Popen(command(settings), cwd=PROJECT, stderr=subprocess.PIPE, text=True)
     parts = tmp_path / "out" / "parts"
     while process.poll() is None and not list(parts.glob("*.parquet")):
@@ -362,7 +431,7 @@ def test_a_run_asked_to_stop_ends_with_75_and_continues(tmp_path, ray_session):
 def test_p11_a_kill_between_the_steps_of_a_commit_leaves_no_half_unit(tmp_path, ray_session, moment):
     """The second unit dies: the first is committed, nothing of the second counts, and the rest is as undisturbed."""
     write_images(tmp_path / "source", 5)
-    settings = config(tmp_path, layers=[])
+    settings = poses(tmp_path)
     code = """
 import sys
 from pathlib import Path
@@ -381,7 +450,8 @@ for task in plan.tasks(("px",)):
     environment = os.environ | {"NANODIT_FAULT": f"{moment}:kill:2"}
     assert subprocess.run(arguments, cwd=PROJECT, env=environment, timeout=60).returncode == -signal.SIGKILL
     plan = make_plan(settings)
-    assert len(plan.parts) == len(plan.missing) == 1
+    assert [unit.shard for unit in plan.parts] == [0]
+    assert sorted(f"{unit.layer} {unit.shard}" for unit in plan.missing) == ["pose 0", "pose 1", "px 1"]
     run(settings)
     undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
     run(undisturbed)
@@ -391,7 +461,7 @@ for task in plan.tasks(("px",)):
 @pytest.mark.parametrize("moment", ["publish.after_index", "publish.after_rejects", "publish.after_dataset"])
 def test_p11_a_kill_while_publishing_is_repaired(tmp_path, ray_session, moment):
     write_images(tmp_path / "source", 4)
-    settings, root = config(tmp_path, layers=[]), tmp_path / "out"
+    settings, root = poses(tmp_path), tmp_path / "out"
     run(settings)
     before = files_of(root)
     for name in ("index.parquet", "rejects.parquet", "dataset.json"):
@@ -408,7 +478,7 @@ def test_p11_a_kill_while_publishing_is_repaired(tmp_path, ray_session, moment):
 
 def test_p10_a_killed_actor_costs_nothing_but_its_time(tmp_path, ray_session, capsys):
     write_images(tmp_path / "source", 24, size=(400, 400))
-    settings = config(tmp_path, layers=[], shard_size=2)
+    settings = poses(tmp_path, shard_size=2)
     killed: list[int] = []
 
     def kill_one_actor() -> None:
