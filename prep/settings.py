@@ -24,7 +24,7 @@ class T5Config(Config):
 
     model: str | None = None
     revision: str | None = None
-    max_tokens: int = Field(512, ge=2)
+    max_tokens: int = Field(512, ge=2, le=512)  # T5 was trained on 512, and so many are all that training accepts
     batch_size: int = Field(16, ge=1)
 
 
@@ -53,7 +53,7 @@ class PrepConfig(Config):
     seed: int = Field(0, ge=0)
     base: int = 1024
     encoders: Literal["demo", "production"] = "production"
-    layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"])
+    layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"], min_length=1)
     image: ImageConfig = ImageConfig()
     captions: CaptionConfig = CaptionConfig()
     t5: T5Config = T5Config()
