@@ -220,7 +220,7 @@ def _reference_rows(
     if paired:
         others = [partners[index] for index in paired]
         pictures = np.stack([subject.dataset.pixels(row) for row in others])
-        joints = examiner.stored_joints(others, batch.width, batch.height)
+        joints = examiner.stored_joints(others, batch.width, batch.height) or None  # without poses: detected
         rows += examiner.rows(batch.select(paired), pictures, kind=BASELINE, condition="random_pair", joints=joints)
     return rows
 

@@ -155,6 +155,8 @@ def test_the_default_conditions_run_on_a_dataset_that_lacks_some(make_subject, f
     assert {"heldout_loss", "reconstruction/psnr", "attribute_accuracy/all"} <= names
     assert not any(name.startswith("pose_pck") for name in names)
     assert {"samples/text+pose", "heldout_loss/text+pose"} <= {one.name for one in evidence.skipped}
+    accuracy = next(metric for metric in evidence.metrics if metric.name == "attribute_accuracy/all")
+    assert accuracy.baselines["random_pair"] < 0.7 < accuracy.baselines["judge_on_real"]  # judged, not left out
 
 
 # --- the command line, on a dataset from prep run and a checkpoint from train run
