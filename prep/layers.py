@@ -1,17 +1,19 @@
 """Computing the layers: one function per layer turns a committed upstream layer into the next one.
 
-No Ray here: a :class:`LayerWorker` lives in an actor of ``prep/pipeline.py``, or in a test. Encoders are built when the
-first shard needs them. Batches have a fixed size and never span shards, so the bytes of a unit depend on its members
-alone and not on who computes it when.
+No Ray here: a :class:`LayerWorker` lives in the child process of a ``prep/supervisor.py``, or in a test. Encoders are
+built when the first shard needs them. Batches have a fixed size and never span shards, so the bytes of a unit depend on
+its members alone and not on who computes it when.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +24,9 @@ from prep.caption import BadCaption, SidecarCaptions
 from prep.dedup import perceptual_hash, thumbnail
 from prep.encoders import build_encoder
 from prep.errors import ConfigError, DataError
+from prep.faults import fault
 from prep.files import canonical_json
+from prep.filters import blur_problem, persons_problem, sharpness
 from prep.settings import PrepConfig
 from prep.shards import (
     LayerWriter,
@@ -58,126 +62,184 @@ class ShardTask:
         return cls(**fields | {"sources": tuple(Source(**source) for source in fields["sources"])})
 
 
-class LayerWorker:
-    """Computes and commits the units of shard tasks on one device."""
+@dataclass(frozen=True)
+class Job:
+    """One unit to compute.
 
-    def __init__(self, config: PrepConfig, device: str = "cpu") -> None:
-        self.config, self.device = config, device
+    ``guilty`` maps keys to the (reason, detail) for which they are rejected unseen: they ended a worker. ``only``
+    names the single sample of a probe, which is computed and thrown away.
+    """
+
+    task: ShardTask
+    layer: str
+    guilty: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    only: str | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What is going to be committed."""
+        return Unit(self.task.bucket, self.task.shard, self.layer)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the unit is made from."""
+        return self.task.recipes[self.layer]
+
+
+class LayerWorker:
+    """Computes and commits the units of shard tasks on one device.
+
+    ``watch`` is told the keys of every batch before work on it begins, and ``[]`` after the last.
+    """
+
+    def __init__(
+        self, config: PrepConfig, device: str = "cpu", watch: Callable[[list[str]], None] = lambda keys: None
+    ) -> None:
+        self.config, self.device, self.watch = config, device, watch
         self.root, self.source = Path(config.output), Path(config.source)
         self._encoders: dict[str, Any] = {}
 
     def run(self, task: ShardTask) -> list[dict[str, Any]]:
         """Compute and commit the layers of the task, but those committed meanwhile; returns what each took."""
-        compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
-        done = []
-        for layer, recipe in task.recipes.items():
-            start = time.monotonic()
-            unit = Unit(task.bucket, task.shard, layer)
-            part = read_part(self.root, unit)
-            if part is None or part.fingerprint != fingerprint_of(recipe):
-                compute[layer](task, unit, recipe)
-            done.append({"layer": layer, "samples": len(task.sources), "seconds": round(time.monotonic() - start, 3)})
-        return done
+        return [self.compute(Job(task, layer)) for layer in task.recipes]
 
-    def px(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
+    def compute(self, job: Job) -> dict[str, Any]:
+        """Compute and commit one unit, unless it was committed meanwhile; a probe always computes, never commits."""
+        compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
+        start = time.monotonic()
+        part = None if job.only else read_part(self.root, job.unit)
+        if part is None or part.fingerprint != fingerprint_of(job.recipe):
+            compute[job.layer](job)
+        seconds = round(time.monotonic() - start, 3)
+        return {"layer": job.layer, "samples": len(job.task.sources), "seconds": seconds}
+
+    @contextmanager
+    def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:
+        """A writer for the unit, committed at the end."""
+        with LayerWriter(self.root, job.unit, job.recipe, facts) as writer:
+            yield writer
+            self.watch([])  # from here on no sample is to blame
+            if not job.only:
+                writer.commit()
+
+    def _wanted(self, job: Job, writer: LayerWriter, items: Iterable[Any], key: Callable[[Any], str]) -> Iterator[Any]:
+        """The items to compute; those whose key is guilty become rejects."""
+        for item in items:
+            if guilt := job.guilty.get(key(item)):
+                writer.reject(key(item), *guilt)
+            elif job.only in (None, key(item)):
+                yield item
+
+    def px(self, job: Job) -> None:
         """Source files -> lossless crops. The only place where a source is decoded."""
-        bucket = Bucket.parse(task.bucket)
-        with LayerWriter(self.root, unit, recipe, facts={}) as writer:
-            for source in task.sources:
+        bucket = Bucket.parse(job.task.bucket)
+        with self._writing(job, facts={}) as writer:
+            for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
+                self.watch([source.key])
+                fault("px.decode", source.key)
                 try:
                     image = load_canonical(self.source, source, self.config.image.max_pixels)
                 except BadImage as bad:
                     writer.reject(source.key, bad.reason, bad.detail)
                     continue
                 pixels = np.asarray(crop_to_bucket(image, bucket))
-                columns = {"phash": perceptual_hash(pixels), "thumbnail": thumbnail(pixels)}
+                sharp = sharpness(pixels)
+                if problem := blur_problem(sharp, self.config.filters):
+                    writer.reject(source.key, *problem)
+                    continue
+                columns = {"phash": perceptual_hash(pixels), "sharpness": sharp, "thumbnail": thumbnail(pixels)}
                 writer.add(source.key, {"webp": webp_bytes(pixels)}, **columns)
-            writer.commit()
 
-    def text(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
+    def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
         captions = SidecarCaptions(self.source)
-        names = {source.key: source.name for source in task.sources}
-        with LayerWriter(self.root, unit, recipe, facts={}) as writer:
-            for key in self._part(unit, "px").table["key"].to_pylist():
+        names = {source.key: source.name for source in job.task.sources}
+        with self._writing(job, facts={}) as writer:
+            keys = self._upstream(job).table["key"].to_pylist()
+            for key in self._wanted(job, writer, keys, str):
+                self.watch([key])
                 try:
                     caption = captions.caption(names[key])
-                    if caption.provenance["sha256"] != recipe["captions"][key]:
+                    if caption.provenance["sha256"] != job.recipe["captions"][key]:
                         raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
                 except BadCaption as bad:
                     writer.reject(key, bad.reason, bad.detail)
                     continue
                 members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
                 writer.add(key, members, caption=caption.text)
-            writer.commit()
 
-    def t5(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
+    def t5(self, job: Job) -> None:
         """Captions -> T5 features of the valid tokens."""
-        encoder = self._encoder("t5", recipe)
-        table = self._part(unit, "text").table
-        rows = list(zip(table["key"].to_pylist(), table["caption"].to_pylist()))
+        encoder = self._encoder(job)
+        table = self._upstream(job).table
+        rows = zip(table["key"].to_pylist(), table["caption"].to_pylist())
         facts = {"width": encoder.width, "max_tokens": encoder.max_tokens}
-        with LayerWriter(self.root, unit, recipe, facts) as writer:
-            for batch in batched(rows, self.config.t5.batch_size):
+        with self._writing(job, facts) as writer:
+            for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
+                self.watch([key for key, _ in batch])
                 for (key, _), tokens in zip(batch, encoder.encode([caption for _, caption in batch])):
                     members = {"t5.npy": npy_bytes(tokens.embedding)}
                     columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
                     writer.add(key, members, **columns)
-            writer.commit()
 
-    def dino(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
+    def dino(self, job: Job) -> None:
         """Crops -> the DINOv3 class token and quantised patch tokens."""
         from prep.quantise import quantise
 
-        encoder = self._encoder("dino", recipe)
+        encoder = self._encoder(job)
         facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
-        with LayerWriter(self.root, unit, recipe, facts) as writer:
-            for keys, images in self._images(unit, self.config.dino.batch_size):
+        with self._writing(job, facts) as writer:
+            for keys, images in self._images(job, writer, self.config.dino.batch_size):
                 tokens, patches = encoder.encode(images)
                 for key, cls, grid in zip(keys, tokens, patches):
                     quantised, scale = quantise(grid.reshape(-1, grid.shape[-1]))
                     arrays = {"cls.npy": cls, "dino.npy": quantised, "dino_scale.npy": scale}
                     members = {name: npy_bytes(array) for name, array in arrays.items()}
                     writer.add(key, members, dino_h=grid.shape[0], dino_w=grid.shape[1])
-            writer.commit()
 
-    def pose(self, task: ShardTask, unit: Unit, recipe: dict[str, Any]) -> None:
+    def pose(self, job: Job) -> None:
         """Crops -> the joints of the largest person, and everybody's box."""
         from prep.dwpose import normalise
 
-        encoder, bucket = self._encoder("pose", recipe), Bucket.parse(task.bucket)
-        with LayerWriter(self.root, unit, recipe, facts={}) as writer:
-            for keys, images in self._images(unit, self.config.pose.batch_size):
+        encoder, bucket = self._encoder(job), Bucket.parse(job.task.bucket)
+        with self._writing(job, facts={}) as writer:
+            for keys, images in self._images(job, writer, self.config.pose.batch_size):
                 for key, pose in zip(keys, encoder.detect(images)):
+                    if problem := persons_problem(pose.persons, self.config.filters):
+                        writer.reject(key, *problem)
+                        continue
                     joints = normalise(pose.keypoints, bucket.width, bucket.height)
                     boxes = [[round(float(value), 3) for value in box] for box in pose.boxes]
                     people = canonical_json({"persons": pose.persons, "boxes": boxes}).encode()
                     writer.add(key, {"pose.npy": npy_bytes(joints), "json": people}, persons=pose.persons)
-            writer.commit()
 
-    def _part(self, unit: Unit, layer: str) -> Part:
-        upstream = Unit(unit.bucket, unit.shard, layer)
+    def _upstream(self, job: Job) -> Part:
+        """What the unit is made from, as committed."""
+        upstream = Unit(job.task.bucket, job.task.shard, self.config.upstream(job.layer))
         part = read_part(self.root, upstream)
         if part is None:
-            raise DataError(f"{upstream} disappeared while {unit} was computed. Run prep run again to restore it.")
+            raise DataError(f"{upstream} disappeared while {job.unit} was computed. Run prep run again to restore it.")
         return part
 
-    def _images(self, unit: Unit, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    def _images(self, job: Job, writer: LayerWriter, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
         """Batches of the shard's crops: keys, and pixels as uint8 (B, H, W, 3)."""
-        for batch in batched(read_members(self.root, self._part(unit, "px"), "webp"), batch_size):
-            yield [key for key, _ in batch], np.stack([load_webp(data) for _, data in batch])
+        crops = read_members(self.root, self._upstream(job), "webp")
+        for batch in batched(self._wanted(job, writer, crops, itemgetter(0)), batch_size):
+            keys = [key for key, _ in batch]
+            self.watch(keys)
+            yield keys, np.stack([load_webp(data) for _, data in batch])
 
-    def _encoder(self, layer: str, recipe: dict[str, Any]) -> Any:
+    def _encoder(self, job: Job) -> Any:
         """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""
-        if layer not in self._encoders:
-            encoder = build_encoder(self.config, layer, self.device)
-            if encoder.fingerprint() != recipe["encoder"]:
+        if job.layer not in self._encoders:
+            encoder = build_encoder(self.config, job.layer, self.device)
+            if encoder.fingerprint() != job.recipe["encoder"]:
                 raise ConfigError(
-                    f"the {layer} encoder of this worker is {encoder.fingerprint()}, the plan was made with "
-                    f"{recipe['encoder']}. Give all machines the same models and the same code, and run again"
+                    f"the {job.layer} encoder of this worker is {encoder.fingerprint()}, the plan was made with "
+                    f"{job.recipe['encoder']}. Give all machines the same models and the same code, and run again"
                 )
-            self._encoders[layer] = encoder
-        return self._encoders[layer]
+            self._encoders[job.layer] = encoder
+        return self._encoders[job.layer]
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

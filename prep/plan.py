@@ -32,7 +32,6 @@ from prep.sources import Reject, Source, scan
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
 PX_VERSION = 1
 LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 1, "pose": 1}
-UPSTREAM = {"text": "px", "t5": "text", "dino": "px", "pose": "px"}
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -113,7 +112,11 @@ def make_plan(config: PrepConfig) -> Plan:
     shards = assign_shards(buckets, read_manifest(root), config.shard_size)
     recipes = make_recipes(config, shards, captions)
     parts = read_parts(root, recipes)
-    missing = {unit: why for unit, recipe in recipes.items() if (why := reason(root, unit, recipe, parts.get(unit)))}
+    missing = {}
+    for unit, recipe in recipes.items():
+        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
+        if why := reason(root, unit, recipe, parts.get(unit), upstream):
+            missing[unit] = why
     current = {unit: part for unit, part in parts.items() if unit not in missing}
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing)
 
@@ -216,7 +219,7 @@ def make_recipes(
             if layer == "px":
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
             else:
-                recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, UPSTREAM[layer])])
+                recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
                 recipe |= {"backend": config.captions.backend, "captions": {key: captions[key] for key in keys}}
             if layer in encoders:
@@ -225,8 +228,8 @@ def make_recipes(
     return recipes
 
 
-def reason(root: Path, unit: Unit, recipe: dict[str, Any], part: Part | None) -> str:
-    """Why a unit has to be computed; empty when it is current."""
+def reason(root: Path, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
+    """Why a unit has to be computed; empty when it is current. ``upstream`` names the layer that it is made from."""
     if part is None:
         return "its tar or index part is damaged" if (root / unit.part).exists() else "not computed yet"
     if fingerprint_of(part.recipe) == fingerprint_of(recipe):
@@ -236,7 +239,7 @@ def reason(root: Path, unit: Unit, recipe: dict[str, Any], part: Part | None) ->
     if any(name.startswith("captions.") for name in changed):
         changed = [name for name in changed if not name.startswith("captions.")] + ["captions"]
     if "upstream" in changed:
-        changed[changed.index("upstream")] = f"{UPSTREAM[unit.layer]} layer"
+        changed[changed.index("upstream")] = f"{upstream} layer"
     return f"changed: {', '.join(changed)}"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from prep.buckets import buckets_for
 from prep.caption import CaptionConfig
@@ -17,6 +17,34 @@ class ImageConfig(Config):
 
     max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
     max_upscale: float = Field(1.3334, gt=0)  # 4/3 with room for rounding
+
+
+class FilterConfig(Config):
+    """Which images are wanted; None switches a rule off. The rules are in ``prep/filters.py``."""
+
+    min_side: int | None = Field(None, ge=1)  # pixels
+    min_pixels: int | None = Field(None, ge=1)
+    max_aspect: float | None = Field(None, ge=1)
+    min_sharpness: float | None = Field(None, ge=0)
+    min_persons: int | None = Field(None, ge=0)
+    max_persons: int | None = Field(None, ge=0)
+
+    @property
+    def counts_persons(self) -> bool:
+        """Whether the number of people decides about a sample."""
+        return self.min_persons is not None or self.max_persons is not None
+
+    @model_validator(mode="after")
+    def _some_number_is_allowed(self) -> Self:
+        if None not in (self.min_persons, self.max_persons) and self.min_persons > self.max_persons:
+            raise ValueError(f"min_persons {self.min_persons} is above max_persons {self.max_persons}")
+        return self
+
+
+class DuplicateConfig(Config):
+    """When two samples are near duplicates besides their perceptual hash; None means what ``encoders`` stands for."""
+
+    cls_cosine: float | None = Field(None, gt=0, le=1)
 
 
 class T5Config(Config):
@@ -55,6 +83,8 @@ class PrepConfig(Config):
     encoders: Literal["demo", "production"] = "production"
     layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"], min_length=1)
     image: ImageConfig = ImageConfig()
+    filters: FilterConfig = FilterConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
     captions: CaptionConfig = CaptionConfig()
     t5: T5Config = T5Config()
     dino: DINOv3Config = DINOv3Config()
@@ -63,6 +93,8 @@ class PrepConfig(Config):
     holdout: float = Field(0.02, ge=0, lt=1)
     holdout_min: int = Field(64, ge=0)
     max_reject_rate: float = Field(0.5, ge=0, le=1)
+    sample_timeout: float = Field(120, gt=0)
+    memory_limit_gb: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=1)
 
     @field_validator("base")
@@ -74,8 +106,25 @@ class PrepConfig(Config):
             raise ValueError(str(error)) from None  # what pydantic reports with the key's path
         return base
 
+    @model_validator(mode="after")
+    def _filters_have_their_layer(self) -> Self:
+        if self.filters.counts_persons and "pose" not in self.layers:
+            raise ValueError("filters.min_persons and filters.max_persons need the pose layer: add it to layers")
+        return self
+
     @property
     def active_layers(self) -> tuple[str, ...]:
         """The layers of the dataset in the order of the data flow: px always, text brings t5 with it."""
         wanted = {"px", *self.layers} | ({"t5"} if "text" in self.layers else set())
-        return tuple(layer for layer in ("px", "text", "t5", "dino", "pose") if layer in wanted)
+        flow = ("px", "text", "t5", "dino", "pose")
+        if self.filters.counts_persons:
+            flow = ("px", "dino", "pose", "text", "t5")
+        return tuple(layer for layer in flow if layer in wanted)
+
+    def upstream(self, layer: str) -> str:
+        """The layer that ``layer`` is made from (px is made from the sources).
+
+        Where the number of people decides about a sample, only what the pose layer accepted is captioned.
+        """
+        text = "pose" if self.filters.counts_persons else "px"
+        return {"text": text, "t5": "text", "dino": "px", "pose": "px"}[layer]

@@ -1,0 +1,147 @@
+"""Finding the sample that crashes, hangs or overfills a worker, without blaming any other.
+
+A supervisor lets a child process (``prep/worker.py``) do the work and is told the keys of every batch before it
+begins. When the child dies, takes too long or finds no memory, the samples of that batch are suspects: each is computed
+alone, twice, and one that ends a worker both times is rejected; then the unit is computed again without it. The batches
+of the others are formed as if it had never been there, so the bytes are those of any other run on the same sources.
+
+Nothing else counts against a sample: when the supervisor, its node or the driver is killed, the child goes with it and
+the unit starts again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from prep.errors import ConfigError, DataError, NanoditError, ResourceError
+from prep.layers import Job, ShardTask
+from prep.settings import PrepConfig
+
+PROBES = 2  # a sample is guilty when it ends a worker alone so many times
+MAX_UNEXPLAINED = 3  # deaths of one unit's workers for which no sample is guilty
+PROJECT = Path(__file__).parents[1]
+ERRORS = {error.exit_code: error for error in (NanoditError, ConfigError, DataError, ResourceError)}
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a child ended, as the reason and detail of a reject, and the keys that it was working on."""
+
+    reason: str
+    detail: str
+    keys: tuple[str, ...]
+
+
+class Supervisor:
+    """Computes shard tasks like :class:`prep.layers.LayerWorker`, in a child process that may end in any way.
+
+    ``memory_limit`` bounds the child's memory in bytes (0: not at all; CUDA needs that). Close it at the end.
+    """
+
+    def __init__(self, config: PrepConfig, device: str = "cpu", memory_limit: int = 0) -> None:
+        self.config, self.device, self.memory_limit = config, device, memory_limit
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+
+    def run(self, task: ShardTask) -> list[dict[str, Any]]:
+        """Compute and commit the layers of the task; returns what each took, and the deaths of workers on the way.
+
+        Raises what the worker raised, and ResourceError when workers die although no single sample is guilty.
+        """
+        return [self._unit(task, layer) for layer in task.recipes]
+
+    def close(self) -> None:
+        """End the child."""
+        if self._process:
+            self._connection.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = self._connection = None
+
+    def _unit(self, task: ShardTask, layer: str) -> dict[str, Any]:
+        guilty: dict[str, tuple[str, str]] = {}
+        deaths: list[str] = []
+        unexplained = 0
+        while True:
+            outcome = self._compute(Job(task, layer, guilty))
+            if isinstance(outcome, dict):
+                return outcome | ({"deaths": deaths} if deaths else {})
+            deaths.append(f"{outcome.reason}: {outcome.detail}")
+            found = {key: guilt for key in outcome.keys if (guilt := self._probe(task, layer, key))}
+            guilty |= found
+            unexplained += not found
+            if unexplained == MAX_UNEXPLAINED:
+                raise ResourceError(
+                    f"{MAX_UNEXPLAINED} workers died computing bucket_{task.bucket}/shard-{task.shard:06d}.{layer}.tar "
+                    f"({outcome.detail}), and no single sample is the cause. The usual one is memory: lower workers or "
+                    "the batch sizes and run again; finished shards are kept"
+                )
+
+    def _probe(self, task: ShardTask, layer: str, key: str) -> tuple[str, str] | None:
+        """Why a sample is guilty; None for an innocent one."""
+        for _ in range(PROBES):
+            outcome = self._compute(Job(task, layer, only=key))
+            if isinstance(outcome, dict):
+                return None
+        return outcome.reason, outcome.detail
+
+    def _compute(self, job: Job) -> dict[str, Any] | Death:
+        """Let the child compute; what it took, or how it died. Raises the errors that it reports."""
+        self._start()
+        keys: list[str] = []
+        try:
+            request = {"task": job.task.to_json(), "layer": job.layer, "guilty": job.guilty, "only": job.only}
+            self._connection.send_bytes(json.dumps(request).encode())
+            while True:
+                # loading a model, waiting for storage and committing take what they take; samples do not
+                limit = self.config.sample_timeout * len(keys) or None
+                if not self._connection.poll(limit):
+                    self.close()
+                    detail = f"{job.layer}: not finished after {self.config.sample_timeout:g} seconds per sample"
+                    return Death("hangs_worker", detail, tuple(keys))
+                message = json.loads(self._connection.recv_bytes())
+                if "keys" in message:
+                    keys = message["keys"]
+                elif "done" in message:
+                    return message["done"]
+                elif "memory" in message:
+                    self.close()  # what is left in it is unknown
+                    detail = f"{job.layer}: needs more memory than a worker may use"
+                    return Death("out_of_memory", detail, tuple(keys))
+                elif "error" in message:
+                    raise ERRORS.get(message["exit_code"], NanoditError)(message["error"])
+                else:
+                    raise RuntimeError(f"a worker failed:\n{message['defect']}")
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+            self.close()
+            return Death("crashes_worker", f"{job.layer}: the worker process ended with {_ending(code)}", tuple(keys))
+
+    def _start(self) -> None:
+        if self._process:
+            return
+        self._connection, theirs = Pipe()
+        # before torch is imported: pools use all cores, and equal bytes need equal numbers of threads
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "prep.worker", str(theirs.fileno())]
+        # a session of its own, so that Ctrl-C in a terminal reaches the driver alone
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        setup = {"config": self.config.model_dump_json(), "device": self.device, "memory_limit": self.memory_limit}
+        self._connection.send_bytes(json.dumps(setup).encode())
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"

@@ -1,0 +1,78 @@
+"""``python -m prep.worker``: the child process in which a supervisor lets its work be done.
+
+It may crash, hang or run out of memory without taking anything with it. Messages are JSON texts over a socket whose
+number is the only argument: the first one from the supervisor holds the config and the device, every further one a
+job; the answers are ``{"keys": [...]}`` before each batch, then ``{"done": {...}}`` or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from prep.errors import NanoditError, resource_error
+from prep.layers import Job, LayerWorker, ShardTask
+from prep.settings import PrepConfig
+
+ORPHANED = 1.0  # seconds between looks at who the parent is
+
+
+def main() -> None:
+    """Serve jobs until the supervisor closes the connection or dies."""
+    connection = Connection(int(sys.argv[1]))
+
+    def send(message: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(message).encode())
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        setup = json.loads(connection.recv_bytes())
+        if limit := setup["memory_limit"]:
+            # the data segment and private mappings (Linux 4.7, man 2 getrlimit); files that are mapped do not count
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        config = PrepConfig.model_validate_json(setup["config"])
+        worker = LayerWorker(config, setup["device"], watch=lambda keys: send({"keys": keys}))
+        while True:
+            request = json.loads(connection.recv_bytes())
+            guilty = {key: tuple(guilt) for key, guilt in request["guilty"].items()}
+            job = Job(ShardTask.from_json(request["task"]), request["layer"], guilty, request["only"])
+            send(answer(worker, job))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the supervisor has gone
+
+
+def answer(worker: LayerWorker, job: Job) -> dict[str, Any]:
+    """What a job came to, as a message."""
+    try:
+        return {"done": worker.compute(job)}
+    except Exception as error:
+        if no_memory(error):
+            return {"memory": str(error)}
+        known = error if isinstance(error, NanoditError) else resource_error(error)
+        if known is None:
+            return {"defect": traceback.format_exc()}
+        return {"error": str(known), "exit_code": known.exit_code}
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether main memory could not be had: Python, torch on the CPU and onnxruntime each say so in their own way."""
+    return isinstance(error, MemoryError) or any(
+        phrase in str(error) for phrase in ("can't allocate memory", "Failed to allocate memory", "bad allocation")
+    )
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHANED)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
