@@ -18,19 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep import caption
-from prep.buckets import centre_crop, choose_bucket
+from prep.buckets import choose_bucket
 from prep.caption import BadCaption, SidecarCaptions
 from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes, write_atomic
+from prep.filters import filter_recipe, header_problem
 from prep.layers import ShardTask
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_part
 from prep.sources import Reject, Source, scan
 
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
-PX_VERSION = 1
+PX_VERSION = 2
 LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 1, "pose": 1}
 
 MANIFEST = "manifest.parquet"
@@ -100,11 +101,8 @@ def make_plan(config: PrepConfig) -> Plan:
         raise DataError(f"source {folder} holds no files. Set source=FOLDER to where the images are")
     rejects, sources = list(found.rejects), {}
     for source in found.sources:
-        bucket = choose_bucket(source.width, source.height, config.base)
-        scale = centre_crop(source.width, source.height, bucket).scale
-        if scale > config.image.max_upscale:
-            detail = f"{source.width}x{source.height} would be enlarged {scale:.2f} times to fill {bucket}"
-            rejects.append(Reject(source.name, "source", "too_small", detail))
+        if problem := header_problem(source.width, source.height, config):
+            rejects.append(Reject(source.name, "source", *problem))
         else:
             sources[source.key] = source
     captions, expected = read_captions(config, sources)
@@ -216,6 +214,7 @@ def make_recipes(
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:
             recipe: dict[str, Any] = {"layer": layer, "code": LAYER_VERSIONS[layer]}
+            recipe |= filter_recipe(layer, config.filters)
             if layer == "px":
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
             else:

@@ -78,7 +78,7 @@ def _sample(rng: np.random.Generator, width: int, height: int, h: int, w: int) -
     pose = np.concatenate([rng.uniform(-1, 1, (133, 2)), rng.uniform(0, 1, (133, 1))], 1).astype(np.float32)
     caption = f"A square of colour {colour.tolist()}."
     return {
-        "px": ({"webp": webp_bytes(pixels)}, {"phash": "0", "thumbnail": b""}),
+        "px": ({"webp": webp_bytes(pixels)}, {"phash": "0", "sharpness": 0.0, "thumbnail": b""}),
         "text": ({"txt": caption.encode(), "json": b"{}"}, {"caption": caption}),
         "t5": ({"t5.npy": npy_bytes(tokens)}, {"t5_tokens": len(tokens), "t5_truncated": False}),
         "dino": (
