@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(verb=_run)
     run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
     run.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
-    run.add_argument("--dataset", type=Path, help="where the dataset is (default: where the run's config says)")
+    run.add_argument("--dataset", help="where the dataset is (default: where the run's config says)")
     run.add_argument("--output", type=Path, help="folder (default: RUN/validation_outputs/step-NNNNNN)")
     run.add_argument("--strict", action="store_true", help="exit with 5 when any metric was skipped")
     run.add_argument("overrides", nargs="*", metavar="key.path=value")

@@ -52,7 +52,7 @@ class Evidence:
 
 
 def run(
-    checkpoint: Path, config: EvaluateConfig, dataset: Path | None = None, output: Path | None = None
+    checkpoint: Path, config: EvaluateConfig, dataset: Path | str | None = None, output: Path | None = None
 ) -> tuple[Path, Evidence]:
     """Evaluate a checkpoint (a step folder, or a run folder for its newest) and write what was found.
 
@@ -63,7 +63,7 @@ def run(
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
     model, train_config, state = load_model(step_folder)
-    data = Dataset(dataset or Path(train_config.dataset))
+    data = Dataset(dataset or train_config.dataset)
     if data.fingerprint != state["dataset"]["fingerprint"]:
         raise DataError(
             f"{data.root}: its fingerprint is {data.fingerprint}, the checkpoint {step_folder.name} was trained on "

@@ -23,12 +23,13 @@ from prep.caption import BadCaption, SidecarCaptions
 from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError
-from prep.files import sha256_bytes, write_atomic
+from prep.files import sha256_bytes
 from prep.filters import filter_recipe, header_problem
 from prep.layers import ShardTask
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_part
 from prep.sources import Reject, Source, scan
+from prep.storage import Storage, open_storage
 
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
 PX_VERSION = 2
@@ -47,6 +48,7 @@ MANIFEST_SCHEMA = pa.schema(
     }
 )
 NAMED = 5  # how many examples an error lists
+REQUESTS = 16  # to an object store at a time; each waits for the network
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Plan:
 def make_plan(config: PrepConfig) -> Plan:
     """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions."""
     check_folders(config)
-    folder, root = Path(config.source), Path(config.output)
+    folder, root = Path(config.source), open_storage(config.output)
     found = scan(folder, config.image.max_pixels)
     seen = len(found.sources) + len(found.rejects)
     if not seen:
@@ -121,19 +123,23 @@ def make_plan(config: PrepConfig) -> Plan:
 
 def check_folders(config: PrepConfig) -> None:
     """Refuse, before anything is written, a missing source and an output that would become its own input."""
-    source, output = Path(config.source).resolve(), Path(config.output).resolve()
+    source, storage = Path(config.source).resolve(), open_storage(config.output)
     if not source.is_dir():
         raise ConfigError(f"source {config.source} is not a folder. Set source=FOLDER to where the images are")
+    if not storage.is_local:
+        return
+    output = Path(config.output).resolve()
     if output.is_relative_to(source) or source.is_relative_to(output):
         raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
 
 
-def read_parts(root: Path, units: Collection[Unit]) -> dict[Unit, Part]:
+def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
     """The committed ones of some units."""
-    parts = {}
-    with Progress("check", len(units), "units") as progress:
-        for unit in units:
-            if (part := read_part(root, unit)) is not None:
+    storage, parts = open_storage(root), {}
+    waiting = 1 if storage.is_local else REQUESTS
+    with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=waiting) as pool:
+        for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
+            if part is not None:
                 parts[unit] = part
             progress.advance()
     return parts
@@ -227,10 +233,10 @@ def make_recipes(
     return recipes
 
 
-def reason(root: Path, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
+def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
     """Why a unit has to be computed; empty when it is current. ``upstream`` names the layer that it is made from."""
     if part is None:
-        return "its tar or index part is damaged" if (root / unit.part).exists() else "not computed yet"
+        return "its tar or index part is damaged" if storage.exists(unit.part) else "not computed yet"
     if fingerprint_of(part.recipe) == fingerprint_of(recipe):
         return ""
     old, new = _flat(part.recipe), _flat(recipe)
@@ -249,15 +255,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_manifest(root: Path) -> dict[str, tuple[str, int]]:
+def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
     """The (bucket, shard) of every key of an earlier plan; empty before the first."""
-    path = root / MANIFEST
-    if not path.exists():
-        return {}
+    storage = open_storage(root)
     try:
-        table = pq.read_table(path, schema=MANIFEST_SCHEMA)
+        table = pq.read_table(pa.BufferReader(storage.read(MANIFEST)), schema=MANIFEST_SCHEMA)
+    except FileNotFoundError:
+        return {}
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is damaged ({error}). Restore it, or delete {root} and prepare it again") from error
+        path = storage.where(MANIFEST)
+        raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error
     return {row["key"]: (row["bucket"], row["shard"]) for row in table.to_pylist()}
 
 
@@ -270,6 +277,6 @@ def write_manifest(plan: Plan) -> None:
     ]
     rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
     data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
-    path = Path(plan.config.output) / MANIFEST
-    if not path.exists() or path.read_bytes() != data:
-        write_atomic(path, data)
+    storage = open_storage(plan.config.output)
+    if not storage.exists(MANIFEST) or storage.read(MANIFEST) != data:
+        storage.write(MANIFEST, data)

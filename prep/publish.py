@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,26 @@ import pyarrow.parquet as pq
 
 from prep import dedup
 from prep.buckets import Bucket, buckets_for, centre_crop
+from prep.console import Progress
 from prep.encoders import model_name
 from prep.errors import DataError
 from prep.faults import fault
-from prep.files import canonical_json, sha256_bytes, sha256_file, write_atomic
-from prep.plan import MANIFEST, NAMED, Plan
+from prep.files import canonical_json, sha256_bytes
+from prep.plan import MANIFEST, NAMED, REQUESTS, Plan
 from prep.settings import PrepConfig
-from prep.shards import LAYER_COLUMNS, SCHEMA_VERSION, Part, Unit, fingerprint_of, member_columns, parquet_bytes
+from prep.shards import (
+    LAYER_COLUMNS,
+    SCHEMA_VERSION,
+    Part,
+    Unit,
+    fingerprint_of,
+    load_npy,
+    member_columns,
+    parquet_bytes,
+    read_range,
+)
 from prep.sources import HIDDEN, TRUTH_NAME, Reject, Source
+from prep.storage import Storage, open_storage
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
@@ -56,12 +69,12 @@ class Published:
     changed: list[str]
 
 
-def publish(plan: Plan, parts: Mapping[Unit, Part], report: Path) -> Published:
+def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
     """Write the index and what belongs to it from ``parts``, the committed units of the plan.
 
     Raises DataError, and publishes nothing but ``report``, when nothing was accepted or too much was refused (`gate`).
     """
-    root = Path(plan.config.output)
+    storage = open_storage(plan.config.output)
     table, rejects = collect(plan, parts)
     gate(plan.config, rejects, plan.seen, report)
     files = {
@@ -70,25 +83,25 @@ def publish(plan: Plan, parts: Mapping[Unit, Part], report: Path) -> Published:
     }
     truth = map_truth(plan, set(table["key"].to_pylist()))
     if truth is None:
-        (root / TRUTH_NAME).unlink(missing_ok=True)
+        storage.delete(TRUTH_NAME)
     else:
         files[TRUTH_NAME] = parquet_bytes(truth)
     info = describe(plan, parts, table, len(rejects))
     info["hashes"] = {name: sha256_bytes(data) for name, data in files.items()}
-    info["hashes"][MANIFEST] = sha256_file(root / MANIFEST)
+    info["hashes"][MANIFEST] = sha256_bytes(storage.read(MANIFEST))
     info["fingerprint"] = fingerprint_of(info)
     files[DATASET] = canonical_json(info).encode()
-    changed = [name for name, data in files.items() if _write_if_changed(root / name, data)]
+    changed = [name for name, data in files.items() if _write_if_changed(storage, name, data)]
     return Published(
         info["counts"], Counter(reject.reason for reject in rejects), warn(table, info["buckets"]), changed
     )
 
 
-def _write_if_changed(path: Path, data: bytes) -> bool:
-    if path.exists() and path.read_bytes() == data:
+def _write_if_changed(storage: Storage, name: str, data: bytes) -> bool:
+    if storage.exists(name) and storage.read(name) == data:
         return False
-    write_atomic(path, data)
-    fault(f"publish.after_{path.stem}")
+    storage.write(name, data)
+    fault(f"publish.after_{Path(name).stem}")
     return True
 
 
@@ -97,17 +110,19 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     rejects = list(plan.rejects)
     for unit, part in parts.items():
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
-    table, linking = add_split(plan, join_layers(plan, parts), published_splits(Path(plan.config.output)))
+    storage, table = open_storage(plan.config.output), join_layers(plan, parts)
+    tokens = class_tokens(storage, table) if cls_cosine(plan.config) < dedup.OFF and len(table) else None
+    table, linking = add_split(plan, table, published_splits(storage), tokens)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
     return table, rejects
 
 
-def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: Path) -> None:
+def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str) -> None:
     """Raise DataError when nothing was accepted or more than ``max_reject_rate`` of the sources was refused.
 
     Hidden files do not count, unless there is nothing else: a Mac leaves one beside every picture. The refused sources
-    are then written to ``report``, because no table of them will be published.
+    are then written to ``report``, a file of the output, because no table of them will be published.
     """
     refused = rejects
     rejects = [reject for reject in refused if reject.reason != HIDDEN]
@@ -116,10 +131,12 @@ def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: Path) -> 
         rejects, seen = refused, len(refused)
     if not (len(rejects) >= seen or len(rejects) > config.max_reject_rate * seen):
         return
-    write_atomic(report, parquet_bytes(reject_table(refused)))
+    storage = open_storage(config.output)
+    storage.write(report, parquet_bytes(reject_table(refused)))
     counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
     examples = "; ".join(f"{reject.source}: {reject.detail}" for reject in rejects[:NAMED])
-    numbers = f"{len(rejects)} of {seen} sources were rejected ({counts}), for example {examples}. All are in {report}"
+    numbers = f"{len(rejects)} of {seen} sources were rejected ({counts}), for example {examples}. "
+    numbers += f"All are in {storage.where(report)}"
     if len(rejects) >= seen:
         raise DataError(f"nothing was accepted, so nothing was published: {numbers}")
     raise DataError(
@@ -168,14 +185,14 @@ def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
     return place | {"width": source.width, "height": source.height} | dict(zip(CROP_COLUMNS, crop))
 
 
-def published_splits(root: Path) -> dict[str, str]:
+def published_splits(storage: Storage) -> dict[str, str]:
     """The side of every key of the index that was published before; empty when there is none."""
-    path = root / INDEX
-    if not path.exists():
-        return {}
     try:
-        table = pq.read_table(path, columns=["key", "split"])
+        table = pq.read_table(pa.BufferReader(storage.read(INDEX)), columns=["key", "split"])
+    except FileNotFoundError:
+        return {}
     except (OSError, pa.ArrowException) as error:
+        path = storage.where(INDEX)
         raise DataError(
             f"{path} is damaged ({error}), so the published split is unknown. Restore it, or delete it and accept "
             "another split"
@@ -183,21 +200,50 @@ def published_splits(root: Path) -> dict[str, str]:
     return dict(zip(table["key"].to_pylist(), table["split"].to_pylist()))
 
 
-def add_split(plan: Plan, table: pa.Table, published: Mapping[str, str]) -> tuple[pa.Table, list[str]]:
-    """Add ``duplicate_group`` and ``split``; also returns the keys that had to be left out (see ``assign_splits``)."""
+def add_split(
+    plan: Plan, table: pa.Table, published: Mapping[str, str], tokens: np.ndarray | None = None
+) -> tuple[pa.Table, list[str]]:
+    """Add ``duplicate_group`` and ``split``; also returns the keys that had to be left out (see ``assign_splits``).
+
+    ``tokens`` are the DINO class tokens of the rows, where they decide about duplicates.
+    """
     config = plan.config
     keys, hashes, thumbnails = (table[name].to_pylist() for name in ("key", "phash", "thumbnail"))
-    groups = dedup.duplicate_groups(keys, hashes, thumbnails)
+    groups = dedup.duplicate_groups(keys, hashes, thumbnails, tokens, cls_cosine(config))
     split = dedup.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
     if split.linking:  # without them the rest falls into other groups
-        kept = table.filter(pc.invert(pc.is_in(table["key"], pa.array(split.linking))))
-        table, more = add_split(plan, kept, published)
+        kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
+        left = None if tokens is None else tokens[np.asarray(kept)]
+        table, more = add_split(plan, table.filter(kept), published, left)
         return table, sorted(split.linking + more)
     columns = {"split": split.sides, "duplicate_group": groups}
     for name, values in columns.items():
         position = table.column_names.index("width")
         table = table.add_column(position, name, pa.array([values[key] for key in keys], pa.string()))
     return table, []
+
+
+def cls_cosine(config: PrepConfig) -> float:
+    """The cosine of DINO class tokens above which samples are near duplicates; ``dedup.OFF`` where it has no say."""
+    if "dino" not in config.layers:
+        return dedup.OFF
+    return config.duplicates.cls_cosine or dedup.CLS_COSINE[config.encoders]
+
+
+def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
+    """The DINO class token of every row of an index, float32 (N, width)."""
+    columns = ["bucket", "shard", "key", *(f"dino/cls.npy/{name}" for name in ("offset", "length", "sha256"))]
+
+    def read(row: tuple) -> np.ndarray:
+        bucket, shard, key, *place = row
+        return load_npy(read_range(storage, Unit(bucket, shard, "dino"), key, "cls.npy", *place))
+
+    with Progress("class tokens", len(table)) as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+        tokens = []
+        for token in pool.map(read, zip(*(table[name].to_pylist() for name in columns))):
+            tokens.append(token)
+            progress.advance()
+    return np.stack(tokens)
 
 
 def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
@@ -263,13 +309,18 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
         },
         "layers": layers,
         "stages": {
-            "source": {"image": config.image.model_dump(), "captions": config.captions.model_dump()},
+            "source": {
+                "image": config.image.model_dump(),
+                "filters": config.filters.model_dump(),
+                "captions": config.captions.model_dump(),
+            },
             "shards": {"shard_size": config.shard_size},
             "split": {
                 "code": dedup.CODE_VERSION,
                 "seed": config.seed,
                 "holdout": config.holdout,
                 "holdout_min": config.holdout_min,
+                "cls_cosine": cls_cosine(config),
             },
         },
     }

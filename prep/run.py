@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -14,61 +13,50 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prep.config import dump_config
 from prep.console import Progress, duration, say
-from prep.errors import ConfigError, DataError, Interrupted, ResourceError
-from prep.files import write_atomic
+from prep.errors import DataError, Interrupted
+from prep.lock import locked
 from prep.plan import Plan, check_folders, make_plan, write_manifest
 from prep.publish import Published, gate, publish
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, read_part
+from prep.storage import LocalFolder, Storage, open_storage
 
-PART_FILE = re.compile(r"bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
+PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
+UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
 class RunFolder:
-    """``runs/NNNN/`` of a dataset: the resolved config and a log with times and host, which no other file may hold."""
+    """``runs/NNNN/`` of a dataset: the resolved config and a log with times and host, which no other file may hold.
 
-    def __init__(self, root: Path, config: PrepConfig) -> None:
-        runs = root / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        last = max((int(path.name) for path in runs.iterdir() if path.name.isdigit()), default=0)
-        self.path = runs / f"{last + 1:04d}"
-        self.path.mkdir()
-        write_atomic(self.path / "config.yaml", dump_config(config))
-        self.rejects = self.path / "rejects.parquet"
+    ``name`` is its path below the dataset, ``rejects`` that of the table of a run which publishes none.
+    """
+
+    def __init__(self, storage: Storage, config: PrepConfig) -> None:
+        numbers = (name.split("/")[1] for name in storage.names("runs/"))
+        last = max((int(number) for number in numbers if number.isdigit()), default=0)
+        self.storage, self.name = storage, f"runs/{last + 1:04d}"
+        self.rejects = f"{self.name}/rejects.parquet"
+        self._lines: list[str] = []
+        self._uploaded = 0.0
+        storage.write(f"{self.name}/config.yaml", dump_config(config))
         self.log("start", host=socket.gethostname(), pid=os.getpid())
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event to ``log.jsonl``."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Hold the dataset's lock; it goes with the process, however that ends. Raises ConfigError when somebody has it."""
-    folder = root / "runs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise ResourceError(f"output {root} cannot be written: {error.strerror}. Choose another output") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConfigError(
-                f"{root} is being written by another prep run ({file.read().strip() or 'unknown'}). Wait for it to end"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+        name = f"{self.name}/log.jsonl"
+        if isinstance(self.storage, LocalFolder):
+            with open(self.storage.root / name, "a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        self._lines.append(line)  # nothing can be appended to an object: it is written whole, but not for every shard
+        if event != "shard" or time.monotonic() - self._uploaded > UPLOAD_INTERVAL:
+            self.storage.write(name, "".join(self._lines))
+            self._uploaded = time.monotonic()
 
 
 def explain(config: PrepConfig) -> None:
@@ -80,18 +68,19 @@ def explain(config: PrepConfig) -> None:
 def run(config: PrepConfig) -> None:
     """Make the dataset complete, computing only what is missing. Raises NanoditError; the same call continues."""
     check_folders(config)
-    root = Path(config.output)
-    with locked(root):
+    root = open_storage(config.output)
+    with locked(root) as lock:
         folder = RunFolder(root, config)
         start = time.monotonic()
         try:
-            remove_temporary_files(root)
+            root.remove_temporary_files()
             plan = make_plan(config)
             folder.log("plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=plan.explain())
             gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
             write_manifest(plan)
             work = compute(plan, folder) if plan.missing else {}
-            remove_temporary_files(root)
+            root.remove_temporary_files()
+            lock.check()
             with Progress("publish", len(plan.sources)) as progress:
                 published = publish(plan, current_parts(plan), folder.rejects)
                 progress.update(published.counts["samples"])
@@ -152,33 +141,23 @@ def interruptible() -> Iterator[None]:
 
 def current_parts(plan: Plan) -> dict[Unit, Part]:
     """Every unit of the plan as committed. Raises DataError for one that is not there, or is of another recipe."""
-    root, parts = Path(plan.config.output), {}
+    root, parts = open_storage(plan.config.output), {}
     for unit, recipe in plan.recipes.items():
         part = plan.parts.get(unit) or read_part(root, unit)
         if part is None or part.fingerprint != fingerprint_of(recipe):
-            raise DataError(f"{root / unit.tar} was not computed. Run prep run again")
+            raise DataError(f"{root.where(unit.tar)} was not computed. Run prep run again")
         parts[unit] = part
     return parts
 
 
-def remove_temporary_files(root: Path) -> None:
-    """Collect what killed runs and killed actors left half-written."""
-    for folder in (root, root / "parts", *root.glob("bucket_*")):
-        for path in folder.glob(".*.tmp-*"):
-            path.unlink(missing_ok=True)
-
-
-def remove_leftovers(root: Path, plan: Plan) -> None:
+def remove_leftovers(storage: Storage, plan: Plan) -> None:
     """Delete the units of shards that the published index no longer knows, parts first; other files are not ours."""
-    for part in root.glob("parts/*.parquet"):
-        match = PART_FILE.fullmatch(part.name)
+    for part in storage.names("parts/"):
+        match = PART_FILE.fullmatch(part)
         if match and (match["bucket"], int(match["shard"])) not in plan.shards:
-            part.unlink()
-            unit = Unit(match["bucket"], int(match["shard"]), match["layer"])
-            (root / unit.tar).unlink(missing_ok=True)
-    for folder in root.glob("bucket_*"):
-        if not any(folder.iterdir()):
-            folder.rmdir()
+            storage.delete(part)
+            storage.delete(Unit(match["bucket"], int(match["shard"]), match["layer"]).tar)
+    storage.remove_empty_folders()
 
 
 def summarise(plan: Plan, published: Published, work: dict[str, Work], seconds: float) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from PIL import Image
 from prep.buckets import buckets_for
 from prep.errors import DataError
 from prep.faults import fault
-from prep.files import canonical_json, sha256_bytes, sha256_file, sync_folder, write_atomic
+from prep.files import canonical_json, sha256_bytes, sha256_file
 from prep.quantise import dequantise
+from prep.storage import Storage, open_storage
 
 SCHEMA_VERSION = 1
 
@@ -43,7 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 # What a layer's index parts say about a sample besides where its members are.
 LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
-    "px": {"phash": pa.string(), "thumbnail": pa.binary()},
+    "px": {"phash": pa.string(), "sharpness": pa.float64(), "thumbnail": pa.binary()},
     "text": {"caption": pa.string()},
     "t5": {"t5_tokens": pa.int32(), "t5_truncated": pa.bool_()},
     "dino": {"dino_h": pa.int32(), "dino_w": pa.int32()},
@@ -117,13 +117,11 @@ class LayerWriter:
     The old index part goes before the new tar comes, so that no moment exists in which a part describes another tar.
     """
 
-    def __init__(self, root: Path, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-        self.root, self.unit, self.recipe, self.facts = root, unit, recipe, facts
+    def __init__(self, root: Path | str | Storage, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.storage, self.unit, self.recipe, self.facts = open_storage(root), unit, recipe, facts
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[Rejection] = []
-        self._path = root / unit.tar
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
+        self._temporary = self.storage.draft(unit.tar)
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit or __exit__
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
@@ -158,8 +156,6 @@ class LayerWriter:
     def commit(self) -> None:
         """Make the tar durable and visible, then its index part."""
         self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         record = {
             "schema": SCHEMA_VERSION,
@@ -173,15 +169,11 @@ class LayerWriter:
             "rejects": [vars(reject) for reject in sorted(self._rejects, key=lambda reject: reject.key)],
         }
         fault("shards.before_tar")
-        part = self.root / self.unit.part
-        if part.exists():
-            part.unlink()
-            sync_folder(part.parent)
-        os.replace(self._temporary, self._path)
-        sync_folder(self._path.parent)
+        self.storage.delete(self.unit.part)
+        self.storage.put_file(self.unit.tar, self._temporary)
         fault("shards.before_part")
         schema = part_schema(self.unit.layer).with_metadata({"nanodit": json.dumps(record, sort_keys=True)})
-        write_atomic(part, parquet_bytes(pa.Table.from_pylist(self._rows, schema=schema)))
+        self.storage.write(self.unit.part, parquet_bytes(pa.Table.from_pylist(self._rows, schema=schema)))
 
 
 def member_columns(layer: str) -> dict[str, pa.DataType]:
@@ -202,15 +194,16 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_part(root: Path, unit: Unit) -> Part | None:
+def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
     """The committed part of a unit; None where there is none, or where its tar is missing or of another size.
 
     A damaged or foreign part is treated like a missing one: the unit is then computed again.
     """
+    storage = open_storage(root)
     try:
-        table = pq.read_table(root / unit.part)
+        table = pq.read_table(pa.BufferReader(storage.read(unit.part)))
         record = json.loads((table.schema.metadata or {}).get(b"nanodit", b"{}"))
-        tar_bytes = (root / unit.tar).stat().st_size
+        tar_bytes = storage.size(unit.tar)
     except (OSError, pa.ArrowException):
         return None
     expected = (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer, tar_bytes)
@@ -220,15 +213,18 @@ def read_part(root: Path, unit: Unit) -> Part | None:
     return Part(unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table)
 
 
-def read_members(root: Path, part: Part, member: str) -> Iterator[tuple[str, bytes]]:
+def read_members(root: Path | str | Storage, part: Part, member: str) -> Iterator[tuple[str, bytes]]:
     """Yield (key, data) of one member for every sample of a committed unit, in key order, each checked by its hash."""
     column = f"{part.unit.layer}/{member}"
     names = ["key", *(f"{column}/{name}" for name in ("offset", "length", "sha256"))]
+    storage = open_storage(root)
     for key, offset, length, sha256 in zip(*(part.table[name].to_pylist() for name in names)):
-        yield key, read_range(root, part.unit, key, member, offset, length, sha256)
+        yield key, read_range(storage, part.unit, key, member, offset, length, sha256)
 
 
-def read_range(root: Path, unit: Unit, key: str, member: str, offset: int, length: int, sha256: str) -> bytes:
+def read_range(
+    root: Path | str | Storage, unit: Unit, key: str, member: str, offset: int, length: int, sha256: str
+) -> bytes:
     """Read one member's bytes with a ranged read and check them.
 
     Raises DataError naming the shard's file and the key when the file is missing or short or the bytes are not those
@@ -236,8 +232,7 @@ def read_range(root: Path, unit: Unit, key: str, member: str, offset: int, lengt
     """
     where = f"{unit.tar}, sample {key}, member {member}"
     try:
-        with open(root / unit.tar, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
+        data = open_storage(root).read_range(unit.tar, offset, length)
     except OSError as error:
         raise DataError(f"{where}: {error.strerror}. Run prep run again to restore the shard.") from error
     if len(data) != length:
@@ -280,19 +275,22 @@ class Dataset:
 
     ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key. Raises
     DataError when the folder is not a dataset, has another schema, or its index is not the one dataset.json names.
-    Holds no open files, so it may be shared by threads and forked processes.
+    ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
+    processes.
     """
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
-        manifest, index = self.root / "dataset.json", self.root / "index.parquet"
-        for path in (manifest, index):
-            if not path.is_file():
+    def __init__(self, root: Path | str | Storage) -> None:
+        self.storage = open_storage(root)
+        self.root: Path | str = Path(self.storage.place) if self.storage.is_local else self.storage.place
+        manifest, index = (self.storage.where(name) for name in ("dataset.json", "index.parquet"))
+        for name in ("dataset.json", "index.parquet"):
+            if not self.storage.exists(name):
                 raise DataError(
-                    f"{path} does not exist: {self.root} is not a finished dataset. Run: python -m prep run"
+                    f"{self.storage.where(name)} does not exist: {self.root} is not a finished dataset. "
+                    "Run: python -m prep run"
                 )
         try:
-            self.info: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+            self.info: dict[str, Any] = json.loads(self.storage.read("dataset.json"))
         except ValueError as error:
             raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
         check_info(self.info, manifest)
@@ -302,9 +300,9 @@ class Dataset:
 
     def _published(self, name: str) -> bytes:
         """The bytes of a file that dataset.json names. Raises DataError when it is missing or another one."""
-        path = self.root / name
+        path = self.storage.where(name)
         try:
-            data = path.read_bytes()
+            data = self.storage.read(name)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}. Run prep run again to restore it.") from error
         if sha256_bytes(data) != self.info["hashes"][name]:
@@ -336,7 +334,7 @@ class Dataset:
             raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
         unit = Unit(row["bucket"], row["shard"], layer)
         place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
-        return read_range(self.root, unit, row["key"], name, *place)
+        return read_range(self.storage, unit, row["key"], name, *place)
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
         """The crop, uint8 (H, W, 3), sRGB."""
@@ -372,13 +370,14 @@ class Dataset:
         truth = {row["key"]: row for row in table.to_pylist()}
         if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
             raise DataError(
-                f"{self.root / 'truth.parquet'} has no row for {len(unknown)} samples, for example {unknown[0]}. "
+                f"{self.storage.where('truth.parquet')} has no row for {len(unknown)} samples, for example "
+                f"{unknown[0]}. "
                 "Take truth.parquet out of the source folder, or these images, and run prep run again."
             )
         return truth
 
 
-def check_info(info: Any, path: Path) -> None:
+def check_info(info: Any, path: str) -> None:
     """Raise DataError, naming the file, unless dataset.json has the schema of this version and what readers rely on."""
     schema = info.get("schema") if isinstance(info, dict) else None
     if schema != SCHEMA_VERSION:
@@ -392,7 +391,7 @@ def check_info(info: Any, path: Path) -> None:
         raise DataError(f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run prep run again.")
 
 
-def check_index(table: pa.Table, info: dict[str, Any], path: Path) -> None:
+def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     """Raise DataError, naming the file, for an index without a column that readers use or with an unknown bucket."""
     columns = ["key", "source", "bucket", "shard", "split"]
     for layer in set(info["layers"]) & set(LAYERS):

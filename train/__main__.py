@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     what = sample.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to draw")
     what.add_argument("--key", help="draw from the stored conditions of this holdout sample")
-    sample.add_argument("--dataset", type=Path, help="where --key is (default: the dataset of the run's config)")
+    sample.add_argument("--dataset", help="where --key is (default: the dataset of the run's config)")
     sample.add_argument(
         "--conditions", default=None, metavar="text,pose", help="which of the sample's conditions (default: all)"
     )
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = pick_device(config.train.device)
-    dataset = Dataset(Path(config.dataset))
+    dataset = Dataset(config.dataset)
     run_folder = config.run_folder
     with lock_run_folder(run_folder):
         checkpoint = choose_checkpoint(run_folder, options.resume)

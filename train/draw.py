@@ -37,7 +37,7 @@ class DrawRequest:
     output: Path
     prompt: str | None = None
     key: str | None = None
-    dataset: Path | None = None
+    dataset: str | None = None
     conditions: str | None = None
     seed: int = 0
     count: int = 1
@@ -165,7 +165,7 @@ def stored_conditions(
     request: DrawRequest, config: TrainConfig, trained_on: dict[str, Any]
 ) -> tuple[Conditions, tuple[int, int]]:
     """Read the conditions of the holdout sample ``request.key`` and its bucket's (width, height)."""
-    dataset = Dataset(request.dataset or Path(config.dataset))
+    dataset = Dataset(request.dataset or config.dataset)
     if dataset.fingerprint != trained_on["fingerprint"]:
         raise DataError(
             f"{dataset.root}: its fingerprint is {dataset.fingerprint}, the checkpoint was trained on "
