@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -73,6 +73,14 @@ class PoseConfig(Config):
     batch_size: int = Field(16, ge=1)
 
 
+class PlacementConfig(Config):
+    """Where layers are computed; ``vram_gb`` replaces the built-in estimates of what a layer takes on a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    vram_gb: dict[Literal["captions", "t5", "dino", "pose"], Annotated[float, Field(ge=0)]] = Field({})
+    actors_per_gpu: int = Field(2, ge=1)
+
+
 class PrepConfig(Config):
     """Everything ``prep run`` can be told."""
 
@@ -89,6 +97,7 @@ class PrepConfig(Config):
     t5: T5Config = T5Config()
     dino: DINOv3Config = DINOv3Config()
     pose: PoseConfig = PoseConfig()
+    placement: PlacementConfig = PlacementConfig()
     shard_size: int = Field(128, ge=1)
     holdout: float = Field(0.02, ge=0, lt=1)
     holdout_min: int = Field(64, ge=0)
