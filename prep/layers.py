@@ -32,12 +32,13 @@ from prep.shards import (
     LayerWriter,
     Part,
     Unit,
+    decode_pixels,
+    encode_pixels,
     fingerprint_of,
-    load_webp,
+    members_of,
     npy_bytes,
     read_members,
     read_part,
-    webp_bytes,
 )
 from prep.sources import BadImage, Source, load_canonical
 
@@ -131,8 +132,8 @@ class LayerWorker:
                 yield item
 
     def px(self, job: Job) -> None:
-        """Source files -> lossless crops. The only place where a source is decoded."""
-        bucket = Bucket.parse(job.task.bucket)
+        """Source files -> crops, lossless unless ``image.format`` is JPEG. The only place where a source is decoded."""
+        bucket, (member,) = Bucket.parse(job.task.bucket), members_of("px", job.recipe)
         with self._writing(job, facts={}) as writer:
             for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
                 self.watch([source.key])
@@ -148,7 +149,7 @@ class LayerWorker:
                     writer.reject(source.key, *problem)
                     continue
                 columns = {"phash": perceptual_hash(pixels), "sharpness": sharp, "thumbnail": thumbnail(pixels)}
-                writer.add(source.key, {"webp": webp_bytes(pixels)}, **columns)
+                writer.add(source.key, {member: encode_pixels(pixels, member)}, **columns)
 
     def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
@@ -223,11 +224,12 @@ class LayerWorker:
 
     def _images(self, job: Job, writer: LayerWriter, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
         """Batches of the shard's crops: keys, and pixels as uint8 (B, H, W, 3)."""
-        crops = read_members(self.root, self._upstream(job), "webp")
+        part = self._upstream(job)
+        crops = read_members(self.root, part, *members_of("px", part.recipe))
         for batch in batched(self._wanted(job, writer, crops, itemgetter(0)), batch_size):
             keys = [key for key, _ in batch]
             self.watch(keys)
-            yield keys, np.stack([load_webp(data) for _, data in batch])
+            yield keys, np.stack([decode_pixels(data) for _, data in batch])
 
     def _encoder(self, job: Job) -> Any:
         """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""

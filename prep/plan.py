@@ -223,6 +223,8 @@ def make_recipes(
             recipe |= filter_recipe(layer, config.filters)
             if layer == "px":
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
+                if config.image.format != "webp":  # which recipes need not name, as it was always so
+                    recipe["format"] = config.image.format
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":

@@ -171,7 +171,9 @@ def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
     rows = [describe_sample(plan.sources[key], *places[key]) for key in keys]
     described = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
     # what people look at comes first, where the bytes are last
-    for columns in (LAYER_COLUMNS, {layer: [f"{layer}/fingerprint", *member_columns(layer)] for layer in tables}):
+    recipes = {unit.layer: part.recipe for unit, part in parts.items()}
+    located = {layer: [f"{layer}/fingerprint", *member_columns(layer, recipes[layer])] for layer in tables}
+    for columns in (LAYER_COLUMNS, located):
         for layer, table in tables.items():
             for name in columns[layer]:
                 described = described.append_column(name, table[name])
@@ -286,7 +288,9 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
     for layer in config.active_layers:
         units = [unit for unit in parts if unit.layer == layer]
         recipe = {
-            name: value for name, value in parts[units[0]].recipe.items() if name in ("code", "encoder", "backend")
+            name: value
+            for name, value in parts[units[0]].recipe.items()
+            if name in ("code", "format", "encoder", "backend")
         }
         described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
         if "encoder" in recipe:

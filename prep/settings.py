@@ -13,10 +13,11 @@ from prep.errors import ConfigError
 
 
 class ImageConfig(Config):
-    """Limits on source images."""
+    """Limits on source images, and how the crops are stored."""
 
     max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
     max_upscale: float = Field(1.3334, gt=0)  # 4/3 with room for rounding
+    format: Literal["webp", "jpeg"] = "webp"
 
 
 class FilterConfig(Config):

@@ -4,7 +4,8 @@ A unit is one (shard, layer). Its tar is a plain WebDataset; its index part, a s
 commit record: a tar without a part does not exist, and a part is written only after its tar is durable. Readers go
 through ``index.parquet`` and read any member with one ranged read.
 
-Formats: USTAR (POSIX.1-1988: 512-byte member header, so data starts at header + 512), NPY 1.0, WebP lossless, Parquet.
+Formats: USTAR (POSIX.1-1988: 512-byte member header, so data starts at header + 512), NPY 1.0, WebP lossless or JPEG,
+Parquet.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dino": ("cls.npy", "dino.npy", "dino_scale.npy"),
     "pose": ("pose.npy", "json"),
 }
+
+IMAGE_FORMATS = {"webp": "webp", "jpeg": "jpg"}  # image.format: member of the px layer
 
 # What a layer's index parts say about a sample besides where its members are.
 LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
@@ -133,10 +136,10 @@ class LayerWriter:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, key: str, members: dict[str, bytes], **columns: Any) -> None:
-        """Append one sample: ``members`` by name as in ``LAYERS``, ``columns`` as in ``LAYER_COLUMNS``."""
-        layer = self.unit.layer
-        if tuple(members) != LAYERS[layer] or set(columns) != set(LAYER_COLUMNS[layer]):
-            raise ValueError(f"{self.unit}: expected members {LAYERS[layer]} and columns {set(LAYER_COLUMNS[layer])}")
+        """Append one sample: ``members`` by name as in ``members_of``, ``columns`` as in ``LAYER_COLUMNS``."""
+        layer, expected = self.unit.layer, members_of(self.unit.layer, self.recipe)
+        if tuple(members) != expected or set(columns) != set(LAYER_COLUMNS[layer]):
+            raise ValueError(f"{self.unit}: expected members {expected} and columns {set(LAYER_COLUMNS[layer])}")
         if self._rows and key <= self._rows[-1]["key"]:
             raise ValueError(f"{self.unit}: key {key} is not after {self._rows[-1]['key']}")
         row: dict[str, Any] = {"key": key, **columns}
@@ -172,19 +175,26 @@ class LayerWriter:
         self.storage.delete(self.unit.part)
         self.storage.put_file(self.unit.tar, self._temporary)
         fault("shards.before_part")
-        schema = part_schema(self.unit.layer).with_metadata({"nanodit": json.dumps(record, sort_keys=True)})
+        schema = part_schema(self.unit.layer, self.recipe).with_metadata(
+            {"nanodit": json.dumps(record, sort_keys=True)}
+        )
         self.storage.write(self.unit.part, parquet_bytes(pa.Table.from_pylist(self._rows, schema=schema)))
 
 
-def member_columns(layer: str) -> dict[str, pa.DataType]:
+def members_of(layer: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The members of a layer; ``recipe`` (of a unit, or the layer's part of dataset.json) says if px is not WebP."""
+    return (IMAGE_FORMATS[recipe["format"]],) if layer == "px" and "format" in recipe else LAYERS[layer]
+
+
+def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
     """The index columns that locate the members of a layer."""
     kinds = {"offset": pa.int64(), "length": pa.int64(), "sha256": pa.string()}
-    return {f"{layer}/{member}/{name}": kind for member in LAYERS[layer] for name, kind in kinds.items()}
+    return {f"{layer}/{member}/{name}": kind for member in members_of(layer, recipe) for name, kind in kinds.items()}
 
 
-def part_schema(layer: str) -> pa.Schema:
+def part_schema(layer: str, recipe: Mapping[str, Any]) -> pa.Schema:
     """Schema of the index parts of a layer."""
-    return pa.schema({"key": pa.string(), **LAYER_COLUMNS[layer], **member_columns(layer)})
+    return pa.schema({"key": pa.string(), **LAYER_COLUMNS[layer], **member_columns(layer, recipe)})
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -264,9 +274,21 @@ def webp_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def load_webp(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3) from the bytes of a WebP."""
-    with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+def jpeg_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a JPEG of quality 95 without chroma subsampling: .4 of the lossless size, about 46 dB."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_pixels(pixels: np.ndarray, member: str) -> bytes:
+    """uint8 (H, W, 3) as the bytes of a px member, ``webp`` or ``jpg``."""
+    return jpeg_bytes(pixels) if member == "jpg" else webp_bytes(pixels)
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """uint8 (H, W, 3) from the bytes of a px member."""
+    with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -294,6 +316,7 @@ class Dataset:
         except ValueError as error:
             raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
         check_info(self.info, manifest)
+        (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
         self.table: pa.Table = pq.read_table(pa.BufferReader(self._published("index.parquet")))
         check_index(self.table, self.info, index)
         self.fingerprint: str = self.info["fingerprint"]
@@ -313,6 +336,10 @@ class Dataset:
     def layers(self) -> tuple[str, ...]:
         """The layers this dataset has, in the order of ``LAYERS``."""
         return tuple(layer for layer in LAYERS if layer in self.info["layers"])
+
+    def members(self, layer: str) -> tuple[str, ...]:
+        """The members of one of its layers, for example ("webp",) or ("jpg",) of px."""
+        return members_of(layer, self.info["layers"][layer])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -337,8 +364,8 @@ class Dataset:
         return read_range(self.storage, unit, row["key"], name, *place)
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
-        """The crop, uint8 (H, W, 3), sRGB."""
-        return load_webp(self.read(row, "px/webp"))
+        """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
+        return decode_pixels(self.read(row, f"px/{self._pixels}"))
 
     def t5(self, row: dict[str, Any]) -> np.ndarray:
         """Text features of the valid tokens, float16 (L, Wt)."""
@@ -395,7 +422,7 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     """Raise DataError, naming the file, for an index without a column that readers use or with an unknown bucket."""
     columns = ["key", "source", "bucket", "shard", "split"]
     for layer in set(info["layers"]) & set(LAYERS):
-        columns += member_columns(layer)
+        columns += member_columns(layer, info["layers"][layer])
     if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(f"{path} has no column {', '.join(missing)}. Run prep run again.")
     known = {str(bucket) for bucket in buckets_for(info["base"])}

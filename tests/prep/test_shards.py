@@ -18,14 +18,14 @@ from prep.shards import (
     LayerWriter,
     Part,
     Unit,
+    decode_pixels,
+    encode_pixels,
     fingerprint_of,
     load_npy,
-    load_webp,
     npy_bytes,
     parquet_bytes,
     read_members,
     read_part,
-    webp_bytes,
 )
 
 UNIT = Unit("64x64", 3, "pose")
@@ -143,7 +143,18 @@ def test_trap_35_a_bad_sample_stops_the_reader_and_is_named(tmp_path, damage):
 
 def test_pixels_survive_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
-    assert np.array_equal(load_webp(webp_bytes(pixels)), pixels)
+    assert np.array_equal(decode_pixels(encode_pixels(pixels, "webp")), pixels)
+
+
+def test_a_jpeg_keeps_its_colours_at_full_resolution():
+    y, x = np.mgrid[:48, :80] / 80
+    pixels = np.stack([x, y, np.where((np.indices(x.shape)[1] // 2) % 2, 1.0, 0.0)], axis=-1)  # blue stripes, 2 wide
+    pixels = (pixels * 255).astype(np.uint8)
+    data = encode_pixels(pixels, "jpg")
+    assert data[:2] == b"\xff\xd8"
+    error = decode_pixels(data).astype(float) - pixels
+    assert np.sqrt((error**2).mean()) < 5  # with subsampled chroma the stripes are gone, and it is 60
+    assert encode_pixels(pixels, "jpg") == data
 
 
 def test_object_arrays_are_refused():
