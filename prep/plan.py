@@ -14,25 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prep import caption
+from prep import caption, gone
 from prep.buckets import choose_bucket
 from prep.caption import BadCaption, SidecarCaptions
 from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes
-from prep.filters import filter_recipe, header_problem
+from prep.filters import DECISIONS, filter_recipe, header_problem
 from prep.layers import ShardTask
+from prep.scan_cache import ScanCache
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_part
-from prep.sources import Reject, Source, scan
+from prep.sources import Reject, Remember, Source, scan
 from prep.storage import Storage, open_storage
 
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
 PX_VERSION = 2
+SCAN_VERSION = 1
 LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 1, "pose": 1}
 
 MANIFEST = "manifest.parquet"
@@ -47,6 +50,7 @@ MANIFEST_SCHEMA = pa.schema(
         "shard": pa.int32(),
     }
 )
+PASSING = ("changed_during_run", "source_gone")  # reasons for which a sample is tried again without being asked
 NAMED = 5  # how many examples an error lists
 REQUESTS = 16  # to an object store at a time; each waits for the network
 
@@ -58,7 +62,9 @@ class Plan:
     ``sources`` maps keys to usable sources, ``shards`` maps (bucket, number) to the sorted keys of its members,
     ``rejects`` has what was refused so far, ``expected`` what the text layer is going to refuse (its units record it),
     ``seen`` counts the files looked at. ``recipes`` says what every unit must be made from, ``parts`` holds the units
-    that are current and ``missing`` the reason for every one that is not.
+    that are current and ``missing`` the reason for every one that is not. ``again`` lists those of the missing whose
+    committed part has the right recipe: it has to be deleted before they are computed, and what depends on them may be
+    missing in the plan that is made afterwards. ``notes`` are lines for the user.
     """
 
     config: PrepConfig
@@ -70,6 +76,8 @@ class Plan:
     recipes: dict[Unit, dict[str, Any]]
     parts: dict[Unit, Part]
     missing: dict[Unit, str]
+    again: list[Unit]
+    notes: list[str]
 
     def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
         """The missing units of some layers, by shard; the shards with most to do come first, to end together."""
@@ -84,41 +92,85 @@ class Plan:
         return sorted(tasks, key=lambda task: (-len(task.sources) * len(task.recipes), task.bucket, task.shard))
 
     def explain(self) -> list[str]:
-        """One line per layer and reason: how many shards are computed, and why."""
+        """The notes, then one line per layer and reason: how many shards are computed, and why."""
         lines = []
         for layer in self.config.active_layers:
             reasons = Counter(reason for unit, reason in self.missing.items() if unit.layer == layer)
             for reason, count in sorted(reasons.items()):
                 lines.append(f"{layer}: {count} of {len(self.shards)} shards: {reason}")
-        return lines or ["nothing to compute: every layer of every shard is current"]
+        return self.notes + (lines or ["nothing to compute: every layer of every shard is current"])
 
 
-def make_plan(config: PrepConfig) -> Plan:
-    """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions."""
+def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> Plan:
+    """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions.
+
+    Samples whose source is gone stay, unless ``prune``. ``retry_rejects`` makes the units again that refused something.
+    """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
-    found = scan(folder, config.image.max_pixels)
-    seen = len(found.sources) + len(found.rejects)
-    if not seen:
-        raise DataError(f"source {folder} holds no files. Set source=FOLDER to where the images are")
-    rejects, sources = list(found.rejects), {}
-    for source in found.sources:
-        if problem := header_problem(source.width, source.height, config):
-            rejects.append(Reject(source.name, "source", *problem))
-        else:
-            sources[source.key] = source
-    captions, expected = read_captions(config, sources)
-    buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
-    shards = assign_shards(buckets, read_manifest(root), config.shard_size)
+    settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
+    with ScanCache(root, folder, settings) as cache:
+        found = scan(folder, config.image.max_pixels, cache.look)
+        if not found.sources and not found.rejects:
+            raise DataError(f"source {folder} holds no files. Set source=FOLDER to where the images are")
+        manifest = read_manifest_rows(root)
+        files_gone, replaced = gone.compare(manifest, found)
+        kept = gone.worth_keeping(root, files_gone)
+        rejects, sources = list(found.rejects), {}
+        for source in [*found.sources, *([] if prune else kept)]:
+            if problem := header_problem(source.width, source.height, config):
+                rejects.append(Reject(source.name, "source", *problem))
+            else:
+                sources[source.key] = source
+        buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
+        previous = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
+        shards = assign_shards(buckets, previous, config.shard_size)
+        parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
+        old_captions = gone.committed_captions(parts) if kept else {}
+        captions, expected, readable = read_captions(config, sources, old_captions, cache.look)
     recipes = make_recipes(config, shards, captions)
-    parts = read_parts(root, recipes)
     missing = {}
     for unit, recipe in recipes.items():
         upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
         if why := reason(root, unit, recipe, parts.get(unit), upstream):
             missing[unit] = why
+    again = units_to_make_again(config, {u: p for u, p in parts.items() if u not in missing}, sources, retry_rejects)
+    missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in missing}
-    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing)
+    seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
+    notes = count_rejects(rejects + expected, seen)
+    notes += gone.remarks(kept, replaced, prune, shards, missing, readable)
+    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
+
+
+def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
+    """What is refused before anything is computed, in one line; nothing when nothing is."""
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
+    return [f"refused before anything is computed: {len(rejects)} of {seen} sources ({counts})"] if rejects else []
+
+
+def units_to_make_again(
+    config: PrepConfig, current: Mapping[Unit, Part], sources: Mapping[str, Source], retry_rejects: bool
+) -> dict[Unit, str]:
+    """Units that have the right recipe and must be made again all the same, each with its reason.
+
+    These are units that refused a sample for a reason that has passed (its file was gone, or changed during the run),
+    with ``retry_rejects`` all that refused a sample which nobody decided to refuse, and units whose upstream has got
+    other samples since, by being made again.
+    """
+    again = {}
+    for unit, part in current.items():
+        refused = [item for item in part.rejects if item.key in sources and not sources[item.key].gone]
+        if any(item.reason in PASSING for item in refused):
+            again[unit] = "a source that had changed or gone is there"
+        elif retry_rejects and any(item.reason not in DECISIONS for item in refused):
+            again[unit] = "what it refused is tried again"
+        elif unit.layer != "px":
+            upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
+            have = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
+            if upstream is not None and have != set(upstream.table["key"].to_pylist()):
+                again[unit] = f"the {upstream.unit.layer} layer has got other samples"
+    return again
 
 
 def check_folders(config: PrepConfig) -> None:
@@ -136,8 +188,7 @@ def check_folders(config: PrepConfig) -> None:
 def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
     """The committed ones of some units."""
     storage, parts = open_storage(root), {}
-    waiting = 1 if storage.is_local else REQUESTS
-    with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=waiting) as pool:
+    with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
         for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
             if part is not None:
                 parts[unit] = part
@@ -145,20 +196,33 @@ def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit
     return parts
 
 
-def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> tuple[dict[str, str], list[Reject]]:
+def read_captions(
+    config: PrepConfig,
+    sources: Mapping[str, Source],
+    committed: Mapping[str, str],
+    remember: Remember = lambda name, read: read(),
+) -> tuple[dict[str, str], list[Reject], set[str]]:
     """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
 
-    Also returns what is going to be refused for that reason. Raises DataError with the count and the first paths when
-    ``captions.on_missing`` is "error" and a caption cannot be used, before anything expensive runs.
+    ``committed`` has the hashes of captions that were used before: they go on for gone sources whose sidecar is gone
+    too. Also returns what is going to be refused for a bad caption, and the keys whose sidecar can be read. Raises
+    DataError with the count and the first paths when ``captions.on_missing`` is "error" and a caption cannot be used,
+    before anything expensive runs.
     """
-    if "text" not in config.layers:
-        return {}, []
+    if "text" not in config.layers or config.captions.backend != "sidecar":
+        return {}, [], set(sources)
     sidecars = SidecarCaptions(Path(config.source))
     found: list[str | BadCaption] = []
     with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
-        for item in pool.map(lambda source: _try_caption(sidecars, source.name), sources.values()):
+        for item in pool.map(lambda source: _try_caption(sidecars, source.name, remember), sources.values()):
             found.append(item)
             progress.advance()
+    readable = {key for key, item in zip(sources, found) if not isinstance(item, BadCaption)}
+    # a caption of which the text layer has made something is not missing
+    found = [
+        committed.get(key, item) if source.gone and isinstance(item, BadCaption) else item
+        for (key, source), item in zip(sources.items(), found)
+    ]
     bad = [problem for problem in found if isinstance(problem, BadCaption)]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
@@ -176,12 +240,13 @@ def read_captions(config: PrepConfig, sources: Mapping[str, Source]) -> tuple[di
         for source, item in zip(sources.values(), found)
         if isinstance(item, BadCaption)
     ]
-    return captions, expected
+    return captions, expected, readable
 
 
-def _try_caption(sidecars: SidecarCaptions, name: str) -> str | BadCaption:
+def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> str | BadCaption:
     try:
-        return sidecars.caption(name).provenance["sha256"]
+        known = remember(sidecars.path(source), lambda: {"sha256": sidecars.caption(source).provenance["sha256"]})
+        return known["sha256"]
     except BadCaption as bad:
         return bad
 
@@ -259,15 +324,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
     """The (bucket, shard) of every key of an earlier plan; empty before the first."""
+    return {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest_rows(root)}
+
+
+def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
+    """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     try:
         table = pq.read_table(pa.BufferReader(storage.read(MANIFEST)), schema=MANIFEST_SCHEMA)
     except FileNotFoundError:
-        return {}
+        return []
     except (OSError, pa.ArrowException) as error:
         path = storage.where(MANIFEST)
         raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error
-    return {row["key"]: (row["bucket"], row["shard"]) for row in table.to_pylist()}
+    return table.to_pylist()
 
 
 def write_manifest(plan: Plan) -> None:

@@ -11,10 +11,11 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -44,6 +45,9 @@ TRANSPOSE = {
 }
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
+# The name of a file and what reads it -> what is known of it
+Remember = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
 # Pillow's own limit is a global that warns below and raises above; the check here is exact and comes from the config.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -58,13 +62,17 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels."""
+    """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
+
+    ``gone`` is set for one that was prepared earlier and whose file is not there any more.
+    """
 
     name: str
     key: str
     size_bytes: int
     width: int
     height: int
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,17 +196,21 @@ def _damage(what: str, error: Exception) -> BadImage:
     return BadImage("truncated" if short else "corrupt", f"{what}: {text}")
 
 
-def scan(folder: Path, max_pixels: int) -> Scan:
-    """Find, hash and check every file below ``folder``; of equal files the first name is kept."""
+def scan(folder: Path, max_pixels: int, remember: Remember = lambda name, read: read()) -> Scan:
+    """Find, hash and check every file below ``folder``; of equal files the first name is kept.
+
+    ``remember`` answers for files that have not changed (``ScanCache.look``); without it every file is read.
+    """
 
     def look(item: tuple[str, BadImage | None]) -> Source | Reject:
         name, problem = item
         try:
             if problem is not None:
                 raise problem
-            return read_header(folder, name, max_pixels)
+            known = remember(name, lambda: _describe_file(folder, name, max_pixels))
         except BadImage as bad:
-            return Reject(name, "source", bad.reason, bad.detail)
+            known = {"reason": bad.reason, "detail": bad.detail}
+        return Reject(name, "source", **known) if "reason" in known else Source(name, **known)
 
     seen: list[Source | Reject] = []
     # hashing releases the GIL, and storage likes company
@@ -218,11 +230,23 @@ def scan(folder: Path, max_pixels: int) -> Scan:
     return Scan(list(kept.values()), rejects)
 
 
+def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any]:
+    try:
+        source = read_header(folder, name, max_pixels)
+    except BadImage as bad:
+        if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
+            raise
+        return {"reason": bad.reason, "detail": bad.detail}
+    return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
+
+
 def load_canonical(folder: Path, source: Source, max_pixels: int) -> Image.Image:
     """Decode a source to canonical pixels (RGB). Raises BadImage, also when the file is no longer what was planned."""
     try:
         data = (folder / source.name).read_bytes()
     except OSError as error:
+        if source.gone and isinstance(error, FileNotFoundError):
+            raise BadImage("source_gone", "the file is gone, and the pixels have to be made again") from error
         raise BadImage("changed_during_run", f"the file can no longer be read: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest()[:KEY_DIGITS] != source.key:
         raise BadImage("changed_during_run", "the content changed after the run had begun")

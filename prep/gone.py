@@ -1,0 +1,100 @@
+"""Samples whose source file is gone: they stay in the dataset as long as nothing of them has to be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.shards import Part, Unit
+from prep.sources import Scan, Source
+from prep.storage import Storage
+
+INDEX = "index.parquet"
+
+
+def compare(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
+    """The rows of the manifest whose file is gone, and the number of those whose name has another content now.
+
+    A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
+    """
+    keys = {source.key for source in found.sources}
+    names = {source.name for source in found.sources} | {reject.source for reject in found.rejects}
+    missing = [row for row in manifest if row["key"] not in keys]
+    gone = [row for row in missing if row["source"] not in names]
+    return gone, len(missing) - len(gone)
+
+
+def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[Source]:
+    """The gone sources of which something was made: published samples, and members of a shard with committed pixels.
+
+    All of such a shard stay members, because without one of them the pixels of the others would have to be made again.
+    """
+    rows = list(rows)
+    published = published_keys(storage) if rows else set()
+    places = {(row["bucket"], row["shard"]) for row in rows}
+    committed = {place for place in places if storage.exists(Unit(*place, "px").part)}
+    return [
+        Source(*(row[name] for name in ("source", "key", "size_bytes", "width", "height")), gone=True)
+        for row in rows
+        if row["key"] in published or (row["bucket"], row["shard"]) in committed
+    ]
+
+
+def published_keys(storage: Storage) -> set[str]:
+    """The keys of the published index; empty without one that can be read."""
+    try:
+        return set(pq.read_table(pa.BufferReader(storage.read(INDEX)), columns=["key"])["key"].to_pylist())
+    except (OSError, pa.ArrowException):
+        return set()
+
+
+def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
+    """The hash of the sidecar that every committed caption was made from, by key."""
+    captions: dict[str, str] = {}
+    for unit, part in parts.items():
+        if unit.layer == "text":
+            captions |= part.recipe.get("captions", {})
+    return captions
+
+
+def remarks(
+    gone: Sequence[Source],
+    replaced: int,
+    prune: bool,
+    shards: Mapping[tuple[str, int], Sequence[str]],
+    missing: Iterable[Unit],
+    readable: Iterable[str],
+) -> list[str]:
+    """What to tell about sources that are gone or replaced, and which samples are going to be lost with them.
+
+    ``missing`` are the units to compute, ``readable`` the keys whose caption can be made again.
+    """
+    lines = []
+    if replaced:
+        lines.append(f"{replaced} sources have another content than before: their samples are replaced")
+    if gone and prune:
+        lines.append(f"{len(gone)} sources are gone: their samples are dropped")
+    if gone and not prune:
+        lines.append(f"{len(gone)} sources are gone; --prune drops their samples")
+        keys, readable = {source.key for source in gone}, set(readable)
+        pixels, text = set(), set()
+        for unit in missing:
+            members = keys.intersection(shards[unit.bucket, unit.shard])
+            if unit.layer == "px":
+                pixels |= members
+            elif unit.layer == "text":
+                text |= members - readable
+        if pixels:
+            lines.append(
+                f"warning: {len(pixels)} of them will be lost (source_gone): the pixels of their shards have to be "
+                "made again. Put the files back to keep them"
+            )
+        if text - pixels:
+            lines.append(
+                f"warning: {len(text - pixels)} of them will be lost: the captions of their shards have to be made "
+                "again, and their sidecars are gone too. Put the .txt files back to keep them"
+            )
+    return lines
