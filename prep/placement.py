@@ -135,16 +135,24 @@ def nodes_from_ray(nodes: Iterable[Mapping[str, Any]], driver: str | None = None
     return sorted(found, key=lambda node: (node.address, node.id))
 
 
-def local_vram_gb() -> int:
-    """GB on the cards that this process may use, whole as Ray demands; 0 without NVIDIA's driver."""
+def local_gpus() -> list[int]:
+    """Whole GB of each card that this process may use, as Ray demands them; empty without NVIDIA's driver."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
         command.append(f"--id={visible}")
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return sum(int(line) // 1024 for line in lines)  # nvidia-smi counts MiB; less is safe
+        return [int(line) // 1024 for line in lines]  # nvidia-smi counts MiB; less is safe
     except (OSError, ValueError, subprocess.SubprocessError):
-        return 0
+        return []
+
+
+def local_node() -> Node:
+    """This machine as the only node, which is what a Ray of one's own will have."""
+    gpus = local_gpus()
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    cpus = float(os.cpu_count() or 1)
+    return Node("", "127.0.0.1", socket.gethostname(), cpus, float(len(gpus)), float(sum(gpus)), memory_gb, driver=True)
 
 
 def vram_need(config: PrepConfig, layers: Collection[str]) -> float:
