@@ -1,4 +1,4 @@
-"""Command line of prep: ``python -m prep run | figures``."""
+"""Command line of prep: ``python -m prep run | plan | figures | doctor | report | verify | export``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,40 @@ from pathlib import Path
 
 from prep.config import load_config
 from prep.console import say
-from prep.errors import run_command
+from prep.errors import ConfigError, run_command
 from prep.settings import PrepConfig
+
+CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every verb."""
     top = argparse.ArgumentParser(prog="python -m prep", description="Prepare a dataset from a folder of images.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    run = verbs.add_parser("run", help="make a dataset, or bring it up to date")
-    run.add_argument("--config", type=Path, metavar="FILE", help="YAML, for example configs/prep/production.yaml")
-    run.add_argument("--why", action="store_true", help="only say what would be computed and why")
-    run.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example source=photos base=512")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
+        return command
+
+    run = verb("run", "make a dataset, or bring it up to date")
+    run.add_argument("--why", action="store_true", help="only say what would be computed and why (same as plan)")
+    plan = verb("plan", "say what a run would compute, why, on what, how long and how many GB; computes nothing")
+    for command in (run, plan):
+        command.add_argument("--prune", action="store_true", help="drop the samples whose source files are gone")
+        command.add_argument("--retry-rejects", action="store_true", help="try samples again that a layer refused")
+    doctor = verb("doctor", "look for what would stop a run on this machine or cluster, with a fix for each finding")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    report = verb("report", "write one offline HTML page that shows what is in a dataset")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the dataset")
+    verify = verb("verify", "prove that a dataset is whole: hashes, schema, no leaks, no orphans")
+    verify.add_argument("--repair", action="store_true", help="let the next run compute what is damaged again")
+    export = verb("export", "write a dataset in another layout")
+    export.add_argument("--flat", type=Path, metavar="OUT", required=True, help="folder for one tar per shard")
+    for command in (report, verify, export):
+        command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: output of the config")
+    for command in (run, plan, doctor, report, verify, export):
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example source=photos")
     figures = verbs.add_parser("figures", help="draw the built-in dataset of people with captions and known truth")
     figures.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     figures.add_argument("--count", type=int, required=True, help="number of figures")
@@ -33,21 +55,71 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run one verb."""
     options = parser().parse_args(arguments)
-    if options.verb == "figures":
-        from prep.figures import write_figures
+    return VERBS[options.verb](options)
 
-        write_figures(options.out, options.count, options.size, options.seed, options.short_captions)
-        say(f"wrote {options.count} figures to {options.out}")
-        return 0
-    config = load_config(PrepConfig, options.config, options.overrides)
+
+def _figures(options: argparse.Namespace) -> None:
+    from prep.figures import write_figures
+
+    write_figures(options.out, options.count, options.size, options.seed, options.short_captions)
+    say(f"wrote {options.count} figures to {options.out}")
+
+
+def _run(options: argparse.Namespace) -> None:
     from prep import run
 
-    if options.why:
-        run.explain(config)
-    else:
-        run.run(config)
-    return 0
+    config = load_config(PrepConfig, options.config, options.overrides)
+    action = run.explain if options.verb == "plan" or options.why else run.run
+    action(config, prune=options.prune, retry_rejects=options.retry_rejects)
 
+
+def _doctor(options: argparse.Namespace) -> int:
+    from prep.doctor import doctor
+
+    # a machine may be looked at before there is anything to prepare
+    given = options.overrides if options.config else [f"{name}=." for name in ("source", "output")] + options.overrides
+    return doctor(load_config(PrepConfig, options.config, given), as_json=options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from prep.report import write_report
+
+    say(f"wrote {write_report(_dataset(options), options.output)}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from prep.verify import verify
+
+    verify(_dataset(options), repair=options.repair)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from prep.export import export_flat
+
+    export_flat(_dataset(options), options.flat)
+
+
+def _dataset(options: argparse.Namespace) -> str:
+    """The dataset that a verb is about, named by ``--dataset`` or by a config."""
+    if options.dataset:
+        if options.config or options.overrides:
+            raise ConfigError("--dataset names the dataset already; leave out --config and key=value")
+        return options.dataset
+    if not options.config and not any(text.startswith("output=") for text in options.overrides):
+        raise ConfigError(f"which dataset? Say --dataset PLACE, or --config FILE as for prep run ({CONFIG_HELP})")
+    overrides = options.overrides if options.config else ["source=.", *options.overrides]
+    return load_config(PrepConfig, options.config, overrides).output
+
+
+VERBS = {
+    "run": _run,
+    "plan": _run,
+    "figures": _figures,
+    "doctor": _doctor,
+    "report": _report,
+    "verify": _verify,
+    "export": _export,
+}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -1,10 +1,11 @@
 """One hook for the tests of crash safety: named moments inside the code at which a fault may be injected from outside.
 
 ``NANODIT_FAULT=POINT:ACTION`` acts when the process passes the point, ``POINT:ACTION:NTH`` when it does so for the NTH
-time, and ``POINT@SUBJECT:ACTION`` whenever it passes the point with that subject (a sample's key, say). Several faults
-are separated by commas. Without the variable :func:`fault` does nothing.
+time, and ``POINT@SUBJECT:ACTION`` whenever it passes the point with that subject (a sample's key, say; ``*`` for all).
+Several faults are separated by commas. Without the variable :func:`fault` does nothing.
 
-Actions: ``kill`` (SIGKILL to this process), ``segfault``, ``hang`` (for ever), ``allocate`` (40 GB at once).
+Actions: ``kill`` (SIGKILL to this process), ``segfault``, ``hang`` (for ever), ``allocate`` (40 GB at once), ``delay``
+(a tenth of a second).
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from collections import Counter
 
 from prep.errors import ConfigError
 
-FORM = re.compile(r"(?P<point>[\w.]+)(@(?P<subject>[^:@,]+))?:(?P<action>kill|segfault|hang|allocate)(:(?P<nth>\d+))?")
+FORM = re.compile(
+    r"(?P<point>[\w.]+)(@(?P<subject>[^:@,]+))?:(?P<action>kill|segfault|hang|allocate|delay)(:(?P<nth>\d+))?"
+)
 ALLOCATION = 40 << 30  # bytes
+DELAY = 0.1  # seconds
 
 _passed: Counter[str] = Counter()
 
@@ -34,7 +38,7 @@ def fault(point: str, subject: str | None = None) -> None:
         raise ConfigError(f"NANODIT_FAULT={wanted!r} is not of the form POINT[@SUBJECT]:ACTION[:NTH]")
     _passed[point] += 1
     for match in matches:
-        if match["point"] != point or match["subject"] not in (None, subject):
+        if match["point"] != point or match["subject"] not in (None, "*", subject):
             continue
         if match["subject"] or _passed[point] == int(match["nth"] or 1):
             _act(match["action"])
@@ -47,5 +51,7 @@ def _act(action: str) -> None:
         ctypes.string_at(0)
     elif action == "allocate":
         bytearray(ALLOCATION)
+    elif action == "delay":
+        time.sleep(DELAY)
     while action == "hang":
         time.sleep(0.1)

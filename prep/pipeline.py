@@ -1,9 +1,9 @@
 """The passes on Ray Data: shards with missing layers go to pools of actors that compute and commit them.
 
 The only module of ``prep`` that imports Ray. One row of the data set is one shard: rows carry names and recipes, never
-pixels; actors read and write the shared output folder. On a machine without GPU there is one pass, in which an actor
-carries a shard through all its missing layers: models are loaded once per actor, and no pool waits for another. With
-GPUs there are two, pixels and captions on CPUs first, then the encoders with one actor per GPU.
+pixels; actors read and write the shared output. Which layers go together, on what and on how many actors is decided in
+``prep/placement.py``. An actor supervises a child process that computes (``prep/supervisor.py``), so a sample cannot
+end an actor: when one dies, somebody killed it or its node has gone, and its shards start again elsewhere.
 
 ``from_items`` needs no reading tasks, so pools may take every CPU (a pool that shares CPUs with readers can stall).
 """
@@ -13,18 +13,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prep.console import say
-from prep.encoders import ENCODER_LAYERS
-from prep.errors import ConfigError, DataError, NanoditError, ResourceError, resource_error
-from prep.layers import LayerWorker, ShardTask
+from prep.errors import NanoditError, ResourceError, resource_error
+from prep.layers import ShardTask
+from prep.placement import Node, Pass, local_gpus, nodes_from_ray
 from prep.settings import PrepConfig
+from prep.storage import absolute_place
+from prep.supervisor import ERRORS, Supervisor
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # said aloud, so that a later cluster on this machine is no surprise
@@ -32,19 +34,19 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")  # said aloud, so that a later c
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-MAX_DEATHS = 3  # of actors, per pass; Ray's own default restarts an actor that dies for ever
+MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
 NAMED = 5
-ERRORS = {error.exit_code: error for error in (NanoditError, ConfigError, DataError, ResourceError)}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Some layers computed by one pool of ``actors``, each with one CPU and, for "cuda", one GPU."""
-
-    layers: tuple[str, ...]
-    device: str
-    actors: int
+MIN_MEMORY = 4 << 30  # bytes a worker may always use: what the production encoders need on a CPU
+MEMORY_SHARE = 0.8  # of a machine, for all its workers together
+# what Ray raises when an actor, its node or a result on that node has gone
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+)
 
 
 @contextmanager
@@ -59,50 +61,67 @@ def ray_session() -> Iterator[None]:
         ray.init(**quiet)
     else:
         say("starting Ray on this machine")
-        ray.init(address="local", include_dashboard=False, **quiet)
+        resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
+        ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def plan_passes(config: PrepConfig) -> list[Pass]:
-    """The passes for the resources of the running Ray; ``workers`` limits the actors of each."""
-    resources = ray.cluster_resources()
-    limit = config.workers or int(resources.get("CPU", 1))
-    gpus = int(resources.get("GPU", 0))
-    layers = config.active_layers
-    if not gpus:
-        return [Pass(layers, "cpu", limit)]
-    features = tuple(layer for layer in layers if layer in ENCODER_LAYERS)
-    return [
-        Pass(tuple(layer for layer in layers if layer not in features), "cpu", limit),
-        Pass(features, "cuda", min(gpus, limit)),
-    ]
+def cluster_nodes() -> list[Node]:
+    """The living nodes of the running Ray."""
+    return nodes_from_ray(ray.nodes(), ray.get_runtime_context().get_node_id())
+
+
+def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float = 30.0) -> dict[str, Any]:
+    """Call a function of a module on every node; node id -> what it returned, or the exception.
+
+    A node that does not answer within ``timeout`` seconds gives a TimeoutError. Takes no CPUs, so it never waits for a
+    pass to end.
+    """
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    answers = {}
+    for node in cluster_nodes():
+        strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        answers[node.id] = remote.options(scheduling_strategy=strategy).remote(*arguments)
+    deadline = time.monotonic() + timeout
+    results: dict[str, Any] = {}
+    for node, answer in answers.items():
+        try:
+            results[node] = ray.get(answer, timeout=max(0.1, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            results[node] = TimeoutError(f"no answer within {timeout:g} seconds")
+        except Exception as error:  # whatever it raised there is this node's answer
+            results[node] = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return results
 
 
 def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict[str, Any]]]:
-    """Compute and commit the tasks; yields what each shard took as it is finished (see ``LayerWorker.run``).
+    """Compute and commit the tasks; yields what each shard took as it is finished (see ``Supervisor.run``).
 
-    When an actor dies (killed, out of memory), the shards that are not finished start again without what they have
-    committed. Raises ResourceError when that happens too often, else the error of the first shard that could not be
-    computed; what was committed stays.
+    When an actor or a node dies, the shards that are not finished start again without what they have committed. Raises
+    ResourceError when that happens too often in a row, else the error of the first shard that could not be computed;
+    what was committed stays.
     """
     waiting = {(task.bucket, task.shard): task for task in tasks}
-    for _ in range(MAX_DEATHS):
+    deaths = 0
+    while deaths < MAX_DEATHS:
         try:
             for row in _results(config, step, list(waiting.values())):
                 if row["error"]:
                     raise ERRORS.get(row["exit_code"], NanoditError)(row["error"])
+                deaths = 0
                 del waiting[row["bucket"], row["shard"]]
                 yield json.loads(row["done"])
             return
-        except ray.exceptions.RayActorError:
-            say(f"a worker process died; {len(waiting)} shards are not finished and start again")
+        except LOST:
+            deaths += 1
+            say(f"an actor died, killed or with its node; {len(waiting)} shards are not finished and start again")
     names = ", ".join(f"bucket_{bucket}/shard-{shard:06d}" for bucket, shard in list(waiting)[:NAMED])
     raise ResourceError(
-        f"{MAX_DEATHS} worker processes died, with {len(waiting)} shards not finished ({names}, ...). The usual cause "
-        "is memory: lower workers or the batch sizes and run again; finished shards are kept"
+        f"{MAX_DEATHS} actors or nodes died one after another, with {len(waiting)} shards not finished ({names}, ...). "
+        "The usual cause is memory: lower workers or the batch sizes and run again; finished shards are kept"
     )
 
 
@@ -112,38 +131,38 @@ def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come to us as exceptions
     shards = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks))
+    actors = min(step.actors, len(tasks))
+    # no node joins a Ray of one's own
+    most = min(max(step.actors, step.max_actors), len(tasks)) if os.environ.get("RAY_ADDRESS") else actors
     with warnings.catch_warnings():
-        # max_restarts has no named parameter yet; without it a shard that kills its actor would be retried for ever
+        # max_restarts has no named parameter yet; without it Ray would wait for a dead node's actors for ever
         warnings.simplefilter("ignore", RayDeprecationWarning)
         results = shards.map_batches(
-            actor_class(config, step.device),
+            actor_class(config, step),
             batch_size=1,
             # two tasks in flight: one at work and one waiting, so that no actor hoards shards at the end
-            compute=ray.data.ActorPoolStrategy(size=min(step.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-            num_gpus=1 if step.device == "cuda" else 0,
+            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=most, max_tasks_in_flight_per_actor=2),
             max_restarts=0,
+            **step.demands(),
         )
     return results.iter_rows()
 
 
-def actor_class(config: PrepConfig, device: str) -> type:
+def actor_class(config: PrepConfig, step: Pass) -> type:
     """The class that Ray Data runs in its actors; the config travels with it."""
     # actors may have another working directory
-    paths = {name: str(Path(getattr(config, name)).absolute()) for name in ("source", "output")}
-    config = config.model_copy(update=paths)
+    places = {"source": str(Path(config.source).absolute()), "output": absolute_place(config.output)}
+    config = config.model_copy(update=places)
 
     class LayerActor:
         def __init__(self) -> None:
-            # before torch is imported: pools use all cores, and equal bytes need equal numbers of threads
-            os.environ["OMP_NUM_THREADS"] = "1"
-            self.worker = LayerWorker(config, device)
+            self.supervisor = Supervisor(config, step.device, memory_limit(config, step))
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
             task = ShardTask.from_json(str(batch["task"][0]))
             done, error, exit_code = [], "", 0
             try:
-                done = self.worker.run(task)
+                done = self.supervisor.run(task)
             except Exception as failure:
                 known = failure if isinstance(failure, NanoditError) else resource_error(failure)
                 if known is None:  # not for the user: a defect, which ends the job
@@ -153,3 +172,13 @@ def actor_class(config: PrepConfig, device: str) -> type:
             return {name: [value] for name, value in (answer | {"error": error, "exit_code": exit_code}).items()}
 
     return LayerActor
+
+
+def memory_limit(config: PrepConfig, step: Pass) -> int:
+    """Bytes of memory that a worker on this machine may use; 0 for no limit, because CUDA maps more than it uses."""
+    if step.device != "cpu":
+        return 0
+    if config.memory_limit_gb:
+        return int(config.memory_limit_gb * (1 << 30))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(MIN_MEMORY, int(MEMORY_SHARE * total / min(step.actors, os.cpu_count() or 1)))

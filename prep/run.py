@@ -19,10 +19,12 @@ from prep.config import dump_config
 from prep.console import Progress, duration, say
 from prep.errors import DataError, Interrupted
 from prep.lock import locked
+from prep.placement import Node, local_node, plan_passes
 from prep.plan import Plan, check_folders, make_plan, write_manifest
 from prep.publish import Published, gate, publish
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, read_part
+from prep.sources import Reject
 from prep.storage import LocalFolder, Storage, open_storage
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
@@ -59,23 +61,47 @@ class RunFolder:
             self._uploaded = time.monotonic()
 
 
-def explain(config: PrepConfig) -> None:
-    """Print what ``prep run`` would compute and why; writes nothing."""
-    for line in make_plan(config).explain():
+def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
+    """Print what ``prep run`` would compute and why, where, how long and how many GB; writes nothing.
+
+    Raises ResourceError for what could never fit, and DataError where the run would stop at once.
+    """
+    plan = make_plan(config)
+    for line in plan.explain():
         say(line)
+    if plan.missing:
+        passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})
+        for line in remarks:
+            say(line)
 
 
-def run(config: PrepConfig) -> None:
-    """Make the dataset complete, computing only what is missing. Raises NanoditError; the same call continues."""
+def known_nodes() -> list[Node]:
+    """The nodes of the cluster that ``RAY_ADDRESS`` names, else this machine; a Ray is not started for it."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return [local_node()]
+    from prep.pipeline import cluster_nodes, ray_session
+
+    with ray_session():
+        return cluster_nodes()
+
+
+def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
+    """Make the dataset complete, computing only what is missing. Raises NanoditError; the same call continues.
+
+    ``prune`` drops the samples whose source files are gone, ``retry_rejects`` tries those again that a layer refused.
+    """
     check_folders(config)
     root = open_storage(config.output)
-    with locked(root) as lock:
+    with locked(root) as lock, interruptible():
         folder = RunFolder(root, config)
         start = time.monotonic()
         try:
             root.remove_temporary_files()
             plan = make_plan(config)
-            folder.log("plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=plan.explain())
+            why = plan.explain()
+            folder.log("plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=why)
+            for line in why if plan.missing else ():
+                say(line)
             gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
             write_manifest(plan)
             work = compute(plan, folder) if plan.missing else {}
@@ -105,25 +131,47 @@ class Work:
 
 
 def compute(plan: Plan, folder: RunFolder) -> dict[str, Work]:
-    """Compute and commit the missing units, pass by pass."""
-    from prep.pipeline import plan_passes, ray_session, run_pass  # Ray takes seconds, and often nothing is missing
+    """Compute and commit the missing units, pass by pass.
 
+    Between two passes the rejects are counted again: captions of a day are not asked for when half of the pictures
+    turned out to be unusable.
+    """
+    from prep.pipeline import cluster_nodes, ray_session, run_pass  # Ray takes seconds to import
+
+    config = plan.config
     work: dict[str, Work] = defaultdict(Work)
-    with ray_session(), interruptible():
-        for step in plan_passes(plan.config):
+    with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
+        passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})
+        for line in remarks:
+            say(line)
+        for step in passes:
             tasks = plan.tasks(step.layers)
             if not tasks:
                 continue
             layers = [layer for layer in step.layers if any(layer in task.recipes for task in tasks)]
             total = sum(len(task.sources) * len(task.recipes) for task in tasks)
             with Progress("+".join(layers), total, unit="samples x layers") as progress:
-                for units in run_pass(plan.config, step, tasks):
+                for units in run_pass(config, step, tasks):
                     folder.log("shard", units=units)
                     for unit in units:
                         work[unit["layer"]].samples += unit["samples"]
                         work[unit["layer"]].seconds += unit["seconds"]
+                        for death in unit.get("deaths", ()):
+                            say(f"a worker died ({death}); the samples it was working on were tried one by one")
                     progress.advance(sum(unit["samples"] for unit in units))
+            if step is not passes[-1]:
+                gate(config, refused(plan, layers), plan.seen, folder.rejects)
     return work
+
+
+def refused(plan: Plan, computed: list[str]) -> list[Reject]:
+    """Everything that is known to be refused when some layers have been computed."""
+    rejects = list(plan.rejects)
+    for unit in plan.recipes:
+        part = plan.parts.get(unit) or (read_part(plan.config.output, unit) if unit.layer in computed else None)
+        for item in part.rejects if part else ():
+            rejects.append(Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail))
+    return rejects
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from prep.demo import ASSETS, DETECTOR, POSE
 from prep.encoders import model_name
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes, sha256_file
-from prep.layers import LayerWorker, ShardTask
+from prep.layers import Job, LayerWorker, ShardTask
+from prep.placement import Pass
 from prep.plan import make_plan
 from prep.run import explain, locked, run
 from prep.settings import PrepConfig
@@ -50,6 +51,11 @@ def command(settings: PrepConfig, *more: str) -> list[str]:
 def poses(tmp_path: Path, **changes) -> PrepConfig:
     """Pixels and poses alone, the layer that starts fastest."""
     return config(tmp_path, layers=["pose"], encoders="production", pose=NETWORKS, **changes)
+
+
+def parent_of(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("PPid:")))
 
 
 def rejects_of(root: Path) -> dict[str, tuple[str, str]]:
@@ -168,7 +174,8 @@ def copied(figures_dataset, figures_folder, figures_config, tmp_path) -> PrepCon
 
 def test_the_second_run_computes_nothing_and_says_so(copied, capsys):
     root = Path(copied.output)
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
+    own = (".lock", "scan.parquet")  # of the runs
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name not in own}
     run(copied)
     output = capsys.readouterr().out
     assert "nothing to compute: every layer of every shard is current" in output
@@ -206,7 +213,7 @@ def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_ses
 
     # without the new image its shard is gone
     (source / "new.png").unlink()
-    run(copied)
+    run(copied, prune=True)
     assert set(files_of(root)) == set(before)
     assert {row["source"] for row in Dataset(root).rows()} == set(rows)
 
@@ -248,7 +255,7 @@ def test_an_error_in_an_actor_keeps_its_message_and_exit_code(tmp_path, ray_sess
     write_images(tmp_path / "source", 2)
     (tmp_path / "model").mkdir()
     settings = config(tmp_path, layers=["dino"], dino={"model": str(tmp_path / "model")})
-    with pytest.raises(ConfigError, match="cannot load the DINOv3 encoder"):
+    with pytest.raises(ConfigError, match="cannot load the (DINOv3 encoder|model)"):
         run(settings)
     assert not (tmp_path / "out" / "index.parquet").exists()
     log = (tmp_path / "out" / "runs" / "0001" / "log.jsonl").read_text()
@@ -263,12 +270,12 @@ def test_a_lack_of_room_in_an_actor_is_no_defect(tmp_path, monkeypatch, failure,
     write_images(tmp_path / "source", 1)
     settings = poses(tmp_path)
     (task,) = make_plan(settings).tasks(settings.active_layers)
-    actor = pipeline.actor_class(settings, "cpu")()
+    actor = pipeline.actor_class(settings, Pass(settings.active_layers, "cpu", actors=1))()
 
     def fail(task: ShardTask) -> None:
         raise failure
 
-    monkeypatch.setattr(actor.worker, "run", fail)
+    monkeypatch.setattr(actor.supervisor, "run", fail)
     answer = actor({"task": [task.to_json()]})
     assert answer["exit_code"] == [4]
     assert message in answer["error"][0]
@@ -436,7 +443,7 @@ def test_p11_a_kill_between_the_steps_of_a_commit_leaves_no_half_unit(tmp_path, 
 import sys
 from pathlib import Path
 from prep.config import load_config
-from prep.layers import LayerWorker, ShardTask
+from prep.layers import Job, LayerWorker, ShardTask
 from prep.plan import make_plan, write_manifest
 from prep.settings import PrepConfig
 config = load_config(PrepConfig, None, sys.argv[1:])
@@ -476,26 +483,28 @@ def test_p11_a_kill_while_publishing_is_repaired(tmp_path, ray_session, moment):
     assert files_of(root) == before
 
 
-def test_p10_a_killed_actor_costs_nothing_but_its_time(tmp_path, ray_session, capsys):
+@pytest.mark.parametrize(("victim", "message"), [("worker", "a worker died"), ("actor", "an actor died")])
+def test_p10_a_killed_worker_or_actor_costs_nothing_but_its_time(tmp_path, ray_session, capsys, victim, message):
     write_images(tmp_path / "source", 24, size=(400, 400))
     settings = poses(tmp_path, shard_size=2)
     killed: list[int] = []
 
-    def kill_one_actor() -> None:
+    def kill_one() -> None:
         while not killed and not (tmp_path / "out" / "index.parquet").exists():
             for path in (tmp_path / "out").glob("bucket_*/.*.tmp-*"):
-                killed.append(int(path.name.rsplit("-", 1)[1]))  # the name says which process is writing
+                worker = int(path.name.rsplit("-", 1)[1])  # the name says which process is writing
+                killed.append(worker if victim == "worker" else parent_of(worker))
                 os.kill(killed[0], signal.SIGKILL)
                 return
             time.sleep(0.001)
 
-    thread = threading.Thread(target=kill_one_actor)
+    thread = threading.Thread(target=kill_one)
     thread.start()
     run(settings)
     thread.join()
     assert killed
     assert killed[0] != os.getpid()
-    assert "a worker process died" in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
     run(undisturbed)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
@@ -530,7 +539,7 @@ def test_encoders_work_in_batches_that_do_not_span_shards(tmp_path, monkeypatch)
     tasks = plan.tasks(settings.active_layers)
     worker = LayerWorker(settings)
     sizes = []
-    encoder = worker._encoder("dino", tasks[0].recipes["dino"])
+    encoder = worker._encoder(Job(tasks[0], "dino"))
     encode = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda images: sizes.append(len(images)) or encode(images))
     for task in tasks:
@@ -548,16 +557,3 @@ def test_a_worker_with_another_model_than_the_plan_refuses(tmp_path):
         LayerWorker(other).run(task)
     assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "px")) is not None
     assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "dino")) is None
-
-
-@pytest.mark.parametrize(
-    ("resources", "passes"),
-    [
-        ({"CPU": 8.0}, [(("px", "text", "t5", "dino", "pose"), "cpu", 8)]),
-        ({"CPU": 8.0, "GPU": 2.0}, [(("px", "text"), "cpu", 8), (("t5", "dino", "pose"), "cuda", 2)]),
-    ],
-)
-def test_encoders_go_to_gpus_where_there_are_any(tmp_path, monkeypatch, resources, passes):
-    monkeypatch.setattr(pipeline.ray, "cluster_resources", lambda: resources)
-    settings = config(tmp_path, layers=["text", "dino", "pose"])
-    assert [(step.layers, step.device, step.actors) for step in pipeline.plan_passes(settings)] == passes

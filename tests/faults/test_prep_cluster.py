@@ -1,0 +1,126 @@
+"""A three-node cluster, two poison images, and everything killed once: the dataset is that of an undisturbed run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from prep.settings import PrepConfig
+from prep.shards import Dataset
+from prep.sources import scan
+from tests.prep.test_pipeline import NETWORKS, files_of
+from tests.prep.test_plan import write_images
+
+PROJECT = Path(__file__).parents[2]
+IMAGES, SHARD = 300, 4
+POISON = {"image-007.png": "segfault", "image-123.png": "hang"}
+REASONS = {"image-007.png": "crashes_worker", "image-123.png": "hangs_worker"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster") / "source"
+    write_images(folder, IMAGES, size=(96, 80))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(source) -> dict[str, str]:
+    """What every process of every run has: the same two images end whoever decodes them."""
+    keys = {item.name: item.key for item in scan(source, 10**6).sources}
+    faults = ",".join(f"px.decode@{keys[name]}:{action}" for name, action in POISON.items())
+    return {"NANODIT_FAULT": faults, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token"}
+
+
+@pytest.fixture
+def cluster(environment, monkeypatch) -> Iterator[Cluster]:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def start(config: PrepConfig, environment: dict[str, str], log: Path) -> subprocess.Popen:
+    fields = config.model_dump(mode="json", include={"source", "output", "base", "shard_size", "sample_timeout"})
+    networks = [f"pose.{name}={path}" for name, path in NETWORKS.items()]
+    overrides = [*(f"{name}={value}" for name, value in fields.items()), "layers=[pose]", *networks]
+    with open(log, "a") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "prep", "run", *overrides],
+            cwd=PROJECT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def committed(root: Path) -> int:
+    return len(list((root / "parts").glob("*.parquet")))
+
+
+def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the run ended with {process.returncode}:\n{log.read_text()}"
+        assert time.monotonic() < end, f"waited {seconds} s in vain:\n{log.read_text()}"
+        time.sleep(0.02)
+
+
+def writer_of(root: Path) -> int | None:
+    """The process of some actor: the parent of the child whose temporary file is there."""
+    for path in root.glob("bucket_*/.*.tmp-*"):
+        try:
+            status = Path(f"/proc/{path.name.rsplit('-', 1)[1]}/status").read_text()
+        except OSError:
+            continue
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environment, cluster, tmp_path):
+    fields = {"source": str(source), "base": 64, "shard_size": SHARD, "sample_timeout": 3, "layers": ["pose"]}
+    disturbed = PrepConfig(output=str(tmp_path / "disturbed"), **fields)
+    root, log = Path(disturbed.output), tmp_path / "log.txt"
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    joined = environment | {"RAY_ADDRESS": cluster.address}
+    total = 2 * (IMAGES // SHARD)  # px and pose
+
+    def at(share: float, process: subprocess.Popen) -> None:
+        wait_for(lambda: committed(root) >= share * total, process, log)
+
+    for share in (0.1, 0.4):
+        driver = start(disturbed, joined, log)
+        at(share, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert not (root / "index.parquet").exists()
+    driver = start(disturbed, joined, log)
+    at(0.5, driver)
+    actors: list[int] = []
+    wait_for(lambda: actors.append(writer_of(root)) or actors[-1], driver, log)
+    os.kill(actors[-1], signal.SIGKILL)
+    at(0.65, driver)
+    os.kill(nodes[1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    at(0.9, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    last = start(disturbed, joined, log)
+    assert last.wait(timeout=240) == 0, log.read_text()
+    assert log.read_text().count("an actor died") >= 2
+
+    undisturbed = PrepConfig(output=str(tmp_path / "undisturbed"), **fields)
+    alone = start(undisturbed, environment, tmp_path / "alone.txt")
+    assert alone.wait(timeout=240) == 0, (tmp_path / "alone.txt").read_text()
+    assert files_of(root) == files_of(Path(undisturbed.output))
+    rejects = {row["source"]: row["reason"] for row in pq.read_table(root / "rejects.parquet").to_pylist()}
+    assert rejects == REASONS  # the poison images, and no innocent one
+    assert len(Dataset(root)) == IMAGES - len(POISON)
