@@ -144,7 +144,7 @@ def measured_rates(storage: Storage) -> dict[tuple[str, str], float]:
             except ValueError:
                 continue  # the last line of a killed run
             for unit in event.get("units", ()) if event.get("event") == "shard" else ():
-                key = unit["layer"], unit["device"]
+                key = unit["layer"], unit.get("device", "cpu")
                 samples[key] += unit["samples"]
                 seconds[key] += unit["seconds"]
     return {key: samples[key] / seconds[key] for key in samples if samples[key] and seconds[key] > 0}
