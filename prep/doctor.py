@@ -1,0 +1,177 @@
+"""``prep doctor``: look for everything that would stop or slow a run, and name one fix for each finding.
+
+Nothing is changed, downloaded or started. The checks run side by side, each with a time limit, so that a slow network
+or a sick GPU costs seconds. With ``RAY_ADDRESS`` every node of that cluster is examined, without it this machine alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from prep.caption import CaptionConfig, CaptionHost
+from prep.console import say
+from prep.doctor_check import RESOURCE, SETUP, Check, exit_code, fail, ok, show, summary, to_json, warn, without_secrets
+from prep.doctor_models import check_model, check_network, encoder_names, examine_server, server_checks
+from prep.doctor_node import GCS_PORT, examine_node, first_line
+from prep.doctor_places import cache_check, place_checks, store_checks
+from prep.doctor_rules import Needs, cluster_checks, needs_of, node_checks
+from prep.errors import NanoditError
+from prep.settings import PrepConfig
+
+LIMIT = 14.0  # seconds for everything
+CONNECT_SECONDS = 3.0
+CAPTION_SECONDS = 9.0  # the name, the model, and two more questions
+Checks = list[Check]
+
+
+@dataclass
+class Task:
+    """Some checks that run in a thread of their own; ``name`` stands for them if they do not end in time."""
+
+    name: str
+    function: Callable[[], Checks]
+    checks: Checks | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Begin; the thread does not keep the process alive."""
+        threading.Thread(target=self._run, daemon=True, name=f"doctor-{self.name}").start()
+
+    def result(self, deadline: float) -> Checks:
+        """The checks, or one that says why there are none by ``deadline`` (a ``time.monotonic``)."""
+        self.done.wait(max(0.0, deadline - time.monotonic()))
+        if self.checks is None:
+            fix = "look at the network and the disk behind it, and ask again"
+            return [warn(self.name, "could not be looked at in time", fix)]
+        return self.checks
+
+    def _run(self) -> None:
+        try:
+            self.checks = self.function()
+        except NanoditError as error:
+            self.checks = [Check(self.name, "FAIL", str(error), "as it says", code=error.exit_code)]
+        except Exception as error:  # one broken check must not hide what the others found
+            found = f"could not be looked at: {type(error).__name__}: {first_line(str(error))}"
+            self.checks = [warn(self.name, found, "the other checks hold; please report this one")]
+        self.done.set()
+
+
+def doctor(config: PrepConfig, as_json: bool) -> int:
+    """Print what was found and what to do, and return the exit code.
+
+    0 when nothing FAILs; else the lowest code of the failures: 2 something must be installed, set or permitted, 3 data
+    or files are missing, 4 a resource is lacking. With ``as_json`` stdout is one document: ``schema`` (1), ``status``,
+    ``exit_code`` and ``checks``, a list of ``name``, ``node`` ("" for the whole run), ``status``, ``found``, ``fix``.
+    """
+    start = time.monotonic()
+    found: Checks = []
+    # other modules print progress to stdout, which belongs to the document here
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        address = os.environ.get("RAY_ADDRESS", "")
+        where = f"the Ray cluster at {address}" if address else "this machine"
+        if not as_json:
+            say(f"prep doctor: {where}, {config.encoders} encoders, captions from {config.captions.backend}")
+        tasks = tasks_for(config, address)
+        for task in tasks:
+            task.start()
+        for task in tasks:
+            for check in map(without_secrets, task.result(start + LIMIT)):
+                found.append(check)
+                if not as_json:
+                    show(check)
+    say(to_json(found) if as_json else summary(found, time.monotonic() - start))
+    return exit_code(found)
+
+
+def tasks_for(config: PrepConfig, address: str) -> list[Task]:
+    """Everything to look at, in the order in which it is shown."""
+    needs = needs_of(config)
+    machines = Task("node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False))
+    models, names = [], encoder_names(config)
+    for part, name in names.items():
+        check = check_model if part in ("t5", "dino") else check_network
+        models.append(Task(part, lambda part=part, name=name, check=check: [check(config, part, name)]))
+    places = [Task("dataset", lambda: place_checks(config)), Task("output", lambda: store_checks(config))]
+    if any(names.values()):
+        models.append(Task("model_cache", lambda: [cache_check()]))
+    return [machines, *models, *caption_tasks(config), *places]
+
+
+def caption_tasks(config: PrepConfig) -> list[Task]:
+    """The checks of where captions come from."""
+    if "text" not in config.active_layers:
+        return []
+    if not config.captions.generated:
+        return [Task("captions", lambda: [ok("captions", "NAME.txt beside each image; no server needed")])]
+    return [Task(config.captions.backend, lambda: caption_servers(config.captions))]
+
+
+def caption_servers(captions: CaptionConfig) -> Checks:
+    """Ask all hosts at once, and compare what they say."""
+    answers: dict[str, dict[str, Any]] = {}
+
+    def ask(host: CaptionHost) -> None:
+        answers[host.url] = examine_server(host, captions)
+
+    threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in captions.servers]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + CAPTION_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    silent = {"error": f"no answer within {CAPTION_SECONDS:.0f} s", "code": RESOURCE}
+    return server_checks({host.url: answers.get(host.url, silent) for host in captions.servers}, captions)
+
+
+def cluster(needs: Needs, address: str) -> Checks:
+    """Examine every node of the running Ray; the checks of each carry its name."""
+    if refusal := _unreachable(address):
+        return [refusal]
+    from prep.pipeline import cluster_nodes, on_every_node, ray_session
+
+    try:
+        with ray_session():
+            before = time.time()
+            answers = on_every_node(examine_node, timeout=LIMIT - 3)
+            after = time.time()
+            nodes = {node.id: node for node in cluster_nodes()}
+    except (RuntimeError, ConnectionError) as error:  # Ray's words for other versions, a wrong token, no cluster
+        fix = "use the cluster's Python and Ray (`ray status` there), and its token in ~/.ray/auth_token"
+        return [fail("ray", SETUP, f"cannot join {address}: {first_line(str(error))}", fix)]
+    machines: dict[str, Any] = {}
+    for identity, answer in answers.items():
+        node = nodes.get(identity)
+        # a host with several GPUs may be several nodes of Ray, and is examined once
+        machines.setdefault(f"{node.hostname} ({node.address})" if node else identity[:8], answer)
+    found = [ok("ray", f"{len(answers)} nodes on {len(machines)} machines"), *cluster_checks(machines, before, after)]
+    for name, facts in machines.items():
+        if not isinstance(facts, BaseException):
+            found += [replace(check, node=name) for check in node_checks(facts, needs, True)]
+    return found
+
+
+def _unreachable(address: str) -> Check | None:
+    """A quick look at whether somebody listens there: Ray itself tries for a minute."""
+    if "://" in address or ":" not in address:  # "auto", "local", or a client's URL
+        parts = urlsplit(address) if "://" in address else None
+        host, port = (parts.hostname or "", parts.port) if parts else ("", None)
+    else:
+        host, _, digits = address.rpartition(":")
+        port = int(digits) if digits.isdigit() else None
+    if not host:
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), port or GCS_PORT), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        fix = "start it (`ray start --head`), correct RAY_ADDRESS, or unset it to use this machine alone"
+        return fail("ray", RESOURCE, f"nobody listens at RAY_ADDRESS={address} ({error.strerror or error})", fix)
+    return None

@@ -1,0 +1,158 @@
+"""What ``prep doctor`` says of the places of a run: the source folder, the output, its disk and its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from prep.doctor_check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
+from prep.errors import NanoditError
+from prep.lock import LOCK
+from prep.settings import PrepConfig
+from prep.storage import LocalFolder, Storage, open_storage
+
+GB = 1e9
+SCAN_SECONDS = 3.0
+SAMPLE_BYTES = 2.7e6  # at base 1024, all layers (PREP tables in the README)
+DISK_LEAST = 1 * GB
+MODEL_CACHE = 8 * GB  # T5-Large and DINOv3 with their download in progress
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+NAMED_LATER = "."  # what the command line puts where no config was given
+
+
+def place_checks(config: PrepConfig) -> list[Check]:
+    """Source, output, disk and lock; an output in an object store is left to :func:`store_checks`."""
+    if config.source == config.output == NAMED_LATER:
+        return [
+            warn(
+                "dataset",
+                "no source and no output given: images, disk and lock are not looked at",
+                "prep doctor --config FILE, or source=FOLDER output=FOLDER",
+            )
+        ]
+    source, images = source_check(config)
+    storage = open_storage(config.output)
+    if not isinstance(storage, LocalFolder):
+        return [source]
+    return [source, output_check(config), disk_check(config, images), lock_check(storage)]
+
+
+def store_checks(config: PrepConfig) -> list[Check]:
+    """The output, where that is an object store: whether the credentials of this environment let files be written."""
+    storage = open_storage(config.output)
+    return [] if storage.is_local else [store_check(storage)]
+
+
+def source_check(config: PrepConfig) -> tuple[Check, int]:
+    """Whether the source can be read, and about how many images it has (counted for 3 s at most)."""
+    source = Path(config.source)
+    if not source.is_dir():
+        found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
+        return fail("source", SETUP, found, "set source to the folder with the images"), 0
+    problems: list[OSError] = []
+    deadline, count, complete, example = time.monotonic() + SCAN_SECONDS, 0, True, None
+    for folder, _, names in os.walk(source, onerror=problems.append):
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                count, example = count + 1, example or Path(folder, name)
+        if time.monotonic() > deadline:
+            complete = False
+            break
+    if not count:
+        reason = f"{problems[0].filename}: {problems[0].strerror}" if problems else f"no image in {source}"
+        return fail("source", DATA, reason, "set source to a folder with images that this user may read"), 0
+    try:
+        with open(example, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        return fail("source", DATA, f"{example}: {error.strerror}", "let this user read the images (chmod, chown)"), 0
+    if problems:
+        found = f"{count} images in {source}, but {problems[0].filename} cannot be read ({problems[0].strerror})"
+        return warn("source", found, "let this user read all of it, or expect those images to be missing"), count
+    return ok("source", f"{'' if complete else 'more than '}{count} images in {source}"), count
+
+
+def output_check(config: PrepConfig) -> Check:
+    """Whether files can be written where the dataset goes; leaves nothing behind."""
+    source, output = Path(config.source).resolve(), Path(config.output).resolve()
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        found = f"source {config.source} and output {config.output} lie inside each other"
+        return fail("output", SETUP, found, "choose another output")
+    folder = _existing(output)
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(20, "is not a folder", str(folder))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return fail("output", RESOURCE, f"{folder}: {error.strerror}", "choose an output that this user may write")
+    exists = (output / "dataset.json").exists()
+    return ok(
+        "output", f"{config.output} {'is a dataset that a run brings up to date' if exists else 'can be written'}"
+    )
+
+
+def store_check(storage: Storage) -> Check:
+    """Whether an object store can be listed, written and cleaned with the credentials of this environment."""
+    name = f"runs/.doctor-{os.getpid()}"
+    try:
+        storage.write(name, b"written by prep doctor")
+        storage.delete(name)
+    except (NanoditError, OSError) as error:
+        text = " ".join(str(error).split())
+        found, _, fix = text.partition(". ")
+        return fail("output", RESOURCE, found, fix or "check the network and the credentials in the environment")
+    return ok("output", f"{storage} can be written")
+
+
+def disk_check(config: PrepConfig, images: int) -> Check:
+    """Free space at the output against what ``images`` images take, and at the hub's cache."""
+    folder = _existing(Path(config.output).resolve())
+    free = shutil.disk_usage(folder).free
+    need = images * SAMPLE_BYTES * (config.base / 1024) ** 2
+    found = f"{free / GB:.1f} GB free at {folder}"
+    if free < DISK_LEAST:
+        return fail("disk", RESOURCE, found, "make room, or choose an output on another disk")
+    if free < need:
+        found += f", and {images} images take about {need / GB:.1f} GB"
+        return warn("disk", found, "make room, choose another disk, or image.format=jpeg; `prep plan` says how much")
+    return ok("disk", found + (f", {images} images take about {need / GB:.1f} GB" if images else ""))
+
+
+def cache_check() -> Check:
+    """Room for downloaded models."""
+    from huggingface_hub import constants
+
+    folder = _existing(Path(constants.HF_HUB_CACHE))
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GB:.1f} GB free at {folder}"
+    if free >= MODEL_CACHE:
+        return ok("model_cache", found)
+    return warn("model_cache", f"{found}, and the models take 4 GB", "make room, or set HF_HOME to a larger disk")
+
+
+def lock_check(storage: LocalFolder) -> Check:
+    """Whether another run holds the dataset. Looks for the blink of an eye, and writes nothing."""
+    try:
+        file = open(storage.root / LOCK, encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError:
+        return ok("lock", "no run is at work on this dataset")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            owner = file.read().strip() or "unknown"
+            return warn("lock", f"another prep run writes this dataset ({owner})", "wait for it to end, or stop it")
+    return ok("lock", "no run is at work on this dataset")
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
