@@ -70,7 +70,7 @@ def check_model(config: PrepConfig, layer: str, name: str | None) -> Check:
     cached = _cached_commit(reference, CONFIG)
     if cached and any(_cached_commit(reference, weights) for weights in (WEIGHTS, WEIGHTS_INDEX)):
         return ok(label, f"{reference} is in the cache ({cached[:7]})")
-    return _ask_hub(label, layer, reference, (WEIGHTS, CONFIG))
+    return _ask_hub(label, layer, reference, (WEIGHTS, WEIGHTS_INDEX))
 
 
 def check_network(config: PrepConfig, part: str, name: str | None) -> Check:
@@ -124,17 +124,15 @@ def _ask_hub(label: str, section: str, reference: Reference, files: Sequence[str
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        found = f"{reference} is not on this machine, and HF_HUB_OFFLINE forbids downloads"
-        return fail(
-            label, SETUP, found, _advice("unset HF_HUB_OFFLINE, or copy HF_HOME from a machine that has it", reference)
-        )
+        text = f"{reference} is not on this machine, and HF_HUB_OFFLINE forbids downloads"
+        fix = _advice("unset HF_HUB_OFFLINE, or copy HF_HOME from a machine that has it", reference)
+        return fail(label, SETUP, text, fix)
     error: Exception | None = None
     for name in files:
         try:
             # a mirror given by HF_ENDPOINT is in the URL; the user's token is sent as for a download
-            found = get_hf_file_metadata(
-                hf_hub_url(reference.model, name, revision=reference.revision), timeout=SECONDS
-            )
+            url = hf_hub_url(reference.model, name, revision=reference.revision)
+            found = get_hf_file_metadata(url, timeout=SECONDS)
         except RemoteEntryNotFoundError as missing:
             error = missing
             continue
@@ -144,24 +142,27 @@ def _ask_hub(label: str, section: str, reference: Reference, files: Sequence[str
         size = f", {found.size / GB:.1f} GB" if found.size and found.size > GB / 10 else ""
         return ok(label, f"{reference} will be downloaded at the first run ({(found.commit_hash or '')[:7]}{size})")
     assert error is not None
-    return _refused(label, section, reference, error, licence, ungated)
+    return _refused(label, section, reference, error)
 
 
-def _refused(label: str, section: str, reference: Reference, error: Exception, licence: str, ungated: str) -> Check:
-    from huggingface_hub import errors
+def _advice(text: str, reference: Reference) -> str:
+    """``text``, preceded by the licence for models that have one to accept."""
+    if not reference.model.startswith(GATED):
+        return text
+    licence = f"accept its licence at {HUB}/{reference.model} and run `hf auth login`"
+    return f"{licence}{', then ' if text else ''}{text}; without a licence: --config {UNGATED}"
+
+
+def _refused(label: str, section: str, reference: Reference, error: Exception) -> Check:
+    from huggingface_hub import constants, errors
 
     model = reference.model
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        found, fix = (
-            f"{model!r} is neither a folder here nor a name on the hub",
-            f"set {section}.model to one of the two",
-        )
+        found, fix = f"{model!r} is neither a folder here nor a name on the hub", f"correct {section}.model"
     elif isinstance(error, errors.GatedRepoError):
         found = f"{model} is gated, and the hub does not give it to you ({status})"
-        fix = (
-            _advice("", reference) if model.startswith(GATED) else f"ask for it at {HUB}/{model}, then `hf auth login`"
-        )
+        fix = _advice("", reference) or f"ask for it at {HUB}/{model}, then `hf auth login`"
     elif isinstance(error, errors.RevisionNotFoundError):
         found, fix = f"{model} has no revision {reference.revision}", f"set {section}.revision to a commit that exists"
     elif isinstance(error, errors.RemoteEntryNotFoundError):
