@@ -14,6 +14,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +133,8 @@ class LayerWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing fails, too, and the first error has been raised already
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def add(self, key: str, members: dict[str, bytes], **columns: Any) -> None:
