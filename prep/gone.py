@@ -55,8 +55,8 @@ def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
     """The hash of the sidecar that every committed caption was made from, by key."""
     captions: dict[str, str] = {}
     for unit, part in parts.items():
-        if unit.layer == "text":
-            captions |= part.recipe.get("captions", {})
+        if unit.layer == "text" and "captions" in part.recipe:
+            captions |= {key: part.recipe["captions"][key] for key in part.table["key"].to_pylist()}
     return captions
 
 
@@ -66,12 +66,8 @@ def remarks(
     prune: bool,
     shards: Mapping[tuple[str, int], Sequence[str]],
     missing: Iterable[Unit],
-    readable: Iterable[str],
 ) -> list[str]:
-    """What to tell about sources that are gone or replaced, and which samples are going to be lost with them.
-
-    ``missing`` are the units to compute, ``readable`` the keys whose caption can be made again.
-    """
+    """What to tell about sources that are gone or replaced; ``missing`` are the units to compute."""
     lines = []
     if replaced:
         lines.append(f"{replaced} sources have another content than before: their samples are replaced")
@@ -79,22 +75,13 @@ def remarks(
         lines.append(f"{len(gone)} sources are gone: their samples are dropped")
     if gone and not prune:
         lines.append(f"{len(gone)} sources are gone; --prune drops their samples")
-        keys, readable = {source.key for source in gone}, set(readable)
-        pixels, text = set(), set()
-        for unit in missing:
-            members = keys.intersection(shards[unit.bucket, unit.shard])
-            if unit.layer == "px":
-                pixels |= members
-            elif unit.layer == "text":
-                text |= members - readable
-        if pixels:
+        keys = {source.key for source in gone}
+        lost = keys.intersection(
+            key for unit in missing if unit.layer == "px" for key in shards[unit.bucket, unit.shard]
+        )
+        if lost:
             lines.append(
-                f"warning: {len(pixels)} of them will be lost (source_gone): the pixels of their shards have to be "
-                "made again. Put the files back to keep them"
-            )
-        if text - pixels:
-            lines.append(
-                f"warning: {len(text - pixels)} of them will be lost: the captions of their shards have to be made "
-                "again, and their sidecars are gone too. Put the .txt files back to keep them"
+                f"warning: {len(lost)} of them will be lost (source_gone), because the pixels of their shards have to "
+                "be made again. Put the files back to keep them"
             )
     return lines

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from prep.buckets import Bucket, crop_to_bucket
-from prep.caption import BadCaption, SidecarCaptions
+from prep.caption import BadCaption, Caption, SidecarCaptions
 from prep.dedup import perceptual_hash, thumbnail
 from prep.encoders import build_encoder
 from prep.errors import ConfigError, DataError
@@ -154,17 +154,23 @@ class LayerWorker:
     def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
         captions = SidecarCaptions(self.source)
-        names = {source.key: source.name for source in job.task.sources}
+        sources = {source.key: source for source in job.task.sources}
         with self._writing(job, facts={}) as writer:
             keys = self._upstream(job).table["key"].to_pylist()
+            before = committed_captions(read_part(self.root, job.unit))
             for key in self._wanted(job, writer, keys, str):
                 self.watch([key])
+                wanted = job.recipe["captions"][key]  # the hash of the sidecar, or why there is none
                 try:
-                    caption = captions.caption(names[key])
-                    if caption.provenance["sha256"] != job.recipe["captions"][key]:
+                    if sources[key].gone and wanted in before:
+                        caption = before[wanted]
+                    else:
+                        caption = captions.caption(sources[key].name)
+                    if caption.provenance["sha256"] != wanted:
                         raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
                 except BadCaption as bad:
-                    writer.reject(key, bad.reason, bad.detail)
+                    reason = bad.reason if bad.reason == wanted else "changed_during_run"
+                    writer.reject(key, reason, bad.detail)
                     continue
                 members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
                 writer.add(key, members, caption=caption.text)
@@ -242,6 +248,18 @@ class LayerWorker:
                 )
             self._encoders[job.layer] = encoder
         return self._encoders[job.layer]
+
+
+def committed_captions(part: Part | None) -> dict[str, Caption]:
+    """The sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
+    if part is None:
+        return {}
+    hashes = part.recipe.get("captions", {})
+    return {
+        hashes[key]: Caption(text, {"backend": "sidecar", "sha256": hashes[key]})
+        for key, text in zip(part.table["key"].to_pylist(), part.table["caption"].to_pylist())
+        if key in hashes
+    }
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -127,7 +127,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         shards = assign_shards(buckets, previous, config.shard_size)
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
         old_captions = gone.committed_captions(parts) if kept else {}
-        captions, expected, readable = read_captions(config, sources, old_captions, cache.look)
+        captions, expected = read_captions(config, sources, old_captions, cache.look)
     recipes = make_recipes(config, shards, captions)
     missing = {}
     for unit, recipe in recipes.items():
@@ -139,7 +139,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     current = {unit: part for unit, part in parts.items() if unit not in missing}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
     notes = count_rejects(rejects + expected, seen)
-    notes += gone.remarks(kept, replaced, prune, shards, missing, readable)
+    notes += gone.remarks(kept, replaced, prune, shards, missing)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
 
 
@@ -168,7 +168,7 @@ def units_to_make_again(
         elif unit.layer != "px":
             upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
             have = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
-            if upstream is not None and have != set(upstream.table["key"].to_pylist()):
+            if upstream is not None and not have.issuperset(upstream.table["key"].to_pylist()):
                 again[unit] = f"the {upstream.unit.layer} layer has got other samples"
     return again
 
@@ -201,28 +201,27 @@ def read_captions(
     sources: Mapping[str, Source],
     committed: Mapping[str, str],
     remember: Remember = lambda name, read: read(),
-) -> tuple[dict[str, str], list[Reject], set[str]]:
+) -> tuple[dict[str, str], list[Reject]]:
     """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
 
-    ``committed`` has the hashes of captions that were used before: they go on for gone sources whose sidecar is gone
-    too. Also returns what is going to be refused for a bad caption, and the keys whose sidecar can be read. Raises
-    DataError with the count and the first paths when ``captions.on_missing`` is "error" and a caption cannot be used,
-    before anything expensive runs.
+    ``committed`` has the hashes of captions that were used before: gone sources keep theirs. Also returns what is going
+    to be refused for a bad caption. Raises DataError with the count and the first paths when ``captions.on_missing`` is
+    "error" and a caption cannot be used, before anything expensive runs.
     """
-    if "text" not in config.layers or config.captions.backend != "sidecar":
-        return {}, [], set(sources)
+    if "text" not in config.layers or config.captions.generated:
+        return {}, []
     sidecars = SidecarCaptions(Path(config.source))
     found: list[str | BadCaption] = []
+
+    def caption_of(source: Source) -> str | BadCaption:
+        if source.gone and source.key in committed:
+            return committed[source.key]
+        return _try_caption(sidecars, source.name, remember)
+
     with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
-        for item in pool.map(lambda source: _try_caption(sidecars, source.name, remember), sources.values()):
+        for item in pool.map(caption_of, sources.values()):
             found.append(item)
             progress.advance()
-    readable = {key for key, item in zip(sources, found) if not isinstance(item, BadCaption)}
-    # a caption of which the text layer has made something is not missing
-    found = [
-        committed.get(key, item) if source.gone and isinstance(item, BadCaption) else item
-        for (key, source), item in zip(sources.items(), found)
-    ]
     bad = [problem for problem in found if isinstance(problem, BadCaption)]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
@@ -240,7 +239,7 @@ def read_captions(
         for source, item in zip(sources.values(), found)
         if isinstance(item, BadCaption)
     ]
-    return captions, expected, readable
+    return captions, expected
 
 
 def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> str | BadCaption:
@@ -281,6 +280,11 @@ def make_recipes(
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow."""
     encoders = {layer: encoder_fingerprint(config, layer) for layer in config.active_layers if layer in ENCODER_LAYERS}
+    generated: dict[str, Any] = {}
+    if shards and "text" in config.active_layers and config.captions.generated:
+        from prep.captioner import caption_recipe  # asks the caption hosts
+
+        generated = caption_recipe(config)
     recipes: dict[Unit, dict[str, Any]] = {}
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:
@@ -293,7 +297,7 @@ def make_recipes(
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
-                recipe |= {"backend": config.captions.backend, "captions": {key: captions[key] for key in keys}}
+                recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
             if layer in encoders:
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe
