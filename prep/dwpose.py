@@ -10,7 +10,7 @@ mmpose's SimCC codec), batched. Which convention holds where matters to half a p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from prep.errors import ConfigError, DataError, ResourceError
 from prep.files import sha256_file
+from prep.hub import is_hub_file
+from prep.oom import Halving
 
 CODE_VERSION = 1
 JOINTS = 133  # 17 body, 6 feet, 68 face, 21 left hand, 21 right hand (COCO-WholeBody)
@@ -78,14 +80,21 @@ def denormalise(keypoints: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.stack([np.where(found, values, 0) for values in pixels], axis=-1).astype(np.float32)
 
 
-def fingerprint(detector: Path, pose: Path) -> dict[str, str | int]:
-    """Everything that determines the joints; the device is not part of it."""
-    return {
-        "encoder": "dwpose",
-        "code": CODE_VERSION,
-        "detector": sha256_file(_existing(detector)),
-        "pose": sha256_file(_existing(pose)),
-    }
+def fingerprint(
+    detector: Path | str, pose: Path | str, sha256: Mapping[str, str] | None = None
+) -> dict[str, str | int]:
+    """Everything that determines the joints; the device is not part of it.
+
+    ``sha256`` gives the hashes of "detector" and "pose" where the files themselves are not on this machine. The name of
+    a file that is on the hub alone stands for its hash until that is recorded (``prep/pins.py``).
+    """
+    known = sha256 or {}
+    given = {"detector": known.get("detector") or _hash(detector), "pose": known.get("pose") or _hash(pose)}
+    return {"encoder": "dwpose", "code": CODE_VERSION, **given}
+
+
+def _hash(file: Path | str) -> str:
+    return str(file) if is_hub_file(file) else sha256_file(_existing(Path(file)))
 
 
 class DWPose:
@@ -93,7 +102,7 @@ class DWPose:
 
     ``detector`` takes ``(B, 3, 640, 640)`` and gives YOLOX's raw ``(B, 8400, 85)``; ``pose`` takes
     ``(B, 3, 384, 288)`` and gives ``simcc_x (B, 133, 576)`` and ``simcc_y (B, 133, 768)``. Networks exported for a
-    single image run one by one.
+    single image run one by one. What does not fit into a GPU is halved, as ``memory`` remembers.
 
     Raises :class:`ConfigError` for a file that is no such network, :class:`ResourceError` when CUDA was asked for and
     onnxruntime would silently have used the CPU.
@@ -103,6 +112,7 @@ class DWPose:
         self._files = (Path(detector), Path(pose))
         self._detector = _Network(self._files[0], device)
         self._pose = _Network(self._files[1], device)
+        self.memory = Halving("DWPose", device)
 
     def fingerprint(self) -> dict[str, str | int]:
         """See :func:`fingerprint`."""
@@ -113,16 +123,16 @@ class DWPose:
         boxes = []
         for start in range(0, len(images), BATCH):
             inputs, ratio = letterbox(images[start : start + BATCH])
-            (predictions,) = self._detector.run(inputs)
-            boxes += [person_boxes(prediction, ratio) for prediction in predictions]
+            for (predictions,) in self.memory.run(self._detector.run, inputs):
+                boxes += [person_boxes(prediction, ratio) for prediction in predictions]
         keypoints = np.zeros((len(images), JOINTS, 3), np.float32)
         found = [index for index, candidates in enumerate(boxes) if len(candidates)]
         for start in range(0, len(found), BATCH):
             chosen = found[start : start + BATCH]
             regions = [padded_region(boxes[index][0]) for index in chosen]
             crops = np.stack([crop(images[index], *region) for index, region in zip(chosen, regions)])
-            joints = decode_simcc(*self._pose.run(crops))
-            for index, points, (centre, scale) in zip(chosen, joints, regions):
+            joints = [decode_simcc(*simcc) for simcc in self.memory.run(self._pose.run, crops)]
+            for index, points, (centre, scale) in zip(chosen, np.concatenate(joints), regions):
                 keypoints[index] = to_image(points, centre, scale)
         return [Pose(points, candidates) for points, candidates in zip(keypoints, boxes)]
 
@@ -282,8 +292,9 @@ class _Network:
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
         options.log_severity_level = 3
         kind, _, index = device.partition(":")
-        cuda = ("CUDAExecutionProvider", {"device_id": index or "0"})
-        providers = [cuda] if kind == "cuda" else ["CPUExecutionProvider"]
+        # taking just what is asked for leaves room for the other workers of a GPU; TF32 would move joints
+        options_cuda = {"device_id": index or "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        providers = [("CUDAExecutionProvider", options_cuda)] if kind == "cuda" else ["CPUExecutionProvider"]
         try:
             self._session = ort.InferenceSession(str(_existing(path)), options, providers=providers)
         except _UNLOADABLE as error:
@@ -296,6 +307,8 @@ class _Network:
             )
         (self._input,) = self._session.get_inputs()
         self._path = path
+        # cuDNN searches for its fastest kernels once per shape, so the short last batch of a shard is filled up
+        self._fill, self._largest = kind == "cuda" and self._input.shape[0] != 1, 0
 
     def run(self, inputs: np.ndarray) -> Sequence[np.ndarray]:
         """The outputs for ``inputs`` (B, 3, H, W); one by one when the file was exported for one image."""
@@ -303,12 +316,16 @@ class _Network:
             raise ConfigError(
                 f"{self._path} takes {self._input.shape}, not (B, 3, {inputs.shape[2]}, {inputs.shape[3]})"
             )
+        count = len(inputs)
+        if self._fill and count < self._largest:
+            inputs = np.concatenate([inputs, np.zeros((self._largest - count, *inputs.shape[1:]), np.float32)])
         step = 1 if self._input.shape[0] == 1 else len(inputs)
         parts = [
             self._session.run(None, {self._input.name: inputs[start : start + step]})
             for start in range(0, len(inputs), step)
         ]
-        return [np.concatenate(output) if len(output) > 1 else output[0] for output in zip(*parts)]
+        self._largest = max(self._largest, count)
+        return [np.concatenate(output)[:count] if len(output) > 1 else output[0][:count] for output in zip(*parts)]
 
 
 def _existing(path: Path) -> Path:

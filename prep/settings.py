@@ -53,6 +53,7 @@ class T5Config(Config):
 
     model: str | None = None
     revision: str | None = None
+    sha256: dict[str, str] | None = None  # of every file of the model at ``revision``, a commit
     max_tokens: int = Field(512, ge=2, le=512)  # T5 was trained on 512, and so many are all that training accepts
     batch_size: int = Field(16, ge=1)
 
@@ -62,6 +63,7 @@ class DINOv3Config(Config):
 
     model: str | None = None
     revision: str | None = None
+    sha256: dict[str, str] | None = None  # as in T5Config
     input_scale: float | None = Field(None, gt=0)
     batch_size: int = Field(16, ge=1)
 
@@ -71,6 +73,7 @@ class PoseConfig(Config):
 
     detector: str | None = None
     pose: str | None = None
+    sha256: dict[Literal["detector", "pose"], str] | None = None
     batch_size: int = Field(16, ge=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
 from prep.errors import DataError
-from prep.weights import cannot_load, is_local, model_identity, quiet_transformers
+from prep.oom import Halving
+from prep.weights import cannot_load, compute_dtype, model_identity, open_model, quiet_transformers
 
 CODE_VERSION = 1
 PAD_MULTIPLE = 32  # batches are padded to few distinct lengths, so equal batches take equal kernels
@@ -25,32 +26,42 @@ class T5Tokens:
     truncated: bool
 
 
-def fingerprint(model: str | Path, revision: str | None = None, max_tokens: int = 512) -> dict[str, str | int]:
+def fingerprint(
+    model: str | Path, revision: str | None = None, sha256: Mapping[str, str] | None = None, max_tokens: int = 512
+) -> dict[str, str | int]:
     """Everything that determines the features, without loading the weights; the device is not part of it."""
-    return {"encoder": "t5", "code": CODE_VERSION, "max_tokens": max_tokens, **model_identity(model, revision)}
+    identity = model_identity(model, revision, sha256)
+    return {"encoder": "t5", "code": CODE_VERSION, "max_tokens": max_tokens, **identity}
 
 
 class T5Encoder:
     """A T5 encoder with its tokenizer: captions in, float16 features of their valid tokens out.
 
     Computed in float32 on the CPU and in bfloat16 on a GPU (T5 overflows in float16). The last bits of a result
-    depend on the shape of the batch, so callers that promise equal bytes must form equal batches.
+    depend on the shape of the batch, so callers that promise equal bytes must form equal batches. A batch that does not
+    fit into a GPU is halved, as ``memory`` remembers.
 
-    Raises :class:`ConfigError` when the model cannot be loaded.
+    ``sha256`` maps the files of a hub model to the hashes that they must have. Raises :class:`ConfigError` when the
+    model cannot be had or loaded.
     """
 
     def __init__(
-        self, model: str | Path, revision: str | None = None, device: str = "cpu", max_tokens: int = 512
+        self,
+        model: str | Path,
+        revision: str | None = None,
+        sha256: Mapping[str, str] | None = None,
+        device: str = "cpu",
+        max_tokens: int = 512,
     ) -> None:
-        self._source = (model, revision)
+        folder, self._source = open_model(model, revision, sha256)
         self.max_tokens = max_tokens
         self.device = torch.device(device)
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        options = {"revision": revision, "local_files_only": is_local(model)}
+        self.memory = Halving("T5", device)
+        options = {"dtype": compute_dtype(self.device), "local_files_only": True, "use_safetensors": True}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             with quiet_transformers():
-                self.model = T5EncoderModel.from_pretrained(model, dtype=dtype, **options).to(self.device).eval()
+                self.model = T5EncoderModel.from_pretrained(folder, **options).to(self.device).eval()
         except (OSError, ValueError) as error:
             raise cannot_load("T5 encoder", model, error) from error
 
@@ -75,15 +86,17 @@ class T5Encoder:
             return ids, False
         return [*ids[: self.max_tokens - 1], self.tokenizer.eos_token_id], True
 
-    @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> list[T5Tokens]:
         """Encode ``captions`` as one batch; the results are in their order.
 
-        Raises :class:`DataError` for an empty caption or features that float16 cannot hold.
+        Raises :class:`DataError` for an empty caption or features that float16 cannot hold, :class:`ResourceError`
+        when the GPU cannot hold one caption.
         """
-        if not captions:
-            return []
         tokens = [self.tokenize(caption) for caption in captions]
+        return [features for part in self.memory.run(self._encode, tokens) for features in part]
+
+    @torch.inference_mode()
+    def _encode(self, tokens: Sequence[tuple[list[int], bool]]) -> list[T5Tokens]:
         longest = max(len(ids) for ids, _ in tokens)
         padded = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_tokens)
         # The mask comes from the very tokens embedded here: no other row, no earlier caption can leave one behind.

@@ -1,16 +1,22 @@
-"""What a model folder or hub name is: the part of an encoder's fingerprint that says which weights were used."""
+"""What a model folder or hub name is: where its files are, and what a fingerprint says of its weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING
 
 from prep.errors import ConfigError
 from prep.files import sha256_file
+from prep.hub import CONFIG, Pin, Reference, digest, download, download_file, resolve
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, and identities need neither
+    import torch
+
+Source = tuple[str | Path, str | None, Mapping[str, str] | None]  # model, revision, SHA-256 of its files
 
 
 def is_local(model: str | Path) -> bool:
@@ -18,14 +24,53 @@ def is_local(model: str | Path) -> bool:
     return Path(model).is_dir()
 
 
-def model_identity(model: str | Path, revision: str | None) -> dict[str, str]:
-    """Name the weights of ``model`` without any path: a content hash for a folder, name and revision for the hub.
+def model_identity(model: str | Path, revision: str | None, sha256: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name the weights of ``model`` without any path.
 
-    A hub revision should be a commit hash in production; without one it is recorded as ``main``, which can move.
+    A content hash for a folder; for the hub its name, commit and one SHA-256 over those of its files. Before a hub
+    model is recorded (``prep/pins.py``) there is no hash, and the revision may be a branch.
     """
     if is_local(model):
         return {"content": folder_hash(Path(model))}
-    return {"model": str(model), "revision": revision or "main"}
+    identity = {"model": str(model), "revision": revision or "main"}
+    return identity | ({"sha256": digest(sha256)} if sha256 else {})
+
+
+def open_model(
+    model: str | Path, revision: str | None = None, sha256: Mapping[str, str] | None = None
+) -> tuple[Path, Source]:
+    """The folder with the files of ``model``, and what it was really made of: the commit and hashes of a hub model.
+
+    Downloaded unless the cache has it. With ``sha256`` the files must be those, else they are taken as they are found.
+    Raises :class:`ConfigError` for a model that cannot be had or has other bytes.
+    """
+    if is_local(model):
+        return Path(model), (model, None, None)
+    if revision and sha256:
+        return download(str(model), Pin(revision, dict(sha256))), (model, revision, sha256)
+    pin = resolve(Reference(str(model), revision))
+    folder = download_file(Reference(str(model), pin.revision), CONFIG).parent
+    return folder, (model, pin.revision, pin.files)
+
+
+def architecture(model: str | Path, revision: str | None = None) -> str:
+    """The ``model_type`` that the config of ``model`` states, "dinov2" for example. Raises as :func:`open_model`."""
+    path = Path(model) / CONFIG if is_local(model) else download_file(Reference(str(model), revision), CONFIG)
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", model, error) from error
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it (compute capability 8 and up), else float32.
+
+    Never float16: T5 overflows in it, and large vision transformers come close.
+    """
+    import torch
+
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def folder_hash(folder: Path) -> str:
@@ -38,6 +83,8 @@ def folder_hash(folder: Path) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers inside the block: progress is printed by us, in one form."""
+    from transformers.utils import logging as transformers_logging
+
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -48,9 +95,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def cannot_load(what: str, model: str | Path, error: Exception) -> ConfigError:
-    """The error for a model that does not load, with what a user can do about it."""
+    """The error for files that are there and do not load, with what a user can do about it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ConfigError(
-        f"cannot load the {what} {str(model)!r}: {reason}. Give a folder made by save_pretrained, or a hub name that "
-        "this machine may download (a gated one needs its licence accepted on huggingface.co and `hf auth login`)"
+        f"cannot load the {what} {str(model)!r}: {reason}. Give a folder made by save_pretrained, or the name of such "
+        "a model on the Hugging Face hub"
     )

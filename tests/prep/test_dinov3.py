@@ -152,8 +152,10 @@ def test_quantise_zeros_and_one_sided_extremes() -> None:
 
 
 def test_a_model_that_does_not_load_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="licence"):
+    with pytest.raises(ConfigError, match="neither a folder"):
         DINOv3Encoder(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        DINOv3Encoder(tmp_path)
 
 
 @pytest.mark.slow

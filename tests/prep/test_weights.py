@@ -40,5 +40,5 @@ def test_progress_bars_come_back() -> None:
 def test_errors_name_the_model_and_a_way_out() -> None:
     message = str(cannot_load("T5 encoder", "no/such", OSError("no/such is not a local folder\nand more")))
     assert "T5 encoder 'no/such': no/such is not a local folder. " in message
-    assert "hf auth login" in message
+    assert "save_pretrained" in message
     assert "OSError" in str(cannot_load("T5 encoder", "no/such", OSError()))
