@@ -42,6 +42,7 @@ DINO_WIDTH = {"production": 1024, "demo": 96}
 DINO_CELL, DINO_MIN_GRID = 16, 8  # the grid of ``prep/dinov3.py``, which takes seconds to import
 SCALE_GROUP = 64  # channels that share a scale
 JOINTS = 133
+NPY = 128  # bytes of an array's header
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
 
@@ -99,17 +100,17 @@ def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
     """The lines as text with their totals; ``free_gb`` is what is free at the output (None: nobody knows)."""
     if not lines:
         return ["nothing to compute: every layer of every shard is current"]
-    rows = [("layer", "shards", "samples", "on", "time", "GB", "why")]
+    rows = [("layer", "shards", "samples", "on", "time", "size", "why")]
     for line in lines:
         where = {"cpu": "CPU", "cuda": "GPU", "captions": "caption servers"}[line.device]
         workers = "" if line.device == "captions" else f"{line.actors} x "
         time = duration(line.seconds) + _label("seconds" in line.measured)
-        size = _gb(line.gb) + _label("gb" in line.measured)
+        size = _size(line.gb) + _label("gb" in line.measured)
         rows.append((line.layer, str(line.shards), str(line.samples), workers + where, time, size, line.why))
     guessed = _label(all("seconds" in line.measured for line in lines))
     total = duration(sum(line.seconds for line in lines)) + guessed
-    size = _gb(sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
-    room = "" if free_gb is None else f"{_gb(free_gb)} GB free at the output"
+    size = _size(sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
+    room = "" if free_gb is None else f"{_size(free_gb)} free at the output"
     rows.append(("total", "", "", "", total, size, room))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -119,8 +120,12 @@ def _label(measured: bool) -> str:
     return "" if measured else " (estimate)"
 
 
-def _gb(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+def _size(gb: float) -> str:
+    for unit in ("GB", "MB", "kB"):
+        if gb >= 0.1 or unit == "kB":
+            break
+        gb *= 1000
+    return f"{gb:.1f} {unit}"
 
 
 def reasons(plan: Plan, layer: str) -> str:
@@ -186,15 +191,17 @@ def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:
     if layer == "text":
         return _members(1200, 300)
     if layer == "t5":
-        return _members(2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
+        return _members(NPY + 2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
     if layer == "dino":
         scale, width = config.dino.input_scale or INPUT_SCALE[config.encoders], DINO_WIDTH[config.encoders]
         rows, columns = (
             max(DINO_MIN_GRID, math.floor(scale * side / DINO_CELL + 0.5)) for side in (size.height, size.width)
         )
         tokens = rows * columns
-        return _members(2 * width, tokens * width, 2 * tokens * math.ceil(width / SCALE_GROUP))
-    return _members(4 * 3 * JOINTS, 100)
+        return _members(
+            *(NPY + size for size in (2 * width, tokens * width, 2 * tokens * math.ceil(width / SCALE_GROUP)))
+        )
+    return _members(NPY + 4 * 3 * JOINTS, 100)
 
 
 def _members(*sizes: float) -> float:
@@ -227,8 +234,8 @@ def check_room(plan: Plan) -> None:
     free, total = free_bytes(storage), sum(needed.values())
     if free is None or total <= free:
         return
-    layers = ", ".join(f"{layer} {_gb(size / 1e9)}" for layer, size in needed.items())
+    layers = ", ".join(f"{layer} {_size(size / 1e9)}" for layer, size in needed.items())
     raise ResourceError(
-        f"output {storage} has {_gb(free / 1e9)} GB free, and what is missing takes about {_gb(total / 1e9)} GB "
+        f"output {storage} has {_size(free / 1e9)} free, and what is missing takes about {_size(total / 1e9)} "
         f"({layers}). Make room, choose another output, or write less: image.format=jpeg, a smaller base, fewer layers"
     )

@@ -141,7 +141,7 @@ def test_a_read_only_output_is_refused_at_the_driver(tmp_path, disk):
 def test_a_disk_that_cannot_hold_what_is_missing_is_refused_with_numbers(tmp_path, disk):
     settings, plan = prepared(tmp_path)
     disk(Path(settings.output), "size=32k")
-    with pytest.raises(ResourceError, match=r"has .* GB free, and what is missing takes about .* GB \(px .*\)"):
+    with pytest.raises(ResourceError, match=r"has .* kB free, and what is missing takes about .* MB \(px .*\)"):
         preflight(settings, plan, here)
 
 
