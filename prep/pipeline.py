@@ -77,8 +77,8 @@ def cluster_nodes() -> list[Node]:
 def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float = 30.0) -> dict[str, Any]:
     """Call a function of a module on every node; node id -> what it returned, or the exception.
 
-    A node that does not answer within ``timeout`` seconds gives a TimeoutError. Takes no CPUs, so it never waits for a
-    pass to end.
+    A node that does not answer within ``timeout`` seconds gives a TimeoutError, one that has gone meanwhile nothing.
+    Takes no CPUs, so it never waits for a pass to end.
     """
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     answers = {}
@@ -94,6 +94,9 @@ def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float 
             results[node] = TimeoutError(f"no answer within {timeout:g} seconds")
         except Exception as error:  # whatever it raised there is this node's answer
             results[node] = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if any(isinstance(result, BaseException) for result in results.values()):
+        there = {node.id for node in cluster_nodes()}  # Ray notices after seconds that a node has gone
+        results = {node: result for node, result in results.items() if node in there}
     return results
 
 

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from prep import cost
 from prep.config import dump_config
 from prep.console import Progress, duration, say
 from prep.errors import DataError, Interrupted
 from prep.lock import locked
 from prep.placement import Node, local_node, plan_passes
 from prep.plan import Plan, check_folders, make_plan, write_manifest
+from prep.preflight import preflight
 from prep.publish import Published, gate, publish
 from prep.settings import PrepConfig
 from prep.shards import Part, Unit, fingerprint_of, read_part
@@ -66,13 +68,17 @@ def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False
 
     Raises ResourceError for what could never fit, and DataError where the run would stop at once.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
     for line in plan.explain():
         say(line)
     if plan.missing:
         passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})
-        for line in remarks:
+        storage = open_storage(config.output)
+        free = cost.free_bytes(storage)
+        lines = cost.table(cost.estimate(plan, passes, storage), free if free is None else free / 1e9)
+        for line in [*remarks, *lines]:
             say(line)
+        cost.check_room(plan)
 
 
 def known_nodes() -> list[Node]:
@@ -97,14 +103,19 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
         start = time.monotonic()
         try:
             root.remove_temporary_files()
-            plan = make_plan(config)
-            why = plan.explain()
-            folder.log("plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=why)
-            for line in why if plan.missing else ():
-                say(line)
-            gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
-            write_manifest(plan)
-            work = compute(plan, folder) if plan.missing else {}
+            plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
+            work: dict[str, Work] = defaultdict(Work)
+            while True:
+                folder.log(
+                    "plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=plan.explain()
+                )
+                gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
+                write_manifest(plan)
+                if plan.missing:
+                    compute(plan, folder, work)
+                if not plan.again:
+                    break
+                plan = make_plan(config, prune=prune)  # what was made again may have given others something to do
             root.remove_temporary_files()
             lock.check()
             with Progress("publish", len(plan.sources)) as progress:
@@ -130,20 +141,25 @@ class Work:
     seconds: float = 0.0
 
 
-def compute(plan: Plan, folder: RunFolder) -> dict[str, Work]:
-    """Compute and commit the missing units, pass by pass.
+def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
+    """Compute and commit the missing units, pass by pass; adds what each layer took to ``work``.
 
     Between two passes the rejects are counted again: captions of a day are not asked for when half of the pictures
     turned out to be unusable.
     """
-    from prep.pipeline import cluster_nodes, ray_session, run_pass  # Ray takes seconds to import
+    from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass  # Ray takes seconds to import
 
     config = plan.config
-    work: dict[str, Work] = defaultdict(Work)
+    for line in plan.explain():
+        say(line)
     with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
         passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})
-        for line in remarks:
+        for line in [*remarks, *cost.table(cost.estimate(plan, passes, folder.storage))]:
             say(line)
+        preflight(config, plan, on_every_node)
+        for unit in plan.again:
+            folder.storage.delete(unit.part)
+        computed: list[str] = []
         for step in passes:
             tasks = plan.tasks(step.layers)
             if not tasks:
@@ -151,17 +167,27 @@ def compute(plan: Plan, folder: RunFolder) -> dict[str, Work]:
             layers = [layer for layer in step.layers if any(layer in task.recipes for task in tasks)]
             total = sum(len(task.sources) * len(task.recipes) for task in tasks)
             with Progress("+".join(layers), total, unit="samples x layers") as progress:
-                for units in run_pass(config, step, tasks):
+                asked = step.device == "captions"
+                if asked:
+                    from prep.captioner import caption_units
+
+                    results = caption_units(
+                        config, tasks, lambda counts: progress.update(counts.pop("samples"), **counts)
+                    )
+                else:
+                    results = run_pass(config, step, tasks)
+                for units in results:
                     folder.log("shard", units=units)
                     for unit in units:
                         work[unit["layer"]].samples += unit["samples"]
                         work[unit["layer"]].seconds += unit["seconds"]
                         for death in unit.get("deaths", ()):
                             say(f"a worker died ({death}); the samples it was working on were tried one by one")
-                    progress.advance(sum(unit["samples"] for unit in units))
+                    if not asked:  # the captions say for each sample when it is through
+                        progress.advance(sum(unit["samples"] for unit in units))
             if step is not passes[-1]:
-                gate(config, refused(plan, layers), plan.seen, folder.rejects)
-    return work
+                computed += layers
+                gate(config, refused(plan, computed), plan.seen, folder.rejects)
 
 
 def refused(plan: Plan, computed: list[str]) -> list[Reject]:

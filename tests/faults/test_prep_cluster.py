@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from ray.cluster_utils import Cluster
 
 from prep.settings import PrepConfig
 from prep.shards import Dataset
 from prep.sources import scan
+from tests.local_cluster import LocalCluster
 from tests.prep.test_pipeline import NETWORKS, files_of
 from tests.prep.test_plan import write_images
 
@@ -36,18 +35,7 @@ def environment(source) -> dict[str, str]:
     """What every process of every run has: the same two images end whoever decodes them."""
     keys = {item.name: item.key for item in scan(source, 10**6).sources}
     faults = ",".join(f"px.decode@{keys[name]}:{action}" for name, action in POISON.items())
-    return {"NANODIT_FAULT": faults, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token"}
-
-
-@pytest.fixture
-def cluster(environment, monkeypatch) -> Iterator[Cluster]:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+    return {"NANODIT_FAULT": faults, "OMP_NUM_THREADS": "1"}
 
 
 def start(config: PrepConfig, environment: dict[str, str], log: Path) -> subprocess.Popen:
@@ -86,35 +74,34 @@ def writer_of(root: Path) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environment, cluster, tmp_path):
+def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environment, tmp_path):
     fields = {"source": str(source), "base": 64, "shard_size": SHARD, "sample_timeout": 3, "layers": ["pose"]}
     disturbed = PrepConfig(output=str(tmp_path / "disturbed"), **fields)
     root, log = Path(disturbed.output), tmp_path / "log.txt"
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    joined = environment | {"RAY_ADDRESS": cluster.address}
     total = 2 * (IMAGES // SHARD)  # px and pose
 
     def at(share: float, process: subprocess.Popen) -> None:
         wait_for(lambda: committed(root) >= share * total, process, log)
 
-    for share in (0.1, 0.4):
-        driver = start(disturbed, joined, log)
-        at(share, driver)
+    with LocalCluster(nodes=3, environment=environment) as cluster:
+        for share in (0.1, 0.4):
+            driver = start(disturbed, cluster.environment, log)
+            at(share, driver)
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            assert not (root / "index.parquet").exists()
+        driver = start(disturbed, cluster.environment, log)
+        at(0.5, driver)
+        actors: list[int | None] = []
+        wait_for(lambda: actors.append(writer_of(root)) or actors[-1], driver, log)
+        os.kill(actors[-1], signal.SIGKILL)
+        at(0.65, driver)
+        os.kill(cluster.raylets[2], signal.SIGKILL)
+        at(0.9, driver)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        assert not (root / "index.parquet").exists()
-    driver = start(disturbed, joined, log)
-    at(0.5, driver)
-    actors: list[int] = []
-    wait_for(lambda: actors.append(writer_of(root)) or actors[-1], driver, log)
-    os.kill(actors[-1], signal.SIGKILL)
-    at(0.65, driver)
-    os.kill(nodes[1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    at(0.9, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    last = start(disturbed, joined, log)
-    assert last.wait(timeout=240) == 0, log.read_text()
+        last = start(disturbed, cluster.environment, log)
+        assert last.wait(timeout=240) == 0, log.read_text()
     assert log.read_text().count("an actor died") >= 2
 
     undisturbed = PrepConfig(output=str(tmp_path / "undisturbed"), **fields)

@@ -1,0 +1,69 @@
+"""A Ray cluster of several raylets on this machine, in a process of its own: ``with LocalCluster(nodes=3) as cluster``.
+
+The token is the cluster's own; ``cluster.environment`` lets a driver join it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
+
+class LocalCluster:
+    """``nodes`` raylets with ``cpus`` CPUs each; ``raylets`` are their process ids, the head's first."""
+
+    def __init__(self, nodes: int, cpus: int = 1, environment: dict[str, str] | None = None) -> None:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
+        self.environment = {**(environment or {}), **token}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(nodes), str(cpus)],
+            env=os.environ | self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started = self._answer()
+        self.raylets: list[int] = started["raylets"]
+        self.environment["RAY_ADDRESS"] = started["address"]
+
+    def add_node(self) -> int:
+        """Start one more raylet; its process id."""
+        self._process.stdin.write("add\n")
+        self._process.stdin.flush()
+        self.raylets.append(self._answer()["raylet"])
+        return self.raylets[-1]
+
+    def _answer(self) -> dict:
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the cluster's process ended with {self._process.wait()}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def main(nodes: int, cpus: int) -> None:
+    """Start the nodes and serve ``add`` until the input is closed."""
+    from ray.cluster_utils import Cluster
+
+    def pid(node) -> int:
+        return node.all_processes["raylet"][0].process.pid
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    raylets = [pid(cluster.head_node)] + [pid(cluster.add_node(num_cpus=cpus)) for _ in range(nodes - 1)]
+    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"raylet": pid(cluster.add_node(num_cpus=cpus))}), flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
