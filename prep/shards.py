@@ -365,28 +365,36 @@ class Dataset:
         place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
         return read_range(self.storage, unit, row["key"], name, *place)
 
+    def _array(self, row: dict[str, Any], member: str) -> np.ndarray:
+        data = self.read(row, member)
+        try:
+            return load_npy(data)
+        except (ValueError, EOFError) as error:  # a pickle, for which numpy has a ValueError, or no array at all
+            where = (
+                f"{Unit(row['bucket'], row['shard'], member.partition('/')[0])}, sample {row['key']}, member {member}"
+            )
+            raise DataError(f"{where}: {error}. Run prep verify --repair, then prep run.") from error
+
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
         """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
         return decode_pixels(self.read(row, f"px/{self._pixels}"))
 
     def t5(self, row: dict[str, Any]) -> np.ndarray:
         """Text features of the valid tokens, float16 (L, Wt)."""
-        return load_npy(self.read(row, "t5/t5.npy"))
+        return self._array(row, "t5/t5.npy")
 
     def cls(self, row: dict[str, Any]) -> np.ndarray:
         """The DINOv3 class token, float32 (Wd,)."""
-        return load_npy(self.read(row, "dino/cls.npy"))
+        return self._array(row, "dino/cls.npy")
 
     def patches(self, row: dict[str, Any]) -> np.ndarray:
         """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd)."""
-
-        quantised = load_npy(self.read(row, "dino/dino.npy"))
-        scale = load_npy(self.read(row, "dino/dino_scale.npy"))
+        quantised, scale = self._array(row, "dino/dino.npy"), self._array(row, "dino/dino_scale.npy")
         return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
 
     def pose(self, row: dict[str, Any]) -> np.ndarray:
         """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
-        return load_npy(self.read(row, "pose/pose.npy"))
+        return self._array(row, "pose/pose.npy")
 
     def truth(self) -> dict[str, dict[str, Any]] | None:
         """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one.
