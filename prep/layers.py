@@ -191,7 +191,7 @@ class LayerWorker:
 
     def dino(self, job: Job) -> None:
         """Crops -> the DINOv3 class token and quantised patch tokens."""
-        from prep.quantise import quantise
+        from prep.quantise import quantise, worst_cosine
 
         encoder = self._encoder(job)
         facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
@@ -199,10 +199,13 @@ class LayerWorker:
             for keys, images in self._images(job, writer, self.config.dino.batch_size):
                 tokens, patches = encoder.encode(images)
                 for key, cls, grid in zip(keys, tokens, patches):
-                    quantised, scale = quantise(grid.reshape(-1, grid.shape[-1]))
+                    features = grid.reshape(-1, grid.shape[-1])
+                    quantised, scale = quantise(features)
                     arrays = {"cls.npy": cls, "dino.npy": quantised, "dino_scale.npy": scale}
                     members = {name: npy_bytes(array) for name, array in arrays.items()}
-                    writer.add(key, members, dino_h=grid.shape[0], dino_w=grid.shape[1])
+                    columns = {"dino_h": grid.shape[0], "dino_w": grid.shape[1]}
+                    columns["dino_cosine"] = round(worst_cosine(features, quantised, scale), 6)
+                    writer.add(key, members, **columns)
 
     def pose(self, job: Job) -> None:
         """Crops -> the joints of the largest person, and everybody's box."""

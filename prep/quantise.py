@@ -28,3 +28,14 @@ def quantise(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def dequantise(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Read back what :func:`quantise` stored: float32 (N, W)."""
     return q.astype(np.float32) * np.repeat(scale.astype(np.float32), GROUP, axis=-1)[:, : q.shape[-1]]
+
+
+def worst_cosine(patches: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:
+    """The smallest cosine between features (N, W) and what is read back of them: what storing them in int8 costs.
+
+    A token without any signal is not counted; 1.0 where all are.
+    """
+    back = dequantise(q, scale)
+    lengths = np.linalg.norm(patches, axis=-1) * np.linalg.norm(back, axis=-1)
+    products = np.einsum("nw,nw->n", patches, back)
+    return float(np.min(products[lengths > 0] / lengths[lengths > 0], initial=1.0))

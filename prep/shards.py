@@ -50,7 +50,7 @@ LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "px": {"phash": pa.string(), "sharpness": pa.float64(), "thumbnail": pa.binary()},
     "text": {"caption": pa.string()},
     "t5": {"t5_tokens": pa.int32(), "t5_truncated": pa.bool_()},
-    "dino": {"dino_h": pa.int32(), "dino_w": pa.int32()},
+    "dino": {"dino_h": pa.int32(), "dino_w": pa.int32(), "dino_cosine": pa.float32()},  # worst token's, after int8
     "pose": {"persons": pa.int32()},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTMode
 from prep.demo import build_dino
 from prep.dinov3 import IMAGENET_MEAN, IMAGENET_STD, DINOv3Encoder, fingerprint
 from prep.errors import ConfigError
-from prep.quantise import dequantise, quantise
+from prep.quantise import dequantise, quantise, worst_cosine
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,7 @@ def test_quantise_keeps_directions_even_with_outlier_channels(width: int) -> Non
     back = dequantise(q, scale)
     assert back.dtype == np.float32
     cosine = F.cosine_similarity(torch.from_numpy(back), torch.from_numpy(features)).min()
+    assert worst_cosine(features, q, scale) == pytest.approx(float(cosine), abs=1e-6)
     assert cosine > (0.9995 if width >= 1024 else 0.995)
     # at most half a step off, up to the rounding of the scale itself
     step = np.repeat(scale.astype(np.float32), 64, axis=1)[:, :width]
@@ -136,6 +138,25 @@ def test_quantise_plain_features_to_four_nines() -> None:
     features = np.random.default_rng(0).standard_normal((200, 1024)).astype(np.float32)
     cosine = F.cosine_similarity(torch.from_numpy(dequantise(*quantise(features))), torch.from_numpy(features))
     assert cosine.min() > 0.9999
+
+
+def test_worst_cosine_is_that_of_the_worst_token() -> None:
+    features = np.random.default_rng(1).standard_normal((5, 128)).astype(np.float32)
+    features[4] = 0  # no direction to lose
+    q, scale = quantise(features)
+    assert worst_cosine(features, q, scale) > 0.9999
+    q[2] = -q[2]
+    assert worst_cosine(features, q, scale) < -0.9999
+    assert worst_cosine(features[4:], q[4:], scale[4:]) == 1.0
+
+
+def test_demo_features_survive_int8(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    encoder = DINOv3Encoder(folder, input_scale=1.0)
+    images = np.random.default_rng(0).integers(0, 256, (4, 128, 160, 3), dtype=np.uint8)
+    features = encoder.encode(images)[1].reshape(-1, encoder.width)
+    worst = worst_cosine(features, *quantise(features))
+    record_property("int8_worst_cosine", worst)
+    assert worst > 0.9999
 
 
 def test_quantise_zeros_and_one_sided_extremes() -> None:

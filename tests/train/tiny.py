@@ -83,7 +83,7 @@ def _sample(rng: np.random.Generator, width: int, height: int, h: int, w: int) -
         "t5": ({"t5.npy": npy_bytes(tokens)}, {"t5_tokens": len(tokens), "t5_truncated": False}),
         "dino": (
             {"cls.npy": npy_bytes(cls), "dino.npy": npy_bytes(patches), "dino_scale.npy": npy_bytes(scale)},
-            {"dino_h": h, "dino_w": w},
+            {"dino_h": h, "dino_w": w, "dino_cosine": 1.0},
         ),
         "pose": ({"pose.npy": npy_bytes(pose), "json": json.dumps({"persons": 1}).encode()}, {"persons": 1}),
     }
