@@ -7,6 +7,7 @@ or a sick GPU costs seconds. With ``RAY_ADDRESS`` every node of that cluster is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from prep.doctor_check import RESOURCE, SETUP, Check, exit_code, fail, ok, show,
 from prep.doctor_models import check_model, check_network, encoder_names, examine_server, server_checks
 from prep.doctor_node import GCS_PORT, examine_node, first_line
 from prep.doctor_places import cache_check, place_checks, store_checks
-from prep.doctor_rules import Needs, cluster_checks, needs_of, node_checks
+from prep.doctor_rules import Needs, cluster_checks, count, named, needs_of, node_checks
 from prep.errors import NanoditError
 from prep.settings import PrepConfig
 
@@ -135,9 +136,10 @@ def caption_servers(captions: CaptionConfig) -> Checks:
 def cluster(needs: Needs, address: str) -> Checks:
     """Examine every node of the running Ray; the checks of each carry its name."""
     if refusal := _unreachable(address):
-        return [refusal]
+        return [refusal, *node_checks(examine_node(), needs, False)]
     from prep.pipeline import cluster_nodes, on_every_node, ray_session
 
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it minds not being in the main thread
     try:
         with ray_session():
             before = time.time()
@@ -146,13 +148,15 @@ def cluster(needs: Needs, address: str) -> Checks:
             nodes = {node.id: node for node in cluster_nodes()}
     except (RuntimeError, ConnectionError) as error:  # Ray's words for other versions, a wrong token, no cluster
         fix = "use the cluster's Python and Ray (`ray status` there), and its token in ~/.ray/auth_token"
-        return [fail("ray", SETUP, f"cannot join {address}: {first_line(str(error))}", fix)]
+        refusal = fail("ray", SETUP, f"cannot join {address}: {first_line(str(error))}", fix)
+        return [refusal, *node_checks(examine_node(), needs, False)]
     machines: dict[str, Any] = {}
     for identity, answer in answers.items():
-        node = nodes.get(identity)
         # a host with several GPUs may be several nodes of Ray, and is examined once
-        machines.setdefault(f"{node.hostname} ({node.address})" if node else identity[:8], answer)
-    found = [ok("ray", f"{len(answers)} nodes on {len(machines)} machines"), *cluster_checks(machines, before, after)]
+        machines.setdefault(nodes[identity].address if identity in nodes else identity[:8], answer)
+    machines = named(machines)
+    found = [ok("ray", f"{count(len(answers), 'node')} on {count(len(machines), 'machine')}")]
+    found += cluster_checks(machines, needs, before, after)
     for name, facts in machines.items():
         if not isinstance(facts, BaseException):
             found += [replace(check, node=name) for check in node_checks(facts, needs, True)]

@@ -124,7 +124,7 @@ def _ask_hub(label: str, section: str, reference: Reference, files: Sequence[str
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        text = f"{reference} is not on this machine, and HF_HUB_OFFLINE forbids downloads"
+        text = f"{reference} is not in the cache, and HF_HUB_OFFLINE forbids downloads"
         fix = _advice("unset HF_HUB_OFFLINE, or copy HF_HOME from a machine that has it", reference)
         return fail(label, SETUP, text, fix)
     error: Exception | None = None
@@ -175,8 +175,8 @@ def _refused(label: str, section: str, reference: Reference, error: Exception) -
     elif status:
         return fail(label, RESOURCE, f"the hub answers {status} for {model}", "wait a few minutes and ask again")
     else:
-        fix = "connect this machine, set HF_ENDPOINT to a mirror, or copy HF_HOME from a machine that has it"
-        found = f"{reference} is not on this machine, and {constants.ENDPOINT} does not answer"
+        fix = "connect this machine, or copy HF_HOME from one that has it"
+        found = f"{reference} is not in the cache, and {urlsplit(constants.ENDPOINT).netloc} does not answer"
         return fail(label, RESOURCE, found, _advice(fix, reference))
     return fail(label, SETUP, found, fix)
 

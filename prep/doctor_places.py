@@ -17,7 +17,7 @@ from prep.storage import LocalFolder, Storage, open_storage
 
 GB = 1e9
 SCAN_SECONDS = 3.0
-SAMPLE_BYTES = 2.7e6  # at base 1024, all layers (PREP tables in the README)
+SAMPLE_BYTES = {"webp": 2.7e6, "jpeg": 2.0e6}  # at base 1024, all layers
 DISK_LEAST = 1 * GB
 MODEL_CACHE = 8 * GB  # T5-Large and DINOv3 with their download in progress
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -114,14 +114,14 @@ def disk_check(config: PrepConfig, images: int) -> Check:
     """Free space at the output against what ``images`` images take, and at the hub's cache."""
     folder = _existing(Path(config.output).resolve())
     free = shutil.disk_usage(folder).free
-    need = images * SAMPLE_BYTES * (config.base / 1024) ** 2
+    need = images * SAMPLE_BYTES[config.image.format] * (config.base / 1024) ** 2
     found = f"{free / GB:.1f} GB free at {folder}"
     if free < DISK_LEAST:
         return fail("disk", RESOURCE, found, "make room, or choose an output on another disk")
     if free < need:
-        found += f", and {images} images take about {need / GB:.1f} GB"
+        found += f"; {images} images take about {need / GB:.1f} GB"
         return warn("disk", found, "make room, choose another disk, or image.format=jpeg; `prep plan` says how much")
-    return ok("disk", found + (f", {images} images take about {need / GB:.1f} GB" if images else ""))
+    return ok("disk", found + (f"; {images} images take about {max(need / GB, 0.1):.1f} GB" if images else ""))
 
 
 def cache_check() -> Check:

@@ -6,6 +6,7 @@ import ipaddress
 import platform
 import resource
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -269,37 +270,53 @@ def _tokens(facts: dict[str, Any]) -> Check:
 # --- judging the cluster ----------------------------------------------------------------------------------------------
 
 
-def cluster_checks(nodes: dict[str, Any], before: float, after: float) -> list[Check]:
-    """Whether the nodes agree; values are facts of :func:`examine_node` or the exception that was raised instead.
+def named(machines: Mapping[str, Any]) -> dict[str, Any]:
+    """The answers by what people call the machines: the host's name, with the address where two share a name."""
+    hosts = {
+        address: address if isinstance(facts, BaseException) else facts["host"] for address, facts in machines.items()
+    }
+    shared = {host for host, times in Counter(hosts.values()).items() if times > 1}
+    return {
+        f"{hosts[address]} ({address})" if hosts[address] in shared else hosts[address]: facts
+        for address, facts in machines.items()
+    }
 
-    ``before`` and ``after`` are this machine's times around the examination.
+
+def cluster_checks(machines: Mapping[str, Any], needs: Needs, before: float, after: float) -> list[Check]:
+    """Whether the machines of a cluster agree, and have a GPU among them.
+
+    The values are facts of ``examine_node``, or the exception that was raised instead; ``before`` and ``after`` are
+    this machine's times around the examination.
     """
-    answers = {name: facts for name, facts in nodes.items() if not isinstance(facts, BaseException)}
-    checks = [
-        replace(
-            fail(
-                "node",
-                RESOURCE,
-                f"cannot be examined: {first_line(str(error) or type(error).__name__)}",
-                "look at `ray status` and at that machine; restart it with `ray start --address=HEAD:6379`",
-            ),
-            node=name,
-        )
-        for name, error in nodes.items()
-        if isinstance(error, BaseException)
-    ]
+    answers = {name: facts for name, facts in machines.items() if not isinstance(facts, BaseException)}
+    checks = []
+    for name, error in machines.items():
+        if isinstance(error, BaseException):
+            found = f"cannot be examined: {first_line(str(error) or type(error).__name__)}"
+            fix = "see `ray status` and that machine; restart it with `ray start --address=HEAD:6379`"
+            checks.append(replace(fail("node", RESOURCE, found, fix), node=name))
     if not answers:
         return checks
-    versions = {name: {"Python": facts["python"], **facts["packages"]} for name, facts in answers.items()}
-    checks += _equal_versions(versions)
-    away = {name: clock_difference(facts["time"], before, after) for name, facts in answers.items()}
-    late = [f"{name} by {seconds:.0f} s" for name, seconds in away.items() if seconds > CLOCK_SECONDS]
-    if late:
-        fix = "switch network time on there: sudo timedatectl set-ntp true"
-        checks.append(warn("clock", f"differs from this machine's on {', '.join(late)}", fix))
-    else:
-        checks.append(ok("clock", f"equal on {len(answers)} nodes"))
+    if needs.device != "cpu" and needs.memory_gb and not any(facts["gpus"] for facts in answers.values()):
+        found = "no machine has an NVIDIA GPU: the encoders run on CPUs, at seconds per image"
+        fix = "add a machine that has one (README, A cluster). `prep plan` says how long it takes as it is"
+        must = needs.device == "cuda"
+        checks.append(fail("gpu", RESOURCE, found, fix) if must else warn("gpu", found, fix))
+    if len(answers) > 1:
+        checks += _equal_versions(
+            {name: {"Python": facts["python"]} | facts["packages"] for name, facts in answers.items()}
+        )
+        checks.append(_clock(answers, before, after))
     return checks
+
+
+def _clock(answers: Mapping[str, Any], before: float, after: float) -> Check:
+    away = {name: clock_difference(facts["time"], before, after) for name, facts in answers.items()}
+    wrong = [f"{name} by {seconds:.0f} s" for name, seconds in away.items() if seconds > CLOCK_SECONDS]
+    if not wrong:
+        return ok("clock", f"equal on {len(answers)} machines")
+    fix = "switch network time on there: sudo timedatectl set-ntp true"
+    return warn("clock", f"differs from this machine's on {', '.join(wrong)}", fix)
 
 
 def _equal_versions(versions: dict[str, dict[str, str]]) -> list[Check]:
@@ -319,9 +336,14 @@ def _equal_versions(versions: dict[str, dict[str, str]]) -> list[Check]:
         else:
             fix = f"pip install {package}=={usual} there; with unequal versions the bytes depend on who computed them"
             checks.append(warn("versions", text, fix))
-    return checks or [ok("versions", f"Python and {len(packages) - 1} packages are equal on {len(versions)} nodes")]
+    return checks or [ok("versions", f"Python and {len(packages) - 1} packages are equal on {len(versions)} machines")]
 
 
 def clock_difference(there: float, before: float, after: float) -> float:
     """Seconds by which a clock that read ``there`` some time between ``before`` and ``after`` is certainly wrong."""
     return max(before - there, there - after, 0.0)
+
+
+def count(number: int, what: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
