@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from prep import report_facts as facts
 from prep import report_views as views
+from prep.console import Progress
 from prep.errors import DataError
 from prep.files import write_atomic
 from prep.publish import REJECTS, warn
@@ -46,25 +47,33 @@ def render(storage: Storage) -> str:
     dataset = Dataset(storage)
     if not len(dataset):
         raise DataError(f"{storage}: the index holds no sample, so there is nothing to show")
-    rejects, thumbnails = read_rejects(storage), Thumbnails(dataset)
-    info = dataset.info
+    info, table, rejects = dataset.info, dataset.table, read_rejects(storage)
+    thumbnails = Thumbnails(dataset)
+    sections = {
+        "buckets": lambda: views.buckets(dataset, thumbnails),
+        "crops": lambda: views.crops(table),
+        "captions": lambda: views.captions(dataset, thumbnails),
+        "poses": lambda: views.poses(dataset, thumbnails),
+        "duplicates": lambda: views.duplicates(dataset, thumbnails, rejects),
+        "rejects": lambda: views.refused(rejects, RejectPictures(dataset)),
+        "bytes": lambda: facts.layer_bytes(dataset),
+        "models": lambda: facts.models(info),
+        "timings": lambda: facts.timings(facts.read_runs(storage)),
+        "warnings": lambda: warn(table, info["buckets"]),
+    }
+    shown = {}
+    with Progress("report", len(sections), "sections") as progress:
+        for name, make in sections.items():
+            shown[name] = make()
+            progress.advance()
     return _template().render(
+        **shown,
         info=info,
         fingerprint=dataset.fingerprint,
         absent=[layer for layer in LAYERS if layer not in dataset.layers],
-        warnings=warn(dataset.table, info["buckets"]),
-        bytes=facts.layer_bytes(dataset),
-        buckets=views.buckets(dataset, thumbnails),
         sheet=views.SHEET,
-        crops=views.crops(dataset.table),
-        captions=views.captions(dataset, thumbnails),
-        poses=views.poses(dataset, thumbnails),
-        duplicates=views.duplicates(dataset, thumbnails, rejects),
-        rejects=views.refused(rejects, RejectPictures(dataset, storage)),
         rejects_known=rejects is not None,
-        models=facts.models(info),
         stages=json.dumps(info.get("stages", {}), indent=2, ensure_ascii=False, sort_keys=True),
-        timings=facts.timings(facts.read_runs(storage)),
     )
 
 

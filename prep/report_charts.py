@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 34, 40
-BINS = 24  # at most about so many bars
+BINS, FEWEST = 24, 8  # about so many bars, or room for them
 COMMON = 0.98  # the share of the values that the axis shows in any case
 OUTLIER = 1.5  # a maximum beyond this multiple of the common values goes into a bar of its own
 GAP = 10  # between the bars and that one
@@ -47,6 +47,7 @@ def bin_values(values: np.ndarray, whole: bool = True) -> Bins:
     width = round_step(max(limit - low, 1e-9) / BINS) if limit > low else (1.0 if whole else 0.01)
     width = max(1.0, width) if whole else width
     first, last = math.floor(low / width + 1e-9), math.floor(limit / width + 1e-9) + 1
+    last = max(last, first + FEWEST)
     edges = np.arange(first, last + 1) * width
     places = np.floor(values / width + 1e-9).astype(np.int64) - first
     inside = places < last - first
@@ -97,16 +98,20 @@ def histogram(values: np.ndarray, name: str, marks: Sequence[tuple[float, str]] 
         parts.append(_bar(start, WIDTH - RIGHT, base, height(bins.beyond), title, "bin beyond"))
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{base + 18}" text-anchor="end">more</text>')
     step = round_step((high - low) / 5)
+    if not percent:
+        step = max(1.0, step)
+    # single numbers stand below the middle of their bars
+    middle = 0.5 if not percent and bins.edges[1] - low == 1 else 0.0
     # the last tick would run into the word "more"
     end = high - (0.08 * (high - low) if bins.beyond else 0)
-    for index in range(math.ceil(low / step - 1e-9), math.floor(end / step + 1e-9) + 1):
-        x = across(index * step)
+    for index in range(math.ceil(low / step - 1e-9), math.floor((end - middle) / step + 1e-9) + 1):
+        x = across(index * step + middle)
         parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{words(index * step)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     parts.append(f'<text class="name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">')
     parts.append(f"{escape(name)}</text>")
     for row, (value, text) in enumerate(mark for mark in marks if low <= mark[0] <= high):
-        x, y = across(value), 11 + 13 * (row % 2)
+        x, y = across(value + middle), 11 + 13 * (row % 2)
         anchor = "end" if x > WIDTH / 2 else "start"
         shift = -5 if anchor == "end" else 5
         parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{base}"/>')

@@ -68,14 +68,14 @@ class RejectPictures:
     Sources are looked for in the folder that the newest run was given. No picture is "", never an error: files move.
     """
 
-    def __init__(self, dataset: Dataset, storage: Storage) -> None:
-        self.dataset, self.storage = dataset, storage
-        self.folder = source_folder(storage)
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.folder = source_folder(dataset.storage)
         self._places: dict[str, tuple[str, str, int]] = {}
 
     def make(self, rejects: Sequence[Mapping[str, str]]) -> list[str]:
         """One data URI, or "", per row of the rejects table."""
-        self._places = _places(self.storage, [reject["source"] for reject in rejects])
+        self._places = _places(self.dataset.storage, [reject["source"] for reject in rejects])
         return in_parallel(self._picture, rejects)
 
     def _picture(self, reject: Mapping[str, str]) -> str:
@@ -90,7 +90,7 @@ class RejectPictures:
             return ""
         key, bucket, shard = self._places[name]
         try:
-            data = self.storage.read(Unit(bucket, shard, "px").part)
+            data = self.dataset.storage.read(Unit(bucket, shard, "px").part)
             part = pq.read_table(pa.BufferReader(data))
             for row in part.filter(pc.equal(part["key"], key)).to_pylist():
                 return embed(Image.fromarray(self.dataset.pixels(row | {"bucket": bucket, "shard": shard})), SMALL)
