@@ -3,13 +3,33 @@
 import io
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from prep.dedup import assign_splits, duplicate_groups, holdout_size, perceptual_hash, thumbnail
+from prep import dedup
+from prep.dedup import (
+    CLS_COSINE,
+    OFF,
+    Groups,
+    assign_splits,
+    duplicate_groups,
+    holdout_size,
+    join_by_cosine,
+    near_pairs,
+    perceptual_hash,
+    thumbnail,
+)
+from prep.demo import ASSETS, DETECTOR, POSE
 from prep.figures import draw_figure
+from prep.layers import LayerWorker
+from prep.plan import make_plan, write_manifest
+from prep.publish import cls_cosine, publish
+from prep.run import current_parts
+from prep.settings import PrepConfig
+from prep.shards import Dataset, Unit, read_part
 
 KEYS = st.lists(st.text("0123456789abcdef", min_size=4, max_size=4), min_size=1, max_size=60, unique=True)
 
@@ -66,6 +86,72 @@ def test_many_equal_pictures_are_one_group():
     assert len(set(groups_of([np.zeros((64, 64, 3), np.uint8)] * 300).values())) == 1
 
 
+# --- class tokens -----------------------------------------------------------------------------------------------------
+
+
+def grouped(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
+    groups = Groups(len(vectors))
+    join_by_cosine(groups, vectors, threshold)
+    roots = groups.roots()
+    return {frozenset(np.flatnonzero(roots == root).tolist()) for root in roots}
+
+
+def grouped_plainly(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
+    """The same by the definition: all pairs, and sets that are merged until nothing changes."""
+    unit = vectors.astype(np.float64) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sets = [{int(index), int(other)} for index, other in np.argwhere(unit @ unit.T > threshold)]
+    sets += [{index} for index in range(len(vectors))]
+    merged: list[set[int]] = []
+    for one in sets:
+        touching = [other for other in merged if other & one]
+        merged = [other for other in merged if not other & one] + [one.union(*touching)]
+    return {frozenset(one) for one in merged}
+
+
+@pytest.mark.parametrize("width", [8, 96, 200])
+@pytest.mark.parametrize("tile", [(2048, 8192), (7, 11)])
+@given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]))
+def test_class_tokens_connect_exactly_the_pairs_above_the_threshold(width, tile, seed, threshold):
+    generator = np.random.default_rng(seed)
+    centres = generator.standard_normal((12, width)) * np.linspace(3, 0.1, width)
+    noise = generator.uniform(0, 0.5, (60, 1)) * generator.standard_normal((60, width)) * np.linspace(3, 0.1, width)
+    vectors = (centres[generator.integers(0, 12, 60)] + noise).astype(np.float32)
+    before, dedup.TILE = dedup.TILE, tile
+    try:
+        assert grouped(vectors, threshold) == grouped_plainly(vectors, threshold)
+    finally:
+        dedup.TILE = before
+
+
+def test_many_equal_class_tokens_are_one_group_and_none_is_off(monkeypatch):
+    monkeypatch.setattr(dedup, "MEASURED", 256)
+    vectors = np.ones((400, 128), np.float32)
+    assert len(grouped(vectors, 0.98)) == 1
+    assert len(grouped(vectors, OFF)) == 400
+    assert len(grouped(np.zeros((3, 128), np.float32), 0.98)) == 3  # no direction is like no other
+
+
+def test_either_kind_of_likeness_makes_a_group():
+    pictures = [photograph(0), photograph(0), photograph(1), photograph(2)]
+    tokens = np.eye(4, 300, dtype=np.float32)
+    tokens[2] = tokens[1]
+    hashes, small = [perceptual_hash(p) for p in pictures], [thumbnail(p) for p in pictures]
+    assert duplicate_groups(list("abcd"), hashes, small, tokens, 0.98) == {"a": "a", "b": "a", "c": "a", "d": "d"}
+    assert duplicate_groups(list("abcd"), hashes, small, tokens) == {"a": "a", "b": "a", "c": "c", "d": "d"}
+
+
+def test_class_tokens_count_for_production_encoders_alone_unless_asked_for():
+    def threshold(**fields) -> float:
+        return cls_cosine(PrepConfig(source="a", output="b", **fields))
+
+    assert threshold() == CLS_COSINE["production"] < OFF == threshold(encoders="demo")
+    assert threshold(encoders="demo", duplicates={"cls_cosine": 0.9}) == 0.9
+    assert threshold(duplicates={"cls_cosine": 1.0}) == threshold(layers=["pose"]) == OFF
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("count", "size"), [(1, 0), (4, 0), (5, 1), (100, 20), (320, 64), (2500, 64), (3200, 64), (10_000, 200)]
 )
@@ -109,3 +195,138 @@ def test_a_new_sample_that_would_link_both_sides_is_left_out():
     split = assign_splits({"a": "a", "b": "a", "new": "a", "x": "x", "y": "x"}, published, 0, 0.5, 0)
     assert split.linking == ["new"]
     assert split.sides == {**published, "y": "train"}
+
+
+@given(KEYS, st.data())
+def test_groups_do_not_depend_on_the_order(keys, data):
+    pictures = data.draw(st.lists(st.integers(0, 4), min_size=len(keys), max_size=len(keys)))
+    kinds = [PICTURES[number] for number in pictures]
+    tokens = np.eye(5, 64)[[number // 2 for number in pictures]]
+    order = data.draw(st.permutations(range(len(keys))))
+
+    def groups(indices):
+        hashes, small = ([kinds[index][part] for index in indices] for part in (0, 1))
+        return duplicate_groups([keys[index] for index in indices], hashes, small, tokens[list(indices)], 0.98)
+
+    first = groups(range(len(keys)))
+    assert first == groups(order)
+    split = assign_splits(first, {}, 0, 0.2, 5)
+    assert split == assign_splits(groups(order), {}, 0, 0.2, 5)
+    assert len({(first[key], side) for key, side in split.sides.items()}) == len(set(first.values()))
+
+
+@given(KEYS, st.data())
+def test_trap_10_whatever_is_added_or_lost_published_keys_never_move_and_nothing_leaks(keys, data):
+    """Several publications, each with other samples and other groups."""
+    published: dict[str, str] = {}
+    for round_ in range(3):
+        chosen = data.draw(st.lists(st.sampled_from(keys), min_size=1, unique=True), label=f"keys {round_}")
+        numbers = data.draw(st.lists(st.integers(0, 6), min_size=len(chosen), max_size=len(chosen)))
+        names = {number: min(key for key, n in zip(chosen, numbers) if n == number) for number in numbers}
+        groups = {key: names[number] for key, number in zip(chosen, numbers)}
+        split = assign_splits(groups, published, 0, 0.3, 2)
+        assert {key: side for key, side in split.sides.items() if key in published} == {
+            key: published[key] for key in chosen if key in published
+        }  # trap 10
+        assert set(split.sides).isdisjoint(split.linking)
+        assert set(split.sides) | set(split.linking) == set(chosen)
+        for name in names.values():
+            sides = {split.sides[key] for key in groups if groups[key] == name and key in split.sides}
+            old = {published[key] for key in groups if groups[key] == name and key in published}
+            assert sides <= old if old else len(sides) == 1
+            rejected = {key for key in split.linking if groups[key] == name}
+            assert bool(rejected) <= (len(old) == 2)
+            assert len(old) < 2 or rejected == {key for key in groups if groups[key] == name and key not in published}
+        published = split.sides
+
+
+PICTURES = [(perceptual_hash(photograph(seed)), thumbnail(photograph(seed))) for seed in range(5)]
+
+
+# --- leaks (P05) ------------------------------------------------------------------------------------------------------
+
+
+def leaks(dataset: Dataset, threshold: float) -> tuple[int, int]:
+    """How many near duplicates of either kind lie on one side, and how many on both, counted from what is on disk."""
+    rows = dataset.rows()
+    parts = [read_part(dataset.root, Unit(*place, "px")) for place in {(row["bucket"], row["shard"]) for row in rows}]
+    small = {
+        key: data for part in parts for key, data in zip(*(part.table[n].to_pylist() for n in ("key", "thumbnail")))
+    }
+    pairs = set(near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows]))
+    tokens = np.stack([dataset.cls(row) for row in rows]).astype(np.float64)
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    pairs |= {(int(a), int(b)) for a, b in np.argwhere(tokens @ tokens.T > threshold) if a < b}
+    across = [pair for pair in pairs if rows[pair[0]]["split"] != rows[pair[1]]["split"]]
+    return len(pairs) - len(across), len(across)
+
+
+def prepare(config: PrepConfig) -> Dataset:
+    plan = make_plan(config)
+    write_manifest(plan)
+    worker = LayerWorker(config)
+    for task in plan.tasks(config.active_layers):
+        worker.run(task)
+    publish(plan, current_parts(plan), "runs/rejects.parquet")
+    return Dataset(config.output)
+
+
+@pytest.mark.slow
+def test_p05_duplicates_stay_on_one_side_and_nothing_leaks(tmp_path):
+    source, threshold = tmp_path / "source", 0.9999
+    source.mkdir()
+    for seed in range(20):
+        Image.fromarray(photograph(seed, 128)).save(source / f"{seed:02d}.png")
+        if seed % 2:
+            Image.fromarray(edited(photograph(seed, 128), "jpeg")).save(source / f"{seed:02d}-jpeg.png")
+    (source / "00-exact.png").write_bytes((source / "00.png").read_bytes())
+    fields = {"base": 64, "encoders": "demo", "layers": ["dino"], "holdout": 0.4, "shard_size": 8}
+    config = PrepConfig(
+        source=str(source), output=str(tmp_path / "out"), duplicates={"cls_cosine": threshold}, **fields
+    )
+    first = prepare(config)
+    assert first.info["counts"] == {"samples": 30, "train": 18, "holdout": 12, "rejects": 1}
+    assert first.info["stages"]["split"]["cls_cosine"] == threshold
+    together, across = leaks(first, threshold)
+    assert (together >= 10, across) == (True, 0)
+    sides = {row["source"]: row["split"] for row in first.rows()}
+
+    # copies of some of either side, half the size: each goes to its original's
+    for seed in range(0, 20, 2):
+        copy = Image.fromarray(photograph(seed, 128)).resize((96, 96), Image.Resampling.LANCZOS)
+        copy.save(source / f"{seed:02d}-half.png")
+    second = prepare(config)
+    new = {row["source"]: row["split"] for row in second.rows()}
+    assert {name: new[name] for name in sides} == sides  # trap 10
+    assert leaks(second, threshold)[1] == 0
+    assert leaks(second, threshold)[0] >= 20
+
+
+def test_p05_a_new_image_between_both_sides_is_refused(tmp_path):
+    """Two pictures that are no duplicates of each other, one held out, and then one that is a duplicate of both."""
+    (tmp_path / "source").mkdir()
+
+    def add(name: str, brightness: int) -> None:
+        pixels = np.clip(photograph(0, 128).astype(int) + brightness, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "source" / name)
+
+    networks = {"detector": str(ASSETS / DETECTOR), "pose": str(ASSETS / POSE)}
+    config = PrepConfig(
+        source=str(tmp_path / "source"),
+        output=str(tmp_path / "out"),
+        base=64,
+        layers=["pose"],
+        pose=networks,
+        holdout=0.5,
+    )
+    add("a.png", 0)
+    add("b.png", 5)
+    first = {row["source"]: (row["split"], row["duplicate_group"]) for row in prepare(config).rows()}
+    assert {side for side, _ in first.values()} == {"train", "holdout"}
+    add("between.png", 2)
+    add("other.png", 90)
+    second = {row["source"]: (row["split"], row["duplicate_group"]) for row in prepare(config).rows()}
+    assert second.keys() == {"a.png", "b.png", "other.png"}
+    assert first.items() <= second.items()  # trap 10
+    (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert (reject["source"], reject["stage"], reject["reason"]) == ("between.png", "split", "links_splits")
