@@ -103,7 +103,7 @@ class CaptionHosts:
                 if timeouts == SAMPLE_TIMEOUTS:
                     return Answer("", "timeout", options)
             else:
-                self._answered(host, time.monotonic() - start)
+                self._answered(host, start)
                 return answer
             finally:
                 host.active -= 1
@@ -159,16 +159,19 @@ class CaptionHosts:
         await self._wake()
         return True
 
-    def _answered(self, host: Host, seconds: float) -> None:
+    def _answered(self, host: Host, start: float) -> None:
+        seconds = time.monotonic() - start
+        host.pace = 0.7 * host.pace + 0.3 * seconds if host.pace else seconds
+        if start < host.failed_at:  # it was under way when the host failed: not a sign that it is back
+            return
         if host.down_since is not None:
             say(f"caption host {host.url} answers again")
         host.failures, host.down_since = 0, None
-        host.pace = 0.7 * host.pace + 0.3 * seconds if host.pace else seconds
 
     def _failed(self, host: Host, start: float, fault: HostFault, patient: bool = False) -> None:
         """Let a host cool down; a ``patient`` failure only does so when it comes again and again."""
         now = time.monotonic()
-        if start < host.failed_at:  # it was under way when the host failed, and tells nothing new
+        if start < host.failed_at:  # likewise
             return
         host.failures += 1
         host.failed_at, host.fault = now, str(fault)

@@ -38,6 +38,7 @@ PROMPT = Path(__file__).parent / "assets" / "caption_prompt.txt"
 JPEG_QUALITY = 90
 CROPS = {"webp": "WEBP", "jpg": "JPEG"}  # members that px may have, with Pillow's names for them
 DECODERS = 4  # threads that read crops and write the cache
+LOOKAHEAD = 16  # crops that are ready when a slot gets free, besides one per slot
 OPEN_SHARDS = 32  # whose captions are held in memory until their last one arrives
 
 
@@ -196,8 +197,7 @@ class CaptionPass:
 
     async def _stream(self) -> None:
         """Start every sample as soon as there is room; shards are finished beside it."""
-        # twice as many as can be asked at a time: the next crops are ready when a slot is free
-        room, opened = asyncio.Semaphore(2 * self._hosts.slots), asyncio.Semaphore(OPEN_SHARDS)
+        room, opened = asyncio.Semaphore(2 * self._hosts.slots + LOOKAHEAD), asyncio.Semaphore(OPEN_SHARDS)
         async with asyncio.TaskGroup() as group:
             for task in self.tasks:
                 await opened.acquire()

@@ -26,7 +26,7 @@ def flaw(text: str, end: str | None = "stop") -> str | None:
     [
         (GOOD, "stop", None),
         (GOOD, None, None),
-        (GOOD + " A sign reads \"I'm sorry, I cannot help you\" in red letters.", "stop", None),
+        (GOOD + ' A sign reads "I\'m sorry, I cannot help you" in red letters.', "stop", None),
         ("Heresy painted on a wall. " + GOOD, "stop", None),
         ("", "stop", "caption_empty"),
         (" \n ... \n", "stop", "caption_empty"),
@@ -58,7 +58,12 @@ def test_flaws_have_reasons(text, end, reason):
 
 
 def test_scripts_without_spaces_count_characters():
-    assert flaw("这是一张照片里面有一个穿着红色外套的女人站在窗前" * 2 + "她的右手拿着一本书目光看向左边背景是白色的墙壁。") is None
+    assert (
+        flaw(
+            "这是一张照片里面有一个穿着红色外套的女人站在窗前" * 2 + "她的右手拿着一本书目光看向左边背景是白色的墙壁。"
+        )
+        is None
+    )
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=60))

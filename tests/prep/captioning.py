@@ -1,0 +1,86 @@
+"""What the tests of the caption pass share: crops that are committed without Ray or encoders, and the tasks on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.captioner import caption_recipe, caption_units
+from prep.files import sha256_bytes
+from prep.layers import ShardTask
+from prep.settings import PrepConfig
+from prep.shards import LayerWriter, Part, Unit, read_part, webp_bytes
+from prep.sources import Source
+
+FAST = {"cool_down": 0.05, "patience": 2.0, "timeout": 5.0, "min_words": 30, "max_words": 200, "image_side": 64}
+
+
+def caption_config(tmp_path: Path, hosts: list[Any], **captions: Any) -> PrepConfig:
+    """A config of 64-pixel crops that are captioned by ``hosts``."""
+    (tmp_path / "source").mkdir(exist_ok=True)
+    section = {"backend": "ollama", "hosts": hosts} | FAST | captions
+    return PrepConfig.model_validate(
+        {"source": str(tmp_path / "source"), "output": str(tmp_path / "out"), "base": 64, "encoders": "demo",
+         "layers": ["text"], "captions": section}
+    )  # fmt: skip
+
+
+def commit_crops(config: PrepConfig, shards: int, size: int, seed: int = 0) -> list[ShardTask]:
+    """Commit the px units of some shards of random pixels; returns them as tasks without recipes."""
+    tasks = []
+    for shard in range(shards):
+        random = np.random.default_rng([seed, shard])
+        pixels = [random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(size)]
+        crops = {sha256_bytes(crop.tobytes())[:32]: crop for crop in pixels}
+        with LayerWriter(config.output, Unit("64x64", shard, "px"), {"layer": "px", "shard": shard}, {}) as writer:
+            for key in sorted(crops):
+                writer.add(key, {"webp": webp_bytes(crops[key])}, phash="0" * 16, sharpness=1.0, thumbnail=b"thumbnail")
+            writer.commit()
+        sources = tuple(Source(f"{key}.png", key, 1, 64, 64) for key in sorted(crops))
+        tasks.append(ShardTask("64x64", shard, sources, {}))
+    return tasks
+
+
+def with_recipes(config: PrepConfig, tasks: list[ShardTask]) -> list[ShardTask]:
+    """The tasks with the text recipes that a plan would give them."""
+    recipe = caption_recipe(config)
+    found = []
+    for task in tasks:
+        upstream = read_part(config.output, Unit(task.bucket, task.shard, "px"))
+        recipes = {"text": {"layer": "text", "code": 1, "upstream": upstream.fingerprint, **recipe}}
+        found.append(ShardTask(task.bucket, task.shard, task.sources, recipes))
+    return found
+
+
+def run_captions(config: PrepConfig, tasks: list[ShardTask]) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Caption the tasks; returns what was yielded and all counts."""
+    counts: list[dict[str, Any]] = []
+    return list(caption_units(config, with_recipes(config, tasks), counts.append)), counts
+
+
+def text_parts(config: PrepConfig, tasks: list[ShardTask]) -> list[Part]:
+    """The committed text units of the tasks."""
+    parts = [read_part(config.output, Unit(task.bucket, task.shard, "text")) for task in tasks]
+    assert None not in parts
+    return parts
+
+
+def captions_of(config: PrepConfig, tasks: list[ShardTask]) -> dict[str, str]:
+    """Every caption that was committed, by key."""
+    tables = [part.table for part in text_parts(config, tasks)]
+    return {
+        key: text for table in tables for key, text in zip(*(table[name].to_pylist() for name in ("key", "caption")))
+    }
+
+
+def rejects_of(config: PrepConfig, tasks: list[ShardTask]) -> dict[str, str]:
+    """The reason of every image that was rejected, by key."""
+    return {reject.key: reject.reason for part in text_parts(config, tasks) for reject in part.rejects}
+
+
+def unit_bytes(config: PrepConfig) -> dict[str, bytes]:
+    """The text tars and parts, byte for byte."""
+    files = [path for path in Path(config.output).rglob("*.text.*") if path.is_file()]
+    return {path.name: path.read_bytes() for path in files}
