@@ -41,6 +41,7 @@ from prep.shards import (
     read_part,
 )
 from prep.sources import BadImage, Source, load_canonical
+from prep.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class LayerWorker:
         self, config: PrepConfig, device: str = "cpu", watch: Callable[[list[str]], None] = lambda keys: None
     ) -> None:
         self.config, self.device, self.watch = config, device, watch
-        self.root, self.source = Path(config.output), Path(config.source)
+        self.root, self.source = open_storage(config.output), Path(config.source)
         self._encoders: dict[str, Any] = {}
 
     def run(self, task: ShardTask) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from prep.files import sha256_bytes, sync_folder, write_atomic
 URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>[^?#]*)")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
-TEMPORARY_FOLDERS = ("", "parts", "bucket_*")  # where killed writers leave ``.NAME.tmp-PID``
+TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*")  # where killed writers leave ``.NAME.tmp-PID``
 
 
 class Storage(ABC):
@@ -298,6 +298,8 @@ def open_storage(place: str | Path | Storage) -> Storage:
             return _object_store(place, match["protocol"], match["path"])
         if "://" in place or place.startswith("pipe:"):
             raise ConfigError(f"{place!r} is neither a folder nor the URL of an object store, such as s3://bucket/name")
+    elif place.parts and place.parts[0].removesuffix(":") in PACKAGES and place.parts[0].endswith(":"):
+        raise ValueError(f"{place} was a URL until somebody made a path of it")  # which would be a folder named s3:
     return LocalFolder(place)
 
 
