@@ -270,9 +270,12 @@ def load_npy(data: bytes) -> np.ndarray:
 
 
 def webp_bytes(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) as a lossless WebP, method 0: the fastest to write, and smaller than PNG."""
+    """uint8 (H, W, 3) as a lossless WebP, method 0: the fastest to write, and smaller than PNG.
+
+    ``quality`` is the effort here: 25 writes a photograph in a quarter of the time of the default 80 and 2 % larger.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=0)
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=0, quality=25)
     return buffer.getvalue()
 
 
