@@ -1,18 +1,28 @@
-"""Samples whose source file is gone: they stay in the dataset as long as nothing of them has to be made again."""
+"""Sources that are gone, replaced, or back.
+
+A sample whose file is gone stays in the dataset as long as its pixels need not be made again. One that was refused
+because its file had changed or gone is tried again when the file is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prep.caption import SidecarCaptions
+from prep.filters import DECISIONS
+from prep.scan_cache import ScanCache
+from prep.settings import PrepConfig
 from prep.shards import Part, Unit
-from prep.sources import Scan, Source
+from prep.sources import BadImage, Scan, Source, read_header
 from prep.storage import Storage
 
 INDEX = "index.parquet"
+PASSING = ("changed_during_run", "source_gone")  # reasons for which a sample is tried again without being asked
 
 
 def compare(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
@@ -85,3 +95,46 @@ def remarks(
                 "be made again. Put the files back to keep them"
             )
     return lines
+
+
+def is_as_planned(source: Source, caption: str | None, config: PrepConfig, cache: ScanCache) -> bool:
+    """Whether a file that was refused because it had changed is what the plan takes it for, by reading it again."""
+    folder = Path(config.source)
+    sidecars = SidecarCaptions(folder)
+    try:
+        good = read_header(folder, source.name, config.image.max_pixels).key == source.key
+        good = good and caption in (None, sidecars.fingerprint(source.name))
+    except BadImage:
+        good = False
+    if not good:
+        cache.forget(source.name)
+        cache.forget(sidecars.path(source.name))
+    return good
+
+
+def units_to_make_again(
+    config: PrepConfig,
+    current: Mapping[Unit, Part],
+    sources: Mapping[str, Source],
+    is_back: Callable[[Source], bool],
+    retry_rejects: bool,
+) -> dict[Unit, str]:
+    """Units that have the right recipe and must be made again all the same, each with its reason.
+
+    These are units that refused a sample for a reason that has passed (its file was gone, or changed during the run,
+    and ``is_back``), with ``retry_rejects`` all that refused a sample which nobody decided to refuse, and units whose
+    upstream has got more samples since, by being made again.
+    """
+    again = {}
+    for unit, part in current.items():
+        refused = [item for item in part.rejects if item.key in sources and not sources[item.key].gone]
+        if retry_rejects and any(item.reason not in DECISIONS for item in refused):
+            again[unit] = "what it refused is tried again"
+        elif any(item.reason in PASSING and is_back(sources[item.key]) for item in refused):
+            again[unit] = "a source that had changed or gone is there"
+        elif unit.layer != "px":
+            upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
+            have = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
+            if upstream is not None and not have.issuperset(upstream.table["key"].to_pylist()):
+                again[unit] = f"the {upstream.unit.layer} layer has got other samples"
+    return again

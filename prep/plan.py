@@ -25,7 +25,7 @@ from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes
-from prep.filters import DECISIONS, filter_recipe, header_problem
+from prep.filters import filter_recipe, header_problem
 from prep.layers import ShardTask
 from prep.scan_cache import ScanCache
 from prep.settings import PrepConfig
@@ -50,7 +50,6 @@ MANIFEST_SCHEMA = pa.schema(
         "shard": pa.int32(),
     }
 )
-PASSING = ("changed_during_run", "source_gone")  # reasons for which a sample is tried again without being asked
 NAMED = 5  # how many examples an error lists
 REQUESTS = 16  # to an object store at a time; each waits for the network
 
@@ -128,13 +127,14 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
         old_captions = gone.committed_captions(parts) if kept else {}
         captions, expected = read_captions(config, sources, old_captions, cache.look)
-    recipes = make_recipes(config, shards, captions)
-    missing = {}
-    for unit, recipe in recipes.items():
-        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
-        if why := reason(root, unit, recipe, parts.get(unit), upstream):
-            missing[unit] = why
-    again = units_to_make_again(config, {u: p for u, p in parts.items() if u not in missing}, sources, retry_rejects)
+        recipes = make_recipes(config, shards, captions)
+        missing = outdated(config, root, recipes, parts)
+        current = {unit: part for unit, part in parts.items() if unit not in missing}
+
+        def is_back(source: Source) -> bool:
+            return not source.gone and gone.is_as_planned(source, captions.get(source.key), config, cache)
+
+        again = gone.units_to_make_again(config, current, sources, is_back, retry_rejects)
     missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in missing}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
@@ -147,30 +147,6 @@ def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
     """What is refused before anything is computed, in one line; nothing when nothing is."""
     counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
     return [f"refused before anything is computed: {len(rejects)} of {seen} sources ({counts})"] if rejects else []
-
-
-def units_to_make_again(
-    config: PrepConfig, current: Mapping[Unit, Part], sources: Mapping[str, Source], retry_rejects: bool
-) -> dict[Unit, str]:
-    """Units that have the right recipe and must be made again all the same, each with its reason.
-
-    These are units that refused a sample for a reason that has passed (its file was gone, or changed during the run),
-    with ``retry_rejects`` all that refused a sample which nobody decided to refuse, and units whose upstream has got
-    other samples since, by being made again.
-    """
-    again = {}
-    for unit, part in current.items():
-        refused = [item for item in part.rejects if item.key in sources and not sources[item.key].gone]
-        if any(item.reason in PASSING for item in refused):
-            again[unit] = "a source that had changed or gone is there"
-        elif retry_rejects and any(item.reason not in DECISIONS for item in refused):
-            again[unit] = "what it refused is tried again"
-        elif unit.layer != "px":
-            upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
-            have = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
-            if upstream is not None and not have.issuperset(upstream.table["key"].to_pylist()):
-                again[unit] = f"the {upstream.unit.layer} layer has got other samples"
-    return again
 
 
 def check_folders(config: PrepConfig) -> None:
@@ -302,6 +278,18 @@ def make_recipes(
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe
     return recipes
+
+
+def outdated(
+    config: PrepConfig, storage: Storage, recipes: Mapping[Unit, dict[str, Any]], parts: Mapping[Unit, Part]
+) -> dict[Unit, str]:
+    """The units without a part of their recipe, each with its reason."""
+    missing = {}
+    for unit, recipe in recipes.items():
+        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
+        if why := reason(storage, unit, recipe, parts.get(unit), upstream):
+            missing[unit] = why
+    return missing
 
 
 def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:

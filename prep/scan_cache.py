@@ -43,6 +43,7 @@ class ScanCache:
         self._settings = json.dumps(dict(settings), sort_keys=True)
         self._start = time.time_ns()
         self._old = self._load()
+        self._stored = dict(self._old)
         self._new: dict[str, tuple[Stamp, str]] = {}
 
     def _load(self) -> dict[str, tuple[Stamp, str]]:
@@ -69,6 +70,11 @@ class ScanCache:
             self._new[name] = known
         return json.loads(known[1])
 
+    def forget(self, name: str) -> None:
+        """Read the file again next time: it turned out to be another one than remembered."""
+        self._old.pop(name, None)
+        self._new.pop(name, None)
+
     def __enter__(self) -> Self:
         return self
 
@@ -76,7 +82,7 @@ class ScanCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         entries = self._new if kind is None else self._old | self._new
-        if entries == self._old:
+        if entries == self._stored:
             return
         rows = [dict(zip(SCHEMA.names, (name, *stamp, value))) for name, (stamp, value) in sorted(entries.items())]
         schema = SCHEMA.with_metadata({"settings": self._settings})

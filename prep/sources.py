@@ -245,9 +245,11 @@ def load_canonical(folder: Path, source: Source, max_pixels: int) -> Image.Image
     try:
         data = (folder / source.name).read_bytes()
     except OSError as error:
-        if source.gone and isinstance(error, FileNotFoundError):
+        if not isinstance(error, FileNotFoundError):
+            raise BadImage("unreadable", f"the file can no longer be read: {error.strerror}") from error
+        if source.gone:
             raise BadImage("source_gone", "the file is gone, and the pixels have to be made again") from error
-        raise BadImage("changed_during_run", f"the file can no longer be read: {error.strerror}") from error
+        raise BadImage("changed_during_run", "the file was deleted after the run had begun") from error
     if hashlib.sha256(data).hexdigest()[:KEY_DIGITS] != source.key:
         raise BadImage("changed_during_run", "the content changed after the run had begun")
     return decode(data, max_pixels)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from prep import scan_cache
 from prep.demo import ASSETS, DETECTOR, POSE
 from prep.errors import DataError
 from prep.layers import LayerWorker
@@ -211,6 +212,27 @@ def test_p16_a_caption_that_changes_during_the_run_is_refused(tmp_path, change):
     (tmp_path / "out" / unit.part).unlink()
     text_only(plan)
     assert len(read_part(tmp_path / "out", unit).table) == 3
+
+
+def test_p16_a_change_that_the_scan_did_not_notice_is_refused_and_noticed_next_time(tmp_path, monkeypatch):
+    """The file system gave a changed file the old times: the px layer sees it, and the scan reads the file again."""
+    monkeypatch.setattr(scan_cache, "SETTLED", -3600.0)
+    write_images(tmp_path / "source", 3)
+    old = make_plan(poses(tmp_path))
+    path, cache = tmp_path / "source" / image(1), tmp_path / "out" / scan_cache.NAME
+    path.write_bytes(path.read_bytes() + b"\0")
+    table, stat = pq.read_table(cache), path.stat()
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    rows = [row | stamp if row["name"] == image(1) else row for row in table.to_pylist()]
+    pq.write_table(table.from_pylist(rows, schema=table.schema), cache)
+    plan = make_plan(poses(tmp_path))
+    assert plan.sources == old.sources
+    compute(plan)
+    publish(plan, current_parts(plan), "runs/rejects.parquet")
+    assert rejects_of(tmp_path / "out") == {image(1): ("px", "changed_during_run")}
+    assert make_plan(poses(tmp_path)).again == []  # not for ever
+    assert sources_of(prepare(poses(tmp_path))) == {image(number) for number in range(3)}
+    assert rejects_of(tmp_path / "out") == {}
 
 
 # --- tried again ------------------------------------------------------------------------------------------------------
