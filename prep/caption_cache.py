@@ -16,6 +16,7 @@ from typing import Any
 from prep.caption_quality import Answer
 from prep.faults import fault
 from prep.files import canonical_json, sha256_bytes
+from prep.shards import Unit, read_part
 from prep.storage import Storage, open_storage
 
 FOLDER = "captions"
@@ -49,15 +50,21 @@ class CaptionCache:
 
 
 def forget_captions(root: Path | str | Storage, keys: Iterable[str]) -> int:
-    """Delete what servers answered about some images, whatever the recipe; returns the number of files.
-
-    For ``--retry-rejects``: give it the keys that the text units rejected, and compute these units again.
-    """
+    """Delete what servers answered about some images, whatever the recipe; returns the number of files."""
     storage = open_storage(root)
     names = [name for key in keys for name in storage.names(_prefix(key))]
     for name in names:
         storage.delete(name)
     return len(names)
+
+
+def forget_rejects(root: Path | str | Storage, units: Iterable[Unit]) -> int:
+    """Delete what servers answered about the images that some text units rejected; returns the number of files.
+
+    For ``--retry-rejects``, before the parts of these units go: computing them again then asks about those images.
+    """
+    parts = (read_part(root, unit) for unit in units if unit.layer == "text")
+    return forget_captions(root, [reject.key for part in parts if part for reject in part.rejects])
 
 
 def _prefix(key: str) -> str:

@@ -92,8 +92,8 @@ def caption_units(
 ) -> Iterator[list[dict[str, Any]]]:
     """Caption the shards of the tasks and commit their text units; yields for each what ``LayerWorker.run`` returns.
 
-    ``advance`` is called after every sample with the counts so far: ``samples`` that are through, of these
-    ``captioned`` by a host now, ``cached`` and ``rejected``, and ``hosts`` as "2 of 3". Seconds are those that hosts
+    ``advance`` is called after every sample with the counts so far: ``samples`` that are through, ``captioned``
+    by a host now, ``cached`` and ``rejected``, and ``hosts`` that answer as "2 of 3". Seconds are those that hosts
     spent on the shard. Raises ResourceError when all hosts are down for longer than ``captions.patience``, ConfigError
     when a host cannot do the work; what was captioned until then is kept, also when the caller stops.
     """
@@ -201,7 +201,11 @@ class CaptionPass:
         async with asyncio.TaskGroup() as group:
             for task in self.tasks:
                 await opened.acquire()
-                if (shard := await self._offload(self._open, task)) is None:
+                shard = await self._offload(self._open, task)
+                # those that have no crop, or a caption already, are through
+                self.counts["samples"] += len(task.sources) - len(shard.keys if shard else ())
+                if shard is None:
+                    self._tell()
                     self._committed(task, 0.0)
                     opened.release()
                     continue

@@ -179,7 +179,7 @@ def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
             rate /= area * (scale / INPUT_SCALE["production"]) ** 2
         return rate * (step.gpus if step.device == "cuda" else 1)
     if step.device == "captions":
-        return rate * max(1, len(config.captions.hosts))
+        return rate * sum(host.slots for host in config.captions.servers)
     return rate
 
 

@@ -350,7 +350,7 @@ def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, li
     need = captions_vram(config)
     for address in sorted({node.address for node in nodes if node.id in cards and need}):
         here = [node for node in nodes if node.address == address]
-        if not any(serves(url, node) for url in config.captions.hosts for node in here):
+        if not any(serves(host.url, node) for host in config.captions.servers for node in here):
             continue
         places = [(name, index) for name in cards for index in range(len(cards[name])) if name in {n.id for n in here}]
         places.sort(key=lambda place: -cards[place[0]][place[1]])

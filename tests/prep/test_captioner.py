@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prep.caption_cache import forget_captions
+from prep.caption_cache import forget_rejects
 from prep.caption_hosts import CaptionHosts
 from prep.captioner import PROMPT, caption_recipe, caption_units, jpeg_bytes, read_prompt
 from prep.errors import ConfigError, ResourceError
@@ -145,7 +145,7 @@ def test_p17_an_image_that_servers_fail_on_is_rejected_and_no_other(tmp_path, se
     assert [entry for entry in server.log[asked:] if entry["image"]] == []  # rejects are remembered
     assert server.url not in str(text_parts(config, tasks)[0].rejects)
     server.poison = {}
-    assert forget_captions(config.output, [poison]) == 1
+    assert forget_rejects(config.output, [Unit("64x64", 0, "text"), Unit("64x64", 0, "px")]) == 1
     (tmp_path / "out" / Unit("64x64", 0, "text").part).unlink()
     run_captions(config, tasks)
     assert rejects_of(config, tasks) == {}

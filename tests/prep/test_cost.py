@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from prep import cost
+from prep.caption import CaptionConfig
 from prep.cost import bytes_needed, check_room, estimate, estimated_rate, measured_rates, sample_bytes, table
 from prep.errors import ResourceError
 from prep.layers import LayerWorker
@@ -126,7 +126,7 @@ def test_rates_follow_the_size_the_scale_and_the_share_of_a_card():
     full = full_size(dino={"input_scale": 1.0})
     assert estimated_rate(full, "dino", whole) == estimated_rate(full_size(), "dino", whole) / 4
     assert estimated_rate(full_size(), "dino", half) == estimated_rate(full_size(), "dino", whole) / 2
-    hosts = SimpleNamespace(backend="ollama", hosts=["a", "b", "c"])
+    hosts = CaptionConfig(backend="ollama", hosts=["http://a", "http://b", "http://c"])
     asked = full_size().model_copy(update={"captions": hosts})
     assert estimated_rate(asked, "text", Pass(("text",), "captions", 1)) == pytest.approx(3 / 7.5)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prep.caption import CaptionConfig
 from prep.errors import ResourceError
 from prep.placement import (
     Node,
@@ -29,7 +29,7 @@ def config(**changes) -> PrepConfig:
 
 
 def captioned(model: str = "gemma3:27b", hosts: tuple[str, ...] = ("http://localhost:11434",), **changes) -> PrepConfig:
-    captions = SimpleNamespace(backend="ollama", model=model, hosts=list(hosts))
+    captions = CaptionConfig(backend="ollama", model=model, hosts=list(hosts))
     return config(**changes).model_copy(update={"captions": captions})
 
 
