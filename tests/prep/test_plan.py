@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prep.errors import ConfigError, DataError
-from prep.plan import assign_shards, make_plan, read_manifest, write_manifest
+from prep.plan import LAYER_VERSIONS, assign_shards, make_plan, read_manifest, write_manifest
+from prep.run import current_parts
 from prep.settings import PrepConfig
 from prep.shards import LAYERS, LayerWriter, Unit
 
@@ -108,6 +109,36 @@ def test_a_change_reaches_exactly_what_depends_on_it(tmp_path):
     # batch sizes, shard size of new shards, split and paths are not part of any recipe
     other = {"shard_size": 2, "seed": 9, "holdout": 0.5, "workers": 1, "t5": {"batch_size": 3}}
     assert make_plan(config(tmp_path, **other)).missing == {}
+
+
+@pytest.mark.parametrize("layer", ["px", "text", "t5", "dino", "pose"])
+def test_p15_another_version_of_a_layers_code_redoes_it_and_what_depends_on_it(tmp_path, monkeypatch, layer):
+    write_images(tmp_path / "source", 4)
+    settings = config(tmp_path, layers=["text", "dino", "pose"])
+    pretend_committed(settings)
+    monkeypatch.setitem(LAYER_VERSIONS, layer, LAYER_VERSIONS[layer] + 1)
+    plan = make_plan(settings)
+    depending = {"px": {"text", "t5", "dino", "pose"}, "text": {"t5"}}.get(layer, set())
+    assert {unit.layer for unit in plan.missing} == {layer} | depending
+    assert f"{layer}: 2 of 2 shards: changed: code" in plan.explain()
+    assert ("t5: 2 of 2 shards: changed: text layer" in plan.explain()) == ("t5" in depending)
+
+
+def test_p15_other_buckets_make_other_shards_and_nothing_is_mixed(tmp_path):
+    write_images(tmp_path / "source", 4, size=(200, 160))
+    pretend_committed(config(tmp_path))
+    plan = make_plan(config(tmp_path, base=128))
+    assert set(plan.missing.values()) == {"not computed yet"}
+    assert {bucket for bucket, _ in plan.shards} == {"152x104"}
+    assert {bucket for bucket, _ in make_plan(config(tmp_path)).shards} == {"80x56"}
+
+
+def test_p15_what_is_of_another_recipe_is_not_published(tmp_path):
+    write_images(tmp_path / "source", 4)
+    pretend_committed(config(tmp_path))
+    current_parts(make_plan(config(tmp_path)))
+    with pytest.raises(DataError, match=r"shard-000000.t5.tar was not computed"):
+        current_parts(make_plan(config(tmp_path, t5={"max_tokens": 99})))
 
 
 def test_a_lost_or_damaged_unit_is_missing(tmp_path):
