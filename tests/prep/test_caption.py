@@ -3,8 +3,11 @@
 import os
 
 import pytest
+from pydantic import ValidationError
 
-from prep.caption import MAX_BYTES, BadCaption, SidecarCaptions
+from prep.caption import MAX_BYTES, BadCaption, CaptionConfig, SidecarCaptions
+from prep.captioner import caption_recipe
+from prep.settings import PrepConfig
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,52 @@ def test_a_link_out_of_the_source_is_not_published(tmp_path):
         "f": "caption_unreadable",
         "g": "caption_missing",
     }
+
+
+@pytest.mark.parametrize("host", ["ftp://a", "http://", "http://a?x=1", "http://user:secret@a:11434", "http://a:port"])
+def test_hosts_must_be_urls_without_credentials(host):
+    with pytest.raises(ValidationError, match="host"):
+        CaptionConfig(backend="ollama", hosts=[host])
+    with pytest.raises(ValidationError, match="host"):
+        CaptionConfig(backend="ollama", hosts=[{"url": host, "slots": 1}])
+
+
+def test_hosts_have_slots_of_their_own_or_those_of_all():
+    config = CaptionConfig(backend="ollama", slots=2, hosts=["a", {"url": "https://b:1", "slots": 4}])
+    assert [(host.url, host.slots) for host in config.servers] == [("a", 2), ("https://b:1", 4)]
+    with pytest.raises(ValidationError, match="listed twice"):
+        CaptionConfig(backend="ollama", hosts=["a", {"url": "a", "slots": 4}])
+
+
+def test_trap_09_without_hosts_the_address_is_that_of_the_environment(monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "http://192.0.2.7:11434")
+    assert [host.url for host in CaptionConfig(backend="ollama").servers] == ["http://192.0.2.7:11434"]  # trap 9
+    monkeypatch.setenv("OLLAMA_HOST", "")
+    assert [host.url for host in CaptionConfig(backend="ollama").servers] == ["http://127.0.0.1:11434"]
+    with pytest.raises(ValidationError, match="backend openai needs hosts"):
+        CaptionConfig(backend="openai")
+
+
+RECIPE_KEYS = {
+    "backend": "openai", "model": "llava:7b", "digest": "e", "image_side": 64, "reask_temperature": 0.9,
+    "min_words": 1, "max_words": 999, "options": {"num_ctx": 2048, "num_predict": 9, "temperature": 0.1, "seed": 3},
+}  # fmt: skip
+# keys that say how captions are got and not what they are; their effects are tested in test_captioner.py
+OTHER_KEYS = {"on_missing", "hosts", "slots", "api_key_variable", "timeout", "cool_down", "patience"}
+
+
+def test_trap_09_every_key_has_an_effect(tmp_path):
+    def recipe(**changes) -> dict:
+        captions = {"backend": "ollama", "digest": "d", "hosts": ["http://a/v1"], **changes}
+        return caption_recipe(PrepConfig(source="s", output="o", captions=CaptionConfig(**captions)))
+
+    base = recipe()
+    for key, value in RECIPE_KEYS.items():
+        for change in [{name: one} for name, one in value.items()] if isinstance(value, dict) else [value]:
+            assert recipe(**{key: change}) != base, f"{key}: {change}"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Another prompt.")
+    assert recipe(prompt=str(prompt)) != base
+    for changes in ({"slots": 3}, {"timeout": 1.0}, {"cool_down": 1.0}, {"patience": 1.0}, {"hosts": ["b", "c"]}):
+        assert recipe(**changes) == base
+    assert {*RECIPE_KEYS, *OTHER_KEYS, "prompt"} == set(CaptionConfig.model_fields)
