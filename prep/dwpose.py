@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import torch
-import torch.nn.functional as F
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from prep.errors import ConfigError, DataError, ResourceError
@@ -25,7 +23,7 @@ from prep.files import sha256_file
 from prep.hub import is_hub_file
 from prep.oom import Halving
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 JOINTS = 133  # 17 body, 6 feet, 68 face, 21 left hand, 21 right hand (COCO-WholeBody)
 BATCH = 4  # images per call of a network that takes any number
 
@@ -143,19 +141,40 @@ class DWPose:
 def letterbox(images: np.ndarray) -> tuple[np.ndarray, float]:
     """Images (B, H, W, 3) uint8 RGB -> YOLOX's input (B, 3, 640, 640) float32, and pixels of it per pixel of an image.
 
-    Scaled into the top-left corner (bilinear with half-pixel centres and without antialiasing, as ``cv2.resize``),
-    grey 114 around; BGR from 0 to 255, not normalised.
+    Scaled into the top-left corner, grey 114 around; BGR from 0 to 255, not normalised.
     """
     batch, height, width, _ = images.shape
     ratio = min(DETECTOR_SIDE / height, DETECTOR_SIDE / width)
     size = (max(1, int(height * ratio)), max(1, int(width * ratio)))
-    bgr = torch.from_numpy(np.ascontiguousarray(images[..., ::-1].transpose(0, 3, 1, 2)))
-    scaled = F.interpolate(bgr, size=size, mode="bilinear", align_corners=False)  # stays uint8: rounded, as cv2 does
     inputs = np.empty((batch, 3, DETECTOR_SIDE, DETECTOR_SIDE), np.float32)
-    inputs[:, :, : size[0], : size[1]] = scaled.numpy()
+    for image, canvas in zip(images, inputs):
+        canvas[:, : size[0], : size[1]] = resize(image, *size)[..., ::-1].transpose(2, 0, 1)
     inputs[:, :, size[0] :] = PADDING_GREY
     inputs[:, :, : size[0], size[1] :] = PADDING_GREY
     return inputs, ratio
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, C) uint8 -> (height, width, C) uint8: bilinear with half-pixel centres, to the bit as ``cv2.resize``.
+
+    In OpenCV's fixed-point arithmetic (``modules/imgproc/src/resize.cpp``, INTER_LINEAR on 8 bits): rounding otherwise
+    moves one pixel in fifty by a grey level, and that moves boxes by a tenth of a pixel.
+    """
+    left, right, *weights = _fixed_point_taps(width, image.shape[1])
+    pixels = image.astype(np.int32)
+    rows = (pixels[:, left] * weights[0][:, None] + pixels[:, right] * weights[1][:, None]) >> 4
+    above, below, *weights = _fixed_point_taps(height, image.shape[0])
+    parts = [(rows[taken] * weight[:, None, None]) >> 16 for taken, weight in zip((above, below), weights)]
+    return ((parts[0] + parts[1] + 2) >> 2).astype(np.uint8)
+
+
+def _fixed_point_taps(count: int, limit: int) -> tuple[np.ndarray, ...]:
+    """The two neighbours (count,) of each place on one axis, and their weights in 2048ths."""
+    places = ((np.arange(count) + 0.5) * (1 / (count / limit)) - 0.5).astype(np.float32)
+    first = np.floor(places)
+    second_weight = (places - first).astype(np.float32)
+    weights = [np.rint(weight * np.float32(2048)).astype(np.int32) for weight in (1 - second_weight, second_weight)]
+    return *(np.clip(first + step, 0, limit - 1).astype(np.int64) for step in (0, 1)), *weights
 
 
 def _anchor_grid() -> tuple[np.ndarray, np.ndarray]:
@@ -292,6 +311,8 @@ class _Network:
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
         options.log_severity_level = 3
         kind, _, index = device.partition(":")
+        if kind == "cuda":
+            import torch  # noqa: F401 - brings the CUDA libraries into the process that onnxruntime looks for
         # taking just what is asked for leaves room for the other workers of a GPU; TF32 would move joints
         options_cuda = {"device_id": index or "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
         providers = [("CUDAExecutionProvider", options_cuda)] if kind == "cuda" else ["CPUExecutionProvider"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -131,6 +132,21 @@ def test_letterbox_samples_like_cv2_resize() -> None:
     pixels = torch.from_numpy(image[..., ::-1].copy()).permute(0, 3, 1, 2).double()
     expected = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False).round().numpy()
     assert np.abs(inputs[:, :, :height, :width] - expected).max() <= 1  # fixed-point arithmetic on 8-bit images
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "sha256"),
+    [
+        (64, 87, "be5e9d9be58a7e38"),
+        (474, 640, "d5ca1aaa64a64025"),
+        (97, 131, "a8be2bd0a06d0222"),
+        (33, 400, "f176d6709bbad206"),
+    ],
+)
+def test_resize_is_cv2_resize_to_the_bit(height: int, width: int, sha256: str) -> None:
+    """The hashes are of ``cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)``, OpenCV 5.0.0."""
+    image = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    assert hashlib.sha256(dwpose.resize(image, height, width).tobytes()).hexdigest().startswith(sha256)
 
 
 def test_a_large_image_is_reduced() -> None:
