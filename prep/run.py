@@ -20,6 +20,7 @@ from prep.config import dump_config
 from prep.console import Progress, duration, say
 from prep.errors import DataError, Interrupted
 from prep.lock import locked
+from prep.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.placement import Node, local_node, plan_passes
 from prep.plan import Plan, check_folders, make_plan, write_manifest
 from prep.preflight import preflight
@@ -68,8 +69,9 @@ def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False
 
     Raises ResourceError for what could never fit, and DataError where the run would stop at once.
     """
+    config = pin_config(config, read_pins(config.output))
     plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
-    for line in plan.explain():
+    for line in [*plan.explain(), *other_networks(config)]:
         say(line)
     if plan.missing:
         passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})
@@ -103,19 +105,13 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
         start = time.monotonic()
         try:
             root.remove_temporary_files()
-            plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
             work: dict[str, Work] = defaultdict(Work)
-            while True:
-                folder.log(
-                    "plan", seen=plan.seen, samples=len(plan.sources), shards=len(plan.shards), why=plan.explain()
-                )
-                gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
-                write_manifest(plan)
-                if plan.missing:
-                    compute(plan, folder, work)
+            plan = prepare(config, folder, prune, retry_rejects)
+            while plan.missing:
+                compute(plan, folder, work)
                 if not plan.again:
                     break
-                plan = make_plan(config, prune=prune)  # what was made again may have given others something to do
+                plan = prepare(config, folder, prune)  # what was made again may have given others something to do
             root.remove_temporary_files()
             lock.check()
             with Progress("publish", len(plan.sources)) as progress:
@@ -131,6 +127,26 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
         seconds = time.monotonic() - start
         folder.log("done", seconds=round(seconds, 1), counts=published.counts, changed=published.changed)
     summarise(plan, published, work, seconds)
+
+
+def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: bool = False) -> Plan:
+    """The plan of a run, with its gate passed, its models recorded and its membership of shards fixed.
+
+    Models are not downloaded before the sources have passed the gate, nor when nothing is missing.
+    """
+    pins = read_pins(folder.storage)
+    while True:
+        plan = make_plan(pin_config(config, pins), prune=prune, retry_rejects=retry_rejects)
+        gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
+        resolved = resolve_models(config, pins) if plan.missing else pins
+        if resolved == pins:
+            break
+        write_pins(folder.storage, resolved)
+        pins = resolved
+    numbers = {"seen": plan.seen, "samples": len(plan.sources), "shards": len(plan.shards)}
+    folder.log("plan", **numbers, why=plan.explain())
+    write_manifest(plan)
+    return plan
 
 
 @dataclass
@@ -150,7 +166,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
     from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass  # Ray takes seconds to import
 
     config = plan.config
-    for line in plan.explain():
+    for line in [*plan.explain(), *other_networks(config)]:
         say(line)
     with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
         passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})

@@ -14,6 +14,7 @@ than most photographs of 1024 pixels.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -33,8 +34,10 @@ from prep.quantise import quantise
 from prep.settings import PrepConfig
 from prep.shards import TAR_BLOCK, npy_bytes
 from tests.local_cluster import LocalCluster
+from tests.prep.caption_server import CaptionServer
 from tests.prep.test_plan import write_images
 
+PROJECT = Path(__file__).parents[2]
 PATCH = 256
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -160,6 +163,24 @@ def rate(count: int = 96, pairs: int = 3) -> None:
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 
+def captions(count: int = 240, hosts: int = 3, slots: int = 2, seconds: float = 0.5) -> None:
+    """A run with demo encoders at 64 pixels whose captions come from hosts that take their time, the slowest stage."""
+    ideal = hosts * slots / seconds
+    servers = [CaptionServer(slots=slots, seconds=seconds) for _ in range(hosts)]
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(server).url for server in servers]
+        folder = Path(name)
+        write_images(folder / "source", count, size=(72, 72))
+        hosts_text = ", ".join(f"{{url: '{url}', slots: {slots}}}" for url in urls)
+        overrides = [f"source={folder}/source", f"output={folder}/out", "base=64", "encoders=demo", "shard_size=16"]
+        overrides += ["captions.backend=ollama", f"captions.hosts=[{hosts_text}]"]
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "prep", "run", *overrides], cwd=PROJECT, check=True)
+        whole = time.monotonic() - start
+    print("| ideal of the hosts, images/s | whole run | ratio |\n|---|---|---|")
+    print(f"| {ideal:.1f} | {count / whole:.1f} | {count / whole / ideal:.2f} |")
+
+
 def scaling(count: int = 320) -> None:
     """A stage that sleeps a tenth of a second per image, on clusters of different size."""
     delay = {"NANODIT_FAULT": "px.decode@*:delay", "OMP_NUM_THREADS": "1"}
@@ -178,7 +199,13 @@ def scaling(count: int = 320) -> None:
             print(f"| {nodes} | {found:.1f} | {found / single / nodes:.2f} |", flush=True)
 
 
-BENCHMARKS = {"overhead": overhead, "bytes": bytes_per_sample, "rate": rate, "scaling": scaling}
+BENCHMARKS = {
+    "overhead": overhead,
+    "bytes": bytes_per_sample,
+    "rate": rate,
+    "captions": captions,
+    "scaling": scaling,
+}
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported later
