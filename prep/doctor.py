@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +30,8 @@ from prep.settings import PrepConfig
 
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
+JOIN_SECONDS = 7.0  # to import Ray and be let in
+NODE_SECONDS = 9.0  # for every node to answer
 CAPTION_SECONDS = 9.0  # the name, the model, and two more questions
 Checks = list[Check]
 
@@ -39,8 +41,8 @@ class Task:
     """Some checks that run in a thread of their own; ``name`` stands for them if they do not end in time."""
 
     name: str
-    function: Callable[[], Checks]
-    checks: Checks | None = None
+    function: Callable[[], Iterable[Check]]
+    checks: Checks = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
@@ -48,21 +50,22 @@ class Task:
         threading.Thread(target=self._run, daemon=True, name=f"doctor-{self.name}").start()
 
     def result(self, deadline: float) -> Checks:
-        """The checks, or one that says why there are none by ``deadline`` (a ``time.monotonic``)."""
-        self.done.wait(max(0.0, deadline - time.monotonic()))
-        if self.checks is None:
-            fix = "look at the network and the disk behind it, and ask again"
-            return [warn(self.name, "could not be looked at in time", fix)]
-        return self.checks
+        """The checks there are by ``deadline`` (a ``time.monotonic``), with one that says so if more were to come."""
+        if self.done.wait(max(0.0, deadline - time.monotonic())):
+            return self.checks
+        fix = "look at the network, the disk or the driver behind it, and ask again"
+        return [*self.checks, warn(self.name, "could not be looked at in time", fix)]
 
     def _run(self) -> None:
         try:
-            self.checks = self.function()
+            for check in self.function():
+                self.checks.append(check)
         except NanoditError as error:
-            self.checks = [Check(self.name, "FAIL", str(error), "as it says", code=error.exit_code)]
+            found, _, fix = str(error).partition(". ")
+            self.checks.append(fail(self.name, error.exit_code, found, fix or "correct the config"))
         except Exception as error:  # one broken check must not hide what the others found
             found = f"could not be looked at: {type(error).__name__}: {first_line(str(error))}"
-            self.checks = [warn(self.name, found, "the other checks hold; please report this one")]
+            self.checks.append(warn(self.name, found, "the other checks hold; please report this one"))
         self.done.set()
 
 
@@ -133,34 +136,64 @@ def caption_servers(captions: CaptionConfig) -> Checks:
     return server_checks({host.url: answers.get(host.url, silent) for host in captions.servers}, captions)
 
 
-def cluster(needs: Needs, address: str) -> Checks:
-    """Examine every node of the running Ray; the checks of each carry its name."""
-    if refusal := _unreachable(address):
-        return [refusal, *node_checks(examine_node(), needs, False)]
-    from prep.pipeline import cluster_nodes, on_every_node, ray_session
-
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it minds not being in the main thread
-    try:
-        with ray_session():
-            before = time.time()
-            answers = on_every_node(examine_node, timeout=LIMIT - 3)
-            after = time.time()
-            nodes = {node.id: node for node in cluster_nodes()}
-    except (RuntimeError, ConnectionError) as error:  # Ray's words for other versions, a wrong token, no cluster
-        fix = "use the cluster's Python and Ray (`ray status` there), and its token in ~/.ray/auth_token"
-        refusal = fail("ray", SETUP, f"cannot join {address}: {first_line(str(error))}", fix)
-        return [refusal, *node_checks(examine_node(), needs, False)]
-    machines: dict[str, Any] = {}
-    for identity, answer in answers.items():
-        # a host with several GPUs may be several nodes of Ray, and is examined once
-        machines.setdefault(nodes[identity].address if identity in nodes else identity[:8], answer)
-    machines = named(machines)
-    found = [ok("ray", f"{count(len(answers), 'node')} on {count(len(machines), 'machine')}")]
-    found += cluster_checks(machines, needs, before, after)
+def cluster(needs: Needs, address: str) -> Iterator[Check]:
+    """Examine every node of the running Ray; the checks of each carry its name. Without one, this machine alone."""
+    refusal, examination = _unreachable(address), Examination()
+    if refusal is None:
+        examination.start()
+        if not examination.joined.wait(JOIN_SECONDS):
+            found = f"a server listens at {address}, but has not let this process in after {JOIN_SECONDS:.0f} s"
+            fix = "copy the head's token (~/.ray/auth_token, or RAY_AUTH_TOKEN); on the head `ray status` must answer"
+            refusal = fail("ray", SETUP, found, fix)
+        else:
+            examination.join()  # nodes have a time limit of their own
+    if examination.error is not None:
+        fix = "use the cluster's Python and Ray (`ray status` there), and the head's token in ~/.ray/auth_token"
+        refusal = fail("ray", SETUP, f"cannot use {address}: {first_line(str(examination.error))}", fix)
+    if refusal:
+        yield refusal
+        yield from node_checks(examine_node(), needs, False)
+        return
+    machines = examination.machines
+    yield ok("ray", f"{count(examination.nodes, 'node')} on {count(len(machines), 'machine')}")
+    yield from cluster_checks(machines, needs, examination.before, examination.after)
     for name, facts in machines.items():
         if not isinstance(facts, BaseException):
-            found += [replace(check, node=name) for check in node_checks(facts, needs, True)]
-    return found
+            yield from (replace(check, node=name) for check in node_checks(facts, needs, True))
+
+
+class Examination(threading.Thread):
+    """Joins Ray and examines its nodes, in a thread, because Ray tries for a minute where it is not let in.
+
+    ``joined`` is set then, or when ``error`` is; ``machines`` are the answers by name, and ``before`` and ``after`` the
+    times around them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="doctor-ray")
+        self.joined = threading.Event()
+        self.error: Exception | None = None
+        self.machines: dict[str, Any] = {}
+        self.nodes, self.before, self.after = 0, 0.0, 0.0
+
+    def run(self) -> None:
+        """The thread's work."""
+        try:
+            from prep.pipeline import cluster_nodes, on_every_node, ray_session
+
+            logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it minds not being in the main thread
+            with ray_session():
+                self.joined.set()
+                self.before = time.time()
+                answers = on_every_node(examine_node, timeout=NODE_SECONDS)
+                self.after = time.time()
+                addresses = {node.id: node.address for node in cluster_nodes()}
+            # a host with several GPUs may be several nodes of Ray, and counts once
+            machines = {addresses.get(node, node[:8]): answer for node, answer in answers.items()}
+            self.nodes, self.machines = len(answers), named(machines)
+        except Exception as error:  # Ray has a class for each: other versions, a wrong token, no cluster
+            self.error = error
+        self.joined.set()
 
 
 def _unreachable(address: str) -> Check | None:

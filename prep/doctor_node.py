@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PROBE_SECONDS = 10.0  # importing torch takes 1-5 s
+PROBE_SECONDS = 8.0  # importing torch takes 1-5 s
 SMI_SECONDS = 4.0
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm")
 ONNX_FILE = Path(__file__).parent / "assets" / "demo_yolox.onnx"
