@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.cost import bytes_needed, check_room
-from prep.errors import ResourceError
+from prep.errors import ConfigError, ResourceError
 from prep.plan import Plan
 from prep.settings import PrepConfig
 from prep.storage import Storage, absolute_place, open_storage
@@ -37,9 +37,15 @@ def preflight(config: PrepConfig, plan: Plan, on_every_node: Callable[..., dict[
     """Check storage and memory on every node.
 
     ``on_every_node(function, *arguments, timeout=seconds)`` calls a function of a module on each node and returns node
-    id -> result or exception. Raises ResourceError that says what is wrong where, and what to do.
+    id -> result or exception. Raises ResourceError that says what is wrong where, and what to do; ConfigError for an
+    output that would vanish with a submitted job.
     """
     storage = open_storage(config.output)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.is_local and not Path(config.output).is_absolute():
+        raise ConfigError(
+            f"output {config.output} is relative, and a submitted job runs in a temporary copy of the code, which goes "
+            "with it. Set output to an absolute path on storage that all nodes share"
+        )
     check_room(plan)
     token = secrets.token_hex(8)
     names = [TOKEN + token]

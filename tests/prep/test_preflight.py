@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from prep import storage
-from prep.errors import ResourceError, resource_error
+from prep.errors import ConfigError, ResourceError, resource_error
 from prep.layers import LayerWorker
 from prep.plan import make_plan, write_manifest
 from prep.preflight import look, preflight
@@ -129,6 +129,14 @@ def test_a_source_that_changed_since_the_plan_is_no_nodes_fault(tmp_path):
     settings, plan = prepared(tmp_path)
     next(iter(Path(settings.source).glob("*.png"))).unlink()
     preflight(settings, plan, here)
+
+
+def test_a_submitted_job_needs_an_absolute_output(tmp_path, monkeypatch):
+    settings, plan = prepared(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray sets it for the driver of a job
+    preflight(settings, plan, here)
+    with pytest.raises(ConfigError, match=r"output datasets/x is relative.*absolute path"):
+        preflight(settings.model_copy(update={"output": "datasets/x"}), plan, here)
 
 
 def test_a_read_only_output_is_refused_at_the_driver(tmp_path, disk):
