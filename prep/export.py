@@ -1,0 +1,152 @@
+"""``prep export --flat``: a dataset in the layout of prx-tg, one tar per shard with everything decoded and padded.
+
+Per sample of the index, float16 and float32 instead of compressed pixels and int8, about nine times the room:
+
+| member | dtype, shape | range |
+|---|---|---|
+| `KEY.image.npy` | float16 (3, H, W) | RGB in [0, 1], pixel / 255 |
+| `KEY.dinov3.npy` | float32 (width,) | the class token after the final norm |
+| `KEY.dinov3_patches.npy` | float32 (h * w, width) | patch tokens in rows from the top left, without registers |
+| `KEY.t5h.npy` | float16 (512, width) | T5's last hidden state, zeros after the valid tokens |
+| `KEY.t5m.npy` | uint8 (512,) | 1 for valid tokens, 0 for padding |
+| `KEY.pose.npy` | float16 (133, 3) | x and y as 2 x / W - 1 with x = 0 in the middle of the first pixel; confidence |
+| `KEY.json` | | caption, bucket, width, height, split, source, dino_h, dino_w |
+
+Names, shapes and ranges are those of its README ("Embedding Extraction", "WebDataset Sharding"); patches are float32,
+as its code wrote them. How the mask is stored and what follows the valid tokens is left open there. A member whose
+layer the dataset does not have is missing. That layout knows no split: what the JSON calls ``holdout`` must be left out
+by whoever trains on it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.buckets import Bucket
+from prep.console import Progress, say
+from prep.errors import ConfigError, DataError, ResourceError
+from prep.files import canonical_json
+from prep.shards import Dataset, npy_bytes
+from prep.storage import LocalFolder, Storage, open_storage
+
+TEXT_TOKENS = 512
+MARKER = "flat.json"  # says which dataset the tars are made from
+HEADERS = 16 * 1024  # bytes of tar and NPY headers, padding, pose and JSON per sample, at most
+
+
+def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> None:
+    """Write ``OUTPUT/bucket_WIDTHxHEIGHT/shard-NNNNNN.tar`` for every shard; equal datasets give equal bytes.
+
+    Each tar appears when it is complete, and the same call continues where another one was killed. Raises ConfigError
+    when the folder holds the export of another dataset, ResourceError when there is too little room, DataError for
+    damaged samples.
+    """
+    data, storage = Dataset(dataset), open_storage(output)
+    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in data.rows():
+        shards[f"bucket_{row['bucket']}/shard-{row['shard']:06d}.tar"].append(row)
+    _mark(data, storage)
+    missing = {name: rows for name, rows in sorted(shards.items()) if not storage.exists(name)}
+    _check_room(data, storage, missing)
+    done = len(data) - sum(map(len, missing.values()))
+    with Progress("export", len(data), done=done) as progress:
+        for name, rows in missing.items():
+            _write_shard(data, storage, name, rows, progress)
+    size = sum(storage.size(name) or 0 for name in shards)
+    say(f"wrote {len(missing)} of {len(shards)} tars to {storage}: {len(data)} samples, {size / 1e9:.2f} GB")
+
+
+def _mark(data: Dataset, storage: Storage) -> None:
+    """Note in the output which dataset it is the export of. Raises ConfigError when it already is another one's."""
+    if storage.exists(MARKER):
+        try:
+            before = json.loads(storage.read(MARKER))["dataset"]
+        except (ValueError, KeyError, TypeError):
+            before = "unknown"
+        if before != data.fingerprint:
+            raise ConfigError(
+                f"{storage} holds the export of a dataset with fingerprint {before}, this one has {data.fingerprint}. "
+                "Choose another folder, or delete that one"
+            )
+    elif storage.names("bucket_"):
+        raise ConfigError(f"{storage} holds shards that are no export ({MARKER} is missing). Choose another folder")
+    storage.remove_temporary_files()
+    storage.write(MARKER, canonical_json({"dataset": data.fingerprint}))
+
+
+def _check_room(data: Dataset, storage: Storage, missing: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise ResourceError when what is to be written does not fit on a local disk."""
+    needed = sum(_bytes_of(data, row) for rows in missing.values() for row in rows)
+    if isinstance(storage, LocalFolder) and needed > (free := shutil.disk_usage(storage.root).free):
+        raise ResourceError(
+            f"{storage}: the export takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Choose another folder"
+        )
+
+
+def _bytes_of(data: Dataset, row: dict[str, Any]) -> int:
+    bucket, layers = Bucket.parse(row["bucket"]), data.info["layers"]
+    size = 2 * 3 * bucket.width * bucket.height + HEADERS
+    if "t5" in layers:
+        size += 2 * TEXT_TOKENS * layers["t5"]["width"]
+    if "dino" in layers:
+        size += 4 * (row["dino_h"] * row["dino_w"] + 1) * layers["dino"]["width"]
+    return size
+
+
+def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str, Any]], progress: Progress) -> None:
+    draft = storage.draft(name)
+    try:
+        with tarfile.open(draft, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in rows:
+                for member, content in flat_members(data, row).items():
+                    info = tarfile.TarInfo(f"{row['key']}.{member}")  # defaults: mtime 0, uid and gid 0, mode 0644
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                progress.advance()
+        storage.put_file(name, draft)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
+    """The members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
+    bucket, layers = Bucket.parse(row["bucket"]), data.layers
+    members = {
+        "image.npy": npy_bytes((data.pixels(row).astype(np.float32) / 255).astype(np.float16).transpose(2, 0, 1))
+    }
+    if "dino" in layers:
+        patches = data.patches(row)
+        members["dinov3.npy"] = npy_bytes(data.cls(row))
+        members["dinov3_patches.npy"] = npy_bytes(patches.reshape(-1, patches.shape[-1]))
+    if "t5" in layers:
+        hidden, mask = pad_text(data.t5(row), row)
+        members |= {"t5h.npy": npy_bytes(hidden), "t5m.npy": npy_bytes(mask)}
+    if "pose" in layers:
+        members["pose.npy"] = npy_bytes(flat_pose(data.pose(row), bucket))
+    about = {"bucket": row["bucket"], "width": bucket.width, "height": bucket.height}
+    about |= {name: row[name] for name in ("caption", "split", "source", "dino_h", "dino_w") if name in row}
+    return members | {"json": canonical_json(about).encode()}
+
+
+def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Valid tokens (L, width) as float16 (512, width) with zeros after them, and their mask, uint8 (512,)."""
+    count, width = tokens.shape
+    if count > TEXT_TOKENS:
+        raise DataError(f"sample {row['key']} has {count} text tokens, the flat layout has room for {TEXT_TOKENS}")
+    hidden, mask = np.zeros((TEXT_TOKENS, width), np.float16), np.zeros(TEXT_TOKENS, np.uint8)
+    hidden[:count], mask[:count] = tokens, 1
+    return hidden, mask
+
+
+def flat_pose(joints: np.ndarray, bucket: Bucket) -> np.ndarray:
+    """Our joints (133, 3), with x as 2 (x + .5) / W - 1, in float16 with 2 x / W - 1; y alike. Absent joints stay 0."""
+    shift = np.array([1 / bucket.width, 1 / bucket.height, 0], np.float32)
+    return np.where(joints[:, 2:] > 0, joints - shift, 0).astype(np.float16)
