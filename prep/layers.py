@@ -100,6 +100,7 @@ class LayerWorker:
         self.config, self.device, self.watch = config, device, watch
         self.root, self.source = open_storage(config.output), Path(config.source)
         self._encoders: dict[str, Any] = {}
+        self._rejected = 0  # by the unit computed last
 
     def run(self, task: ShardTask) -> list[dict[str, Any]]:
         """Compute and commit the layers of the task, but those committed meanwhile; returns what each took."""
@@ -112,8 +113,10 @@ class LayerWorker:
         part = None if job.only else read_part(self.root, job.unit)
         if part is None or part.fingerprint != fingerprint_of(job.recipe):
             compute[job.layer](job)
+        else:
+            self._rejected = len(part.rejects)
         seconds = round(time.monotonic() - start, 3)
-        return {"layer": job.layer, "samples": len(job.task.sources), "seconds": seconds}
+        return {"layer": job.layer, "samples": len(job.task.sources), "rejected": self._rejected, "seconds": seconds}
 
     @contextmanager
     def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:
@@ -121,6 +124,7 @@ class LayerWorker:
         with LayerWriter(self.root, job.unit, job.recipe, facts) as writer:
             yield writer
             self.watch([])  # from here on no sample is to blame
+            self._rejected = writer.rejected
             if not job.only:
                 writer.commit()
 

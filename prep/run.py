@@ -183,7 +183,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
             layers = [layer for layer in step.layers if any(layer in task.recipes for task in tasks)]
             total = sum(len(task.sources) * len(task.recipes) for task in tasks)
             with Progress("+".join(layers), total, unit="samples x layers") as progress:
-                asked = step.device == "captions"
+                asked, rejected = step.device == "captions", 0
                 if asked:
                     from prep.captioner import caption_units
 
@@ -200,7 +200,8 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
                         for death in unit.get("deaths", ()):
                             say(f"a worker died ({death}); the samples it was working on were tried one by one")
                     if not asked:  # the captions say for each sample when it is through
-                        progress.advance(sum(unit["samples"] for unit in units))
+                        rejected += sum(unit["rejected"] for unit in units)
+                        progress.advance(sum(unit["samples"] for unit in units), rejected=rejected)
             if step is not passes[-1]:
                 computed += layers
                 gate(config, refused(plan, computed), plan.seen, folder.rejects)

@@ -154,6 +154,11 @@ class LayerWriter:
             self._tar.addfile(info, io.BytesIO(data))
         self._rows.append(row)
 
+    @property
+    def rejected(self) -> int:
+        """How many samples were refused so far."""
+        return len(self._rejects)
+
     def reject(self, key: str, reason: str, detail: str) -> None:
         """Note that this layer refuses a sample; it will be missing from the layer and from the index."""
         self._rejects.append(Rejection(key, reason, detail))

@@ -1,0 +1,117 @@
+"""``ray job submit`` of the production config with demo encoders and three caption servers, one of which dies."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prep.shards import Dataset
+from tests.prep.test_plan import write_images
+
+PROJECT = Path(__file__).parents[2]
+IMAGES = 40
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head started as people do, with a dashboard on loopback; its address and the environment to reach it."""
+    port, dashboard, client, agent = free_ports(4)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": f"/tmp/ray-{secrets.token_hex(3)}", "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    head = subprocess.Popen(
+        [
+            RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}", f"--temp-dir={environment['RAY_TMPDIR']}",
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        end = time.monotonic() + 120
+        while subprocess.run(
+            [RAY, "job", "list", "--address", address], env=environment, capture_output=True
+        ).returncode:
+            assert time.monotonic() < end, "the head did not answer"
+            assert head.poll() is None, f"ray start ended with {head.returncode}"
+            time.sleep(1)
+        yield address, environment
+    finally:
+        head.send_signal(signal.SIGTERM)  # with --block it ends its own processes, and nobody else's
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def caption_servers(tmp_path) -> Iterator[list[tuple[str, Path]]]:
+    """Three of unequal speed; the second is gone after its seventh request."""
+    processes, servers = [], []
+    for number, (seconds, more) in enumerate([(0.05, ()), (0.1, ("--always", "8=die")), (0.2, ())]):
+        log = tmp_path / f"captions-{number}.log"
+        command = [sys.executable, "tests/prep/caption_server.py", "--port", "0", "--seconds", str(seconds)]
+        process = subprocess.Popen(
+            [*command, "--slots", "1", "--log", str(log), *more], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        servers.append((process.stdout.readline().split()[-1], log))
+    yield servers
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_submitted_job_ends_with_0_and_captions_nothing_twice(cluster, caption_servers, tmp_path):
+    address, environment = cluster
+    write_images(tmp_path / "source", IMAGES, size=(96, 80))
+    hosts = ", ".join(url for url, _ in caption_servers)
+    overrides = [
+        f"source={tmp_path}/source", f"output={tmp_path}/out", "encoders=demo", "base=64", "shard_size=8",
+        "captions.backend=ollama", f"captions.hosts=[{hosts}]", "captions.slots=1",
+    ]  # fmt: skip
+    # the command line of the README; the interpreter is that of the cluster, and the config is uploaded
+    job = subprocess.run(
+        [
+            RAY, "job", "submit", "--address", address, "--working-dir", ".", "--submission-id", "prep", "--",
+            sys.executable, "-m", "prep", "run", "--config", "configs/prep/production.yaml", *overrides,
+        ],
+        cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    code = (
+        "from ray.job_submission import JobSubmissionClient as Client; "
+        f"print(Client({address!r}).get_job_info('prep').driver_exit_code)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "0"
+    assert len(Dataset(tmp_path / "out")) == IMAGES
+    requests = [json.loads(line) for _, log in caption_servers for line in log.read_text().splitlines()]
+    answered = Counter(entry["image"] for entry in requests if entry.get("status") == 200 and entry["image"])
+    assert len(answered) == IMAGES
+    assert set(answered.values()) == {1}  # nothing is captioned twice
+    assert "hosts 2 of 3" in job.stdout
