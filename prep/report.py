@@ -52,6 +52,7 @@ def render(storage: Storage) -> str:
     sections = {
         "buckets": lambda: views.buckets(dataset, thumbnails),
         "crops": lambda: views.crops(table),
+        "sharpness": lambda: views.sharpness(dataset, thumbnails),
         "captions": lambda: views.captions(dataset, thumbnails),
         "poses": lambda: views.poses(dataset, thumbnails),
         "duplicates": lambda: views.duplicates(dataset, thumbnails, rejects),

@@ -22,6 +22,7 @@ from prep.shards import Dataset
 SHEET = 24  # pictures of a contact sheet
 CAPTIONS = 6  # shown with their picture
 CAPTION_LIMIT, EXTREME_LIMIT = 900, 260  # characters shown; the whole caption is in the index
+BLURRED = 6  # the least sharp pictures
 EXTREMES = 4  # shortest, longest and cut captions
 TEXTS, TEXT_IMAGES = 8, 6  # repeated captions, and pictures of each
 OVERLAYS = {"one person": 12, "several people": 6, "nobody": 6}
@@ -113,6 +114,21 @@ def buckets(dataset: Dataset, thumbnails: Thumbnails) -> list[View]:
         )
     most = max((view["samples"] for view in views), default=1)
     return [view | {"bar": view["samples"] / most} for view in views]
+
+
+def sharpness(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
+    """How sharp the crops are, and the least sharp of them; None for an index without that column."""
+    table = dataset.table
+    if "sharpness" not in table.column_names:
+        return None
+    values = numbers(table, "sharpness")
+    median = float(np.median(values))
+    least = np.argsort(values, kind="stable")[:BLURRED]
+    pictures = framed(rows_at(table, least), thumbnails)
+    return {
+        "chart": histogram(values, "sharpness (variance of the Laplacian)", [(median, f"median {median:,.0f}")]),
+        "least": [one | {"value": f"{values[place]:,.4g}"} for one, place in zip(pictures, least)],
+    }
 
 
 def framed(rows: Sequence[View], thumbnails: Thumbnails, side: int = SMALL) -> list[View]:

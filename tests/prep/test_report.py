@@ -256,6 +256,14 @@ def test_a_group_on_both_sides_is_an_alarm(copy, html):
     assert "(checked here)" not in page
 
 
+def test_the_least_sharp_pictures_are_shown(dataset, html):
+    table = pq.read_table(dataset / "index.parquet", columns=["source", "sharpness"]).to_pylist()
+    least = sorted(table, key=lambda row: row["sharpness"])[:6]
+    part = html[html.index("<h2>Sharpness") : html.index("<h2>Captions")]
+    assert re.findall(r'alt="([^"]*)"', part) == [row["source"] for row in least]
+    assert least[0]["source"] == "sea.png"
+
+
 def test_demo_encoders_and_warnings_have_a_banner(copy, html):
     assert "Demo encoders" in html
     assert "captions were longer than t5.max_tokens and were cut" in Page(html).text
