@@ -31,7 +31,7 @@ from prep.settings import PrepConfig
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
 JOIN_SECONDS = 7.0  # to import Ray and be let in
-NODE_SECONDS = 9.0  # for every node to answer
+NODE_SECONDS = 10.0  # for every node to answer
 CAPTION_SECONDS = 9.0  # the name, the model, and two more questions
 Checks = list[Check]
 
@@ -185,7 +185,7 @@ class Examination(threading.Thread):
             with ray_session():
                 self.joined.set()
                 self.before = time.time()
-                answers = on_every_node(examine_node, timeout=NODE_SECONDS)
+                answers = on_every_node(examine_node, True, timeout=NODE_SECONDS)
                 self.after = time.time()
                 addresses = {node.id: node.address for node in cluster_nodes()}
             # a host with several GPUs may be several nodes of Ray, and counts once

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PROBE_SECONDS = 8.0  # importing torch takes 1-5 s
+PROBE_SECONDS = 10.0  # importing torch takes 1-5 s
 SMI_SECONDS = 4.0
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm")
 ONNX_FILE = Path(__file__).parent / "assets" / "demo_yolox.onnx"
@@ -29,8 +29,7 @@ CGROUP_MEMORY = (  # limit and use of a container, versions 2 and 1
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
-# In a process of its own: a broken driver can crash or hang whoever asks. Ray hides the GPUs from tasks that asked for
-# none, so that the probe must not inherit an empty CUDA_VISIBLE_DEVICES.
+# In a process of its own: a broken driver can crash or hang whoever asks.
 PROBE = """
 import json, sys
 def tell(**values): print(json.dumps(values), flush=True)
@@ -55,13 +54,15 @@ except Exception as error:
 """
 
 
-def examine_node() -> dict[str, Any]:
+def examine_node(in_ray: bool = False) -> dict[str, Any]:
     """Measure this machine: versions, GPU, memory, limits, listening ports.
 
-    Returns plain values, which travel between nodes; takes 15 s at most and raises nothing that a machine can cause.
+    ``in_ray``: as a task of Ray, which hides the GPUs from tasks that asked for none. Returns plain values, which
+    travel between nodes; takes 20 s at most, usually 2, and whatever the machine lacks, it raises nothing.
     """
     measured_at = time.time()
-    smi = _nvidia_smi()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and not in_ray  # on purpose
+    smi = {"gpus": [], "gpu_error": "", "ollama_memory": 0.0} if hidden else _nvidia_smi()
     total, free = _memory()
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
@@ -72,7 +73,7 @@ def examine_node() -> dict[str, Any]:
         "unmet": _unmet_requirements(),
         "runtimes": [name for name in RUNTIMES if _version(name)],
         **smi,
-        "probe": _probe("cuda" if smi["gpus"] else "cpu"),
+        "probe": _probe("cuda" if smi["gpus"] else "cpu", in_ray),
         "compiler": bool(shutil.which("cc") or shutil.which("gcc"))
         and Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -170,17 +171,20 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
 
 
-def _probe(device: str) -> dict[str, Any]:
+def _probe(device: str, in_ray: bool) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if not environment.get("CUDA_VISIBLE_DEVICES"):
+    if in_ray and not environment.get("CUDA_VISIBLE_DEVICES"):
         environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-P", "-c", PROBE, str(ONNX_FILE), device]
+    answers: dict[str, Any] = {"end": "", "late": False}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS)
-        output, end = done.stdout, "" if done.returncode == 0 else f"ended with {done.returncode}"
+        output = done.stdout
+        if done.returncode:
+            answers["end"] = f"the process ended with {done.returncode}"
     except subprocess.TimeoutExpired as error:
-        output, end = (error.stdout or b"").decode(errors="replace"), f"took more than {PROBE_SECONDS:.0f} s"
-    answers: dict[str, Any] = {"end": end}
+        output = (error.stdout or b"").decode(errors="replace")
+        answers |= {"end": f"no answer within {PROBE_SECONDS:.0f} s", "late": True}
     for line in output.splitlines():
         if line.startswith("{"):
             answers |= json.loads(line)

@@ -22,6 +22,7 @@ OPEN_FILES = 4096  # Ray's processes and their sockets
 MEMORY_LEAST = 1 * GB
 BF16_CAPABILITY = (8, 0)  # Ampere
 CLOCK_SECONDS = 2.0
+BUSY = "ask again when the machine is idle; if it stays so, the GPU or its driver hangs: reboot"
 
 
 # --- judging one machine ----------------------------------------------------------------------------------------------
@@ -85,6 +86,8 @@ def _gpus(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check]:
         return [fail("gpu", RESOURCE, facts["gpu_error"], fix)]
     if "torch" not in probe:
         reason = probe.get("torch_error") or probe["end"] or "no answer"
+        if probe["late"]:
+            return [warn("torch", reason, BUSY)]
         return [fail("torch", SETUP, f"torch cannot be imported: {reason}", "pip install --force-reinstall torch")]
     if not gpus:
         return [_no_gpu(facts, needs, joined)]
@@ -123,6 +126,8 @@ def _cuda(facts: dict[str, Any]) -> Check:
             f"torch {probe['torch']} is built without CUDA and cannot use the GPU",
             "pip uninstall -y torch torchvision, then pip install torch torchvision",
         )
+    if probe["late"] and "onnxruntime" not in probe:
+        return warn("cuda", f"torch {probe['torch']} on the GPU: {probe['end']}", BUSY)
     if reason := probe.get("torch_error"):
         return fail(
             "cuda",
@@ -176,6 +181,8 @@ def _onnxruntime(facts: dict[str, Any]) -> Check:
         return fail("onnxruntime", SETUP, f"{' and '.join(runtimes)} overwrite each other and lose CUDA", reinstall)
     if "provider" not in probe:
         reason = probe.get("onnxruntime_error") or probe["end"] or "no answer"
+        if probe["late"]:
+            return warn("onnxruntime", reason, BUSY)
         return fail("onnxruntime", SETUP, f"a session cannot be created: {reason}", reinstall)
     found = f"{runtimes[0] if runtimes else 'onnxruntime'} {probe['onnxruntime']} computes on {probe['provider']}"
     if gpus and probe["provider"] != "CUDAExecutionProvider":
