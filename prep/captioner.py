@@ -11,7 +11,6 @@ import asyncio
 import io
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -206,7 +205,7 @@ class CaptionPass:
                 self.counts["samples"] += len(task.sources) - len(shard.keys if shard else ())
                 if shard is None:
                     self._tell()
-                    self._committed(task, 0.0)
+                    self._committed(task, 0, 0.0)
                     opened.release()
                     continue
                 samples = []
@@ -232,10 +231,9 @@ class CaptionPass:
     async def _ask(self, shard: Shard, key: str, step: Ask) -> None:
         """Ask a host one question about one image, and keep the answer before anything else is done with it."""
         jpeg = await self._offload(self._jpeg, shard, key)
-        start = time.monotonic()
         asked = {name: value for name, value in step.options.items() if name != "image_side"}
-        answer = await self._hosts.ask(jpeg, self.prompt, asked)
-        shard.seconds += time.monotonic() - start
+        answer, seconds = await self._hosts.ask(jpeg, self.prompt, asked)
+        shard.seconds += seconds
         shard.answers[key].append(answer)
         # not to be broken off between the answer and the cache
         await asyncio.shield(self._offload(self.cache.write, key, list(shard.answers[key])))
@@ -245,8 +243,14 @@ class CaptionPass:
         await asyncio.gather(*samples)
         while asks := {key: step for key, step in self._settle(shard).items() if isinstance(step, Ask)}:
             await asyncio.gather(*(self._ask(shard, key, step) for key, step in asks.items()))
+        refused = [key for key, step in self._settle(shard).items() if isinstance(step, Flaw)]
+        # those with the caption of another image had not been counted
+        self.counts["rejected"] += sum(
+            isinstance(next_step(shard.answers[key], self.gate), Accepted) for key in refused
+        )
+        self._tell()
         await self._offload(self._commit, shard)
-        self._committed(shard.task, shard.seconds)
+        self._committed(shard.task, len(refused), shard.seconds)
         opened.release()
 
     def _settle(self, shard: Shard) -> dict[str, Accepted | Flaw | Ask]:
@@ -288,9 +292,9 @@ class CaptionPass:
                 writer.add(key, {"txt": step.text.encode(), "json": about}, caption=step.text)
             writer.commit()
 
-    def _committed(self, task: ShardTask, seconds: float) -> None:
-        done = {"layer": "text", "samples": len(task.sources), "seconds": round(seconds, 3)}
-        self.events.put(("unit", [done]))
+    def _committed(self, task: ShardTask, rejected: int, seconds: float) -> None:
+        done = {"layer": "text", "device": "captions", "samples": len(task.sources), "rejected": rejected}
+        self.events.put(("unit", [done | {"seconds": round(seconds, 3)}]))
 
     def _tell(self) -> None:
         hosts = f"{self._hosts.up} of {len(self._hosts.hosts)}"

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prep.buckets import Bucket
+from prep.caption_cache import FOLDER, CaptionCache
 from prep.console import duration
 from prep.encoders import INPUT_SCALE
 from prep.errors import ResourceError
 from prep.placement import Pass
 from prep.plan import Plan
 from prep.settings import PrepConfig
+from prep.shards import Unit
 from prep.storage import Storage, open_storage
 
 # Samples a second at 1024 pixels with the full-size encoders, estimates except px: of one worker with one thread, of a
-# graphics card like a 3060 (about 25 TFLOPS in bf16, 8 in fp32, at what such networks reach), and of a caption server.
+# graphics card like a 3060 (about 25 TFLOPS in bf16, 8 in fp32, at what such networks reach), and of a caption server's
+# slot.
 #   t5    .335 G parameters x 2 x 220 tokens = .15 TFLOP; a core does about .05 a second
 #   dino  .303 G parameters x 2 x 1,029 tokens and attention = .7 TFLOP
 #   pose  YOLOX-L .155 and DW-LL .01 TFLOP in fp32, and 15 ms on the CPU for resizing and decoding
@@ -42,6 +45,7 @@ DINO_WIDTH = {"production": 1024, "demo": 96}
 DINO_CELL, DINO_MIN_GRID = 16, 8  # the grid of ``prep/dinov3.py``, which takes seconds to import
 SCALE_GROUP = 64  # channels that share a scale
 JOINTS = 133
+CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/captioner.py`` keeps answers
 NPY = 128  # bytes of an array's header
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
@@ -63,7 +67,8 @@ class CostLine:
 
 def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) -> list[CostLine]:
     """One line per layer with something missing, in the order of the passes."""
-    rates = measured_rates(open_storage(storage))
+    storage = open_storage(storage)
+    rates = measured_rates(storage)
     sizes = measured_sizes(plan)
     lines = []
     for step in passes:
@@ -74,6 +79,11 @@ def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) 
             counts = {unit: len(plan.shards[unit.bucket, unit.shard]) for unit in units}
             samples = sum(counts.values())
             rate = rates.get((layer, step.device)) or estimated_rate(plan.config, layer, step)
+            asked, why = samples, reasons(plan, layer)
+            workers = min(step.actors, len(units))
+            if step.device == "captions":  # images, not shards, are handed out
+                asked -= (cached := cached_captions(plan, storage, units))
+                workers, why = step.actors, f"{why}; {cached} captions are cached" if cached else why
             known = {"seconds"} if (layer, step.device) in rates else set()
             known |= {"gb"} if layer in sizes else set()
             written = sum(
@@ -85,10 +95,10 @@ def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) 
                     layer,
                     len(units),
                     samples,
-                    reasons(plan, layer),
+                    why,
                     step.device,
                     step.actors,
-                    samples / rate / max(1, min(step.actors, len(units))),
+                    asked / rate / max(1, workers),
                     written / 1e9,
                     frozenset(known),
                 )
@@ -102,11 +112,10 @@ def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
         return ["nothing to compute: every layer of every shard is current"]
     rows = [("layer", "shards", "samples", "on", "time", "size", "why")]
     for line in lines:
-        where = {"cpu": "CPU", "cuda": "GPU", "captions": "caption servers"}[line.device]
-        workers = "" if line.device == "captions" else f"{line.actors} x "
+        where = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}[line.device]
         time = duration(line.seconds) + _label("seconds" in line.measured)
         size = _size(line.gb) + _label("gb" in line.measured)
-        rows.append((line.layer, str(line.shards), str(line.samples), workers + where, time, size, line.why))
+        rows.append((line.layer, str(line.shards), str(line.samples), f"{line.actors} x {where}", time, size, line.why))
     guessed = _label(all("seconds" in line.measured for line in lines))
     total = duration(sum(line.seconds for line in lines)) + guessed
     size = _size(sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
@@ -134,6 +143,14 @@ def reasons(plan: Plan, layer: str) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+
+
+def cached_captions(plan: Plan, storage: Storage, units: Sequence[Unit]) -> int:
+    """How many samples of some text units have been captioned already, by the model and with the options of now."""
+    recipe = plan.recipes[units[0]]
+    cache = CaptionCache(storage, {name: recipe[name] for name in CACHED_BY})
+    there = set(storage.names(f"{FOLDER}/"))
+    return sum(cache.name(key) in there for unit in units for key in plan.shards[unit.bucket, unit.shard])
 
 
 def measured_rates(storage: Storage) -> dict[tuple[str, str], float]:
@@ -178,8 +195,6 @@ def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
             scale = config.dino.input_scale or INPUT_SCALE[config.encoders]
             rate /= area * (scale / INPUT_SCALE["production"]) ** 2
         return rate * (step.gpus if step.device == "cuda" else 1)
-    if step.device == "captions":
-        return rate * sum(host.slots for host in config.captions.servers)
     return rate
 
 

@@ -115,8 +115,8 @@ class LayerWorker:
             compute[job.layer](job)
         else:
             self._rejected = len(part.rejects)
-        seconds = round(time.monotonic() - start, 3)
-        return {"layer": job.layer, "samples": len(job.task.sources), "rejected": self._rejected, "seconds": seconds}
+        done = {"layer": job.layer, "device": self.device, "samples": len(job.task.sources)}
+        return done | {"rejected": self._rejected, "seconds": round(time.monotonic() - start, 3)}
 
     @contextmanager
     def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:

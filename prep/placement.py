@@ -69,7 +69,7 @@ class Node:
 class Pass:
     """Some layers computed by one pool of ``actors``.
 
-    ``device`` is "cpu", "cuda", or "captions" (computed in the driver by asking servers; no actors). Each actor takes
+    ``device`` is "cpu", "cuda", or "captions": asked from servers by the driver, ``actors`` at a time. Each actor takes
     ``cpus``, ``gpus`` (a fraction of a card), ``vram_gb`` and ``memory_gb`` (0: not demanded) of a node that is not
     ``excluded``. ``max_actors`` is what the pool may grow to when nodes join.
     """
@@ -199,7 +199,8 @@ def plan_passes(
     steps = []
     for group, device in in_order(config, devices):
         if device == "captions":
-            steps.append(Pass(group, device, actors=1, cpus=0, max_actors=1))
+            slots = sum(server.slots for server in config.captions.servers)
+            steps.append(Pass(group, device, actors=slots, cpus=0, max_actors=slots))
         elif device == "cpu":
             steps.append(_cpu_pass(config, group, nodes, remarks))
         else:
@@ -229,7 +230,7 @@ def in_order(config: PrepConfig, devices: Mapping[str, str]) -> list[tuple[tuple
 
 
 def _device(config: PrepConfig, layer: str, offers: Sequence[Offer], nodes: Sequence[Node], remarks: list[str]) -> str:
-    if layer == "text" and config.captions.backend != "sidecar":
+    if layer == "text" and config.captions.generated:
         return "captions"
     if layer not in ENCODER_LAYERS or config.placement.device == "cpu":
         return "cpu"
@@ -345,7 +346,7 @@ def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, li
 
     Ollama loads a model onto the card with the most room, and spreads one that fits no card over all of them.
     """
-    if "text" not in config.active_layers or config.captions.backend == "sidecar":
+    if "text" not in config.active_layers or not config.captions.generated:
         return
     need = captions_vram(config)
     for address in sorted({node.address for node in nodes if node.id in cards and need}):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prep import cost
-from prep.caption import CaptionConfig
+from prep.caption_cache import CaptionCache
 from prep.cost import bytes_needed, check_room, estimate, estimated_rate, measured_rates, sample_bytes, table
 from prep.errors import ResourceError
 from prep.layers import LayerWorker
@@ -126,9 +126,27 @@ def test_rates_follow_the_size_the_scale_and_the_share_of_a_card():
     full = full_size(dino={"input_scale": 1.0})
     assert estimated_rate(full, "dino", whole) == estimated_rate(full_size(), "dino", whole) / 4
     assert estimated_rate(full_size(), "dino", half) == estimated_rate(full_size(), "dino", whole) / 2
-    hosts = CaptionConfig(backend="ollama", hosts=["http://a", "http://b", "http://c"])
-    asked = full_size().model_copy(update={"captions": hosts})
-    assert estimated_rate(asked, "text", Pass(("text",), "captions", 1)) == pytest.approx(3 / 7.5)
+
+
+def test_cached_captions_are_not_waited_for(tmp_path):
+    write_images(tmp_path / "source", 6)
+    captions = {
+        "backend": "ollama", "model": "gemma3:27b", "digest": "d" * 64,
+        "hosts": ["http://192.0.2.1:11434", {"url": "http://192.0.2.2:11434", "slots": 2}],
+    }  # fmt: skip
+    settings = config(tmp_path, captions=captions)
+    line = lines_of(settings)["text"]
+    assert (line.actors, line.samples) == (3, 6)
+    assert line.seconds == pytest.approx(6 * 7.5 / 3)
+    plan = make_plan(settings)
+    unit = next(unit for unit in plan.missing if unit.layer == "text")
+    recipe = {name: plan.recipes[unit][name] for name in cost.CACHED_BY}
+    for key in plan.shards[unit.bucket, unit.shard]:
+        CaptionCache(settings.output, recipe).write(key, [])
+    log(settings, 1, {"layer": "text", "samples": 10, "seconds": 100.0, "device": "captions"})
+    line = lines_of(settings)["text"]
+    assert line.seconds == pytest.approx(3 * 10 / 3)
+    assert line.why.endswith("3 captions are cached")
 
 
 def test_what_cannot_fit_is_refused_with_numbers(tmp_path, monkeypatch):
