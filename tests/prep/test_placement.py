@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from prep.errors import ResourceError
 from prep.placement import (
     Node,
     captions_vram,
+    gpu_offers,
     in_order,
     memory_need,
     nodes_from_ray,
@@ -46,18 +46,19 @@ def shape(steps) -> list[tuple[tuple[str, ...], str]]:
     return [(step.layers, step.device) for step in steps]
 
 
-def overbooked(steps, nodes) -> list[str]:
-    """Fill every node as Ray would, by its own resources and the demands alone; cards on which memory runs out."""
-    problems = []
+def overbooked(settings_: PrepConfig, nodes: list[Node]) -> list[str]:
+    """Fill every node as Ray would, knowing the demands alone; the tightest cards on which memory runs out."""
+    steps, problems = plan_passes(settings_, nodes)[0], []
+    free = {offer.node.id: offer for offer in gpu_offers(settings_, nodes, [])}
     for step in steps:
         for place in nodes:
-            if step.device != "cuda" or place.id in step.excluded or not place.gpus:
+            if step.device != "cuda" or place.id in step.excluded or place.id not in free:
                 continue
-            per_card = int(1 / step.gpus + 1e-9)
-            fit = min(per_card, int(place.vram_gb / step.vram_gb) if step.vram_gb else per_card)
-            card = place.vram_gb / place.gpus if place.vram_gb else math.inf
-            if fit * step.vram_gb > card + 1e-6:
-                problems.append(f"{place} {step}")
+            on_a_card = int(1 / step.gpus + 1e-9)
+            if step.vram_gb:
+                on_a_card = min(on_a_card, int(place.vram_gb / step.vram_gb + 1e-9))
+            if on_a_card > free[place.id].holds(vram_need(settings_, step.layers)):
+                problems.append(f"{place}: {step}")
     return problems
 
 
@@ -122,7 +123,7 @@ def test_a_4090_two_3060s_and_a_box_are_all_used():
     assert encoders.vram_gb == vram_need(config(), ["t5", "dino", "pose"])
     assert encoders.max_actors > encoders.actors
     assert remarks == []
-    assert not overbooked(steps, MIXED)
+    assert not overbooked(config(), MIXED)
 
 
 def test_a_small_card_makes_the_encoders_run_one_by_one_instead_of_idling():
@@ -130,7 +131,7 @@ def test_a_small_card_makes_the_encoders_run_one_by_one_instead_of_idling():
     steps, _ = plan_passes(config(), [*MIXED, tiny])
     assert shape(steps[1:]) == [(("t5",), "cuda"), (("dino",), "cuda"), (("pose",), "cuda")]
     assert [step.actors for step in steps[1:]] == [7, 7, 7]
-    assert not overbooked(steps, [*MIXED, tiny])
+    assert not overbooked(config(), [*MIXED, tiny])
 
 
 def test_what_fits_no_card_runs_on_cpus_and_that_is_said():
@@ -153,7 +154,7 @@ def test_several_cards_behind_one_node_are_each_safe():
     steps, _ = plan_passes(config(), [host, BIG])
     assert steps[1].gpus == 1  # two of 4.6 GB would share a card of 6
     assert steps[1].actors == 5
-    assert not overbooked(steps, [host, BIG])
+    assert not overbooked(config(), [host, BIG])
 
 
 def test_cards_of_unknown_size_take_one_worker_each_and_that_is_said():
@@ -207,12 +208,13 @@ def test_no_cluster_is_overbooked_or_asked_for_what_it_lacks(rows, per_gpu, back
         for number, (cpus, gpus, vram, memory) in enumerate(rows)
     ]
     make = captioned if backend == "ollama" else config
+    settings_ = make(placement={"actors_per_gpu": per_gpu})
     try:
-        steps, _ = plan_passes(make(placement={"actors_per_gpu": per_gpu}), nodes)
+        steps, _ = plan_passes(settings_, nodes)
     except ResourceError:
         assert not any(place.cpus for place in nodes)
         return
-    assert not overbooked(steps, nodes)
+    assert not overbooked(settings_, nodes)
     for step in steps:
         if step.device != "captions":
             # Ray must be able to start all of them at once: it waits for a pool's actors without a word
