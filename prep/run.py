@@ -166,7 +166,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
     from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass  # Ray takes seconds to import
 
     config = plan.config
-    for line in [*plan.explain(), *other_networks(config)]:
+    for line in [*plan.notes, *other_networks(config)]:
         say(line)
     with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
         passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})
