@@ -77,13 +77,15 @@ class CaptionHosts:
         """How many hosts are not known to be down."""
         return sum(host.down_since is None for host in self.hosts)
 
-    async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
-        """The answer of some host; a failed one after ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` that were the image's.
+    async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> tuple[Answer, float]:
+        """The answer of some host, and the seconds that hosts spent on it.
+
+        It is a failed one after ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` that were the image's.
 
         Waits as long as it takes: :meth:`watch` ends the wait when no host is left. Raises ConfigError.
         """
         faults = timeouts = 0
-        alive = False
+        alive, spent = False, 0.0
         last: Host | None = None
         while True:
             last = host = await self._take(avoid=last)
@@ -95,17 +97,18 @@ class CaptionHosts:
                 faults += 1
                 self._failed(host, start, HostFault(f"failed (HTTP 500): {fault}".rstrip(": ")), patient=True)
                 if faults == SAMPLE_FAULTS:
-                    return Answer("", "failed", options)
+                    return Answer("", "failed", options), spent + time.monotonic() - start
             except HostFault as fault:
                 # what times out on a host that was failing already says nothing about the image
                 timeouts += isinstance(fault, HostTimeout) and alive
                 self._failed(host, start, fault)
                 if timeouts == SAMPLE_TIMEOUTS:
-                    return Answer("", "timeout", options)
+                    return Answer("", "timeout", options), spent + time.monotonic() - start
             else:
                 self._answered(host, start)
-                return answer
+                return answer, spent + time.monotonic() - start
             finally:
+                spent += time.monotonic() - start
                 host.active -= 1
                 await self._wake()
 

@@ -244,10 +244,9 @@ class CaptionPass:
         while asks := {key: step for key, step in self._settle(shard).items() if isinstance(step, Ask)}:
             await asyncio.gather(*(self._ask(shard, key, step) for key, step in asks.items()))
         refused = [key for key, step in self._settle(shard).items() if isinstance(step, Flaw)]
-        # those with the caption of another image had not been counted
-        self.counts["rejected"] += sum(
-            isinstance(next_step(shard.answers[key], self.gate), Accepted) for key in refused
-        )
+        alone = [next_step(shard.answers[key], self.gate) for key in refused]
+        # those that are refused for having the caption of another image had not been counted
+        self.counts["rejected"] += sum(isinstance(step, Accepted) for step in alone)
         self._tell()
         await self._offload(self._commit, shard)
         self._committed(shard.task, len(refused), shard.seconds)

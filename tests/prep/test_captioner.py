@@ -195,10 +195,11 @@ def test_a_server_that_says_the_same_of_every_picture_is_found_out(tmp_path, ser
     server.always = (1, "same")
     config = caption_config(tmp_path, [server.url])
     tasks = commit_crops(config, shards=1, size=4)
-    run_captions(config, tasks)
+    done, counts = run_captions(config, tasks)
     keys = sorted(source.key for source in tasks[0].sources)
     assert list(captions_of(config, tasks)) == keys[:1]
     assert rejects_of(config, tasks) == dict.fromkeys(keys[1:], "caption_repeats")
+    assert done[0][0]["rejected"] == counts[-1]["rejected"] == 3
     assert len(server.captioned) == 4 + 3
 
 
@@ -400,7 +401,7 @@ def test_hosts_can_be_asked_directly(tmp_path, server):
     async def ask() -> str:
         config = caption_config(tmp_path, [server.url])
         async with CaptionHosts(config.captions, DIGEST) as hosts:
-            answer = await hosts.ask(
+            answer, _ = await hosts.ask(
                 b"jpeg", "Describe.", {"num_ctx": 1, "num_predict": 9, "seed": 1, "temperature": 0}
             )
         return answer.text
