@@ -260,6 +260,31 @@ def test_training_reads_an_object_store(source, url):
         Dataset(url)
 
 
+@pytest.mark.slow
+def test_prep_run_writes_an_object_store(source, url):
+    """Through the command line, Ray and its workers, which find the store by their environment."""
+    command = [sys.executable, "-m", "prep", "run", f"source={source / 'source'}", f"output={url}"]
+    command += ["base=64", "encoders=demo", "layers=[text]", "shard_size=3"]
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert contents(url) == contents(source / "out")
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert "wrote nothing (already complete)" in second.stdout
+    storage = open_storage(url)
+    assert not storage.exists(LOCK)
+    logs = [storage.read(f"runs/{number}/log.jsonl").decode().splitlines() for number in ("0001", "0002")]
+    assert [json.loads(log[-1])["event"] for log in logs] == ["done", "done"]
+    with locked(url):
+        third = run()
+    assert third.returncode == 2
+    assert f"{url} is being written by another prep run (process {os.getpid()} on " in third.stderr
+
+
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
