@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prep import cost
+from prep.caption_cache import forget_rejects
 from prep.config import dump_config
 from prep.console import Progress, duration, say
 from prep.errors import DataError, Interrupted
@@ -173,6 +174,8 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
         for line in [*remarks, *cost.table(cost.estimate(plan, passes, folder.storage))]:
             say(line)
         preflight(config, plan, on_every_node)
+        if config.captions.generated:  # or the answers that were refused would be read again
+            forget_rejects(folder.storage, plan.again)
         for unit in plan.again:
             folder.storage.delete(unit.part)
         computed: list[str] = []
