@@ -63,10 +63,17 @@ def ray_session() -> Iterator[None]:
         say("starting Ray on this machine")
         resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
         ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
+        protect_token(Path.home() / ".ray" / "auth_token")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def protect_token(path: Path) -> None:
+    """Let nobody else read the token that Ray made for its clusters on this machine; Ray leaves it readable."""
+    if path.exists() and path.stat().st_uid == os.getuid():
+        path.chmod(0o600)
 
 
 def cluster_nodes() -> list[Node]:

@@ -61,15 +61,19 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 1
         time.sleep(0.02)
 
 
-def writer_of(root: Path) -> int | None:
-    """The process of some actor: the parent of the child whose temporary file is there."""
-    for path in root.glob("bucket_*/.*.tmp-*"):
-        try:
-            status = Path(f"/proc/{path.name.rsplit('-', 1)[1]}/status").read_text()
-        except OSError:
-            continue
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
-    return None
+def writers(root: Path) -> list[int]:
+    """The processes of actors at work: the parents of the children whose temporary files are there."""
+    children = [int(path.name.rsplit("-", 1)[1]) for path in root.glob("bucket_*/.*.tmp-*")]
+    return [parent for child in children if (parent := parent_of(child))]
+
+
+def parent_of(process: int) -> int:
+    """The parent of a process, 0 for one that has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
 
 
 @pytest.mark.slow
@@ -92,8 +96,8 @@ def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environ
             assert not (root / "index.parquet").exists()
         driver = start(disturbed, cluster.environment, log)
         at(0.5, driver)
-        actors: list[int | None] = []
-        wait_for(lambda: actors.append(writer_of(root)) or actors[-1], driver, log)
+        actors: list[int] = []
+        wait_for(lambda: actors.extend(writers(root)) or actors, driver, log)
         os.kill(actors[-1], signal.SIGKILL)
         at(0.65, driver)
         os.kill(cluster.raylets[2], signal.SIGKILL)
@@ -111,3 +115,18 @@ def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environ
     rejects = {row["source"]: row["reason"] for row in pq.read_table(root / "rejects.parquet").to_pylist()}
     assert rejects == REASONS  # the poison images, and no innocent one
     assert len(Dataset(root)) == IMAGES - len(POISON)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_that_joins_takes_part(source, tmp_path):
+    fields = {"source": str(source), "base": 64, "shard_size": SHARD, "layers": ["pose"]}
+    config = PrepConfig(output=str(tmp_path / "out"), **fields)
+    root, log = Path(config.output), tmp_path / "log.txt"
+    with LocalCluster(nodes=1, environment={"NANODIT_FAULT": "px.decode@*:delay", "OMP_NUM_THREADS": "1"}) as cluster:
+        driver = start(config, cluster.environment, log)
+        wait_for(lambda: committed(root) > 2, driver, log)
+        raylet = cluster.add_node()
+        wait_for(lambda: raylet in map(parent_of, writers(root)), driver, log)
+        assert driver.wait(timeout=240) == 0, log.read_text()
+    assert len(Dataset(root)) == IMAGES

@@ -557,3 +557,13 @@ def test_a_worker_with_another_model_than_the_plan_refuses(tmp_path):
         LayerWorker(other).run(task)
     assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "px")) is not None
     assert read_part(tmp_path / "out", Unit(task.bucket, task.shard, "dino")) is None
+
+
+def test_s07_nobody_else_reads_the_token(tmp_path, ray_session):
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    pipeline.protect_token(token)
+    assert token.stat().st_mode & 0o777 == 0o600
+    pipeline.protect_token(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
