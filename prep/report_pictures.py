@@ -35,7 +35,7 @@ MAX_FILE_BYTES, MAX_PIXELS = 64 << 20, 64_000_000  # of a refused source that is
 def embed(image: Image.Image, side: int) -> str:
     """``image`` with its longer side reduced to at most ``side`` pixels, as a data URI."""
     small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
