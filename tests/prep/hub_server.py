@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,7 @@ class HubServer:
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     gated: dict[str, set[str]] = field(default_factory=dict)  # model -> tokens that may read it
     broken: set[str] = field(default_factory=set)  # files that are answered with 503
+    after: dict[str, Callable[[], object]] = field(default_factory=dict)  # what happens once a file has been sent
     requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
     def push(self, model: str, files: dict[str, bytes] | Path) -> str:
@@ -75,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+            if happens := hub.after.pop(match["file"], None):
+                happens()
         return None
 
     def _refuse(self, status: int, code: str, commit: str | None = None) -> None:

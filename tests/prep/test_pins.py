@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from prep.demo import ASSETS, build_dino, build_t5
 from prep.encoders import build_encoder, encoder_fingerprint, model_name
 from prep.errors import ConfigError, DataError
-from prep.files import sha256_file
+from prep.files import sha256_bytes, sha256_file
 from prep.hub import Pin, Reference
 from prep.pins import MODELS, other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.settings import PrepConfig
@@ -91,6 +91,15 @@ def test_the_first_run_records_commits_and_hashes_and_later_runs_keep_them(
     # a dataset of its own takes today's
     other = resolve_models(config, {})
     assert other[T5].revision == hub.branches[T5, "main"] != recorded[T5]["revision"]
+
+
+def test_a_main_that_moves_during_the_first_download_mixes_nothing(hub: HubServer, config: PrepConfig) -> None:
+    old = hub.branches[T5, "main"]
+    files = dict(hub.commits[T5, old])
+    hub.after["config.json"] = lambda: hub.push(T5, files | {"model.safetensors": b"retrained"})
+    pin = resolve_models(config, {})[T5]
+    assert pin.revision == old != hub.branches[T5, "main"]
+    assert pin.files["model.safetensors"] == sha256_bytes(files["model.safetensors"])
 
 
 def test_a_pinned_config_is_all_that_another_machine_needs(
