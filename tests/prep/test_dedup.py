@@ -273,22 +273,31 @@ def prepare(config: PrepConfig) -> Dataset:
 
 @pytest.mark.slow
 def test_p05_duplicates_stay_on_one_side_and_nothing_leaks(tmp_path):
-    source, threshold = tmp_path / "source", 0.9999
+    source = tmp_path / "source"
     source.mkdir()
     for seed in range(20):
         Image.fromarray(photograph(seed, 128)).save(source / f"{seed:02d}.png")
         if seed % 2:
             Image.fromarray(edited(photograph(seed, 128), "jpeg")).save(source / f"{seed:02d}-jpeg.png")
-    (source / "00-exact.png").write_bytes((source / "00.png").read_bytes())
+    (source / "99-exact.png").write_bytes((source / "00.png").read_bytes())
     fields = {"base": 64, "encoders": "demo", "layers": ["dino"], "holdout": 0.4, "shard_size": 8}
-    config = PrepConfig(
-        source=str(source), output=str(tmp_path / "out"), duplicates={"cls_cosine": threshold}, **fields
-    )
+    alone = prepare(PrepConfig(source=str(source), output=str(tmp_path / "by-hash"), **fields))
+    tokens = {row["source"]: alone.cls(row) for row in alone.rows()}
+    originals = np.stack([tokens[f"{seed:02d}.png"] for seed in range(20)]).astype(np.float64)
+    originals /= np.linalg.norm(originals, axis=1, keepdims=True)
+    cosines = np.sort((originals @ originals.T)[np.triu_indices(20, 1)])
+    threshold = float(cosines[-8:-6].mean())  # at which seven pairs look alike to the tokens and not to the hash
+    assert leaks(alone, threshold)[1] > 0
+
+    output = str(tmp_path / "out")
+    config = PrepConfig(source=str(source), output=output, duplicates={"cls_cosine": threshold}, **fields)
     first = prepare(config)
-    assert first.info["counts"] == {"samples": 30, "train": 18, "holdout": 12, "rejects": 1}
+    counts = first.info["counts"]
+    assert (counts["samples"], counts["rejects"]) == (30, 1)
+    assert 0 < counts["holdout"] <= 12
     assert first.info["stages"]["split"]["cls_cosine"] == threshold
     together, across = leaks(first, threshold)
-    assert (together >= 10, across) == (True, 0)
+    assert (together >= 17, across) == (True, 0)
     sides = {row["source"]: row["split"] for row in first.rows()}
 
     # copies of some of either side, half the size: each goes to its original's

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from prep.filters import blur_problem, filter_recipe, header_problem, persons_pr
 from prep.plan import make_plan
 from prep.publish import gate
 from prep.settings import FilterConfig, PrepConfig
+from tests.prep.test_gone import poses, prepare
 from tests.prep.test_plan import config, pretend_committed, write_images
 
 FILTERS = {
@@ -140,3 +142,19 @@ def test_only_what_pose_accepted_is_captioned(tmp_path):
     plan = make_plan(settings)
     (task, *_) = plan.tasks(settings.active_layers)
     assert list(task.recipes) == ["px", "pose", "text", "t5"]
+
+
+def test_blurred_pictures_are_refused_with_their_sharpness_and_the_others_show_it(tmp_path):
+    write_images(tmp_path / "source", 2)
+    Image.new("RGB", (80, 64), (90, 120, 30)).save(tmp_path / "source" / "flat.png")
+    values = {row["source"]: row["sharpness"] for row in prepare(poses(tmp_path)).rows()}
+    assert values["flat.png"] == 0 < 1000 < values["image-000.png"]
+    dataset = prepare(poses(tmp_path, filters={"min_sharpness": 1000.0}))
+    assert {row["source"] for row in dataset.rows()} == {"image-000.png", "image-001.png"}
+    (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert reject == {
+        "source": "flat.png",
+        "stage": "px",
+        "reason": "blurred",
+        "detail": "sharpness 0.0 is below filters.min_sharpness 1000.0",
+    }
