@@ -87,11 +87,11 @@ def crops(table: pa.Table) -> View:
 
 
 def buckets(dataset: Dataset, thumbnails: Thumbnails) -> list[View]:
-    """Every bucket in the order of the table of buckets: counts, crop loss, enlargement and a contact sheet."""
+    """Every bucket, the fullest first: counts, crop loss, enlargement and a contact sheet."""
     table, views = dataset.table, []
     names, sides = table["bucket"].to_numpy(zero_copy_only=False), table["split"].to_numpy(zero_copy_only=False)
     loss, shards = crop_loss(table), numbers(table, "shard")
-    scales = numbers(table, "crop_right") - numbers(table, "crop_left")
+    cropped = numbers(table, "crop_right") - numbers(table, "crop_left")  # pixels of the source across the bucket
     for name in sorted(set(names), key=lambda name: (-(names == name).sum(), name)):
         here, bucket = np.flatnonzero(names == name), Bucket.parse(name)
         shown = rows_at(table, here[:SHEET])
@@ -105,7 +105,7 @@ def buckets(dataset: Dataset, thumbnails: Thumbnails) -> list[View]:
                 "holdout": int((sides[here] == "holdout").sum()),
                 "shards": len(set(shards[here])),
                 "loss": {"median": float(np.median(loss[here])), "worst": float(loss[here].max())},
-                "enlarged": int((scales[here] < bucket.width * (1 - 1e-9)).sum()),
+                "enlarged": int((cropped[here] < bucket.width * (1 - 1e-9)).sum()),
                 "pictures": [
                     {"data": data, "source": row["source"], "holdout": row["split"] == "holdout"}
                     for row, data in zip(shown, thumbnails.make(shown))
