@@ -32,6 +32,7 @@ from prep.sources import Reject
 from prep.storage import LocalFolder, Storage, open_storage
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
+ROUNDS = 3  # of making units again: a file that changes all the time is not waited for
 UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
@@ -66,8 +67,9 @@ class RunFolder:
 
 
 def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
-    """Print what ``prep run`` would compute and why, where, how long and how many GB; writes nothing.
+    """Print what ``prep run`` would compute and why, where, how long and how many GB.
 
+    Writes nothing but what the scan saw, so that the run need not read the sources again.
     Raises ResourceError for what could never fit, and DataError where the run would stop at once.
     """
     config = pin_config(config, read_pins(config.output))
@@ -108,8 +110,9 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
             root.remove_temporary_files()
             work: dict[str, Work] = defaultdict(Work)
             plan = prepare(config, folder, prune, retry_rejects)
-            while plan.missing:
-                compute(plan, folder, work)
+            for _ in range(ROUNDS):
+                if plan.missing:
+                    compute(plan, folder, work)
                 if not plan.again:
                     break
                 plan = prepare(config, folder, prune)  # what was made again may have given others something to do
@@ -146,6 +149,8 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
         pins = resolved
     numbers = {"seen": plan.seen, "samples": len(plan.sources), "shards": len(plan.shards)}
     folder.log("plan", **numbers, why=plan.explain())
+    for line in plan.notes:
+        say(line)
     write_manifest(plan)
     return plan
 
@@ -167,7 +172,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
     from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass  # Ray takes seconds to import
 
     config = plan.config
-    for line in [*plan.notes, *other_networks(config)]:
+    for line in other_networks(config):
         say(line)
     with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
         passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})
@@ -202,6 +207,8 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
                         work[unit["layer"]].seconds += unit["seconds"]
                         for death in unit.get("deaths", ()):
                             say(f"a worker died ({death}); the samples it was working on were tried one by one")
+                        if note := unit.get("note"):  # of the encoder, about the memory of its GPU
+                            say(note)
                     if not asked:  # the captions say for each sample when it is through
                         rejected += sum(unit["rejected"] for unit in units)
                         progress.advance(sum(unit["samples"] for unit in units), rejected=rejected)
