@@ -116,7 +116,10 @@ class LayerWorker:
         else:
             self._rejected = len(part.rejects)
         done = {"layer": job.layer, "device": self.device, "samples": len(job.task.sources)}
-        return done | {"rejected": self._rejected, "seconds": round(time.monotonic() - start, 3)}
+        done |= {"rejected": self._rejected, "seconds": round(time.monotonic() - start, 3)}
+        encoder = self._encoders.get(job.layer)
+        note = encoder and encoder.memory.take_note()
+        return done | ({"note": note} if note else {})
 
     @contextmanager
     def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:

@@ -12,9 +12,14 @@ import torch
 from prep.demo import ASSETS, build_dino, build_t5
 from prep.dinov3 import DINOv3Encoder
 from prep.dwpose import DWPose
+from prep.encoders import build_encoder
 from prep.errors import ResourceError
-from prep.figures import draw_figure
+from prep.figures import draw_figure, write_figures
+from prep.layers import LayerWorker, ShardTask
 from prep.oom import Halving
+from prep.plan import make_plan
+from prep.settings import PrepConfig
+from prep.shards import read_part
 from prep.t5 import T5Encoder
 
 
@@ -137,3 +142,26 @@ def test_dwpose_gives_the_same_joints_in_halves(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(part.keypoints, expected.keypoints, atol=1e-4)
         np.testing.assert_allclose(part.boxes, expected.boxes, atol=1e-4)
     assert encoder.memory.limit == 1
+
+
+def test_a_worker_reports_what_it_had_to_do(tmp_path: Path) -> None:
+    """The unit is committed as ever, and its record for log and user says that batches were halved."""
+    write_figures(tmp_path / "figures", 6, size=96, seed=2, short_captions=True, workers=1)
+    config = PrepConfig(
+        source=str(tmp_path / "figures"), output=str(tmp_path / "dataset"), base=64, encoders="demo", layers=["dino"]
+    )
+    plan = make_plan(config)
+    worker = LayerWorker(config)
+    done: list[dict] = []
+    for task in plan.tasks(("px", "dino")):
+        worker.run(ShardTask(task.bucket, task.shard, task.sources, {"px": task.recipes["px"]}))
+        if not done:
+            encoder = build_encoder(config, "dino", "cpu")
+            limit(encoder.model, 1)
+            worker._encoders["dino"] = encoder
+        done += worker.run(task)
+    notes = [unit["note"] for unit in done if "note" in unit]
+    assert len(notes) == 1
+    assert "DINO: batches of" in notes[0]
+    for unit in plan.recipes:
+        assert read_part(config.output, unit) is not None
