@@ -30,12 +30,11 @@ from prep.errors import ConfigError, DataError
 from prep.files import canonical_json, sha256_bytes
 from prep.layers import ShardTask
 from prep.settings import PrepConfig
-from prep.shards import LayerWriter, Part, Unit, fingerprint_of, read_part, read_range
+from prep.shards import LayerWriter, Part, Unit, decode_pixels, fingerprint_of, members_of, read_part, read_range
 from prep.storage import Storage, open_storage
 
 PROMPT = Path(__file__).parent / "assets" / "caption_prompt.txt"
 JPEG_QUALITY = 90
-CROPS = {"webp": "WEBP", "jpg": "JPEG"}  # members that px may have, with Pillow's names for them
 DECODERS = 4  # threads that read crops and write the cache
 LOOKAHEAD = 16  # crops that are ready when a slot gets free, besides one per slot
 OPEN_SHARDS = 32  # whose captions are held in memory until their last one arrives
@@ -274,10 +273,10 @@ class CaptionPass:
     def _jpeg(self, shard: Shard, key: str) -> bytes:
         """The crop of one image as it is sent."""
         table, unit = shard.crops.table, shard.crops.unit
-        member = next(name for name in CROPS if f"px/{name}/offset" in table.column_names)
+        (member,) = members_of("px", shard.crops.recipe)
         row = table["key"].to_pylist().index(key)
         place = (table[f"px/{member}/{name}"][row].as_py() for name in ("offset", "length", "sha256"))
-        return jpeg_bytes(read_range(self.storage, unit, key, member, *place), self.config.captions.image_side)
+        return picture_bytes(read_range(self.storage, unit, key, member, *place), self.config.captions.image_side)
 
     def _commit(self, shard: Shard) -> None:
         """Write the text unit, as ``LayerWorker.text`` does for sidecars."""
@@ -304,10 +303,9 @@ class CaptionPass:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
 
-def jpeg_bytes(crop: bytes, side: int) -> bytes:
+def picture_bytes(crop: bytes, side: int) -> bytes:
     """A crop as the JPEG that a model is shown: reduced so that its longer side is at most ``side`` pixels."""
-    with Image.open(io.BytesIO(crop), formats=list(CROPS.values())) as image:
-        image = image.convert("RGB")
+    image = Image.fromarray(decode_pixels(crop))
     scale = side / max(image.size)
     if scale < 1:
         size = [max(1, round(length * scale)) for length in image.size]

@@ -11,7 +11,7 @@ from prep.captioner import caption_recipe, caption_units
 from prep.files import sha256_bytes
 from prep.layers import ShardTask
 from prep.settings import PrepConfig
-from prep.shards import LayerWriter, Part, Unit, read_part, webp_bytes
+from prep.shards import IMAGE_FORMATS, LayerWriter, Part, Unit, encode_pixels, read_part
 from prep.sources import Source
 
 FAST = {"cool_down": 0.05, "patience": 2.0, "timeout": 5.0, "min_words": 30, "max_words": 200, "image_side": 64}
@@ -27,16 +27,26 @@ def caption_config(tmp_path: Path, hosts: list[Any], **captions: Any) -> PrepCon
     )  # fmt: skip
 
 
-def commit_crops(config: PrepConfig, shards: int, size: int, seed: int = 0) -> list[ShardTask]:
+def commit_crops(
+    config: PrepConfig, shards: int, size: int, seed: int = 0, image_format: str = "webp"
+) -> list[ShardTask]:
     """Commit the px units of some shards of random pixels; returns them as tasks without recipes."""
+    member = IMAGE_FORMATS[image_format]
     tasks = []
     for shard in range(shards):
         random = np.random.default_rng([seed, shard])
         pixels = [random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(size)]
         crops = {sha256_bytes(crop.tobytes())[:32]: crop for crop in pixels}
-        with LayerWriter(config.output, Unit("64x64", shard, "px"), {"layer": "px", "shard": shard}, {}) as writer:
+        recipe = {"layer": "px", "shard": shard} | ({} if member == "webp" else {"format": image_format})
+        with LayerWriter(config.output, Unit("64x64", shard, "px"), recipe, {}) as writer:
             for key in sorted(crops):
-                writer.add(key, {"webp": webp_bytes(crops[key])}, phash="0" * 16, sharpness=1.0, thumbnail=b"thumbnail")
+                writer.add(
+                    key,
+                    {member: encode_pixels(crops[key], member)},
+                    phash="0" * 16,
+                    sharpness=1.0,
+                    thumbnail=b"thumbnail",
+                )
             writer.commit()
         sources = tuple(Source(f"{key}.png", key, 1, 64, 64) for key in sorted(crops))
         tasks.append(ShardTask("64x64", shard, sources, {}))

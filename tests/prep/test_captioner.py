@@ -1,6 +1,7 @@
 """The caption pass against real clients and a local server that speaks the wire formats, with its faults."""
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -9,16 +10,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from prep.caption_cache import forget_rejects
 from prep.caption_hosts import CaptionHosts
-from prep.captioner import PROMPT, caption_recipe, caption_units, jpeg_bytes, read_prompt
-from prep.errors import ConfigError, ResourceError
+from prep.captioner import PROMPT, caption_recipe, caption_units, picture_bytes, read_prompt
+from prep.errors import ConfigError, DataError, ResourceError
 from prep.files import sha256_bytes
+from prep.layers import ShardTask
 from prep.plan import make_plan
-from prep.shards import LayerWriter, Unit, read_members, read_part
+from prep.shards import LayerWriter, Unit, fingerprint_of, read_members, read_part, webp_bytes
 from tests.prep.caption_server import DIGEST, MODEL, CaptionServer, caption
 from tests.prep.captioning import (
     caption_config,
@@ -44,7 +47,7 @@ def pictures(config, tasks) -> dict[str, bytes]:
     """The JPEG of every crop, by key, as servers get it."""
     parts = [read_part(config.output, Unit(task.bucket, task.shard, "px")) for task in tasks]
     crops = {key: data for part in parts for key, data in read_members(config.output, part, "webp")}
-    return {key: jpeg_bytes(data, config.captions.image_side) for key, data in crops.items()}
+    return {key: picture_bytes(data, config.captions.image_side) for key, data in crops.items()}
 
 
 @pytest.mark.parametrize("backend", ["ollama", "openai"])
@@ -364,6 +367,11 @@ def test_changing_the_model_makes_text_and_t5_again_and_nothing_else(tmp_path, s
         "t5": "changed: text layer",
     }
     assert {unit.layer: why for unit, why in limits.items()}["text"] == "changed: checks.min_words"
+    for number in range(3):
+        (tmp_path / "source" / f"{number}.txt").write_text(f"Picture {number}.")
+    missing = make_plan(caption_config(tmp_path, [server.url], backend="sidecar")).missing
+    assert {unit.layer for unit in missing} == {"text", "t5"}
+    assert all("backend" in why for unit, why in missing.items() if unit.layer == "text")
 
 
 def test_prompts_come_from_files(tmp_path):
@@ -407,3 +415,39 @@ def test_hosts_can_be_asked_directly(tmp_path, server):
         return answer.text
 
     assert asyncio.run(ask()) == caption(b"jpeg")
+
+
+def test_with_filters_on_persons_only_those_who_passed_them_are_captioned(tmp_path, server):
+    config = caption_config(tmp_path, [server.url])
+    tasks = commit_crops(config, shards=1, size=5)
+    fields = config.model_dump(mode="json") | {"layers": ["text", "pose"], "filters": {"min_persons": 1}}
+    config = type(config).model_validate(fields)
+    assert config.upstream("text") == "pose"
+    keys = [source.key for source in tasks[0].sources]
+    pose = {"layer": "pose", "persons": 1}
+    with LayerWriter(config.output, Unit("64x64", 0, "pose"), pose, {}) as writer:
+        for key in keys[::2]:
+            writer.add(key, {"pose.npy": b"joints", "json": b"{}"}, persons=1)
+        writer.commit()
+    upstream = fingerprint_of(pose)
+    recipes = {"text": {"layer": "text", "code": 1, "upstream": upstream, **caption_recipe(config)}}
+    list(caption_units(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)], lambda counts: None))
+    assert list(captions_of(config, tasks)) == keys[::2]
+    assert len(server.captioned) == 3
+    recipes["text"]["upstream"] = "something else"
+    with pytest.raises(DataError, match="what it is made from disappeared"):
+        list(caption_units(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)], lambda counts: None))
+
+
+def test_crops_may_be_jpeg(tmp_path, server):
+    config = caption_config(tmp_path, [server.url], image_side=65)
+    tasks = commit_crops(config, shards=1, size=2, image_format="jpeg")
+    run_captions(config, tasks)
+    assert len(captions_of(config, tasks)) == 2
+
+
+def test_pictures_are_reduced_to_the_side_that_the_model_sees():
+    crop = webp_bytes(np.zeros((40, 100, 3), np.uint8))
+    for side, size in ((50, (50, 20)), (100, (100, 40)), (896, (100, 40))):
+        with Image.open(io.BytesIO(picture_bytes(crop, side)), formats=["JPEG"]) as image:
+            assert image.size == size
