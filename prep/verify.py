@@ -169,12 +169,13 @@ def check_published(storage: Storage, checked: list[Checked]) -> tuple[int, list
         return 0, findings
     try:
         check_index(index, info, "index.parquet")
+        findings += compare_index(index, info, checked, tables)
+        findings += check_counts(index, info, tables)
+        findings += find_leaks(index, info, checked)
     except DataError as error:
         bad("index.parquet", str(error))
-        return len(index), findings
-    findings += compare_index(index, info, checked, tables)
-    findings += check_counts(index, info, tables)
-    findings += find_leaks(index, info, checked)
+    except (TypeError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:  # whoever wrote them, not we
+        bad("dataset.json", f"it or a file that it names is not of the expected form ({type(error).__name__}: {error})")
     return len(index), findings
 
 

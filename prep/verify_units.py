@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from prep.buckets import Bucket
-from prep.errors import DataError
+from prep.errors import DataError, NanoditError
 from prep.files import sha256_bytes
 from prep.quantise import GROUP
 from prep.shards import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema
@@ -28,6 +28,7 @@ from prep.storage import Storage
 
 KEY = re.compile(r"[0-9a-f]{32}")
 NPY_VERSIONS = ((1, 0), (2, 0))
+BOMB = Image.DecompressionBombError
 NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half would otherwise fill the screen
 
 
@@ -91,6 +92,8 @@ def _check_part(storage: Storage, checked: Checked) -> Part | None:
         part = Part(unit, record["recipe"], record["facts"], record["tar_bytes"], record["tar_sha256"], rejects, table)
         described = tuple(record[name] for name in ("schema", "bucket", "shard", "layer"))
         expected = part_schema(unit.layer, part.recipe)
+        if not isinstance(part.tar_bytes, int):
+            raise TypeError(f"tar_bytes is {part.tar_bytes!r}")
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         checked.damaged(unit.part, f"is no index part ({type(error).__name__}: {error})")
         return None
@@ -189,7 +192,7 @@ def _check_members(data: memoryview, part: Part, checked: Checked) -> None:
             if len(content) != length or sha256_bytes(content) != sha256:
                 raise DataError("the bytes are not those that were committed (SHA-256 differs)")
             value = CHECKS[part.unit.layer, member](bytes(content), rows[key], part)
-        except (ValueError, KeyError, TypeError, OSError, DataError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError, BOMB, NanoditError) as error:
             bad += 1
             if bad <= NAMED:
                 checked.damaged(part.unit.tar, f"{member}: {error}", key)

@@ -210,6 +210,17 @@ def test_published_files_are_checked_against_dataset_json_and_each_other(root, c
     found(root, capsys, "dataset.json", "cannot be used")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"counts": 3}, {"stages": []}, {"layers": {"px": None, "t5": 1}}, {"stages": {"split": {"cls_cosine": "no"}}}],
+)
+def test_descriptions_of_another_form_are_findings(root, capsys, changes):
+    info = json.loads((root / "dataset.json").read_text()) | changes
+    del info["fingerprint"]
+    (root / "dataset.json").write_text(canonical_json(info | {"fingerprint": fingerprint_of(info)}))
+    found(root, capsys, "dataset.json", "not of the expected form")
+
+
 def test_p05_a_near_duplicate_on_the_other_side_is_a_leak(root, capsys):
     index = pq.read_table(root / "index.parquet")
     rows = index.to_pylist()
