@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from prep import storage
+from prep.cost import bytes_needed
 from prep.errors import ConfigError, ResourceError, resource_error
 from prep.layers import LayerWorker
 from prep.plan import make_plan, write_manifest
@@ -127,7 +128,7 @@ def test_an_output_that_reaches_only_one_way_is_refused(tmp_path):
 
 def test_a_source_that_changed_since_the_plan_is_no_nodes_fault(tmp_path):
     settings, plan = prepared(tmp_path)
-    next(iter(Path(settings.source).glob("*.png"))).unlink()
+    (Path(settings.source) / next(iter(plan.sources.values())).name).unlink()
     preflight(settings, plan, here)
 
 
@@ -197,16 +198,16 @@ def nothing_is_damaged(settings) -> None:
     assert len(make_plan(settings).parts) == len(parts)
 
 
-@pytest.mark.parametrize("fault", ["disk", "limit"])
-def test_no_room_in_the_middle_of_a_run_damages_nothing_and_the_run_continues(tmp_path, disk, fault):
+@pytest.mark.parametrize("room", [None, 16, 32, 56, 72])  # kB: the disk is full within a tar, at its end, at its part
+def test_no_room_in_the_middle_of_a_run_damages_nothing_and_the_run_continues(tmp_path, disk, room):
     settings, _ = prepared(tmp_path, count=24, shard_size=6)
     calm = settings.model_copy(update={"output": str(tmp_path / "calm")})
     assert compute_until_it_fails(calm) is None
 
     output = Path(settings.output)
     largest = max(len(data) for data in units(Path(calm.output)).values())
-    if fault == "disk":
-        disk(output, f"size={2 * largest // 1024 + 40}k")
+    if room is not None:
+        disk(output, f"size={2 * largest // 1024 + room}k")
         error = compute_until_it_fails(settings)
     else:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -220,7 +221,7 @@ def test_no_room_in_the_middle_of_a_run_damages_nothing_and_the_run_continues(tm
     nothing_is_damaged(settings)
     assert not list(output.rglob(".*.tmp-*"))  # a full disk is not kept full
 
-    if fault == "disk":
+    if room is not None:
         subprocess.run(["mount", "-o", "remount,size=20m", output], check=True)
     assert compute_until_it_fails(settings) is None
     assert units(output) == units(Path(calm.output))
@@ -236,3 +237,21 @@ def test_on_the_nodes_of_a_real_cluster(tmp_path, ray_session):
     settings, plan = prepared(tmp_path)
     preflight(settings, plan, on_every_node)
     assert list(Path(settings.output).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_fills_the_disk_ends_with_4_and_the_same_command_continues(tmp_path, disk):
+    write_images(tmp_path / "source", 40)  # noise, which takes more room than the photographs of the estimate
+    settings = config(tmp_path, layers=["pose"], shard_size=10)
+    output = Path(settings.output)
+    disk(output, f"size={sum(bytes_needed(make_plan(settings)).values()) // 1024 + 100:.0f}k")
+    overrides = [f"{name}={getattr(settings, name)}" for name in ("source", "output", "base", "encoders", "shard_size")]
+    command = [sys.executable, "-m", "prep", "run", *overrides, "layers=[pose]"]
+    first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert first.returncode == 4, first.stdout + first.stderr
+    assert "No space left on device" in first.stderr
+    nothing_is_damaged(settings)
+    subprocess.run(["mount", "-o", "remount,size=20m", output], check=True)
+    second = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (output / "index.parquet").exists()
