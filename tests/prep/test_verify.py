@@ -12,13 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prep.errors import ConfigError, DataError
 from prep.files import canonical_json, sha256_bytes, sha256_file
 from prep.plan import make_plan
 from prep.settings import PrepConfig
 from prep.shards import Dataset, Unit, fingerprint_of, npy_bytes, parquet_bytes, read_part
+from prep.storage import open_storage
 from prep.verify import verify
+from prep.verify_units import check_unit
 from tests.prep.prepared import prepare
 from tests.prep.test_plan import config, write_images
 
@@ -46,6 +50,16 @@ def settings(prepared, tmp_path) -> PrepConfig:
 @pytest.fixture
 def root(settings) -> Path:
     return Path(settings.output)
+
+
+@pytest.fixture(scope="module")
+def pose_unit(prepared, tmp_path_factory) -> tuple[Path, Unit, bytes, bytes]:
+    """A copy of one unit, to be changed again and again."""
+    unit, root = unit_of(prepared / "out", "pose"), tmp_path_factory.mktemp("unit")
+    for name in (unit.tar, unit.part):
+        (root / name).parent.mkdir()
+        shutil.copy(prepared / "out" / name, root / name)
+    return root, unit, (root / unit.tar).read_bytes(), (root / unit.part).read_bytes()
 
 
 def unit_of(root: Path, layer: str) -> Unit:
@@ -298,6 +312,22 @@ def test_p07_a_hostile_tar_is_named_and_nothing_is_written(root, capsys, kind, w
         else:
             with pytest.raises(DataError, match=f"{unit.tar}, sample {row['key']}"):
                 dataset.pose(row)
+
+
+@given(st.data(), st.booleans())
+def test_p07_any_change_of_a_tar_is_found_and_none_stops_the_check(pose_unit, data, vouched):
+    """``vouched``: the index part carries the changed tar's hash, as an attacker's would; then no crash is enough."""
+    root, unit, tar, part = pose_unit
+    start = data.draw(st.integers(0, len(tar)))
+    end = data.draw(st.integers(start, min(len(tar), start + 1024)))
+    changed = tar[:start] + data.draw(st.binary(max_size=1024)) + tar[end:]
+    (root / unit.part).write_bytes(part)
+    (root / unit.tar).write_bytes(changed)
+    if vouched:
+        (root / unit.tar).write_bytes(tar)
+        recommit(root, unit, changed)
+    checked = check_unit(open_storage(root), unit)
+    assert vouched or bool(checked.findings) == (changed != tar)
 
 
 class Canary:
