@@ -114,6 +114,11 @@ def hub_models(config: PrepConfig) -> dict[str, Reference]:
     for layer in ("t5", "dino"):
         section = getattr(config, layer)
         name = section.model or (PRODUCTION[layer] if config.encoders == "production" else None)
+        if section.sha256 and (name is None or is_local(name)):
+            raise ConfigError(
+                f"{layer}.sha256 is for models from the hub, and {name or 'the demo encoder'} is none: a folder is "
+                "recorded by its content. Leave it out"
+            )
         if layer not in config.active_layers or name is None or is_local(name):
             continue
         if section.sha256 is None:

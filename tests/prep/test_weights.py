@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
 from transformers.utils import logging
 
-from prep.weights import cannot_load, folder_hash, model_identity, quiet_transformers
+from prep.weights import cannot_load, compute_dtype, folder_hash, model_identity, quiet_transformers
 
 
 def test_a_folder_is_its_content(tmp_path: Path) -> None:
@@ -28,6 +30,13 @@ def test_a_folder_is_its_content(tmp_path: Path) -> None:
 def test_a_hub_model_is_its_name_and_revision() -> None:
     assert model_identity("google-t5/t5-large", "150ebc2") == {"model": "google-t5/t5-large", "revision": "150ebc2"}
     assert model_identity("google-t5/t5-large", None)["revision"] == "main"
+
+
+def test_gpus_compute_in_bfloat16_where_they_can_and_never_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_dtype(torch.device("cpu")) == torch.float32
+    for capability, dtype in (((6, 1), torch.float32), ((7, 5), torch.float32), ((8, 6), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        assert compute_dtype(torch.device("cuda:0")) == dtype
 
 
 def test_progress_bars_come_back() -> None:
