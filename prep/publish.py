@@ -339,7 +339,13 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
         warnings.append(f"buckets with a single sample: {', '.join(alone)}")
-    name, size = Counter(table["duplicate_group"].to_pylist()).most_common(1)[0]
+    groups = table["duplicate_group"].to_pylist()
+    if torn := len(set(zip(groups, table["split"].to_pylist()))) - len(set(groups)):
+        warnings.append(
+            f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
+            f"rules found them, and published samples stay where they are. Delete {INDEX} and run again to split anew"
+        )
+    name, size = Counter(groups).most_common(1)[0]
     if size > max(1, LARGE_GROUP * len(table)):
         warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from prep.demo import ASSETS, DETECTOR, POSE
 from prep.figures import draw_figure
 from prep.layers import LayerWorker
 from prep.plan import make_plan, write_manifest
-from prep.publish import cls_cosine, publish
+from prep.publish import cls_cosine, publish, warn
 from prep.run import current_parts
 from prep.settings import PrepConfig
 from prep.shards import Dataset, Unit, read_part
@@ -339,3 +340,15 @@ def test_p05_a_new_image_between_both_sides_is_refused(tmp_path):
     assert first.items() <= second.items()  # trap 10
     (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert (reject["source"], reject["stage"], reject["reason"]) == ("between.png", "split", "links_splits")
+
+
+def test_groups_that_were_published_on_both_sides_and_large_ones_are_warned_of():
+    def warnings(groups: str, sides: str) -> list[str]:
+        names = {"t": "train", "h": "holdout"}
+        return warn(pa.table({"duplicate_group": list(groups), "split": [names[side] for side in sides]}), {})
+
+    assert warnings("abcd", "tthh") == []
+    (torn,) = warnings("a" + "a" + "".join(map(chr, range(1000, 1200))), "th" + "t" * 200)
+    assert torn.startswith("1 groups of near duplicates lie on both sides")
+    (large,) = warnings("aaa" + "".join(map(chr, range(1000, 1200))), "ttt" + "h" * 200)
+    assert large == "3 of 203 samples are near duplicates of each other (group a)"
