@@ -335,7 +335,11 @@ def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) ->
     before = {name: list(free) for name, free in cards.items()}
     book_captions(config, nodes, cards, remarks)
     return [
-        Offer(node, min(cards[node.id]), len(cards[node.id]) == 1 and cards[node.id] == before[node.id])
+        Offer(
+            node,
+            min(cards[node.id]),
+            node.vram_gb > 0 and len(cards[node.id]) == 1 and cards[node.id] == before[node.id],
+        )
         for node in nodes
         if node.id in cards
     ]

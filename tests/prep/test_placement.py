@@ -158,6 +158,8 @@ def test_several_cards_behind_one_node_are_each_safe():
 
 
 def test_cards_of_unknown_size_take_one_worker_each_and_that_is_said():
+    steps, _ = plan_passes(config(), [node("9", 8, gpus=1)])
+    assert (steps[1].actors, steps[1].gpus) == (1, 1.0)
     unknown = node("9", 8, gpus=2)
     steps, remarks = plan_passes(config(), [unknown, BIG])
     assert (steps[1].actors, steps[1].gpus, steps[1].vram_gb) == (3, 1.0, 0)
@@ -200,7 +202,7 @@ def test_no_cpu_anywhere_is_refused():
 cards = st.tuples(st.integers(0, 32), st.integers(0, 4), st.integers(0, 48), st.integers(1, 200))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=500)
 @given(st.lists(cards, min_size=1, max_size=6), st.integers(1, 4), st.sampled_from(["sidecar", "ollama"]))
 def test_no_cluster_is_overbooked_or_asked_for_what_it_lacks(rows, per_gpu, backend):
     nodes = [
