@@ -52,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None) -> int | None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb."""
     options = parser().parse_args(arguments)
-    return VERBS[options.verb](options)
+    return VERBS[options.verb](options) or 0
 
 
 def _figures(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def test_the_base_config_says_every_key_and_its_default():
     "override",
     [
         "caption_model=x",
-        "captions.backend=ollama",
+        "captions.backend=openai",
         "base=64.5",
         "seed=-1",
         "layers=[px]",
