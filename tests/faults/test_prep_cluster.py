@@ -14,7 +14,7 @@ from prep.settings import PrepConfig
 from prep.shards import Dataset
 from prep.sources import scan
 from tests.local_cluster import LocalCluster
-from tests.prep.test_pipeline import NETWORKS, files_of
+from tests.prep.runs import NETWORKS, files_of
 from tests.prep.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]
