@@ -23,7 +23,7 @@ from prep.buckets import choose_bucket
 from prep.caption import BadCaption, SidecarCaptions
 from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
-from prep.errors import ConfigError, DataError
+from prep.errors import ConfigError, DataError, ResourceError
 from prep.files import sha256_bytes
 from prep.filters import filter_recipe, header_problem
 from prep.layers import ShardTask
@@ -127,7 +127,8 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
         old_captions = gone.committed_captions(parts) if kept else {}
         captions, expected = read_captions(config, sources, old_captions, cache.look)
-        recipes = make_recipes(config, shards, captions)
+        generated, silent = generated_captions(config, parts) if shards else ({}, [])
+        recipes = make_recipes(config, shards, captions, generated)
         missing = outdated(config, root, recipes, parts)
         current = {unit: part for unit, part in parts.items() if unit not in missing}
 
@@ -138,7 +139,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in missing}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
-    notes = count_rejects(rejects + expected, seen)
+    notes = silent + count_rejects(rejects + expected, seen)
     notes += gone.remarks(kept, replaced, prune, shards, missing)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
 
@@ -251,16 +252,37 @@ def assign_shards(
     return dict(sorted(shards.items()))
 
 
+def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[dict[str, Any], list[str]]:
+    """What captions of the configured model are made from, and a note when no host answers; empty for sidecars.
+
+    The hosts know which weights the model's name stands for. Where they are down, it is taken to be the weights of the
+    captions that are there, so that a finished dataset needs no host. Raises ResourceError where nobody knows.
+    """
+    if "text" not in config.active_layers or not config.captions.generated:
+        return {}, []
+    from prep.captioner import caption_recipe  # asks the caption hosts
+
+    try:
+        return caption_recipe(config), []
+    except ResourceError as error:
+        name = config.captions.backend, config.captions.model
+        recipes = [part.recipe for unit, part in parts.items() if unit.layer == "text"]
+        known = {recipe["digest"] for recipe in recipes if (recipe["backend"], recipe.get("model")) == name}
+        if len(known) != 1:
+            raise
+        captions = config.captions.model_copy(update={"digest": known.pop()})
+        recipe = caption_recipe(config.model_copy(update={"captions": captions}))
+        return recipe, [f"{error}. Planned with the weights of the captions that are there"]
+
+
 def make_recipes(
-    config: PrepConfig, shards: Mapping[tuple[str, int], list[str]], captions: Mapping[str, str]
+    config: PrepConfig,
+    shards: Mapping[tuple[str, int], list[str]],
+    captions: Mapping[str, str],
+    generated: Mapping[str, Any],
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow."""
     encoders = {layer: encoder_fingerprint(config, layer) for layer in config.active_layers if layer in ENCODER_LAYERS}
-    generated: dict[str, Any] = {}
-    if shards and "text" in config.active_layers and config.captions.generated:
-        from prep.captioner import caption_recipe  # asks the caption hosts
-
-        generated = caption_recipe(config)
     recipes: dict[Unit, dict[str, Any]] = {}
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:

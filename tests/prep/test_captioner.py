@@ -359,6 +359,11 @@ def test_changing_the_model_makes_text_and_t5_again_and_nothing_else(tmp_path, s
         with LayerWriter(config.output, unit, recipe, {}) as writer:
             writer.commit()
     assert make_plan(config).missing == {}
+    silent = make_plan(caption_config(tmp_path, ["http://127.0.0.1:9"]))  # a finished dataset needs no host
+    assert silent.missing == {}
+    assert "no caption host answers" in silent.notes[0]
+    with pytest.raises(ResourceError, match="no caption host answers"):
+        make_plan(caption_config(tmp_path, ["http://127.0.0.1:9"], model="llava:7b"))
     limits = make_plan(caption_config(tmp_path, [server.url], min_words=20)).missing
     with CaptionServer(model="llava:7b", digest="e" * 64) as other:
         missing = make_plan(caption_config(tmp_path, [other.url], model="llava:7b")).missing
