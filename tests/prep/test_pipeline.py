@@ -25,6 +25,7 @@ from prep.plan import make_plan
 from prep.run import explain, locked, run
 from prep.settings import PrepConfig
 from prep.shards import LAYERS, Dataset, Unit
+from tests.prep.caption_server import CaptionServer
 from tests.prep.runs import FINISHED, files_of, poses
 from tests.prep.test_plan import config, write_images
 
@@ -182,6 +183,35 @@ def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_ses
     run(copied, prune=True)
     assert set(files_of(root)) == set(before)
     assert {row["source"] for row in Dataset(root).rows()} == set(rows)
+
+
+@pytest.mark.slow
+def test_another_caption_model_redoes_text_and_t5_and_more_images_fill_new_shards(tmp_path, ray_session, capsys):
+    write_images(tmp_path / "source", 5)
+    root = tmp_path / "out"
+
+    def changed_by(server: CaptionServer) -> dict[str, str]:
+        """Run with the server's model; what has other bytes than before, by file."""
+        before = files_of(root) if root.exists() else {}
+        captions = {"backend": "ollama", "hosts": [server.url], "model": server.model}
+        run(config(tmp_path, layers=["text", "dino", "pose"], captions=captions))
+        return {name: digest for name, digest in files_of(root).items() if before.get(name) != digest}
+
+    with CaptionServer(model="gemma3:27b") as first, CaptionServer(model="llava:7b", digest="e" * 64) as second:
+        changed_by(first)
+        capsys.readouterr()
+        units = {name for name in changed_by(second) if name.startswith(("parts/", "bucket_"))}
+        lines = capsys.readouterr().out.splitlines()
+        assert {name.split(".")[-2] for name in units} == {"text", "t5"}
+        assert [line for line in lines if line.startswith("text ") and "changed: digest, model" in line]
+        assert [line for line in lines if line.startswith("t5 ") and "changed: text layer" in line]
+        old = {name for name in files_of(root) if name.startswith(("parts/", "bucket_"))}
+        write_images(tmp_path / "source", 20, first=5)
+        units = {name for name in changed_by(second) if name.startswith(("parts/", "bucket_"))}
+        assert units
+        assert not units & old
+        assert len(Dataset(root)) == 25
+        assert len({entry["image"] for entry in second.captioned}) == len(second.captioned) == 25
 
 
 @pytest.mark.parametrize("layer", ["t5", "dino", "pose"])
