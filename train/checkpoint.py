@@ -180,7 +180,7 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[Na
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:
         raise DataError(f"{step_folder}/state.json: its config is not one of this version: {error}") from None
-    model = build_model(config.model, Features.from_dataset(state["dataset"]))
+    model = build_model(config.model, Features.from_dataset(state["dataset"]), config.tread)
     load_weights(model, _read_tensors(step_folder, weights), step_folder / f"{weights}.safetensors")
     return model.eval(), config, state
 

@@ -12,6 +12,7 @@ from train.conditioning import ConditioningConfig
 from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
+from train.tread import TreadConfig
 
 
 class TrainSection(Config):
@@ -65,6 +66,7 @@ class TrainConfig(Config):
     model: ModelConfig = ModelConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     flow: FlowConfig = FlowConfig()
+    tread: TreadConfig = TreadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
@@ -74,6 +76,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _check_table(self) -> TrainConfig:
         self.conditioning.resolve()  # a wrong table is refused here and not after a minute of loading
+        self.tread.route(self.model.depth)
         return self
 
     @property

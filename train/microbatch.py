@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.data import Order, TrainingSet, bucket_size
 from train.flow import timesteps
 from train.noise import generator
+from train.tread import draw_keep_ids
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
 
@@ -33,7 +34,10 @@ class Part:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout."""
+    """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout.
+
+    ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all.
+    """
 
     keys: list[str]
     subsets: list[Subset]
@@ -41,16 +45,21 @@ class MicroBatch:
     noise: Tensor
     t: Tensor
     parts: list[Part]
+    keep_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Move every tensor."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x", "noise", "t")}
+        if self.keep_ids is not None:
+            moved["keep_ids"] = self.keep_ids.to(device, non_blocking=True)
         return replace(self, **moved, parts=[Part(p.images, p.conditions.to(device)) for p in self.parts])
 
-    def image_tokens(self, patch_size: int) -> int:
-        """Count the image tokens that go through the blocks."""
+    def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
+        """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
         images, _, height, width = self.x.shape
-        return images * (height // patch_size) * (width // patch_size)
+        tokens = (height // patch_size) * (width // patch_size)
+        kept = tokens if self.keep_ids is None else self.keep_ids.shape[1]
+        return images * (tokens - routed_blocks * (tokens - kept))
 
 
 class MicroBatches:
@@ -80,7 +89,18 @@ class MicroBatches:
             [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
         )
         parts = [Part(part, conditions.select(part).keeping(subsets[part])) for part in split(subsets)]
-        return MicroBatch([r["key"] for r in rows], subsets, x, torch.from_numpy(noise), torch.from_numpy(t), parts)
+        keep_ids = self._keep_ids(index, images, *x.shape[2:])
+        tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
+        return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids)
+
+    def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
+        tread, train, seed = self.config.tread, self.config.train, self.config.seed
+        step = index // train.grad_accumulation_steps
+        if not tread.routes(step, train.steps, generator(seed, "routed", index)):
+            return None
+        tokens = (height // self.config.model.patch_size) * (width // self.config.model.patch_size)
+        drawn = [draw_keep_ids(generator(seed, "keep", step, i), tokens, tread.kept(tokens)) for i in images]
+        return torch.from_numpy(np.stack(drawn))
 
 
 def deal_subsets(table: dict[Subset, float], micro_batches: int, size: int, rng: np.random.Generator) -> list[Subset]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prep.config import Config
 from train.conditioning import MODALITIES, Conditions
+from train.tread import TreadConfig, put_back, take
 
 JOINTS = 133
 NULL_JOINT_CONFIDENCE = 0.05  # below it a joint counts as not found
@@ -136,6 +137,11 @@ class Context:
     sin: Tensor
     cls: Tensor
     kv: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+
+def _key_mask(context_mask: Tensor, tokens: int) -> Tensor:
+    """Return (b, 1, 1, n + m), True where a key counts: every image token, and the context tokens of the mask."""
+    return F.pad(context_mask, (tokens, 0), value=True)[:, None, None]
 
 
 class TimestepEmbedding(nn.Module):
@@ -348,12 +354,15 @@ class Block(nn.Module):
 
 
 class NanoDiT(nn.Module):
-    """z (b, 3, H, W), t (b,) and conditions to x (or v), float32 (b, 3, H, W); H, W are multiples of the patch size."""
+    """z (b, 3, H, W), t (b,) and conditions to x (or v), float32 (b, 3, H, W); H, W are multiples of the patch size.
 
-    def __init__(self, config: ModelConfig, features: Features) -> None:
+    With ``keep_ids`` (b, k) the blocks of ``route`` see these image tokens only (:mod:`train.tread`).
+    """
+
+    def __init__(self, config: ModelConfig, features: Features, route: range = range(0)) -> None:
         super().__init__()
         d, p = config.hidden_size, config.patch_size
-        self.config, self.features = config, features
+        self.config, self.features, self.route = config, features, route
         self.base_grid = features.base / p
         self.gradient_checkpointing = False
         self._rope_cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -395,7 +404,7 @@ class NanoDiT(nn.Module):
         kv = tuple(block.attention.context_kv(tokens, cos, sin) for block in self.blocks) if cache else None
         return Context(tokens, mask, cos, sin, cls, kv)
 
-    def forward(self, z: Tensor, t: Tensor, conditions: Conditions | Context) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, conditions: Conditions | Context, keep_ids: Tensor | None = None) -> Tensor:
         height, width = z.shape[2:]
         p = self.config.patch_size
         rows, columns = height // p, width // p
@@ -403,8 +412,13 @@ class NanoDiT(nn.Module):
         if isinstance(context, Conditions):
             context = self.encode_context(context, height, width)
         image_rope = self._image_rope(rows, columns, z.device)
-        # (b, 1, 1, n + m): every image token counts, context tokens as masked
-        mask = F.pad(context.mask, (rows * columns, 0), value=True)[:, None, None]
+        everything = image_rope, _key_mask(context.mask, rows * columns)
+        routed = range(0)
+        if keep_ids is not None:
+            if not self.route:
+                raise ValueError("keep_ids: this model was built without routed blocks")
+            routed = self.route
+            kept = tuple(wave[keep_ids].unsqueeze(1) for wave in image_rope), _key_mask(context.mask, keep_ids.shape[1])
 
         x = F.pixel_unshuffle(z.float(), p).flatten(2).transpose(1, 2)  # (b, n, 3 p p)
         # the residual stream stays in float32; autocast would start it in bfloat16 and the first gate would end that
@@ -413,11 +427,16 @@ class NanoDiT(nn.Module):
         modulation = self.modulation(condition)
         encoded = (context.tokens, context.cos, context.sin)
         for i, block in enumerate(self.blocks):
-            arguments = (x, modulation, image_rope, encoded, mask, context.kv[i] if context.kv else None)
+            if routed and i == routed[0]:
+                passing, x = x, take(x, keep_ids)
+            token_rope, mask = kept if i in routed else everything
+            arguments = (x, modulation, token_rope, encoded, mask, context.kv[i] if context.kv else None)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
+            if routed and i == routed[-1]:
+                x = put_back(passing, x, keep_ids)
         shift, scale = self.final_modulation(condition).chunk(2, dim=1)
         x = self.final(_modulate(x, shift, scale)).float()
         x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, columns)), p)
@@ -431,6 +450,6 @@ class NanoDiT(nn.Module):
         return self._rope_cache[key]
 
 
-def build_model(config: ModelConfig, features: Features) -> NanoDiT:
-    """Build the network: the one path for training, sampling and evaluation."""
-    return NanoDiT(config, features)
+def build_model(config: ModelConfig, features: Features, tread: TreadConfig | None = None) -> NanoDiT:
+    """Build the network: the one path for training, sampling and evaluation, which therefore route the same blocks."""
+    return NanoDiT(config, features, range(0) if tread is None else tread.route(config.depth))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,7 @@ from prep.files import canonical_json, write_atomic
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
-from train.data import TrainingSet, check_patch_size, prefetch
+from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
 from train.ema import EMA
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast_dtype, can_compile
@@ -37,20 +38,22 @@ from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer, learning_rate
 from train.runfolder import StopRequest
 from train.tracking import Rates, Tracker, environment, gpu_memory
+from train.tread import MIN_TOKENS
 from train.visual import VisualDebug
 
 
 @dataclass(frozen=True)
 class Accumulated:
     """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, loss, squared velocity of
-    each image (the tensors on the device), and the number of image tokens."""
+    each image (the tensors on the device), the number of image tokens a block saw and of images that were routed."""
 
     keys: list[str]
     subsets: list[Subset]
     t: Tensor
     losses: Tensor
     velocities: Tensor
-    tokens: int
+    tokens: float
+    routed: int
 
 
 class NonFiniteError(DataError):
@@ -76,7 +79,7 @@ class Trainer:
         self.visual = VisualDebug(config, dataset, self.table)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model: NanoDiT = build_model(config.model, features).to(device)
+            self.model: NanoDiT = build_model(config.model, features, config.tread).to(device)
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
@@ -145,9 +148,10 @@ class Trainer:
         self.model.train()
         for part in batch.parts:
             x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
+            keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
             z = interpolate(x, noise, t)
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                output = self.model(z, t, part.conditions)
+                output = self.model(z, t, part.conditions, keep_ids)
             x_hat = to_x(output, z, t, flow.prediction)
             loss = flow_loss(x_hat, x, t, flow.t_min)
             # a sum over images divided by the images of the step: each image weighs the same
@@ -161,15 +165,17 @@ class Trainer:
 
         What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
         """
-        parts, tokens = [], 0
+        parts, tokens, routed = [], 0.0, 0
         for _ in range(self.config.train.grad_accumulation_steps):
             if stop.requested:
                 return None
             batch = next(batches).to(self.device)
             parts.append((batch.keys, batch.subsets, batch.t, *self.micro_step(batch)))
-            tokens += batch.image_tokens(self.config.model.patch_size)
+            model = self.config.model
+            tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
+            routed += 0 if batch.keep_ids is None else len(batch.keys)
         keys, subsets, *tensors = zip(*parts)
-        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens)
+        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens, routed)
 
     def update(self, accumulated: Accumulated) -> dict[str, float]:
         """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
@@ -197,6 +203,7 @@ class Trainer:
             "train/ema_decay": decay,
             **condition_shares(accumulated.subsets, self.table),
             **{f"grad_norm/{group}": norm for group, norm in by_group.items()},
+            **({"train/routed": accumulated.routed / len(accumulated.keys)} if self.model.route else {}),
             "sys/active_tokens": accumulated.tokens,
         }
 
@@ -248,6 +255,8 @@ class Trainer:
         small = [f"{bucket} ({size})" for bucket, size in sizes.items() if size < config.train.batch_size]
         if small:
             say(f"buckets smaller than a micro-batch, which they fill over several epochs: {', '.join(small)}")
+        if self.model.route:
+            warn_of_few_tokens(sizes, config.model.patch_size)
 
     def _report_non_finite(self, accumulated: Accumulated, norms: dict[str, float]) -> NonFiniteError:
         step = self.step + 1
@@ -282,6 +291,17 @@ def gradient_norms(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 def clip_gradients(model: nn.Module, total_norm: Tensor, limit: float) -> None:
     """Scale all gradients by one factor so that their joint norm is at most ``limit``."""
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, total_norm, foreach=True)
+
+
+def warn_of_few_tokens(buckets: Iterable[str], patch_size: int) -> None:
+    """Say which buckets have fewer tokens than routing is good for."""
+    tokens = {bucket: math.prod(side // patch_size for side in bucket_size(bucket)) for bucket in buckets}
+    few = [f"{bucket} ({count})" for bucket, count in tokens.items() if count < MIN_TOKENS]
+    if few:
+        say(
+            f"warning: tread: routing costs quality below {MIN_TOKENS} tokens an image; buckets with fewer: "
+            f"{', '.join(few)}. Lower model.patch_size, or set tread.enabled to false"
+        )
 
 
 def condition_shares(subsets: Sequence[Subset], table: dict[Subset, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TINY = [
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
     "train.compile=false",
+    "tread.enabled=true", "tread.start=0", "tread.end=-1",
 ]  # fmt: skip
 
 # another value for every key that is part of a run's identity; it must change the weights or their average in 3 steps
@@ -34,11 +36,15 @@ EFFECTS: dict[str, Any] = {
     "conditioning.preset": "seed", "conditioning.table": "{nothing: 0.5, all: 0.5}",
     "flow.prediction": "v", "flow.logit_mean": 0.0, "flow.logit_std": 2.0, "flow.uniform_share": 0.9,
     "flow.shift": 2.0, "flow.t_min": 0.5,
+    "tread.enabled": "true", "tread.start": 1, "tread.end": 0, "tread.keep": 0.25, "tread.dense_tail": 1.0,
+    "tread.tail_routed": 1.0,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
     "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.precision": "bf16",
 }  # fmt: skip
+# sections that are off by default: what switches them on
+SWITCHES = {"tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5")}
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
 NO_EFFECT_ON_WEIGHTS = {"train.gradient_checkpointing", "train.compile", "train.threads", "train.device"}
 # an image has three channels: any other value is an error
@@ -102,16 +108,19 @@ def test_every_key_is_either_safe_to_change_or_known_to_have_an_effect():
 
 @pytest.fixture(scope="module")
 def reference(tiny_dataset, tmp_path_factory):
-    return _three_steps(tiny_dataset, tmp_path_factory.mktemp("reference"))
+    """What three steps with some overrides lead to."""
+    return cache(lambda *overrides: _three_steps(tiny_dataset, tmp_path_factory.mktemp("reference"), *overrides))
 
 
 @pytest.mark.parametrize("key", EFFECTS)
 def test_trap_29_every_key_has_an_effect(key, tiny_dataset, tmp_path, reference):
-    overrides = [f"{key}={EFFECTS[key]}"]
+    switches = SWITCHES.get(key.split(".")[0], ())
+    overrides = [*switches, f"{key}={EFFECTS[key]}"]
     if key == "conditioning.table":
         overrides.append("conditioning.preset=null")
     changed = _three_steps(tiny_dataset, tmp_path, *overrides)
-    same = changed.keys() == reference.keys() and all(torch.equal(changed[name], reference[name]) for name in changed)
+    before = reference() if key.endswith(".enabled") else reference(*switches)
+    same = changed.keys() == before.keys() and all(torch.equal(changed[name], before[name]) for name in changed)
     assert not same  # trap 29
 
 
