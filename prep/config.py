@@ -9,15 +9,16 @@ for an unknown one, the nearest key that exists.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prep.errors import ConfigError
 
@@ -30,6 +31,9 @@ class Config(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
     )
 
+
+# a file, folder or URL; shells leave the ~ in output=~/datasets alone, and nobody wants a folder of that name
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 T = TypeVar("T", bound=Config)
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prep.buckets import buckets_for
 from prep.caption import CaptionConfig
-from prep.config import Config
+from prep.config import Config, Place
 from prep.errors import ConfigError
 
 
@@ -88,8 +88,8 @@ class PlacementConfig(Config):
 class PrepConfig(Config):
     """Everything ``prep run`` can be told."""
 
-    source: str
-    output: str
+    source: Place
+    output: Place
     seed: int = Field(0, ge=0)
     base: int = 1024
     encoders: Literal["demo", "production"] = "production"

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from prep.config import Config, dump_config, load_config, parse_yaml, walk_keys
 from prep.errors import ConfigError
+from prep.settings import PrepConfig
 
 
 class Inner(Config):
@@ -141,3 +142,9 @@ def test_plain_yaml_libraries_read_the_dump_alike():
 
 def test_walk_lists_every_leaf():
     assert walk_keys(Outer) == ["inner.lr", "inner.steps", "inner.name", "seed", "enabled", "tags", "bars", "out"]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(PrepConfig, None, ["source=~/photos", "output=s3://bucket/name"])
+    assert (config.source, config.output) == ("/home/somebody/photos", "s3://bucket/name")
