@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--sampler", choices=("heun", "euler"), default="heun")
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
-    sample.add_argument("--weights", choices=("ema", "model"), default="ema")
+    sample.add_argument(
+        "--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL",
+        help="the average (default), the last weights, or an average of another width, from the run's ema.snapshots",
+    )  # fmt: skip
     sample.add_argument("--text-encoder", type=Path, help="folder of the T5 the captions went through, if it was one")
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument("--output", type=Path, required=True, help="PNG file; with --count, -SEED is added to its name")

@@ -1,8 +1,9 @@
 """Checkpoints: whole or absent, hashed, never pickled.
 
-``RUN/checkpoints/step-000500/`` holds model, ema and optimizer ``.safetensors``, ``state.json`` and, written last,
-``manifest.json`` with the size and hash of each. The folder is filled under a temporary name and renamed, so that
-whatever is killed when, a folder named ``step-*`` is complete; what a disk damages later, the hashes find.
+``RUN/checkpoints/step-000500/`` holds model, ema and optimizer ``.safetensors`` (and power, the averages that
+``ema.snapshots`` asks for), ``state.json`` and, written last, ``manifest.json`` with the size and hash of each. The
+folder is filled under a temporary name and renamed, so that whatever is killed when, a folder named ``step-*`` is
+complete; what a disk damages later, the hashes find.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from prep.console import say
-from prep.errors import ConfigError, DataError, ResourceError
+from prep.errors import ConfigError, DataError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_file, sync_folder
 from train.config import TrainConfig
 from train.model import Features, NanoDiT, build_model
+from train.posthoc import parse_weights, reconstruct
+from train.tensorfile import Tensors, read_tensors, sync_file, write_tensors
 
 SCHEMA = 1
 PARTS = ("model", "ema", "optimizer")
+OPTIONAL_PARTS = ("power",)
 _FILES = (*(f"{part}.safetensors" for part in PARTS), "state.json")
-
-Tensors = dict[str, Tensor]
+_OPTIONAL_FILES = tuple(f"{part}.safetensors" for part in OPTIONAL_PARTS)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Checkpoint:
     model: Tensors
     ema: Tensors
     optimizer: Tensors
+    power: Tensors
     state: dict[str, Any]
 
 
@@ -55,27 +57,29 @@ def save_checkpoint(
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` atomically and durably; then remove all but the ``keep_last`` newest.
 
-    ``tensors`` maps each of PARTS to its named tensors; ``state`` must be JSON. Raises :class:`ResourceError` where
-    the disk does not take a file; the checkpoints before it are as they were.
+    ``tensors`` maps each of PARTS, and any of OPTIONAL_PARTS, to its named tensors; ``state`` must be JSON. Raises
+    :class:`ResourceError` where the disk does not take a file; the checkpoints before it are as they were.
     """
     parent = checkpoints_folder(run_folder)
     target = parent / f"step-{step:06d}"
     temporary = parent / f".{target.name}.tmp"
     remove_leftovers(run_folder)
     temporary.mkdir(parents=True)
-    for part in PARTS:
-        _write_tensors(temporary / f"{part}.safetensors", tensors[part])
+    parts = [*PARTS, *(part for part in OPTIONAL_PARTS if part in tensors)]
+    for part in parts:
+        write_tensors(temporary / f"{part}.safetensors", tensors[part])
         fault(f"checkpoint.after_{part}")
     (temporary / "state.json").write_text(canonical_json({"schema": SCHEMA, "step": step, **state}), encoding="utf-8")
-    for name in _FILES:
-        _sync_file(temporary / name)
+    names = [*(f"{part}.safetensors" for part in parts), "state.json"]
+    for name in names:
+        sync_file(temporary / name)
     fault("checkpoint.after_state")
     files = {
-        name: {"sha256": sha256_file(temporary / name), "bytes": os.path.getsize(temporary / name)} for name in _FILES
+        name: {"sha256": sha256_file(temporary / name), "bytes": os.path.getsize(temporary / name)} for name in names
     }
     manifest = temporary / "manifest.json"
     manifest.write_text(canonical_json({"schema": SCHEMA, "step": step, "files": files}), encoding="utf-8")
-    _sync_file(manifest)
+    sync_file(manifest)
     sync_folder(temporary)
     fault("checkpoint.after_tmp")
     if target.exists():  # a damaged one that the run fell back from, or the same step once more
@@ -124,11 +128,15 @@ def checkpoint_steps(run_folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its manifest; raises :class:`DataError` naming the first that differs."""
+def verify(path: Path) -> list[str]:
+    """Compare every file of a checkpoint with its manifest and return their names.
+
+    Raises :class:`DataError` naming the first that differs.
+    """
     manifest = _read_json(path / "manifest.json")
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or set(files) != set(_FILES) or manifest.get("schema") != SCHEMA:
+    whole = isinstance(files, dict) and set(files) - set(_OPTIONAL_FILES) == set(_FILES)
+    if not whole or manifest.get("schema") != SCHEMA:
         raise DataError(f"{path}/manifest.json: not the manifest of a checkpoint of schema {SCHEMA}")
     for name, expected in files.items():
         try:
@@ -139,12 +147,15 @@ def verify(path: Path) -> None:
             raise DataError(f"{path / name}: {size} bytes, the manifest says {expected['bytes']}")
         if sha256_file(path / name) != expected["sha256"]:
             raise DataError(f"{path / name}: its SHA-256 is not the manifest's; the file is damaged")
+    return list(files)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and read one step folder; raises :class:`DataError` before any tensor is used."""
-    verify(path)
-    return Checkpoint(path=path, state=_read_state(path), **{part: _read_tensors(path, part) for part in PARTS})
+    names = verify(path)
+    parts = {f"{part}.safetensors": part for part in (*PARTS, *OPTIONAL_PARTS)}
+    tensors = {part: read_tensors(path / name) if name in names else {} for name, part in parts.items()}
+    return Checkpoint(path=path, state=_read_state(path), **tensors)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -167,21 +178,30 @@ def resolve_checkpoint(path: Path) -> Path:
     return latest
 
 
-def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
     """Build the model of a checkpoint exactly as training did: (model, config, state.json), for drawing and evaluation.
 
-    ``path`` is a step folder or a run folder (its newest valid checkpoint). The model is on the CPU, in eval mode, and
-    needs no dataset. Raises :class:`DataError` for damaged files or tensors that do not fit.
+    ``path`` is a step folder or a run folder (its newest valid checkpoint); ``weights`` is ``ema``, ``model`` or
+    ``posthoc:SIGMA_REL``, an average that the run's snapshots are put together to. The model is on the CPU, in eval
+    mode, and needs no dataset. Raises :class:`DataError` for damaged files or tensors that do not fit, and
+    :class:`ConfigError` for an average that cannot be made.
     """
+    sigma_rel = parse_weights(weights)
     step_folder = resolve_checkpoint(Path(path))
-    verify(step_folder)
+    names = verify(step_folder)
     state = _read_state(step_folder)
     try:
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:
         raise DataError(f"{step_folder}/state.json: its config is not one of this version: {error}") from None
     model = build_model(config.model, Features.from_dataset(state["dataset"]), config.tread)
-    load_weights(model, _read_tensors(step_folder, weights), step_folder / f"{weights}.safetensors")
+    source = step_folder / f"{'power' if sigma_rel else weights}.safetensors"
+    if source.name not in names:
+        raise ConfigError(f"{step_folder}: was trained without `ema.snapshots`, so there is no {weights}; take ema")
+    tensors = read_tensors(source)
+    if sigma_rel:
+        tensors = reconstruct(step_folder.parent.parent, state["step"], tensors, sigma_rel)
+    load_weights(model, tensors, source)
     return model.eval(), config, state
 
 
@@ -201,24 +221,6 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
     module.load_state_dict(tensors)
 
 
-def _write_tensors(file: Path, tensors: Tensors) -> None:
-    # no metadata: safetensors keeps the entries in a hash map, and several would come in another order every time
-    try:
-        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        if "I/O error" not in str(error):
-            raise
-        raise ResourceError(
-            f"{file}: cannot be written: {error}. Make room, or choose another `output`; the checkpoints before it are "
-            "intact"
-        ) from None
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -230,11 +232,3 @@ def _read_json(path: Path) -> Any:
 
 def _read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / "state.json")
-
-
-def _read_tensors(path: Path, part: str) -> Tensors:
-    file = path / f"{part}.safetensors"
-    try:
-        return load(file.read_bytes())  # not mapped: the file may be replaced while its tensors are in use
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: cannot be read as safetensors: {error}") from None

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prep.config import Config
+from prep.config import Config, Place
 from train.conditioning import ConditioningConfig
+from train.ema import EmaConfig
 from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
@@ -59,8 +60,8 @@ class VisualDebugSection(Config):
 class TrainConfig(Config):
     """Everything that ``python -m train run`` reads."""
 
-    dataset: str
-    output: str
+    dataset: Place
+    output: Place
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=1, gt=0)
     model: ModelConfig = ModelConfig()
@@ -69,6 +70,7 @@ class TrainConfig(Config):
     tread: TreadConfig = TreadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainSection = TrainSection()
+    ema: EmaConfig = EmaConfig()
     data: DataSection = DataSection()
     checkpoint: CheckpointSection = CheckpointSection()
     visual_debug: VisualDebugSection = VisualDebugSection()

@@ -45,7 +45,7 @@ class DrawRequest:
     sampler: Literal["heun", "euler"] = "heun"
     steps: int = 20
     guidance: float = 1.0
-    weights: Literal["ema", "model"] = "ema"
+    weights: str = "ema"  # ema, model or posthoc:SIGMA_REL
     text_encoder: Path | None = None  # None: the hub's model that the dataset names, or the demo encoder
 
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
-from train.ema import EMA
+from train.ema import EMA, PowerAverages, ema_decay
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast_dtype, can_compile
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer, learning_rate
+from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.runfolder import StopRequest
 from train.tracking import Rates, Tracker, environment, gpu_memory
 from train.tread import MIN_TOKENS
@@ -88,7 +90,10 @@ class Trainer:
         elif config.train.compile == "auto":
             say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.ema = EMA(self.model, config.train.steps, config.train.ema_decay)
+        decay_of = partial(ema_decay, total_steps=config.train.steps, decay=config.train.ema_decay)
+        self.ema = EMA(self.model, decay_of)
+        self.power = PowerAverages(self.model, config.ema)
+        self.snapshot_steps = snapshot_steps(config.train.steps, config.ema.snapshots)
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
 
@@ -97,10 +102,12 @@ class Trainer:
         load_weights(self.model, checkpoint.model, checkpoint.path / "model.safetensors")
         try:
             self.ema.load(checkpoint.ema)
+            self.power.load(checkpoint.power)
             self.optimizer.load_tensors(checkpoint.optimizer)
         except ValueError as error:
             raise DataError(f"{checkpoint.path}: {error}; it is the checkpoint of another model") from None
         self.step = checkpoint.state["step"]
+        continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
     def run(self) -> None:
         """Train up to ``train.steps``, saving on the way and at the end.
@@ -116,6 +123,7 @@ class Trainer:
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates()
         saved = self.step
+        continue_snapshots(config.run_folder, self.step)
         with contextlib.closing(batches), contextlib.closing(tracker), progress, StopRequest() as stop:
             while self.step < steps:
                 started = time.perf_counter()
@@ -134,6 +142,8 @@ class Trainer:
                 progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown())
                 if self._due(config.visual_debug.every_steps):
                     self.draw(tracker)
+                if self.step in self.snapshot_steps:
+                    save_snapshot(config.run_folder, self.step, self.power)
                 if self._due(config.checkpoint.every_steps) or self.step == steps:
                     tracker.sync()
                     self.save()
@@ -194,6 +204,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         decay = self.ema.update(self.model, self.step)
+        self.power.update(self.model, self.step)
         return {
             "train/loss": loss,
             "train/flow_loss": loss,
@@ -226,6 +237,8 @@ class Trainer:
             "ema": self.ema.state,
             "optimizer": self.optimizer.tensors(),
         }
+        if power := self.power.tensors():
+            tensors["power"] = power
         return save_checkpoint(
             self.config.run_folder, self.step, tensors, self.state(), self.config.checkpoint.keep_last
         )

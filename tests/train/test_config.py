@@ -24,7 +24,7 @@ TINY = [
     "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
-    "train.compile=false",
+    "train.compile=false", "ema.snapshots=8",
     "tread.enabled=true", "tread.start=0", "tread.end=-1",
 ]  # fmt: skip
 
@@ -42,9 +42,13 @@ EFFECTS: dict[str, Any] = {
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
     "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.precision": "bf16",
+    "ema.snapshots": 0, "ema.sigma_rel": "[0.1, 0.2]",
 }  # fmt: skip
 # sections that are off by default: what switches them on
-SWITCHES = {"tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5")}
+SWITCHES = {
+    "tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5"),
+    "ema": ("ema.snapshots=8",),
+}
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
 NO_EFFECT_ON_WEIGHTS = {"train.gradient_checkpointing", "train.compile", "train.threads", "train.device"}
 # an image has three channels: any other value is an error
@@ -159,7 +163,8 @@ def _three_steps(dataset: Path, folder: Path, *overrides: str) -> dict[str, torc
             if not parameter.any():
                 parameter.normal_(0, 0.05, generator=generator)
     trainer.run()
-    return {**trainer.model.state_dict(), **{f"ema/{name}": value for name, value in trainer.ema.state.items()}}
+    averages = {f"ema/{name}": value for name, value in trainer.ema.state.items()}
+    return {**trainer.model.state_dict(), **averages, **trainer.power.tensors()}
 
 
 def _section(key: str) -> str:
