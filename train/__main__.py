@@ -17,6 +17,7 @@ from train.config import TrainConfig
 from train.draw import DrawRequest, draw
 from train.resume import check_same_run, choose_checkpoint
 from train.runfolder import lock_run_folder
+from train.sample import SELF_GUIDANCE
 from train.tracking import environment, write_provenance
 from train.trainer import Trainer, dataset_summary
 
@@ -71,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
     sample.add_argument(
+        "--self-guidance", type=float, nargs="?", default=1.0, const=SELF_GUIDANCE, metavar="SCALE",
+        help=f"guidance away from the routed network, for models trained with tread ({SELF_GUIDANCE:g} if given alone)",
+    )  # fmt: skip
+    sample.add_argument(
         "--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL",
         help="the average (default), the last weights, or an average of another width, from the run's ema.snapshots",
     )  # fmt: skip
@@ -112,8 +117,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     names = (
-        "prompt", "key", "dataset", "seed", "count", "sampler", "steps", "guidance", "weights", "text_encoder",
-        "output",
+        "prompt", "key", "dataset", "seed", "count", "sampler", "steps", "guidance", "self_guidance", "weights",
+        "text_encoder", "output",
     )  # fmt: skip
     request = DrawRequest(
         **{name: getattr(options, name) for name in names},

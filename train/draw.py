@@ -21,7 +21,7 @@ from train.conditioning import Conditions, Subset, collate, load_conditions, par
 from train.config import TrainConfig
 from train.data import bucket_size
 from train.noise import noise
-from train.sample import sample, to_uint8
+from train.sample import sample, to_uint8, trajectory_keep_ids
 
 BATCH = 8  # images sampled together
 PROMPT_NOISE_KEY = "prompt"  # one noise per seed for all prompts, so that prompts can be compared
@@ -45,6 +45,7 @@ class DrawRequest:
     sampler: Literal["heun", "euler"] = "heun"
     steps: int = 20
     guidance: float = 1.0
+    self_guidance: float = 1.0
     weights: str = "ema"  # ema, model or posthoc:SIGMA_REL
     text_encoder: Path | None = None  # None: the hub's model that the dataset names, or the demo encoder
 
@@ -80,9 +81,10 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     settings = {
         "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
         "prompt": request.prompt, "key": request.key, "conditions": subset_name(subset, model.features.modalities),
-        "sampler": request.sampler, "steps": request.steps, "guidance": request.guidance, "size": f"{width}x{height}",
+        "sampler": request.sampler, "steps": request.steps, "guidance": request.guidance,
+        "self_guidance": request.self_guidance, "size": f"{width}x{height}",
     }  # fmt: skip
-    files = []
+    files, tokens = [], (width // config.model.patch_size) * (height // config.model.patch_size)
     conditions = conditions.keeping(subset).to(device)
     seeds = list(range(request.seed, request.seed + request.count))
     for start in range(0, len(seeds), BATCH):
@@ -90,7 +92,8 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
         starts = torch.from_numpy(np.stack([noise(noise_key, seed, height, width) for seed in chunk])).to(device)
         images = sample(
             model, conditions.select([0] * len(chunk)), starts, flow=config.flow, steps=request.steps,
-            method=request.sampler, guidance=request.guidance,
+            method=request.sampler, guidance=request.guidance, self_guidance=request.self_guidance,
+            keep_ids=trajectory_keep_ids(config.tread, [(noise_key, seed) for seed in chunk], tokens),
         )  # fmt: skip
         for seed, image in zip(chunk, to_uint8(images)):
             name = request.output if request.count == 1 else request.output.with_stem(f"{request.output.stem}-{seed}")
@@ -103,8 +106,10 @@ def check_request(request: DrawRequest) -> None:
     for name in ("steps", "count"):
         if getattr(request, name) < 1:
             raise ConfigError(f"--{name} {getattr(request, name)}: must be at least 1")
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
-        raise ConfigError(f"--guidance {request.guidance}: must be a number from 0 on; 1 is no guidance")
+    for name in ("guidance", "self_guidance"):
+        scale = getattr(request, name)
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"--{name.replace('_', '-')} {scale}: must be a number from 0 on; 1 is no guidance")
     if request.output.suffix.lower() != ".png" or request.output.is_dir():
         raise ConfigError(f"--output {request.output}: must be a file named *.png, which also holds the settings")
     if request.prompt is not None and request.dataset is not None:

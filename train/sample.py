@@ -1,21 +1,25 @@
-"""The samplers: Euler and Heun in x-form with classifier-free guidance, for training, evaluation and command line.
+"""The samplers: Euler and Heun in x-form with guidance, for training, evaluation and command line.
 
 No clamp anywhere: a step is a mean of the state and the predicted image, so an oracle stays exact at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prep.errors import ConfigError
 from train.conditioning import Conditions
 from train.flow import FlowConfig, shift, to_x
 from train.model import NanoDiT
+from train.noise import generator
+from train.tread import TreadConfig, draw_keep_ids
 
+SELF_GUIDANCE = 3.0  # the usual scale
 Method = Literal["euler", "heun"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # z (B, 3, H, W), t (B,) -> predicted image (B, 3, H, W)
 
@@ -75,6 +79,30 @@ def guided_denoiser(
     return denoise
 
 
+def self_guided_denoiser(
+    model: NanoDiT, conditions: Conditions, height: int, width: int, flow: FlowConfig, scale: float, keep_ids: Tensor
+) -> Denoiser:
+    """Return the denoiser ``r + w (x - r)`` of the routed prediction r and the dense x, both conditional.
+
+    The routed network is the weaker one, and what both get wrong is what guidance leads away from; half a forward more.
+    Source: Karras et al., arXiv 2406.02507, with the routed network as the bad version of the dense one.
+    """
+    context = model.encode_context(conditions, height, width, cache=True)
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        dense, routed = (to_x(model(z, t, context, ids), z, t, flow.prediction) for ids in (None, keep_ids))
+        return routed + scale * (dense - routed)
+
+    return denoise
+
+
+def trajectory_keep_ids(tread: TreadConfig, samples: Iterable[tuple[str, int]], tokens: int) -> Tensor:
+    """Draw the tokens that the routed network keeps, int64 (B, k): one set a (key, seed), the same at every step."""
+    kept = tread.kept(tokens)
+    drawn = [draw_keep_ids(generator("keep", key, seed), tokens, kept) for key, seed in samples]
+    return torch.from_numpy(np.stack(drawn))
+
+
 @torch.no_grad()
 def sample(
     model: NanoDiT,
@@ -85,21 +113,42 @@ def sample(
     steps: int = 20,
     method: Method = "heun",
     guidance: float = 1.0,
+    self_guidance: float = 1.0,
+    keep_ids: Tensor | None = None,
 ) -> Tensor:
     """Generate images of one size from ``noise`` (B, 3, H, W) at t = 1; returns float32 (B, 3, H, W), about [-1, 1].
 
-    The conditions may be on the CPU; everything runs where the model is, in evaluation mode.
+    ``self_guidance`` other than 1 leads away from the routed network, which sees the tokens ``keep_ids`` (B, k) of
+    :func:`trajectory_keep_ids`; :class:`ConfigError` for a model that never routed, or together with ``guidance``. The
+    conditions may be on the CPU; everything runs where the model is, in evaluation mode.
     """
+    if self_guidance != 1:
+        check_self_guidance(model, guidance)
     height, width = noise.shape[2:]
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        denoise = guided_denoiser(model, conditions.to(device), height, width, flow, guidance)
+        request = model, conditions.to(device), height, width, flow
+        if self_guidance != 1:
+            denoise = self_guided_denoiser(*request, self_guidance, keep_ids.to(device))
+        else:
+            denoise = guided_denoiser(*request, guidance)
         times = sampling_times(steps, flow.shift_of(height, width))
         return integrate(denoise, noise.to(device).float(), times, method)
     finally:
         model.train(training)
+
+
+def check_self_guidance(model: NanoDiT, guidance: float) -> None:
+    """Raise :class:`ConfigError` where self-guidance means nothing."""
+    if not model.route:
+        raise ConfigError(
+            "self-guidance: this model was trained without routing (tread.enabled: false), so it has no weaker self to "
+            "lead away from; use guidance, or a checkpoint trained with tread"
+        )
+    if guidance != 1:
+        raise ConfigError(f"self-guidance: takes the place of guidance, which is {guidance:g}; set one of them to 1")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -15,7 +15,6 @@ from prep.config import Config
 from prep.errors import ConfigError
 
 MIN_TOKENS = 1024  # FID 17.4 -> 14.1 with 1024 tokens, 18.2 -> 21.6 with 256 (PRX, part 2)
-SELF_GUIDANCE = 3.0
 
 
 class TreadConfig(Config):

@@ -191,6 +191,8 @@ def test_trap_22_the_noise_is_keyed_by_sample_and_seed(run, tiny_dataset, tmp_pa
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--guidance", "nan"], "--guidance nan: must be a number"),
         (["--guidance", "-1"], "--guidance -1.0: must be a number"),
+        (["--self-guidance", "inf"], "--self-guidance inf: must be a number"),
+        (["--self-guidance"], "self-guidance: this model was trained without routing"),
         (["--output", "picture.jpg"], "--output picture.jpg: must be a file named *.png"),
         (["--output", "picture"], "must be a file named *.png"),
     ],

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from prep.errors import ConfigError
 from train.conditioning import collate
-from train.flow import FlowConfig
+from train.flow import FlowConfig, to_x
 from train.model import Features, ModelConfig, build_model
-from train.sample import integrate, sample, sampling_times, to_uint8
+from train.sample import integrate, sample, sampling_times, self_guided_denoiser, to_uint8, trajectory_keep_ids
+from train.tread import TreadConfig
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
@@ -99,3 +101,49 @@ def test_sampling_leaves_the_training_mode_alone(model_and_conditions):
 def test_pixels_are_rounded_and_clipped():
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.fixture
+def routed_model(model_and_conditions):
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, depth=3, num_heads=2, patch_size=8, bottleneck=16)
+    tread = TreadConfig(enabled=True)
+    model = build_model(config, Features(32, 16, 8, True), tread)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model, model_and_conditions[1], trajectory_keep_ids(tread, [("a", 0), ("a", 1), ("b", 0)], 12)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_self_guidance_leads_from_the_routed_to_the_dense_network(routed_model, prediction):
+    model, conditions, keep_ids = routed_model
+    flow = FlowConfig(prediction=prediction)
+    z, t = torch.randn(3, 3, 32, 24), torch.rand(3)
+    dense, routed = (to_x(model(z, t, conditions, ids), z, t, prediction) for ids in (None, keep_ids))
+    denoise = self_guided_denoiser(model, conditions, 32, 24, flow, 3.0, keep_ids)
+    torch.testing.assert_close(denoise(z, t), routed + 3 * (dense - routed), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(dense, routed, atol=1e-3)
+    arguments = {"flow": flow, "steps": 3, "method": "euler"}
+    drawn = sample(model, conditions, z, self_guidance=3.0, keep_ids=keep_ids, **arguments)
+    expected = integrate(denoise, z, sampling_times(3, 1.0), "euler").detach()
+    torch.testing.assert_close(drawn, expected)
+    plain = sample(model, conditions, z, **arguments)
+    near = sample(model, conditions, z, self_guidance=1 + 1e-7, keep_ids=keep_ids, **arguments)
+    torch.testing.assert_close(near, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_self_guidance_tokens_belong_to_the_sample_and_the_seed():
+    tread = TreadConfig(enabled=True, keep=0.25)
+    a0, a1, b0 = trajectory_keep_ids(tread, [("a", 0), ("a", 1), ("b", 0)], 64)
+    assert torch.equal(a0, trajectory_keep_ids(tread, [("a", 0)], 64)[0])
+    assert len({tuple(ids.tolist()) for ids in (a0, a1, b0)}) == 3
+    assert a0.shape == (16,)
+
+
+def test_self_guidance_is_refused_where_it_means_nothing(model_and_conditions, routed_model):
+    model, conditions = model_and_conditions
+    arguments = {"flow": FlowConfig(), "steps": 1, "self_guidance": 3.0, "keep_ids": routed_model[2]}
+    with pytest.raises(ConfigError, match="trained without routing"):
+        sample(model, conditions, torch.randn(3, 3, 32, 24), **arguments)
+    with pytest.raises(ConfigError, match="takes the place of guidance, which is 2"):
+        sample(routed_model[0], conditions, torch.randn(3, 3, 32, 24), guidance=2.0, **arguments)

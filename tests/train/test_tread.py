@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prep.config import load_config
 from prep.errors import ConfigError
+from prep.shards import Dataset
 from tests.train.test_model import FEATURES, conditions, randomised
 from tests.train.test_trainer import logged, make, weights_of
+from train.__main__ import main
 from train.checkpoint import load_checkpoint, load_model
 from train.config import TrainConfig
 from train.model import ModelConfig, build_model, grid_positions, rope
@@ -201,6 +206,17 @@ def test_a_run_routes_logs_it_and_builds_the_same_model_from_its_checkpoint(tiny
     assert batch.active_tokens(8, len(trainer.model.route) / 2) == 4 * (tokens + round(tokens / 4)) / 2
     model, _, _ = load_model(tmp_path / "run")
     assert model.route == trainer.model.route == range(1, 2)  # trap 26
+
+
+def test_a_routed_checkpoint_draws_with_self_guidance(tiny_dataset, tmp_path):
+    make(tiny_dataset, tmp_path / "run", *ROUTED, "train.steps=2").run()
+    key = Dataset(tiny_dataset).rows("holdout")[0]["key"]
+    arguments = ["sample", "--checkpoint", str(tmp_path / "run"), "--key", key, "--steps", "2", "--output"]
+    assert main([*arguments, str(tmp_path / "plain.png")]) == 0
+    assert main([*arguments, str(tmp_path / "guided.png"), "--self-guidance"]) == 0
+    plain, guided = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "guided"))
+    assert json.loads(guided.text["nanodit"])["self_guidance"] == 3
+    assert plain.tobytes() != guided.tobytes()
 
 
 def test_off_routes_nothing_and_logs_nothing(tiny_dataset, tmp_path):
