@@ -24,7 +24,7 @@ from prep.errors import ConfigError, DataError
 from prep.faults import fault
 from prep.files import canonical_json, sha256_file, sync_folder
 from train.config import TrainConfig
-from train.model import Features, NanoDiT, build_model
+from train.model import TRAINING_ONLY, Features, NanoDiT, build_model
 from train.posthoc import parse_weights, reconstruct
 from train.tensorfile import Tensors, read_tensors, sync_file, write_tensors
 
@@ -201,7 +201,7 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
     tensors = read_tensors(source)
     if sigma_rel:
         tensors = reconstruct(step_folder.parent.parent, state["step"], tensors, sigma_rel)
-    load_weights(model, tensors, source)
+    load_weights(model, {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}, source)
     return model.eval(), config, state
 
 

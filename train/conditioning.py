@@ -111,6 +111,10 @@ class Conditions:
     def __len__(self) -> int:
         return len(self.keep)
 
+    def keeps(self, modality: str) -> Tensor:
+        """Say which images keep a modality, (B,)."""
+        return self.keep[:, MODALITIES.index(modality)]
+
     def _map(self, function) -> Conditions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Conditions(**{name: None if value is None else function(value) for name, value in values.items()})

@@ -13,6 +13,7 @@ from train.ema import EmaConfig
 from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
+from train.repa import RepaConfig
 from train.tread import TreadConfig
 
 
@@ -68,6 +69,7 @@ class TrainConfig(Config):
     conditioning: ConditioningConfig = ConditioningConfig()
     flow: FlowConfig = FlowConfig()
     tread: TreadConfig = TreadConfig()
+    repa: RepaConfig = RepaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainSection = TrainSection()
     ema: EmaConfig = EmaConfig()
@@ -79,6 +81,7 @@ class TrainConfig(Config):
     def _check_table(self) -> TrainConfig:
         self.conditioning.resolve()  # a wrong table is refused here and not after a minute of loading
         self.tread.route(self.model.depth)
+        self.repa.blocks(self.model.depth)
         return self
 
     @property

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from prep.config import Config
+from train.model import TRAINING_ONLY
 
 UNIFORM = 12**-0.5  # sigma_rel of the plain mean of all steps (gamma 0): the widest profile that still favours the end
 
@@ -77,12 +78,20 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
+def averaged(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that sampling uses, by name: all but those of a head that only training has."""
+    return {name: value for name, value in model.named_parameters() if not name.startswith(TRAINING_ONLY)}
+
+
 class EMA:
-    """Averages every parameter in float32; buffers there are none. ``decay_of`` maps a 1-based step to the decay."""
+    """Averages every parameter that sampling uses, in float32; buffers there are none.
+
+    ``decay_of`` maps a 1-based step to the decay.
+    """
 
     def __init__(self, model: nn.Module, decay_of: Callable[[int], float]) -> None:
         self.decay_of = decay_of
-        self.state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.state = {name: parameter.detach().clone() for name, parameter in averaged(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> float:
@@ -108,7 +117,7 @@ class EMA:
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
         """The model's parameters in the average's order; all must match, or the average would go stale silently."""
-        parameters = dict(model.named_parameters())
+        parameters = averaged(model)
         if parameters.keys() != self.state.keys():
             raise ValueError(f"EMA and model differ in {sorted(parameters.keys() ^ self.state.keys())[:3]}")
         return [parameters[name].detach() for name in self.state]

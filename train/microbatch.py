@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.data import Order, TrainingSet, bucket_size
 from train.flow import timesteps
 from train.noise import generator
+from train.repa import counts, resample
 from train.tread import draw_keep_ids
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
@@ -26,10 +27,19 @@ MIN_GROUP = 8  # images of one condition subset that are worth a forward of thei
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of a micro-batch that go through the network together."""
+    """Some images of a micro-batch that go through the network together.
+
+    ``teacher`` is what REPA aligns with, (b, n, DINO width) on the token grid; None where no image counts.
+    """
 
     images: slice
     conditions: Conditions
+    teacher: Tensor | None = None
+
+    def to(self, device: torch.device) -> Part:
+        """Move every tensor."""
+        teacher = None if self.teacher is None else self.teacher.to(device, non_blocking=True)
+        return Part(self.images, self.conditions.to(device), teacher)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class MicroBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x", "noise", "t")}
         if self.keep_ids is not None:
             moved["keep_ids"] = self.keep_ids.to(device, non_blocking=True)
-        return replace(self, **moved, parts=[Part(p.images, p.conditions.to(device)) for p in self.parts])
+        return replace(self, **moved, parts=[part.to(device) for part in self.parts])
 
     def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
         """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
@@ -88,10 +98,19 @@ class MicroBatches:
         noise = np.stack(
             [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
         )
-        parts = [Part(part, conditions.select(part).keeping(subsets[part])) for part in split(subsets)]
+        teach = config.repa.weight_at(step, config.train.steps) > 0
+        parts = [self._part(part, subsets, conditions, x.shape[2:], teach) for part in split(subsets)]
         keep_ids = self._keep_ids(index, images, *x.shape[2:])
         tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
         return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids)
+
+    def _part(
+        self, images: slice, subsets: Sequence[Subset], conditions: Conditions, size: Sequence[int], teach: bool
+    ) -> Part:
+        subsets, conditions, teacher = subsets[images], conditions.select(images), None
+        if teach and any(map(counts, subsets)):
+            teacher = resample(conditions.patches, *(side // self.config.model.patch_size for side in size))
+        return Part(images, conditions.keeping(subsets), teacher)
 
     def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
         tread, train, seed = self.config.tread, self.config.train, self.config.seed

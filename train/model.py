@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prep.config import Config
 from train.conditioning import MODALITIES, Conditions
+from train.repa import RepaHead
 from train.tread import TreadConfig, put_back, take
 
 JOINTS = 133
@@ -24,6 +25,7 @@ NULL_JOINT_CONFIDENCE = 0.05  # below it a joint counts as not found
 MAX_TEXT_TOKENS = 512
 POSE_FREQUENCIES = 6
 ROPE_THETA = 100.0
+TRAINING_ONLY = "repa_head."  # parameters of this prefix are neither averaged nor loaded for sampling
 
 
 class ModelConfig(Config):
@@ -365,6 +367,7 @@ class NanoDiT(nn.Module):
         self.config, self.features, self.route = config, features, route
         self.base_grid = features.base / p
         self.gradient_checkpointing = False
+        self.repa_head: RepaHead | None = None  # the trainer's
         self._rope_cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
         self.patch_bottleneck = _linear(p * p * config.in_channels, config.bottleneck)
@@ -404,7 +407,16 @@ class NanoDiT(nn.Module):
         kv = tuple(block.attention.context_kv(tokens, cos, sin) for block in self.blocks) if cache else None
         return Context(tokens, mask, cos, sin, cls, kv)
 
-    def forward(self, z: Tensor, t: Tensor, conditions: Conditions | Context, keep_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        conditions: Conditions | Context,
+        keep_ids: Tensor | None = None,
+        *,
+        project: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With ``project`` return also what the REPA head makes of the tokens at its place, (b, n or k, c)."""
         height, width = z.shape[2:]
         p = self.config.patch_size
         rows, columns = height // p, width // p
@@ -435,12 +447,16 @@ class NanoDiT(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
+            if project and i + 1 == self.repa_head.blocks:
+                projected = self.repa_head(x)
             if routed and i == routed[-1]:
                 x = put_back(passing, x, keep_ids)
         shift, scale = self.final_modulation(condition).chunk(2, dim=1)
         x = self.final(_modulate(x, shift, scale)).float()
         x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, columns)), p)
-        return x if self.output_conv is None else x + self.output_conv(x).float()
+        if self.output_conv is not None:
+            x = x + self.output_conv(x).float()
+        return (x, projected) if project else x
 
     def _image_rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (rows, columns, device)

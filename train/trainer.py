@@ -38,6 +38,7 @@ from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer, learning_rate
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
+from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest
 from train.tracking import Rates, Tracker, environment, gpu_memory
 from train.tread import MIN_TOKENS
@@ -46,14 +47,16 @@ from train.visual import VisualDebug
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, loss, squared velocity of
-    each image (the tensors on the device), the number of image tokens a block saw and of images that were routed."""
+    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared
+    velocity and REPA loss of each image (the tensors on the device), the image tokens a block saw and the images that
+    were routed."""
 
     keys: list[str]
     subsets: list[Subset]
     t: Tensor
     losses: Tensor
     velocities: Tensor
+    alignments: Tensor
     tokens: float
     routed: int
 
@@ -81,7 +84,13 @@ class Trainer:
         self.visual = VisualDebug(config, dataset, self.table)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model: NanoDiT = build_model(config.model, features, config.tread).to(device)
+            self.model: NanoDiT = build_model(config.model, features, config.tread)
+            if config.repa.enabled:
+                check_alignment(features.dino_width, self.table)
+                self.model.repa_head = RepaHead(
+                    config.repa, config.model.depth, config.model.hidden_size, features.dino_width
+                )
+            self.model.to(device)
         self.model.gradient_checkpointing = config.train.gradient_checkpointing
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
@@ -149,26 +158,33 @@ class Trainer:
                     self.save()
                     saved = self.step
 
-    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Add the batch's share to the gradients; returns each image's loss and squared velocity, (B,), on the device.
+    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the batch's share to the gradients; returns each image's flow loss, squared velocity and REPA loss, (B,).
 
-        Never waits for the device.
+        All on the device, for which it never waits. The REPA loss of an image that does not count is 0.
         """
-        flow, losses, velocities = self.config.flow, [], []
+        flow, losses, velocities, alignments = self.config.flow, [], [], []
+        repa_weight = self.config.repa.weight_at(self.step, self.config.train.steps)
         self.model.train()
         for part in batch.parts:
             x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
             keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
             z = interpolate(x, noise, t)
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                output = self.model(z, t, part.conditions, keep_ids)
+                output = self.model(z, t, part.conditions, keep_ids, project=part.teacher is not None)
+            if part.teacher is None:
+                alignment = torch.zeros_like(t)
+            else:
+                output, projected = output
+                alignment = alignment_loss(projected, part.teacher, part.conditions.keeps("patches"), keep_ids)
             x_hat = to_x(output, z, t, flow.prediction)
             loss = flow_loss(x_hat, x, t, flow.t_min)
             # a sum over images divided by the images of the step: each image weighs the same
-            (loss.sum() / self.images_per_step).backward()
+            ((loss + repa_weight * alignment).sum() / self.images_per_step).backward()
             losses.append(loss.detach())
+            alignments.append(alignment.detach())
             velocities.append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
-        return torch.cat(losses), torch.cat(velocities)
+        return torch.cat(losses), torch.cat(velocities), torch.cat(alignments)
 
     def accumulate(self, batches: Iterator[MicroBatch], stop: StopRequest) -> Accumulated | None:
         """Take the micro-batches of one optimiser step; None if asked to stop before they were all taken.
@@ -191,9 +207,11 @@ class Trainer:
         """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
         config = self.config.train
         norms, total_norm = gradient_norms(self.model)
-        means = accumulated.losses.mean(), accumulated.velocities.mean()
+        means = accumulated.losses.mean(), accumulated.velocities.mean(), accumulated.alignments.mean()
         # the only wait for the device in a step
-        loss, velocity_square, total, *group_norms = torch.stack((*means, total_norm, *norms.values())).tolist()
+        flow, velocity_square, repa, total, *group_norms = torch.stack((*means, total_norm, *norms.values())).tolist()
+        repa_weight = self.config.repa.weight_at(self.step, config.steps)
+        loss = flow + repa_weight * repa
         by_group = dict(zip(norms, group_norms))
         if not (np.isfinite(loss) and np.isfinite(total)):
             raise self._report_non_finite(accumulated, by_group)
@@ -207,7 +225,8 @@ class Trainer:
         self.power.update(self.model, self.step)
         return {
             "train/loss": loss,
-            "train/flow_loss": loss,
+            "train/flow_loss": flow,
+            **alignment_values(repa, repa_weight, accumulated.subsets),
             "train/grad_norm": total,
             "train/velocity_norm": velocity_square**0.5,
             "train/learning_rate": rate,
@@ -221,6 +240,7 @@ class Trainer:
     def ema_model(self) -> NanoDiT:
         """Return the averaged model as a copy that shares no memory with the one in training."""
         model = copy.deepcopy(self.model)
+        model.repa_head = None
         self.ema.copy_to(model)
         return model.eval()
 
@@ -268,6 +288,12 @@ class Trainer:
         small = [f"{bucket} ({size})" for bucket, size in sizes.items() if size < config.train.batch_size]
         if small:
             say(f"buckets smaller than a micro-batch, which they fill over several epochs: {', '.join(small)}")
+        if config.repa.enabled:
+            share, last = counted_share(self.table), config.repa.until * config.train.steps
+            say(
+                f"repa: weight {config.repa.weight:g} on the {share:.0%} of the images whose patches are dropped, so "
+                f"{config.repa.weight * share:.3f} an image, falling to 0 at step {last:.0f}"
+            )
         if self.model.route:
             warn_of_few_tokens(sizes, config.model.patch_size)
 

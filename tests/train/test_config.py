@@ -25,7 +25,7 @@ TINY = [
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
     "train.compile=false", "ema.snapshots=8",
-    "tread.enabled=true", "tread.start=0", "tread.end=-1",
+    "tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true",
 ]  # fmt: skip
 
 # another value for every key that is part of a run's identity; it must change the weights or their average in 3 steps
@@ -38,6 +38,7 @@ EFFECTS: dict[str, Any] = {
     "flow.shift": 2.0, "flow.t_min": 0.5,
     "tread.enabled": "true", "tread.start": 1, "tread.end": 0, "tread.keep": 0.25, "tread.dense_tail": 1.0,
     "tread.tail_routed": 1.0,
+    "repa.enabled": "true", "repa.weight": 2.0, "repa.until": 1.0, "repa.block_index": 2, "repa.width": 8,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
@@ -47,6 +48,7 @@ EFFECTS: dict[str, Any] = {
 # sections that are off by default: what switches them on
 SWITCHES = {
     "tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5"),
+    "repa": ("repa.enabled=true",),
     "ema": ("ema.snapshots=8",),
 }
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
