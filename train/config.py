@@ -14,6 +14,7 @@ from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
 from train.repa import RepaConfig
+from train.schedule import Schedule
 from train.tread import TreadConfig
 
 
@@ -24,8 +25,10 @@ class TrainSection(Config):
     batch_size: int = Field(default=16, gt=0)  # images in a micro-batch, all of one bucket
     grad_accumulation_steps: int = Field(default=1, gt=0)  # micro-batches in an optimiser step
     lr: float = Field(default=3e-4, gt=0)  # the peak, for every optimiser
-    lr_min: float = Field(default=1e-6, ge=0)  # where the cosine ends
+    lr_min: float = Field(default=1e-6, ge=0)  # where the schedule ends
     warmup: int | None = Field(default=None, ge=0)  # steps; null: min(500, 5 % of the steps)
+    schedule: Schedule = "cosine"  # after the warm-up; wsd: warm-up, stable, decay
+    decay_share: float = Field(default=0.2, gt=0, le=1)  # of the steps, at the end; of wsd alone
     grad_clip: float = Field(default=1.0, gt=0)  # of the norm over all parameters
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # null: the power warm-up, which suits any length
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it

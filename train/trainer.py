@@ -36,10 +36,11 @@ from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast_dtype, can_compile
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
-from train.optim import build_optimizer, learning_rate
+from train.optim import build_optimizer
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest
+from train.schedule import learning_rate
 from train.tracking import Rates, Tracker, environment, gpu_memory
 from train.tread import MIN_TOKENS
 from train.visual import VisualDebug
@@ -216,7 +217,8 @@ class Trainer:
         if not (np.isfinite(loss) and np.isfinite(total)):
             raise self._report_non_finite(accumulated, by_group)
         clip_gradients(self.model, total_norm, config.grad_clip)
-        rate = learning_rate(self.step, config.lr, config.lr_min, config.warmup, config.steps)
+        shape = config.schedule, config.decay_share
+        rate = learning_rate(self.step, config.steps, config.lr, config.lr_min, config.warmup, *shape)
         self.optimizer.set_lr(rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -294,6 +296,7 @@ class Trainer:
                 f"repa: weight {config.repa.weight:g} on the {share:.0%} of the images whose patches are dropped, so "
                 f"{config.repa.weight * share:.3f} an image, falling to 0 at step {last:.0f}"
             )
+        say(self.optimizer.describe())
         if self.model.route:
             warn_of_few_tokens(sizes, config.model.patch_size)
 

@@ -43,6 +43,7 @@ EFFECTS: dict[str, Any] = {
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
     "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.precision": "bf16",
+    "train.schedule": "wsd", "train.decay_share": 0.9,
     "ema.snapshots": 0, "ema.sigma_rel": "[0.1, 0.2]",
 }  # fmt: skip
 # sections that are off by default: what switches them on
@@ -50,6 +51,7 @@ SWITCHES = {
     "tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5"),
     "repa": ("repa.enabled=true",),
     "ema": ("ema.snapshots=8",),
+    "train.decay_share": ("train.schedule=wsd",),
 }
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
 NO_EFFECT_ON_WEIGHTS = {"train.gradient_checkpointing", "train.compile", "train.threads", "train.device"}
@@ -120,7 +122,7 @@ def reference(tiny_dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("key", EFFECTS)
 def test_trap_29_every_key_has_an_effect(key, tiny_dataset, tmp_path, reference):
-    switches = SWITCHES.get(key.split(".")[0], ())
+    switches = SWITCHES.get(key, SWITCHES.get(key.split(".")[0], ()))
     overrides = [*switches, f"{key}={EFFECTS[key]}"]
     if key == "conditioning.table":
         overrides.append("conditioning.preset=null")
