@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from prep.config import Config
-from prep.files import sha256_bytes
+from prep.files import canonical_json, sha256_bytes
+from prep.flip_text import flip_caption
 from prep.sources import SIDECAR_SUFFIX, leads_out
 
 CODE_VERSION = 1
@@ -113,6 +115,19 @@ class Caption:
 
     text: str
     provenance: dict[str, Any]
+
+
+def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Members and columns of a caption in the text layer; ``recipe`` says whether the flipped one goes with it.
+
+    That of a caption that cannot be flipped safely is empty, and null in the index.
+    """
+    members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
+    columns = {"caption": caption.text}
+    if "flip" not in recipe:
+        return members, columns
+    flipped = flip_caption(caption.text)
+    return members | {"flip.txt": (flipped or "").encode()}, columns | {"caption_flip": flipped}
 
 
 class SidecarCaptions:

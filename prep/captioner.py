@@ -20,14 +20,14 @@ from typing import Any
 
 from PIL import Image
 
-from prep.caption import CaptionConfig
+from prep.caption import Caption, CaptionConfig, text_sample
 from prep.caption_cache import CaptionCache
 from prep.caption_hosts import CaptionHosts, agreed_digest
 from prep.caption_quality import Accepted, Answer, Ask, Flaw, Gate, next_step, settle
 from prep.caption_servers import UNKNOWN
 from prep.console import say
 from prep.errors import ConfigError, DataError
-from prep.files import canonical_json, sha256_bytes
+from prep.files import sha256_bytes
 from prep.layers import ShardTask
 from prep.settings import PrepConfig
 from prep.shards import LayerWriter, Part, Unit, decode_pixels, fingerprint_of, members_of, read_part, read_range
@@ -286,8 +286,9 @@ class CaptionPass:
                     writer.reject(key, step.reason, step.detail)
                     continue
                 options = {**self.provenance["options"], **step.options}
-                about = canonical_json(self.provenance | {"options": options}).encode()
-                writer.add(key, {"txt": step.text.encode(), "json": about}, caption=step.text)
+                caption = Caption(step.text, self.provenance | {"options": options})
+                members, columns = text_sample(caption, shard.recipe)
+                writer.add(key, members, **columns)
             writer.commit()
 
     def _committed(self, task: ShardTask, rejected: int, seconds: float) -> None:

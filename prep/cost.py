@@ -189,6 +189,8 @@ def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
     if layer == "px":
         return rate / area
     if layer in ("t5", "dino", "pose"):
+        if config.flips and layer != "pose":  # the mirrored crop is another sample to them
+            rate /= 2
         if config.encoders == "demo":
             return DEMO_RATE
         if layer == "dino":
@@ -204,16 +206,17 @@ def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:
     if layer == "px":
         return _members(PX_MB[config.image.format] * 1e6 * size.width * size.height / FULL_AREA)
     if layer == "text":
-        return _members(1200, 300)
+        return _members(1200, 300, *([1200] if config.flips else []))
+    copies = 2 if config.flips else 1
     if layer == "t5":
-        return _members(NPY + 2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
+        return copies * _members(NPY + 2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
     if layer == "dino":
         scale, width = config.dino.input_scale or INPUT_SCALE[config.encoders], DINO_WIDTH[config.encoders]
         rows, columns = (
             max(DINO_MIN_GRID, math.floor(scale * side / DINO_CELL + 0.5)) for side in (size.height, size.width)
         )
         tokens = rows * columns
-        return _members(
+        return copies * _members(
             *(NPY + size for size in (2 * width, tokens * width, 2 * tokens * math.ceil(width / SCALE_GROUP)))
         )
     return _members(NPY + 4 * 3 * JOINTS, 100)

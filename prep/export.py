@@ -15,7 +15,7 @@ Per sample of the index, float16 and float32 instead of compressed pixels and in
 Names, shapes and ranges are those of its README ("Embedding Extraction", "WebDataset Sharding"); patches are float32,
 as its code wrote them. How the mask is stored and what follows the valid tokens is left open there. A member whose
 layer the dataset does not have is missing. That layout knows no split: what the JSON calls ``holdout`` must be left out
-by whoever trains on it.
+by whoever trains on it, and no mirrored crops: what `flips` stored is left out.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
             _write_shard(data, storage, name, rows, progress)
     size = sum(storage.size(name) or 0 for name in shards)
     say(f"wrote {len(missing)} of {len(shards)} tars to {storage}: {len(data)} samples, {size / 1e9:.2f} GB")
+    if data.has_flips:
+        say("flipped captions and the features of mirrored crops are left out: that layout has no place for them")
 
 
 def _mark(data: Dataset, storage: Storage) -> None:

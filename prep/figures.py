@@ -28,6 +28,7 @@ from prep.errors import ConfigError
 from prep.figure_captions import VOCABULARY, scene_caption
 from prep.figure_drawing import render
 from prep.figure_keypoints import scene_keypoints
+from prep.figure_mirror import mirror_scene
 from prep.figure_pose import sample_scene
 from prep.figure_scene import (
     BACKGROUND_COLOURS,
@@ -73,12 +74,14 @@ class Figure:
     box: tuple[float, float, float, float]
 
 
-def draw_figure(seed: int, index: int, size: int, short_caption: bool = False) -> Figure:
+def draw_figure(seed: int, index: int, size: int, short_caption: bool = False, mirrored: bool = False) -> Figure:
     """Figure ``index`` of the set ``seed``, with an area of about ``size`` * ``size`` pixels.
 
-    The scene depends on (seed, index) alone, so that every size shows the same picture.
+    The scene depends on (seed, index) alone, so that every size shows the same picture; ``mirrored`` gives its mirror
+    image, with joints and words of the mirrored scene.
     """
-    scene = sample_scene(seed, index)
+    original = sample_scene(seed, index)
+    scene = mirror_scene(original) if mirrored else original
     width, height = round(size * math.sqrt(scene.aspect)), round(size / math.sqrt(scene.aspect))
     scale = np.array([width / scene.aspect, height])
     positions, visibility = scene_keypoints(scene)
@@ -87,8 +90,9 @@ def draw_figure(seed: int, index: int, size: int, short_caption: bool = False) -
     visibility = np.where(outside, 0, visibility)
     x0, y0, x1, y1 = union_box(body_circles(scene))
     box = (max(0.0, x0 * scale[0]), max(0.0, y0 * scale[1]), min(width, x1 * scale[0]), min(height, y1 * scale[1]))
+    image = render(original, width, height)  # which is not exact in a mirrored scene
     return Figure(
-        image=render(scene, width, height),
+        image=image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image,
         caption=scene_caption(scene, Dice("caption", seed, index), short_caption),
         attributes=scene.attributes,
         keypoints=np.concatenate([pixels, visibility[:, None]], 1).astype(np.float32),

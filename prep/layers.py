@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from prep.buckets import Bucket, crop_to_bucket
-from prep.caption import BadCaption, Caption, SidecarCaptions
+from prep.caption import BadCaption, Caption, SidecarCaptions, text_sample
 from prep.dedup import perceptual_hash, thumbnail
 from prep.encoders import build_encoder
 from prep.errors import ConfigError, DataError
@@ -144,10 +145,9 @@ class LayerWorker:
         bucket, (member,) = Bucket.parse(job.task.bucket), members_of("px", job.recipe)
         with self._writing(job, facts={}) as writer:
             for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
-                self.watch([source.key])
-                fault("px.decode", source.key)
+                begin = partial(self._begin_decoding, source.key)
                 try:
-                    image = load_canonical(self.source, source, self.config.image.max_pixels)
+                    image = load_canonical(self.source, source, self.config.image.max_pixels, begin)
                 except BadImage as bad:
                     writer.reject(source.key, bad.reason, bad.detail)
                     continue
@@ -157,7 +157,13 @@ class LayerWorker:
                     writer.reject(source.key, *problem)
                     continue
                 columns = {"phash": perceptual_hash(pixels), "sharpness": sharp, "thumbnail": thumbnail(pixels)}
-                writer.add(source.key, {member: encode_pixels(pixels, member)}, **columns)
+                members = {member: encode_pixels(pixels, member)}
+                self.watch([])  # waiting for storage, here and before decoding, is nobody's fault
+                writer.add(source.key, members, **columns)
+
+    def _begin_decoding(self, key: str) -> None:
+        self.watch([key])
+        fault("px.decode", key)
 
     def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
@@ -167,7 +173,6 @@ class LayerWorker:
             keys = self._upstream(job).table["key"].to_pylist()
             before = committed_captions(read_part(self.root, job.unit))
             for key in self._wanted(job, writer, keys, str):
-                self.watch([key])
                 wanted = job.recipe["captions"][key]  # the hash of the sidecar, or why there is none
                 try:
                     if sources[key].gone and wanted in before:
@@ -180,39 +185,48 @@ class LayerWorker:
                     reason = bad.reason if bad.reason == wanted else "changed_during_run"
                     writer.reject(key, reason, bad.detail)
                     continue
-                members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
-                writer.add(key, members, caption=caption.text)
+                members, columns = text_sample(caption, job.recipe)
+                writer.add(key, members, **columns)
 
     def t5(self, job: Job) -> None:
-        """Captions -> T5 features of the valid tokens."""
-        encoder = self._encoder(job)
+        """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others."""
+        encoder, flips = self._encoder(job), "flip" in job.recipe
         table = self._upstream(job).table
-        rows = zip(table["key"].to_pylist(), table["caption"].to_pylist())
+        rows = zip(*(table[name].to_pylist() for name in ("key", "caption", "caption_flip" if flips else "caption")))
         facts = {"width": encoder.width, "max_tokens": encoder.max_tokens}
         with self._writing(job, facts) as writer:
             for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
-                self.watch([key for key, _ in batch])
-                for (key, _), tokens in zip(batch, encoder.encode([caption for _, caption in batch])):
+                keys, captions, flipped = zip(*batch)
+                self.watch(list(keys))
+                encoded = encoder.encode(captions)
+                # a batch of their own: what is stored of the captions themselves does not depend on `flips`
+                others = [other for caption, other in zip(captions, flipped) if other not in (None, caption)]
+                mirrored = dict(zip(others, encoder.encode(others))) if others else {}
+                for key, tokens, other in zip(keys, encoded, flipped):
                     members = {"t5.npy": npy_bytes(tokens.embedding)}
                     columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
+                    if flips:
+                        none = tokens.embedding[:0]
+                        embedding = mirrored[other].embedding if other in mirrored else none
+                        members["t5_flip.npy"] = npy_bytes(embedding)
+                        columns["t5_flip_tokens"] = len(embedding)
                     writer.add(key, members, **columns)
 
     def dino(self, job: Job) -> None:
-        """Crops -> the DINOv3 class token and quantised patch tokens."""
-        from prep.quantise import quantise, worst_cosine
-
+        """Crops -> the DINOv3 class token and quantised patch tokens; with flips also those of the mirrored crops."""
         encoder = self._encoder(job)
         facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
         with self._writing(job, facts) as writer:
             for keys, images in self._images(job, writer, self.config.dino.batch_size):
-                tokens, patches = encoder.encode(images)
-                for key, cls, grid in zip(keys, tokens, patches):
-                    features = grid.reshape(-1, grid.shape[-1])
-                    quantised, scale = quantise(features)
-                    arrays = {"cls.npy": cls, "dino.npy": quantised, "dino_scale.npy": scale}
-                    members = {name: npy_bytes(array) for name, array in arrays.items()}
-                    columns = {"dino_h": grid.shape[0], "dino_w": grid.shape[1]}
-                    columns["dino_cosine"] = round(worst_cosine(features, quantised, scale), 6)
+                views = [zip(*encoder.encode(images))]
+                if "flip" in job.recipe:  # what the network sees in a mirrored image is not what it saw, mirrored
+                    views.append(zip(*encoder.encode(images[:, :, ::-1])))
+                for key, (cls, grid), *mirrored in zip(keys, *views):
+                    members, cosine = dino_members(cls, grid)
+                    for other in mirrored:
+                        more, other_cosine = dino_members(*other, suffix="_flip")
+                        members, cosine = members | more, min(cosine, other_cosine)
+                    columns = {"dino_h": grid.shape[0], "dino_w": grid.shape[1], "dino_cosine": cosine}
                     writer.add(key, members, **columns)
 
     def pose(self, job: Job) -> None:
@@ -247,6 +261,7 @@ class LayerWorker:
             keys = [key for key, _ in batch]
             self.watch(keys)
             yield keys, np.stack([decode_pixels(data) for _, data in batch])
+            self.watch([])  # while the next batch is read
 
     def _encoder(self, job: Job) -> Any:
         """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""
@@ -259,6 +274,17 @@ class LayerWorker:
                 )
             self._encoders[job.layer] = encoder
         return self._encoders[job.layer]
+
+
+def dino_members(cls: np.ndarray, grid: np.ndarray, suffix: str = "") -> tuple[dict[str, bytes], float]:
+    """A class token (W,) and patches (h, w, W) as members, and the worst patch's cosine after quantising."""
+    from prep.quantise import quantise, worst_cosine
+
+    features = grid.reshape(-1, grid.shape[-1])
+    quantised, scale = quantise(features)
+    arrays = {f"cls{suffix}.npy": cls, f"dino{suffix}.npy": quantised, f"dino{suffix}_scale.npy": scale}
+    members = {name: npy_bytes(array) for name, array in arrays.items()}
+    return members, round(worst_cosine(features, quantised, scale), 6)
 
 
 def committed_captions(part: Part | None) -> dict[str, Caption]:

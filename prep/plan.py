@@ -18,7 +18,7 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prep import caption, gone
+from prep import caption, flip_text, gone
 from prep.buckets import choose_bucket
 from prep.caption import BadCaption, SidecarCaptions
 from prep.console import Progress
@@ -36,6 +36,7 @@ from prep.storage import Storage, open_storage
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
 PX_VERSION = 2
 SCAN_VERSION = 1
+FLIP_VERSIONS = {"text": flip_text.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
 LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
 
 MANIFEST = "manifest.parquet"
@@ -296,6 +297,8 @@ def make_recipes(
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
                 recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
+            if config.flips and layer in FLIP_VERSIONS:  # without flips recipes do not name them, as it was always so
+                recipe["flip"] = FLIP_VERSIONS[layer]
             if layer in encoders:
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe

@@ -28,10 +28,10 @@ from prep.files import canonical_json, sha256_bytes
 from prep.plan import MANIFEST, NAMED, REQUESTS, Plan
 from prep.settings import PrepConfig
 from prep.shards import (
-    LAYER_COLUMNS,
     SCHEMA_VERSION,
     Part,
     Unit,
+    columns_of,
     fingerprint_of,
     load_npy,
     member_columns,
@@ -172,8 +172,9 @@ def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
     described = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
     # what people look at comes first, where the bytes are last
     recipes = {unit.layer: part.recipe for unit, part in parts.items()}
+    described_by = {layer: [*columns_of(layer, recipes[layer])] for layer in tables}
     located = {layer: [f"{layer}/fingerprint", *member_columns(layer, recipes[layer])] for layer in tables}
-    for columns in (LAYER_COLUMNS, located):
+    for columns in (described_by, located):
         for layer, table in tables.items():
             for name in columns[layer]:
                 described = described.append_column(name, table[name])
@@ -290,7 +291,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
         recipe = {
             name: value
             for name, value in parts[units[0]].recipe.items()
-            if name in ("code", "format", "encoder", "backend")
+            if name in ("code", "format", "flip", "encoder", "backend")
         }
         described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
         if "encoder" in recipe:
@@ -312,6 +313,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
             "rejects": rejects,
         },
         "layers": layers,
+        **({"flips": True} if config.flips else {}),
         "stages": {
             "source": {
                 "image": config.image.model_dump(),
@@ -350,4 +352,8 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
         warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
         warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
+    if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):
+        warnings.append(
+            f"{unsure} of {len(table)} captions cannot be flipped safely: training never mirrors their images"
+        )
     return warnings

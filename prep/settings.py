@@ -94,6 +94,7 @@ class PrepConfig(Config):
     base: int = 1024
     encoders: Literal["demo", "production"] = "production"
     layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"], min_length=1)
+    flips: bool = False
     image: ImageConfig = ImageConfig()
     filters: FilterConfig = FilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()

@@ -43,6 +43,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "pose": ("pose.npy", "json"),
 }
 
+# What `flips` adds to them: the mirrored crop's caption, its features, and DINO's, which are no mirror image of the
+# others. Features of a caption are of no token where it cannot be flipped, or is its own mirror image.
+FLIP_MEMBERS: dict[str, tuple[str, ...]] = {
+    "text": ("flip.txt",),
+    "t5": ("t5_flip.npy",),
+    "dino": ("cls_flip.npy", "dino_flip.npy", "dino_flip_scale.npy"),
+}
+
 IMAGE_FORMATS = {"webp": "webp", "jpeg": "jpg"}  # image.format: member of the px layer
 
 # What a layer's index parts say about a sample besides where its members are.
@@ -52,6 +60,10 @@ LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "t5": {"t5_tokens": pa.int32(), "t5_truncated": pa.bool_()},
     "dino": {"dino_h": pa.int32(), "dino_w": pa.int32(), "dino_cosine": pa.float32()},  # worst token's, after int8
     "pose": {"persons": pa.int32()},
+}
+FLIP_COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "text": {"caption_flip": pa.string()},  # null: not to be flipped, and neither is the image
+    "t5": {"t5_flip_tokens": pa.int32()},
 }
 
 TAR_BLOCK = 512
@@ -138,10 +150,11 @@ class LayerWriter:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, key: str, members: dict[str, bytes], **columns: Any) -> None:
-        """Append one sample: ``members`` by name as in ``members_of``, ``columns`` as in ``LAYER_COLUMNS``."""
+        """Append one sample: ``members`` by name as in ``members_of``, ``columns`` as in ``columns_of``."""
         layer, expected = self.unit.layer, members_of(self.unit.layer, self.recipe)
-        if tuple(members) != expected or set(columns) != set(LAYER_COLUMNS[layer]):
-            raise ValueError(f"{self.unit}: expected members {expected} and columns {set(LAYER_COLUMNS[layer])}")
+        described = columns_of(layer, self.recipe)
+        if tuple(members) != expected or set(columns) != set(described):
+            raise ValueError(f"{self.unit}: expected members {expected} and columns {set(described)}")
         if self._rows and key <= self._rows[-1]["key"]:
             raise ValueError(f"{self.unit}: key {key} is not after {self._rows[-1]['key']}")
         row: dict[str, Any] = {"key": key, **columns}
@@ -189,8 +202,18 @@ class LayerWriter:
 
 
 def members_of(layer: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The members of a layer; ``recipe`` (of a unit, or the layer's part of dataset.json) says if px is not WebP."""
-    return (IMAGE_FORMATS[recipe["format"]],) if layer == "px" and "format" in recipe else LAYERS[layer]
+    """The members of a layer; ``recipe`` (of a unit, or the layer's part of dataset.json) says which it has.
+
+    px may have another format than WebP, and the others what belongs to the mirrored crop.
+    """
+    if layer == "px" and "format" in recipe:
+        return (IMAGE_FORMATS[recipe["format"]],)
+    return LAYERS[layer] + (FLIP_MEMBERS[layer] if "flip" in recipe else ())
+
+
+def columns_of(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
+    """What the index parts of a layer say about a sample besides where its members are; ``recipe`` as above."""
+    return LAYER_COLUMNS[layer] | (FLIP_COLUMNS.get(layer, {}) if "flip" in recipe else {})
 
 
 def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
@@ -201,7 +224,7 @@ def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataTy
 
 def part_schema(layer: str, recipe: Mapping[str, Any]) -> pa.Schema:
     """Schema of the index parts of a layer."""
-    return pa.schema({"key": pa.string(), **LAYER_COLUMNS[layer], **member_columns(layer, recipe)})
+    return pa.schema({"key": pa.string(), **columns_of(layer, recipe), **member_columns(layer, recipe)})
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -387,17 +410,28 @@ class Dataset:
         """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
         return decode_pixels(self.read(row, f"px/{self._pixels}"))
 
-    def t5(self, row: dict[str, Any]) -> np.ndarray:
-        """Text features of the valid tokens, float16 (L, Wt)."""
-        return self._array(row, "t5/t5.npy")
+    @property
+    def has_flips(self) -> bool:
+        """Whether it stores what belongs to the mirrored crops."""
+        return bool(self.info.get("flips"))
 
-    def cls(self, row: dict[str, Any]) -> np.ndarray:
-        """The DINOv3 class token, float32 (Wd,)."""
-        return self._array(row, "dino/cls.npy")
+    def flippable(self, row: dict[str, Any]) -> bool:
+        """Whether the crop may be mirrored: its caption, if it has one, can be flipped safely."""
+        return self.has_flips and ("text" not in self.info["layers"] or row["caption_flip"] is not None)
 
-    def patches(self, row: dict[str, Any]) -> np.ndarray:
-        """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd)."""
-        quantised, scale = self._array(row, "dino/dino.npy"), self._array(row, "dino/dino_scale.npy")
+    def t5(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """Text features of the valid tokens, float16 (L, Wt); ``flipped``: of the mirrored crop's caption."""
+        other = flipped and row["caption_flip"] != row["caption"]
+        return self._array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
+
+    def cls(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """The DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
+        return self._array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
+
+    def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
+        name = "dino_flip" if flipped else "dino"
+        quantised, scale = self._array(row, f"dino/{name}.npy"), self._array(row, f"dino/{name}_scale.npy")
         return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
 
     def pose(self, row: dict[str, Any]) -> np.ndarray:

@@ -28,7 +28,7 @@ from prep.console import Progress, say
 from prep.errors import DataError
 from prep.files import sha256_bytes
 from prep.lock import locked
-from prep.shards import LAYER_COLUMNS, LAYERS, Part, Unit, check_index, check_info, fingerprint_of, member_columns
+from prep.shards import LAYERS, Part, Unit, check_index, check_info, columns_of, fingerprint_of, member_columns
 from prep.storage import Storage, open_storage
 from prep.verify_units import Checked, Finding, check_unit
 
@@ -208,7 +208,8 @@ def compare_index(
         if len(theirs) != len(ours):
             findings.append(Finding("damaged", "parts", f"some samples are in two {layer} units"))
             continue
-        names = [*LAYER_COLUMNS[layer], *member_columns(layer, info["layers"][layer])]
+        described = info["layers"][layer]
+        names = [*columns_of(layer, described), *member_columns(layer, described)]
         for name in ["bucket", "shard", f"{layer}/fingerprint", *names]:
             if name not in ours.column_names or name not in theirs.column_names:
                 if name != "thumbnail":  # stays in the parts

@@ -240,6 +240,11 @@ def _caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
         raise DataError("is empty, or not the caption of the index")
 
 
+def _flipped_caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    if data.decode() != (row["caption_flip"] or ""):
+        raise DataError("is not the flipped caption of the index")
+
+
 def _people(data: bytes, row: Mapping[str, Any], part: Part) -> None:
     if json.loads(data)["persons"] != row["persons"]:
         raise DataError("counts other people than the index")
@@ -247,6 +252,10 @@ def _people(data: bytes, row: Mapping[str, Any], part: Part) -> None:
 
 def _text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
     _array(data, np.float16, (row["t5_tokens"], part.facts["width"]))
+
+
+def _flipped_text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    _array(data, np.float16, (row["t5_flip_tokens"], part.facts["width"]))
 
 
 def _patches(data: bytes, row: Mapping[str, Any], part: Part) -> None:
@@ -259,15 +268,24 @@ def _scales(data: bytes, row: Mapping[str, Any], part: Part) -> None:
         raise DataError("has scales below 0")
 
 
+def _class_token(data: bytes, row: Mapping[str, Any], part: Part) -> np.ndarray:
+    return _array(data, np.float32, (part.facts["width"],))
+
+
 CHECKS: dict[tuple[str, str], Callable[[bytes, Mapping[str, Any], Part], Any]] = {
     ("px", "webp"): _image,
     ("px", "jpg"): _image,
     ("text", "txt"): _caption,
+    ("text", "flip.txt"): _flipped_caption,
     ("text", "json"): lambda data, row, part: json.loads(data),
     ("t5", "t5.npy"): _text,
-    ("dino", "cls.npy"): lambda data, row, part: _array(data, np.float32, (part.facts["width"],)),
+    ("t5", "t5_flip.npy"): _flipped_text,
+    ("dino", "cls.npy"): _class_token,
     ("dino", "dino.npy"): _patches,
     ("dino", "dino_scale.npy"): _scales,
+    ("dino", "cls_flip.npy"): _class_token,
+    ("dino", "dino_flip.npy"): _patches,
+    ("dino", "dino_flip_scale.npy"): _scales,
     ("pose", "pose.npy"): lambda data, row, part: _array(data, np.float32, (133, 3)),
     ("pose", "json"): _people,
 }
