@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prep.config import Config
 from prep.errors import ConfigError
+from train.flip import flip_pose
 
 MODALITIES = ("text", "cls", "patches", "pose")
 TEXT_MULTIPLE = 32  # text is padded to a multiple of this within a micro-batch, so that few shapes occur
@@ -147,15 +148,26 @@ class Conditions:
         return replace(result, text=result.text[:, :length], text_mask=result.text_mask[:, :length])
 
 
-def load_conditions(dataset: Any, rows: Sequence[dict[str, Any]]) -> Conditions:
-    """Read the stored features of some rows of one bucket (a :class:`prep.shards.Dataset`), everything kept."""
+def load_conditions(dataset: Any, rows: Sequence[dict[str, Any]], flips: Sequence[bool] | None = None) -> Conditions:
+    """Read the stored features of some rows of one bucket (a :class:`prep.shards.Dataset`), everything kept.
+
+    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none.
+    """
     layers = dataset.info["layers"]
     has = {"text": "t5" in layers, "cls": "dino" in layers, "patches": "dino" in layers, "pose": "pose" in layers}
+    flips = flips or [False] * len(rows)
+
+    def read(member: str) -> list[np.ndarray]:
+        load = getattr(dataset, member)
+        return [load(row, flipped=True) if flip else load(row) for row, flip in zip(rows, flips)]
+
     return collate(
-        text=[dataset.t5(row) for row in rows] if has["text"] else None,
-        cls=[dataset.cls(row) for row in rows] if has["cls"] else None,
-        patches=[dataset.patches(row) for row in rows] if has["patches"] else None,
-        pose=[dataset.pose(row) for row in rows] if has["pose"] else None,
+        text=read("t5") if has["text"] else None,
+        cls=read("cls") if has["cls"] else None,
+        patches=read("patches") if has["patches"] else None,
+        pose=[flip_pose(dataset.pose(row)) if flip else dataset.pose(row) for row, flip in zip(rows, flips)]
+        if has["pose"]
+        else None,
         count=len(rows),
     )
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from prep.config import load_config
 from prep.files import canonical_json, sha256_bytes, write_atomic
+from prep.flip_text import flip_caption
 from prep.quantise import quantise
-from prep.shards import LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
+from prep.shards import FLIP_MEMBERS, LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
 from train.config import TrainConfig
 
 TEXT_WIDTH, DINO_WIDTH = 24, 16
@@ -22,11 +23,16 @@ GRID = {"64x64": (8, 8), "80x56": (8, 10), "56x80": (10, 8), "88x48": (8, 11)}  
 
 
 def write_dataset(
-    root: Path, seed: int = 0, layers: tuple[str, ...] = tuple(LAYERS), text_of_one: float | None = None
+    root: Path,
+    seed: int = 0,
+    layers: tuple[str, ...] = tuple(LAYERS),
+    text_of_one: float | None = None,
+    flips: bool = True,
 ) -> Path:
-    """Write a dataset of random colours and features.
+    """Write a dataset of random colours and features, with other ones of the mirrored images where ``flips``.
 
-    ``seed`` changes every sample; ``text_of_one`` (NaN, say) replaces the text features of one training sample.
+    ``seed`` changes every sample; ``text_of_one`` (NaN, say) replaces the text features of one training sample. Of four
+    samples one has a caption that cannot be flipped, and one a caption that is its own mirror image.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -35,6 +41,9 @@ def write_dataset(
         keys = sorted(sha256_bytes(f"{seed}/{bucket}/{i}".encode())[:32] for i in range(train + holdout))
         splits = dict(zip(keys, ["train"] * train + ["holdout"] * holdout))
         samples = {key: _sample(rng, width, height, *GRID[bucket]) for key in keys}
+        if flips:
+            for number, sample in enumerate(samples.values()):
+                _add_flips(sample, number % 4, np.random.default_rng([seed, width, number]))
         if text_of_one is not None and bucket == "88x48":  # which has one sample, so every micro-batch of it
             members, _ = samples[keys[0]]["t5"]
             members["t5.npy"] = npy_bytes(np.full((5, TEXT_WIDTH), text_of_one, np.float16))
@@ -45,7 +54,8 @@ def write_dataset(
         }
         for layer in layers:
             unit = Unit(bucket, 0, layer)
-            with LayerWriter(root, unit, recipe={"made": "synthetic"}, facts={}) as writer:
+            recipe = {"made": "synthetic"} | _flip(layer, flips)
+            with LayerWriter(root, unit, recipe, facts={}) as writer:
                 for key in keys:
                     members, columns = samples[key][layer]
                     writer.add(key, members, **columns)
@@ -62,7 +72,8 @@ def write_dataset(
     }  # fmt: skip
     info = {
         "schema": 1, "fingerprint": sha256_bytes(index), "base": 64, "encoders": "demo",
-        "layers": {layer: described[layer] for layer in layers},
+        "layers": {layer: described[layer] | _flip(layer, flips) for layer in layers},
+        **({"flips": True} if flips else {}),
         "hashes": {"index.parquet": sha256_bytes(index)},
     }  # fmt: skip
     write_atomic(root / "dataset.json", canonical_json(info))
@@ -87,6 +98,27 @@ def _sample(rng: np.random.Generator, width: int, height: int, h: int, w: int) -
         ),
         "pose": ({"pose.npy": npy_bytes(pose), "json": json.dumps({"persons": 1}).encode()}, {"persons": 1}),
     }
+
+
+def _flip(layer: str, flips: bool) -> dict[str, int]:
+    """What recipe and dataset.json say of a layer with flips."""
+    return {"flip": 1} if flips and layer in FLIP_MEMBERS else {}
+
+
+def _add_flips(sample: dict[str, tuple[dict, dict]], kind: int, rng: np.random.Generator) -> None:
+    """Add what belongs to the mirrored image, random as the rest; ``kind`` 0: not to be flipped, 1: symmetric."""
+    (text, about), (t5, t5_about), (dino, dino_about) = (sample[layer] for layer in ("text", "t5", "dino"))
+    about["caption"] += {0: " Somebody left it.", 1: ""}.get(kind, " It is on the left.")
+    about["caption_flip"] = flip_caption(about["caption"])
+    text |= {"txt": about["caption"].encode(), "flip.txt": (about["caption_flip"] or "").encode()}
+    tokens = rng.standard_normal((0 if kind < 2 else int(rng.integers(5, 40)), TEXT_WIDTH)).astype(np.float16)
+    t5["t5_flip.npy"] = npy_bytes(tokens)
+    t5_about["t5_flip_tokens"] = len(tokens)
+    grid = dino_about["dino_h"] * dino_about["dino_w"]
+    patches, scale = quantise(rng.standard_normal((grid, DINO_WIDTH)).astype(np.float32))
+    cls = rng.standard_normal(DINO_WIDTH).astype(np.float32)
+    arrays = {"cls_flip.npy": cls, "dino_flip.npy": patches, "dino_flip_scale.npy": scale}
+    dino |= {name: npy_bytes(array) for name, array in arrays.items()}
 
 
 CONFIG = """\
