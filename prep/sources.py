@@ -240,8 +240,13 @@ def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any]:
     return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
 
 
-def load_canonical(folder: Path, source: Source, max_pixels: int) -> Image.Image:
-    """Decode a source to canonical pixels (RGB). Raises BadImage, also when the file is no longer what was planned."""
+def load_canonical(
+    folder: Path, source: Source, max_pixels: int, begin: Callable[[], None] = lambda: None
+) -> Image.Image:
+    """Decode a source to canonical pixels (RGB). Raises BadImage, also when the file is no longer what was planned.
+
+    ``begin`` is called when the file has been read and its decoding begins.
+    """
     try:
         data = (folder / source.name).read_bytes()
     except OSError as error:
@@ -252,6 +257,7 @@ def load_canonical(folder: Path, source: Source, max_pixels: int) -> Image.Image
         raise BadImage("changed_during_run", "the file was deleted after the run had begun") from error
     if hashlib.sha256(data).hexdigest()[:KEY_DIGITS] != source.key:
         raise BadImage("changed_during_run", "the content changed after the run had begun")
+    begin()
     return decode(data, max_pixels)
 
 
