@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -116,17 +116,18 @@ class Conditions:
         """Say which images keep a modality, (B,)."""
         return self.keep[:, MODALITIES.index(modality)]
 
-    def _map(self, function) -> Conditions:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditions:
+        """Apply ``function`` to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Conditions(**{name: None if value is None else function(value) for name, value in values.items()})
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move every tensor."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def select(self, indices: Sequence[int] | slice | Tensor) -> Conditions:
         """Return the conditions of some of the images."""
-        return self._map(lambda tensor: tensor[indices])
+        return self.map(lambda tensor: tensor[indices])
 
     def keeping(self, subset: Iterable[str] | Sequence[Subset]) -> Conditions:
         """Keep ``subset`` for all images, or the i-th of a list of subsets for image i; waits for a GPU it lies on.

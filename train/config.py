@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prep.config import Config, Place
 from train.conditioning import ConditioningConfig
@@ -13,6 +13,7 @@ from train.ema import EmaConfig
 from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
+from train.perceptual import PerceptualConfig
 from train.repa import RepaConfig
 from train.schedule import Schedule
 from train.tread import TreadConfig
@@ -32,10 +33,20 @@ class TrainSection(Config):
     grad_clip: float = Field(default=1.0, gt=0)  # of the norm over all parameters
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # null: the power warm-up, which suits any length
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "all"] | Annotated[int, Field(gt=0)] = "none"  # k: every k-th block
     compile: bool | Literal["auto"] = False  # each block by itself; auto: where a compiler is found
     threads: int | None = Field(default=None, gt=0)  # of torch on the CPU; null: torch's own choice
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every so many blocks are recomputed in the backward pass, 0: none."""
+        return {"none": 0, "all": 1}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 
 
 class DataSection(Config):
@@ -73,6 +84,7 @@ class TrainConfig(Config):
     flow: FlowConfig = FlowConfig()
     tread: TreadConfig = TreadConfig()
     repa: RepaConfig = RepaConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainSection = TrainSection()
     ema: EmaConfig = EmaConfig()

@@ -1,7 +1,8 @@
-"""What the machine can do, asked in one place: fast bfloat16 and a compiler for torch.compile."""
+"""What the machine can do, asked in one place: bfloat16, a compiler for torch.compile, the peak of a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import sysconfig
@@ -26,9 +27,42 @@ def can_compile(device_type: str) -> bool:
     return headers and compiler and triton
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Return the context in which matrices multiply in ``dtype``, or as they are for None; the meta device has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return bfloat16 where ``precision`` asks for autocast, or is "auto" on hardware that multiplies it; else None."""
     if precision == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if on_gpu or (device.type == "cpu" and has_fast_bf16()) else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
+
+
+# Dense bfloat16 matrix products with float32 accumulation at the boost clock, in 1e12 FLOP/s, by the name that torch
+# gives (less "NVIDIA "). GeForce: appendices of NVIDIA's whitepapers "Ampere GA102", "Ada", "RTX Blackwell"; for cards
+# that these leave out, 512 FLOP per multiprocessor and cycle, which is what those listed come to. Others: data sheets,
+# half of what they quote with sparsity. Laptops, whose clock depends on the maker, have names of their own.
+PEAK_TFLOPS = {
+    "GeForce RTX 3060": 25.5, "GeForce RTX 3060 Ti": 32.4, "GeForce RTX 3070": 40.6, "GeForce RTX 3070 Ti": 43.5,
+    "GeForce RTX 3080": 59.5, "GeForce RTX 3080 Ti": 68.2, "GeForce RTX 3090": 71.2, "GeForce RTX 3090 Ti": 80.0,
+    "GeForce RTX 4060": 30.2, "GeForce RTX 4060 Ti": 44.1, "GeForce RTX 4070": 58.3, "GeForce RTX 4070 SUPER": 71.0,
+    "GeForce RTX 4070 Ti": 80.2, "GeForce RTX 4070 Ti SUPER": 88.2, "GeForce RTX 4080": 97.5,
+    "GeForce RTX 4080 SUPER": 104.4, "GeForce RTX 4090": 165.2,
+    "GeForce RTX 5060": 38.4, "GeForce RTX 5060 Ti": 47.4, "GeForce RTX 5070": 61.7, "GeForce RTX 5070 Ti": 87.9,
+    "GeForce RTX 5080": 112.6, "GeForce RTX 5090": 209.5,
+    "RTX A6000": 154.8, "A10": 125.0, "A40": 149.7, "L4": 121.0, "L40S": 362.0,
+    "A100-SXM4-40GB": 312.0, "A100-SXM4-80GB": 312.0, "A100-PCIE-40GB": 312.0, "A100 80GB PCIe": 312.0,
+    "H100 80GB HBM3": 989.4, "H100 PCIe": 756.5, "H100 NVL": 835.5, "H200": 989.4,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """Return the FLOP/s that a GPU could reach in autocast to ``dtype``; None on a CPU, and where no table says it."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    tera = PEAK_TFLOPS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
+    return None if tera is None else tera * 1e12

@@ -6,9 +6,10 @@ purpose, step, image). So micro-batches can be made ahead, or again after a kill
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from train.config import TrainConfig
 from train.data import Order, TrainingSet, bucket_size
 from train.flow import timesteps
 from train.noise import generator
+from train.perceptual import View, draw_views
 from train.repa import counts, resample
 from train.tread import draw_keep_ids
+
+T = TypeVar("T")
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
 
@@ -29,17 +33,14 @@ MIN_GROUP = 8  # images of one condition subset that are worth a forward of thei
 class Part:
     """Some images of a micro-batch that go through the network together.
 
-    ``teacher`` is what REPA aligns with, (b, n, DINO width) on the token grid; None where no image counts.
+    ``teacher`` is what REPA aligns with, (b, n, DINO width) on the token grid; None where no image counts. ``views`` is
+    what LPIPS sees, images counted from the part's first.
     """
 
     images: slice
     conditions: Conditions
     teacher: Tensor | None = None
-
-    def to(self, device: torch.device) -> Part:
-        """Move every tensor."""
-        teacher = None if self.teacher is None else self.teacher.to(device, non_blocking=True)
-        return Part(self.images, self.conditions.to(device), teacher)
+    views: Sequence[View] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ class MicroBatch:
     keep_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Move every tensor."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x", "noise", "t")}
-        if self.keep_ids is not None:
-            moved["keep_ids"] = self.keep_ids.to(device, non_blocking=True)
-        return replace(self, **moved, parts=[part.to(device) for part in self.parts])
+        """Move every tensor; without waiting where they are pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """Copy every tensor into page-locked memory, which a GPU reads while the host goes on."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        parts = [_map_tensors(replace(part, conditions=part.conditions.map(function)), function) for part in self.parts]
+        return replace(_map_tensors(self, function), parts=parts)
 
     def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
         """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
@@ -70,6 +76,12 @@ class MicroBatch:
         tokens = (height // patch_size) * (width // patch_size)
         kept = tokens if self.keep_ids is None else self.keep_ids.shape[1]
         return images * (tokens - routed_blocks * (tokens - kept))
+
+
+def _map_tensors(record: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Apply ``function`` to the fields of a dataclass that are tensors."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 class MicroBatches:
@@ -98,8 +110,14 @@ class MicroBatches:
         noise = np.stack(
             [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
         )
+        crop_of = lambda i: generator(config.seed, "crop", step, images[i])  # noqa: E731
+        shift = config.flow.shift_of(*x.shape[2:])
+        views = draw_views(config.perceptual, step + position, t.tolist(), shift, x.shape[2:], crop_of)
         teach = config.repa.weight_at(step, config.train.steps) > 0
-        parts = [self._part(part, subsets, conditions, x.shape[2:], teach) for part in split(subsets)]
+        parts = [
+            replace(self._part(part, subsets, conditions, x.shape[2:], teach), views=views_of(part, views))
+            for part in split(subsets)
+        ]
         keep_ids = self._keep_ids(index, images, *x.shape[2:])
         tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
         return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids)
@@ -130,6 +148,11 @@ def deal_subsets(table: dict[Subset, float], micro_batches: int, size: int, rng:
     dealt = sorted(deal(table, micro_batches * size, rng), key=list(table).index)
     order = rng.permutation(micro_batches)
     return [subset for chunk in order for subset in dealt[chunk * size : (chunk + 1) * size]]
+
+
+def views_of(part: slice, views: Sequence[View]) -> list[View]:
+    """Return the views of a part's images, counted from its first."""
+    return [replace(view, image=view.image - part.start) for view in views if part.start <= view.image < part.stop]
 
 
 def split(subsets: Sequence[Subset]) -> list[slice]:

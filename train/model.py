@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prep.config import Config
 from train.conditioning import MODALITIES, Conditions
+from train.hardware import autocast
 from train.repa import RepaHead
 from train.tread import TreadConfig, put_back, take
 
@@ -161,7 +162,7 @@ class TimestepEmbedding(nn.Module):
         half = self.CHANNELS // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t_b.device, dtype=torch.float32) / half)
         angles = 1000 * t_b.float().unsqueeze(1) * frequencies
-        with torch.autocast(t_b.device.type, enabled=False):  # neighbouring times differ by less than bf16 resolves
+        with autocast(t_b.device, None):  # neighbouring times differ by less than bf16 resolves
             return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=1))
 
 
@@ -247,7 +248,9 @@ class ContextEncoder(nn.Module):
         angles = (xy.unsqueeze(-1) * octaves).flatten(-2)
         waves = torch.where(found, torch.cat((angles.cos(), angles.sin()), -1), 0)
         # on the same normalised grid as the image tokens, as (y, x)
-        span = xy.new_tensor([math.sqrt(rows / columns), math.sqrt(columns / rows)]) * base_grid / 2
+        ratio = math.sqrt(rows / columns)
+        # filled and not copied from a list, for which the GPU would have to wait
+        span = torch.stack((xy.new_full((), ratio), xy.new_full((), math.sqrt(columns / rows)))) * base_grid / 2
         return x + self.pose_position(waves) + self.joint, xy.flip(-1) * span
 
 
@@ -366,7 +369,7 @@ class NanoDiT(nn.Module):
         d, p = config.hidden_size, config.patch_size
         self.config, self.features, self.route = config, features, route
         self.base_grid = features.base / p
-        self.gradient_checkpointing = False
+        self.checkpoint_every = 0  # in training, blocks 0, k, 2 k, ... are recomputed in the backward pass
         self.repa_head: RepaHead | None = None  # the trainer's
         self._rope_cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -443,7 +446,7 @@ class NanoDiT(nn.Module):
                 passing, x = x, take(x, keep_ids)
             token_rope, mask = kept if i in routed else everything
             arguments = (x, modulation, token_rope, encoded, mask, context.kv[i] if context.kv else None)
-            if self.gradient_checkpointing and self.training:
+            if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)

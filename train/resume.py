@@ -17,8 +17,11 @@ from train.checkpoint import (
 )
 from train.config import TrainConfig
 
-# Places, and the pace of saving and looking: nothing here changes a weight. All other keys must be the checkpoint's.
-SAFE_TO_CHANGE = ("dataset", "output", "log_every", "data", "checkpoint", "visual_debug")
+# Places, the pace of saving and looking, and memory: nothing here changes a weight. All other keys must be the
+# checkpoint's.
+SAFE_TO_CHANGE = (
+    "dataset", "output", "log_every", "data", "checkpoint", "visual_debug", "train.gradient_checkpointing",
+)  # fmt: skip
 
 
 def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:

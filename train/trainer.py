@@ -33,10 +33,11 @@ from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
 from train.ema import EMA, PowerAverages, ema_decay
 from train.flow import flow_loss, interpolate, to_x, velocity
-from train.hardware import autocast_dtype, can_compile
+from train.hardware import autocast, autocast_dtype, can_compile
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
+from train.perceptual import PerceptualLoss, vgg_path
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest
@@ -48,9 +49,9 @@ from train.visual import VisualDebug
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared
-    velocity and REPA loss of each image (the tensors on the device), the image tokens a block saw and the images that
-    were routed."""
+    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
+    and REPA loss of each image, LPIPS of those that it was computed of (the tensors on the device), the image tokens a
+    block saw and the images that were routed."""
 
     keys: list[str]
     subsets: list[Subset]
@@ -58,6 +59,7 @@ class Accumulated:
     losses: Tensor
     velocities: Tensor
     alignments: Tensor
+    lpips: Tensor
     tokens: float
     routed: int
 
@@ -92,7 +94,8 @@ class Trainer:
                     config.repa, config.model.depth, config.model.hidden_size, features.dino_width
                 )
             self.model.to(device)
-        self.model.gradient_checkpointing = config.train.gradient_checkpointing
+        self.model.checkpoint_every = config.train.checkpoint_every
+        self.perceptual = PerceptualLoss(config.perceptual, device) if config.perceptual.every else None
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
             # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
@@ -109,6 +112,8 @@ class Trainer:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
+        if self.perceptual and checkpoint.state.get("perceptual") not in (None, self.perceptual.sha256):
+            raise DataError(f"{checkpoint.path}: was trained with other weights than {vgg_path()}; put those back")
         load_weights(self.model, checkpoint.model, checkpoint.path / "model.safetensors")
         try:
             self.ema.load(checkpoint.ema)
@@ -128,7 +133,7 @@ class Trainer:
         config, steps = self.config, self.config.train.steps
         self._announce()
         first = self.step * config.train.grad_accumulation_steps
-        batches = prefetch(self.batches.make, first, config.data.prefetch)
+        batches = prefetch(self._make_batch, first, config.data.prefetch)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates()
@@ -160,18 +165,19 @@ class Trainer:
                     saved = self.step
 
     def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the batch's share to the gradients; returns each image's flow loss, squared velocity and REPA loss, (B,).
+        """Add the batch's share to the gradients; never waits for the device, on which the results stay.
 
-        All on the device, for which it never waits. The REPA loss of an image that does not count is 0.
+        Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS of each image that it was
+        computed of. The REPA loss of an image that does not count is 0.
         """
-        flow, losses, velocities, alignments = self.config.flow, [], [], []
+        flow, losses, velocities, alignments, lpips = self.config.flow, [], [], [], []
         repa_weight = self.config.repa.weight_at(self.step, self.config.train.steps)
         self.model.train()
         for part in batch.parts:
             x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
             keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
             z = interpolate(x, noise, t)
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            with autocast(self.device, self.autocast_dtype):
                 output = self.model(z, t, part.conditions, keep_ids, project=part.teacher is not None)
             if part.teacher is None:
                 alignment = torch.zeros_like(t)
@@ -180,12 +186,23 @@ class Trainer:
                 alignment = alignment_loss(projected, part.teacher, part.conditions.keeps("patches"), keep_ids)
             x_hat = to_x(output, z, t, flow.prediction)
             loss = flow_loss(x_hat, x, t, flow.t_min)
+            total = (loss + repa_weight * alignment).sum()
+            if part.views:
+                with autocast(self.device, self.autocast_dtype):
+                    distances = self.perceptual(x_hat, x, part.views).float()
+                total = total + self.perceptual.weight * distances.sum()
+                lpips.append(distances.detach())
             # a sum over images divided by the images of the step: each image weighs the same
-            ((loss + repa_weight * alignment).sum() / self.images_per_step).backward()
+            (total / self.images_per_step).backward()
             losses.append(loss.detach())
             alignments.append(alignment.detach())
             velocities.append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
-        return torch.cat(losses), torch.cat(velocities), torch.cat(alignments)
+        losses = torch.cat(losses)
+        return losses, *map(torch.cat, (velocities, alignments)), torch.cat(lpips) if lpips else losses[:0]
+
+    def _make_batch(self, index: int) -> MicroBatch:
+        batch = self.batches.make(index)
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def accumulate(self, batches: Iterator[MicroBatch], stop: StopRequest) -> Accumulated | None:
         """Take the micro-batches of one optimiser step; None if asked to stop before they were all taken.
@@ -210,9 +227,12 @@ class Trainer:
         norms, total_norm = gradient_norms(self.model)
         means = accumulated.losses.mean(), accumulated.velocities.mean(), accumulated.alignments.mean()
         # the only wait for the device in a step
-        flow, velocity_square, repa, total, *group_norms = torch.stack((*means, total_norm, *norms.values())).tolist()
+        measured = torch.stack((*means, accumulated.lpips.sum(), total_norm, *norms.values())).tolist()
+        flow, velocity_square, repa, lpips, total, *group_norms = measured
         repa_weight = self.config.repa.weight_at(self.step, config.steps)
         loss = flow + repa_weight * repa
+        if self.perceptual:
+            loss += self.perceptual.weight * lpips / len(accumulated.keys)
         by_group = dict(zip(norms, group_norms))
         if not (np.isfinite(loss) and np.isfinite(total)):
             raise self._report_non_finite(accumulated, by_group)
@@ -229,6 +249,7 @@ class Trainer:
             "train/loss": loss,
             "train/flow_loss": flow,
             **alignment_values(repa, repa_weight, accumulated.subsets),
+            **(lpips_values(lpips, len(accumulated.lpips), len(accumulated.keys)) if self.perceptual else {}),
             "train/grad_norm": total,
             "train/velocity_norm": velocity_square**0.5,
             "train/learning_rate": rate,
@@ -273,6 +294,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "dataset": dataset_summary(self.data.info),
             "environment": environment(self.device),
+            "perceptual": self.perceptual.sha256 if self.perceptual else None,
         }
 
     def _due(self, every: int) -> bool:
@@ -287,6 +309,8 @@ class Trainer:
             f"{sum(sizes.values())} training samples in {len(sizes)} buckets, {epochs:.1f} epochs, "
             f"{self.batches.order.unseen(planned)} samples never shown"
         )
+        if self.perceptual and not self.perceptual.published:
+            say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
         small = [f"{bucket} ({size})" for bucket, size in sizes.items() if size < config.train.batch_size]
         if small:
             say(f"buckets smaller than a micro-batch, which they fill over several epochs: {', '.join(small)}")
@@ -350,6 +374,12 @@ def condition_shares(subsets: Sequence[Subset], table: dict[Subset, float]) -> d
     """Return each subset's share of the step's images."""
     counts = Counter(subsets)
     return {f"train/condition_share/{subset_name(subset)}": counts[subset] / len(subsets) for subset in table}
+
+
+def lpips_values(total: float, images: int, of: int) -> dict[str, float]:
+    """Say what LPIPS was on average, unweighted, where it was computed at all, and of which share of the images."""
+    mean = {"train/lpips_loss": total / images} if images else {}
+    return {**mean, "train/lpips_share": images / of}
 
 
 def dataset_summary(info: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.resume import SAFE_TO_CHANGE
 from train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("vgg_home")
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
 TINY = [
     "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
@@ -26,6 +27,7 @@ TINY = [
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
     "train.compile=false", "ema.snapshots=8",
     "tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true",
+    "perceptual.every=1", "perceptual.size=16",
 ]  # fmt: skip
 
 # another value for every key that is part of a run's identity; it must change the weights or their average in 3 steps
@@ -39,6 +41,8 @@ EFFECTS: dict[str, Any] = {
     "tread.enabled": "true", "tread.start": 1, "tread.end": 0, "tread.keep": 0.25, "tread.dense_tail": 1.0,
     "tread.tail_routed": 1.0,
     "repa.enabled": "true", "repa.weight": 2.0, "repa.until": 1.0, "repa.block_index": 2, "repa.width": 8,
+    "perceptual.every": 2, "perceptual.weight": 1.0, "perceptual.t_max": 0.3, "perceptual.view": "pool",
+    "perceptual.size": 16,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
@@ -52,9 +56,10 @@ SWITCHES = {
     "repa": ("repa.enabled=true",),
     "ema": ("ema.snapshots=8",),
     "train.decay_share": ("train.schedule=wsd",),
+    "perceptual": ("perceptual.every=1", "perceptual.size=24"),
 }
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
-NO_EFFECT_ON_WEIGHTS = {"train.gradient_checkpointing", "train.compile", "train.threads", "train.device"}
+NO_EFFECT_ON_WEIGHTS = {"train.compile", "train.threads", "train.device"}
 # an image has three channels: any other value is an error
 ERRORS = {"model.in_channels": 4}
 

@@ -1,0 +1,144 @@
+"""The perceptual loss: LPIPS-VGG between the predicted image and the true one, at times where there is one to see.
+
+VGG costs as much as a small transformer: so only every n-th micro-step pays for it, at n times the weight, and each
+image shows a crop or an average of itself. The network is frozen; gradients flow through it to the prediction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from prep.config import Config
+from prep.errors import ConfigError, DataError
+from prep.files import sha256_file
+from train.flow import shift
+
+VGG_WEIGHTS = "vgg16-397923af.pth"  # torchvision's name; the hash begins with what stands after the dash
+VGG_URL = f"https://download.pytorch.org/models/{VGG_WEIGHTS}"
+
+
+class PerceptualConfig(Config):
+    """Whether, how strongly and on what LPIPS is a loss. Source: PixelGen's pixel-space recipe (weight .1)."""
+
+    every: int = Field(default=0, ge=0)  # micro-steps, with so many times the weight; 0: never
+    weight: float = Field(default=0.1, gt=0)
+    t_max: float = Field(default=0.7, gt=0, le=1)  # of 256 px; mapped through the resolution shift
+    view: Literal["crop", "pool"] = "crop"
+    size: int = Field(default=512, ge=16)  # pixels; VGG halves an image four times
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a micro-batch's image the loss sees: a crop's first row and column, (0, 0) for a pooled image."""
+
+    image: int
+    top: int
+    left: int
+
+
+def draw_views(
+    config: PerceptualConfig,
+    turn: int,
+    t: Sequence[float],
+    s: float,
+    size: tuple[int, int],
+    generator_of: Callable[[int], np.random.Generator],
+) -> list[View]:
+    """Say which images of a micro-batch the loss sees, and where it cuts their crops.
+
+    ``turn`` is the number of the optimiser step plus that of the micro-batch in it: each place in a step has its turn
+    once in n steps, however many micro-batches a step has, so that none is seen more often than others. ``t`` holds the
+    images' times, ``s`` is their resolution shift, ``size`` their (height, width), ``generator_of`` names the generator
+    of the i-th one. Known before the batch is on a device, so that nothing waits for one.
+    """
+    if config.every == 0 or (turn + 1) % config.every:
+        return []
+    gate = shift(config.t_max, s)
+    seen = [i for i, time in enumerate(t) if time <= gate]
+    if config.view == "pool":
+        return [View(i, 0, 0) for i in seen]
+    room = [max(0, side - config.size) for side in size]
+    return [View(i, *generator_of(i).integers(0, room, endpoint=True).tolist()) for i in seen]
+
+
+class PerceptualLoss:
+    """LPIPS v0.1 with VGG-16 (Zhang et al., arXiv 1801.03924): frozen, its gradients flow to the predicted image.
+
+    Raises :class:`ConfigError` where the backbone's weights are not in torch.hub's cache. ``sha256`` names them,
+    ``published`` tells whether they are torchvision's, without which the loss means nothing.
+    """
+
+    def __init__(self, config: PerceptualConfig, device: torch.device) -> None:
+        self.config = config
+        # the mean over n micro-steps, of which one is computed, is that of computing each
+        self.weight = config.weight * config.every
+        path = vgg_path()
+        if not path.is_file():
+            raise ConfigError(
+                f"perceptual.every {config.every}: the loss needs VGG-16's weights, which are not at {path}. Download "
+                f"them with `curl -L -o {path} --create-dirs {VGG_URL}` (528 MB), or set perceptual.every to 0"
+            )
+        self.sha256 = sha256_file(path)
+        self.published = self.sha256.startswith(Path(VGG_WEIGHTS).stem.rsplit("-", 1)[1])
+        self.network = load_lpips(path).to(device)
+
+    def __call__(self, x_hat: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
+        """Return LPIPS of each view, (len(views),), for predicted and true images (B, 3, H, W) in [-1, 1]."""
+        return self.network(self.view(x_hat, views), self.view(x, views)).flatten()
+
+    def view(self, images: Tensor, views: Sequence[View]) -> Tensor:
+        """Return the crops, or the images averaged to an area of ``size`` squared, where they are larger."""
+        size = self.config.size
+        if self.config.view == "crop":
+            return torch.stack([images[v.image, :, v.top : v.top + size, v.left : v.left + size] for v in views])
+        return pool(torch.stack([images[v.image] for v in views]), size)
+
+
+def pool(images: Tensor, size: int) -> Tensor:
+    """Average images (B, 3, H, W) down to an area of ``size`` squared at their aspect ratio; smaller ones stay."""
+    height, width = images.shape[2:]
+    factor = size / (height * width) ** 0.5
+    return images if factor >= 1 else F.adaptive_avg_pool2d(images, (round(height * factor), round(width * factor)))
+
+
+def vgg_path() -> Path:
+    """Where torch.hub keeps VGG-16's weights (the file may be absent)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_WEIGHTS
+
+
+def load_lpips(backbone: Path | None) -> nn.Module:
+    """Build the lpips package's network from its own calibration and the backbone's file; nothing is downloaded.
+
+    Without ``backbone`` its parameters stay on the meta device. Raises :class:`DataError` for the file of another
+    network.
+    """
+    import lpips  # pulls in torchvision: seconds that a run without the loss does not spend
+
+    # on the meta device: initialising VGG's classifier, which LPIPS drops, takes a second of random numbers
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # torchvision's old argument names
+        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    network.requires_grad_(False)
+    if backbone is None:
+        return network
+    vgg = torch.load(backbone, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
+    for name in network.net.state_dict():  # sliceN.INDEX.weight, where INDEX is VGG's own
+        tensor = vgg.get(f"features.{name.partition('.')[2]}")
+        if tensor is None:
+            raise DataError(f"{backbone}: not VGG-16's weights; delete the file and download it from {VGG_URL}")
+        state[f"net.{name}"] = tensor.clone()
+    for index, layer in enumerate(network.lins):  # the package registers these twice
+        state.update({f"lins.{index}.{name}": state[f"lin{index}.{name}"] for name in layer.state_dict()})
+    state.update(network.scaling_layer.state_dict(prefix="scaling_layer."))
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()
