@@ -265,6 +265,18 @@ def test_retention_never_removes_snapshots(run):
     assert all(torch.equal(value, saved[f"{width}/{name}"]) for width in last for name, value in last[width].items())
 
 
+def test_the_first_snapshot_is_the_first_steps_weights(tiny_dataset, tmp_path):
+    """Whose decay is 0; the second is between them and the next ones, nearer to these."""
+    make(tiny_dataset, tmp_path / "run", ON, "train.steps=2", "checkpoint.every_steps=1").run()
+    first, second = (load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-00000{step}") for step in (1, 2))
+    for step, width in ((1, 0.05), (1, 0.1), (2, 0.1)):
+        average = read_snapshot(list_snapshots(tmp_path / "run")[step])[width]
+        share = 0.0 if step == 1 else 0.5 ** (gamma_of(width) + 1)
+        for name, value in average.items():
+            expected = share * first.model[name].double() + (1 - share) * (first, second)[step - 1].model[name].double()
+            torch.testing.assert_close(value.double(), expected, atol=1e-7, rtol=0)
+
+
 def test_a_model_is_loaded_with_any_average(run, capsys):
     model, config, _ = load_model(run, "posthoc:0.08")
     assert config.ema.snapshots == 8
