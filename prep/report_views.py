@@ -263,7 +263,7 @@ def poses(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
         pictures = [one | drawing for one, drawing in zip(framed(shown, thumbnails, LARGE), drawn)]
         overlays.append({"kind": kind, "pictures": pictures, "total": len(kinds[kind])})
     judged = rows_at(table, np.flatnonzero(persons > 0)[:JUDGED_POSES])
-    confidence = np.array([joints[:, 2] for joints in in_parallel(dataset.pose, judged)]).reshape(len(judged), -1)
+    confidence = np.array([joints[:, 2] for joints in in_parallel(dataset.pose, judged)])
     return {
         "kinds": [
             {"name": name, "count": len(places), "share": len(places) / len(table)} for name, places in kinds.items()

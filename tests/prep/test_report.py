@@ -294,6 +294,16 @@ def test_missing_layers_leave_a_line_instead_of_a_section(source, tmp_path, miss
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
+def test_pictures_without_anybody_have_a_page(source, tmp_path):
+    sea, folder = source / "sea.png", tmp_path / "source"
+    folder.mkdir()
+    for suffix in (".png", ".txt"):
+        shutil.copy(sea.with_suffix(suffix), folder)
+    text = Page(render(open_storage(prepare(folder, tmp_path / "dataset")))).text
+    assert "nobody 1 100 %" in text.replace("\u00a0", " ")
+    assert "mirrored" not in text  # which this dataset has not
+
+
 def test_times_come_from_the_logs_alone(copy, html):
     assert "0001 2001-09-09 01:46 UTC 2m 05s done px" in Page(html).text
     assert "secret-host" not in html
