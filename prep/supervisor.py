@@ -1,9 +1,10 @@
 """Finding the sample that crashes, hangs or overfills a worker, without blaming any other.
 
 A supervisor lets a child process (``prep/worker.py``) do the work and is told the keys of every batch before it
-begins. When the child dies, takes too long or finds no memory, the samples of that batch are suspects: each is computed
-alone, twice, and one that ends a worker both times is rejected; then the unit is computed again without it. The batches
-of the others are formed as if it had never been there, so the bytes are those of any other run on the same sources.
+begins. When the child dies, takes too long, finds no memory or raises what nobody foresaw, the samples of that batch
+are suspects: each is computed alone, twice, and one that fails both times is rejected; then the unit is computed again
+without it. The batches of the others are formed as if it had never been there, so the bytes are those of any other run
+on the same sources.
 
 Nothing else counts against a sample: when the supervisor, its node or the driver is killed, the child goes with it and
 the unit starts again.
@@ -16,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -26,19 +28,25 @@ from prep.errors import ConfigError, DataError, NanoditError, ResourceError
 from prep.layers import Job, ShardTask
 from prep.settings import PrepConfig
 
+FAILS = "fails_worker"  # the reason for a sample at which a worker raises what nobody foresaw
 PROBES = 2  # a sample is guilty when it ends a worker alone so many times
 MAX_UNEXPLAINED = 3  # deaths of one unit's workers for which no sample is guilty
+MAX_FAILING = 3  # samples of one unit that raise what nobody foresaw; more are a defect of the program, not of samples
 PROJECT = Path(__file__).parents[1]
 ERRORS = {error.exit_code: error for error in (NanoditError, ConfigError, DataError, ResourceError)}
 
 
 @dataclass(frozen=True)
 class Death:
-    """How a child ended, as the reason and detail of a reject, and the keys that it was working on."""
+    """How a child ended, as the reason and detail of a reject, and the keys that it was working on.
+
+    ``said`` is what it printed last or its traceback; no part of a reject, as it may differ between machines.
+    """
 
     reason: str
     detail: str
     keys: tuple[str, ...]
+    said: str = ""
 
 
 class Supervisor:
@@ -65,6 +73,7 @@ class Supervisor:
             self._connection.close()
             self._process.kill()
             self._process.wait()
+            self._errors.close()
             self._process = self._connection = None
 
     def _unit(self, task: ShardTask, layer: str) -> dict[str, Any]:
@@ -76,29 +85,43 @@ class Supervisor:
             if isinstance(outcome, dict):
                 return outcome | ({"deaths": deaths} if deaths else {})
             deaths.append(f"{outcome.reason}: {outcome.detail}")
+            if outcome.reason == FAILS and not outcome.keys:
+                raise RuntimeError(f"a worker failed:\n{outcome.said}")
             found = {key: guilt for key in outcome.keys if (guilt := self._probe(task, layer, key))}
             guilty |= found
+            if sum(reason == FAILS for reason, _ in guilty.values()) > MAX_FAILING:
+                raise RuntimeError(f"a worker fails on sample after sample:\n{outcome.said}")
             unexplained += not found
             if unexplained == MAX_UNEXPLAINED:
-                raise ResourceError(
-                    f"{MAX_UNEXPLAINED} workers died computing bucket_{task.bucket}/shard-{task.shard:06d}.{layer}.tar "
-                    f"({outcome.detail}), and no single sample is the cause. The usual one is memory: lower workers or "
-                    "the batch sizes and run again; finished shards are kept"
-                )
+                raise self._unexplained(task, layer, outcome)
+
+    def _unexplained(self, task: ShardTask, layer: str, death: Death) -> ResourceError:
+        where = f"{MAX_UNEXPLAINED} workers died computing bucket_{task.bucket}/shard-{task.shard:06d}.{layer}.tar"
+        said = f" It said: {death.said}." if death.said else ""
+        if not death.keys:
+            return ResourceError(
+                f"{where}, before or after they worked on samples ({death.detail}).{said} If nothing else explains "
+                "it, it is memory: lower workers and run again; finished shards are kept"
+            )
+        return ResourceError(
+            f"{where} ({death.detail}), and no single sample is the cause.{said} The usual one is memory: lower "
+            "workers or the batch sizes and run again; finished shards are kept"
+        )
 
     def _probe(self, task: ShardTask, layer: str, key: str) -> tuple[str, str] | None:
         """Why a sample is guilty; None for an innocent one."""
         for _ in range(PROBES):
             outcome = self._compute(Job(task, layer, only=key))
-            if isinstance(outcome, dict):
+            # a death before the sample was begun, while a model was loaded say, proves nothing
+            if isinstance(outcome, dict) or key not in outcome.keys:
                 return None
         return outcome.reason, outcome.detail
 
     def _compute(self, job: Job) -> dict[str, Any] | Death:
         """Let the child compute; what it took, or how it died. Raises the errors that it reports."""
-        self._start()
         keys: list[str] = []
         try:
+            self._start()
             request = {"task": job.task.to_json(), "layer": job.layer, "guilty": job.guilty, "only": job.only}
             self._connection.send_bytes(json.dumps(request).encode())
             while True:
@@ -120,11 +143,19 @@ class Supervisor:
                 elif "error" in message:
                     raise ERRORS.get(message["exit_code"], NanoditError)(message["error"])
                 else:
-                    raise RuntimeError(f"a worker failed:\n{message['defect']}")
+                    detail = f"{job.layer}: {message['detail']}"
+                    return Death(FAILS, detail, tuple(keys), message["defect"])
         except (EOFError, ConnectionError):
-            code = self._process.wait()
+            code, said = self._process.wait(), self._last_words()
             self.close()
-            return Death("crashes_worker", f"{job.layer}: the worker process ended with {_ending(code)}", tuple(keys))
+            detail = f"{job.layer}: the worker process ended with {_ending(code)}"
+            return Death("crashes_worker", detail, tuple(keys), said)
+
+    def _last_words(self) -> str:
+        """The last line that the child wrote to its standard error."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
 
     def _start(self) -> None:
         if self._process:
@@ -135,8 +166,14 @@ class Supervisor:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "prep.worker", str(theirs.fileno())]
         # a session of its own, so that Ctrl-C in a terminal reaches the driver alone
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,
         )
         theirs.close()
         setup = {"config": self.config.model_dump_json(), "device": self.device, "memory_limit": self.memory_limit}

@@ -8,8 +8,10 @@ job; the answers are ``{"keys": [...]}`` before each batch, then ``{"done": {...
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from prep.layers import Job, LayerWorker, ShardTask
 from prep.settings import PrepConfig
 
 ORPHANED = 1.0  # seconds between looks at who the parent is
+GRACE = 30.0  # seconds after which the system ends a batch that the supervisor should have ended
 
 
 def main() -> None:
@@ -38,7 +41,12 @@ def main() -> None:
             # the data segment and private mappings (Linux 4.7, man 2 getrlimit); files that are mapped do not count
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         config = PrepConfig.model_validate_json(setup["config"])
-        worker = LayerWorker(config, setup["device"], watch=lambda keys: send({"keys": keys}))
+
+        def watch(keys: list[str]) -> None:
+            set_alarm(config.sample_timeout * len(keys))
+            send({"keys": keys})
+
+        worker = LayerWorker(config, setup["device"], watch)
         while True:
             request = json.loads(connection.recv_bytes())
             guilty = {key: tuple(guilt) for key, guilt in request["guilty"].items()}
@@ -46,6 +54,14 @@ def main() -> None:
             send(answer(worker, job))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the supervisor has gone
+
+
+def set_alarm(seconds: float) -> None:
+    """Let the system end this process some time after the supervisor should have; 0 seconds: not at all.
+
+    Where the supervisor was killed and this process is stuck in C with the interpreter's lock, nothing else can.
+    """
+    signal.alarm(math.ceil(seconds + GRACE) if seconds else 0)
 
 
 def answer(worker: LayerWorker, job: Job) -> dict[str, Any]:
@@ -57,7 +73,7 @@ def answer(worker: LayerWorker, job: Job) -> dict[str, Any]:
             return {"memory": str(error)}
         known = error if isinstance(error, NanoditError) else resource_error(error)
         if known is None:
-            return {"defect": traceback.format_exc()}
+            return {"defect": traceback.format_exc(), "detail": f"{type(error).__name__}: {error}"}
         return {"error": str(known), "exit_code": known.exit_code}
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from prep.errors import DataError, ResourceError
 from prep.layers import LayerWorker, ShardTask
 from prep.plan import make_plan
 from prep.shards import Unit, read_part
-from prep.supervisor import Supervisor
+from prep.supervisor import PROJECT, Death, Supervisor
 from tests.prep.test_plan import config, write_images
 
 MEMORY = 3 << 30
@@ -104,7 +106,7 @@ def test_a_killed_worker_is_nobodys_fault(supervised, monkeypatch):
 
 def test_workers_that_die_without_a_guilty_sample_end_with_4(supervised, monkeypatch):
     monkeypatch.setattr("prep.supervisor.sys.executable", "/bin/false")
-    with pytest.raises(ResourceError, match="3 workers died computing .*px.tar .*exit code 1"):
+    with pytest.raises(ResourceError, match=r"3 workers died computing .*px\.tar.*exit code 1"):
         supervised({})
 
 
@@ -127,3 +129,66 @@ def test_a_worker_ends_with_its_supervisor(tmp_path):
     process = supervisor._process
     supervisor._connection.close()
     assert process.wait(timeout=30) == 0
+
+
+def test_a_death_before_a_sample_was_begun_is_not_its_fault(supervised, monkeypatch):
+    """Workers that die while they load a model, one after another, convict nobody."""
+    compute = Supervisor._compute
+    calls = []
+
+    def dies_while_loading(self, job):
+        calls.append(job)
+        if len(calls) == 1:
+            return Death("crashes_worker", "px: killed", tuple(source.key for source in job.task.sources))
+        if len(calls) <= 6:
+            return Death("crashes_worker", "px: killed while loading", ())
+        return compute(self, job)
+
+    monkeypatch.setattr(Supervisor, "_compute", dies_while_loading)
+    task, (done,), root = supervised({})
+    assert rejects(root, task) == {}
+    assert done["deaths"]
+
+
+def test_a_sample_that_raises_what_nobody_foresaw_is_rejected_and_a_defect_is_not(supervised, monkeypatch):
+    compute = Supervisor._compute
+
+    def raises(keys: int):
+        def fail(self, job):
+            bad = [source.key for source in job.task.sources[:keys] if source.key not in job.guilty]
+            found = [key for key in bad if job.only in (None, key)]
+            if found:
+                return Death("fails_worker", "px: ValueError: odd", (found[0],), "Traceback ...")
+            return compute(self, job)
+
+        return fail
+
+    monkeypatch.setattr(Supervisor, "_compute", raises(2))
+    task, _, root = supervised({})
+    assert set(rejects(root, task).values()) == {"fails_worker"}
+    assert len(rejects(root, task)) == 2
+    (root / Unit(task.bucket, task.shard, "px").part).unlink()
+    monkeypatch.setattr(Supervisor, "_compute", raises(6))
+    with pytest.raises(RuntimeError, match="sample after sample"):
+        supervised({})
+
+
+def test_a_worker_that_cannot_start_says_why(supervised, tmp_path, monkeypatch):
+    broken = tmp_path / "prep"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("")
+    (broken / "worker.py").write_text("raise ImportError('libcuda is not there')")
+    monkeypatch.setattr("prep.supervisor.PROJECT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ResourceError, match=r"before or after .*exit code 1.*ImportError: libcuda is not there"):
+        supervised({})
+
+
+def test_a_worker_that_holds_the_interpreter_ends_without_its_supervisor(tmp_path):
+    """Only the system can end a process that is stuck in C when its supervisor is killed."""
+    code = (
+        "import ctypes; from prep import worker; worker.GRACE = 0.5\n"
+        "worker.set_alarm(0.5); ctypes.PyDLL(None).sleep(60)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=30)
+    assert process.returncode == -signal.SIGALRM
