@@ -14,6 +14,7 @@ from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
 from train.perceptual import PerceptualConfig
+from train.plan import Phase
 from train.repa import RepaConfig
 from train.schedule import Schedule
 from train.tread import TreadConfig
@@ -25,6 +26,9 @@ class TrainSection(Config):
     steps: int = Field(default=5000, gt=0)  # optimiser steps
     batch_size: int = Field(default=16, gt=0)  # images in a micro-batch, all of one bucket
     grad_accumulation_steps: int = Field(default=1, gt=0)  # micro-batches in an optimiser step
+    # image tokens of a micro-batch at most; the step's images, as many as before, are cut into micro-batches by it
+    token_budget: int | None = Field(default=None, gt=0)
+    phases: list[Phase] = Field(default=[])  # of another resolution, in order; full size after the last
     lr: float = Field(default=3e-4, gt=0)  # the peak, for every optimiser
     lr_min: float = Field(default=1e-6, ge=0)  # where the schedule ends
     warmup: int | None = Field(default=None, ge=0)  # steps; null: min(500, 5 % of the steps)
@@ -37,6 +41,14 @@ class TrainSection(Config):
     compile: bool | Literal["auto"] = False  # each block by itself; auto: where a compiler is found
     threads: int | None = Field(default=None, gt=0)  # of torch on the CPU; null: torch's own choice
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("phases")
+    @classmethod
+    def _check_phases(cls, phases: list[Phase]) -> list[Phase]:
+        ends = [phase.until_step for phase in phases]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"until_step must grow from phase to phase, not {ends}")
+        return phases
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """What the trainer reads and in which order: a pure function of (seed, epoch, position) over the dataset's index.
 
-A micro-batch holds ``batch_size`` samples of one bucket. A bucket's samples form one endless stream, a fresh
-permutation per epoch, and its j-th micro-batch is items ``j b .. (j + 1) b`` of that stream: what an epoch leaves over
-comes first in the next, so that no sample is dropped however small its bucket. After e epochs a bucket of n samples has
-emitted ``floor(e n / b)`` micro-batches; an epoch's micro-batches of all buckets are shuffled together.
+A slot holds ``batch_size`` samples of one bucket. A bucket's samples form one endless stream, a fresh permutation per
+epoch, and its j-th slot is items ``j b .. (j + 1) b`` of that stream: what an epoch leaves over comes first in the
+next, so that no sample is dropped however small its bucket. After e epochs a bucket of n samples has emitted
+``floor(e n / b)`` slots; an epoch's slots of all buckets are shuffled together. A slot is a micro-batch, unless
+``train.token_budget`` cuts an optimiser step's slots otherwise (:mod:`train.plan`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prep.errors import ConfigError, DataError
@@ -30,14 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slot:
-    """Which samples a micro-batch holds: its bucket, and their positions among that bucket's rows."""
+    """Some samples of one bucket: their positions among the bucket's rows."""
 
     bucket: str
     items: tuple[int, ...]
 
 
 class Order:
-    """The order of micro-batches, addressed by one integer: the number of micro-batches before it.
+    """The order of slots, addressed by one integer: the number of slots before it.
 
     ``sizes`` maps each bucket to its number of samples.
     """
@@ -47,12 +49,12 @@ class Order:
         self.batch_size, self.seed = batch_size, seed
         if not self.sizes:
             raise DataError("the training split is empty; prepare a dataset with more images")
-        # a pure function of its arguments; consecutive micro-batches ask for the same few
+        # a pure function of its arguments; consecutive slots ask for the same few
         self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._permute)
         self._epoch_batches = lru_cache(maxsize=2)(self._shuffle)
 
     def __getitem__(self, index: int) -> Slot:
-        """Return the micro-batch number ``index``, 0 or larger."""
+        """Return the slot number ``index``, 0 or larger."""
         epoch = self.epoch_of(index)
         bucket, batch = self._epoch_batches(epoch)[index - self._before(epoch)]
         size, first = self.sizes[bucket], batch * self.batch_size
@@ -60,18 +62,18 @@ class Order:
         return Slot(bucket, tuple(int(self._permutation(bucket, lap)[item]) for lap, item in stream))
 
     def epoch_of(self, index: int) -> int:
-        """Return the epoch of micro-batch ``index``; epochs too small for a single micro-batch are passed over."""
+        """Return the epoch of slot ``index``; epochs too small for a single slot are passed over."""
         total = sum(self.sizes.values())
         epoch = index * self.batch_size // total  # never too late: floor(e n / b) summed is at most e N / b
         while self._before(epoch + 1) <= index:
             epoch += 1
         return epoch
 
-    def unseen(self, micro_batches: int) -> int:
-        """Count the samples that the first ``micro_batches`` never show."""
-        epoch = self.epoch_of(micro_batches)
+    def unseen(self, slots: int) -> int:
+        """Count the samples that the first ``slots`` never show."""
+        epoch = self.epoch_of(slots)
         emitted = {bucket: self._emitted(bucket, epoch) for bucket in self.sizes}
-        for bucket, _ in self._epoch_batches(epoch)[: micro_batches - self._before(epoch)]:
+        for bucket, _ in self._epoch_batches(epoch)[: slots - self._before(epoch)]:
             emitted[bucket] += 1
         return sum(max(0, size - emitted[bucket] * self.batch_size) for bucket, size in self.sizes.items())
 
@@ -123,13 +125,20 @@ class TrainingSet:
         """Return the rows of a micro-batch."""
         return [self.rows[slot.bucket][item] for item in slot.items]
 
-    def load(self, rows: Sequence[Row]) -> tuple[Tensor, Conditions]:
-        """Read rows of one bucket: pixels (B, 3, H, W) float32 in [-1, 1], and all they can be conditioned on."""
-        return load_pixels(self, rows), load_conditions(self, rows)
+    def load(self, rows: Sequence[Row], size: tuple[int, int] | None = None) -> tuple[Tensor, Conditions]:
+        """Read rows of one bucket: pixels (B, 3, H, W) float32 in [-1, 1], and all they can be conditioned on.
 
-    def pixels(self, row: Row) -> np.ndarray:
-        """The image, uint8 (H, W, 3)."""
-        return self._cached("pixels", row)
+        ``size`` (width, height) is what the images are resized to; the conditions know no size.
+        """
+        return load_pixels(self, rows, size), load_conditions(self, rows)
+
+    def pixels(self, row: Row, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The image, uint8 (H, W, 3); kept in memory in the size that was asked for last."""
+        width, height = size or bucket_size(row["bucket"])
+        cached = self._cache.get((row["key"], "pixels"))
+        if cached is not None and cached.shape[:2] != (height, width):  # of another phase
+            self._budget += self._cache.pop((row["key"], "pixels")).nbytes
+        return self._cached("pixels", row, lambda array: resize(array, width, height))
 
     def t5(self, row: Row) -> np.ndarray:
         """The caption's tokens, float16 (L, width)."""
@@ -147,20 +156,34 @@ class TrainingSet:
         """The keypoints, float32 (133, 3)."""
         return self._cached("pose", row)
 
-    def _cached(self, member: str, row: Row) -> np.ndarray:
+    def _cached(self, member: str, row: Row, prepare: Callable[[np.ndarray], np.ndarray] = lambda a: a) -> np.ndarray:
         array = self._cache.get((row["key"], member))
         if array is None:
-            array = getattr(self._dataset, member)(row)
+            array = prepare(getattr(self._dataset, member)(row))
             if array.nbytes <= self._budget:
                 self._budget -= array.nbytes
                 self._cache[row["key"], member] = array
         return array
 
 
-def load_pixels(dataset: Any, rows: Sequence[Row]) -> Tensor:
-    """Read the images of some rows of one bucket as (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = np.stack([dataset.pixels(row) for row in rows])
+def load_pixels(dataset: Any, rows: Sequence[Row], size: tuple[int, int] | None = None) -> Tensor:
+    """Read the images of some rows of one bucket as (B, 3, H, W) float32 in [-1, 1].
+
+    ``size`` (width, height) asks a :class:`TrainingSet` for them in another size than the bucket's.
+    """
+    stacked = np.stack([dataset.pixels(row, size) if size else dataset.pixels(row) for row in rows])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return an image, uint8 (H, W, 3), in another size, by the filter that cut the crops to their buckets.
+
+    So a phase of a smaller scale sees what ``prep`` would have made at a smaller base. Pillow computes in integers, so
+    the result is the same on every machine.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def bucket_size(bucket: str) -> tuple[int, int]:
@@ -180,30 +203,29 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-def prefetch(make: Callable[[int], T], start: int, depth: int) -> Iterator[T]:
-    """Yield ``make(start)``, ``make(start + 1)``, ... made up to ``depth`` ahead by a background thread (0: none).
+def prefetch(make: Callable[[int], T], numbers: Iterable[int], depth: int) -> Iterator[T]:
+    """Yield ``make(number)`` for endless numbers, made up to ``depth`` ahead by a background thread (0: none).
 
     The order and the values are those of calling ``make`` in place; so is an exception, which ends the iteration where
     the value would have come. Close the iterator to stop the thread.
     """
     if depth == 0:
-        while True:
-            yield make(start)
-            start += 1
+        yield from map(make, numbers)
+        return
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
     def work() -> None:
         # of this thread alone: a second team of torch threads would fight with the training's for the cores
         torch.set_num_threads(1)
-        index = start
-        while not stop.is_set():
+        for number in numbers:
+            if stop.is_set():
+                return
             try:
-                made = (make(index), None)
+                made = (make(number), None)
             except BaseException as error:  # handed to the consumer, which raises it
                 made = (None, error)
             ready.put(made)
-            index += 1
             if made[1] is not None:
                 return
 

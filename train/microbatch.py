@@ -6,9 +6,9 @@ purpose, step, image). So micro-batches can be made ahead, or again after a kill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from train.conditioning import Conditions, Subset, deal
 from train.config import TrainConfig
-from train.data import Order, TrainingSet, bucket_size
+from train.data import Order, TrainingSet
 from train.flow import timesteps
 from train.noise import generator
 from train.perceptual import View, draw_views
+from train.plan import Plan
 from train.repa import counts, resample
 from train.tread import draw_keep_ids
 
@@ -85,28 +86,37 @@ def _map_tensors(record: T, function: Callable[[Tensor], Tensor]) -> T:
 
 
 class MicroBatches:
-    """All micro-batches of a run, by number."""
+    """All micro-batches of a run, by number; ``plan.numbers`` lists those of an optimiser step."""
 
     def __init__(self, config: TrainConfig, data: TrainingSet, table: dict[Subset, float]) -> None:
         self.config, self.data, self.table = config, data, table
-        self.order = Order(data.sizes, config.train.batch_size, config.seed)
+        train = config.train
+        self.order = Order(data.sizes, train.batch_size, config.seed)
+        self.plan = Plan(
+            self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
+        )
+
+    def numbers(self, first_step: int) -> Iterator[int]:
+        """Yield the numbers of all micro-batches from a step (0-based) on, endlessly."""
+        return chain.from_iterable(map(self.plan.numbers, count(first_step)))
 
     def make(self, index: int) -> MicroBatch:
         """Return micro-batch ``index`` of the run; another thread calls ahead."""
         config = self.config
-        accumulation, size = config.train.grad_accumulation_steps, config.train.batch_size
-        step, position = divmod(index, accumulation)
-        mine = slice(position * size, (position + 1) * size)  # of the images of the step
-        slot = self.order[index]
-        rows = self.data.select(slot)
-        x, conditions = self.data.load(rows)
+        step, position = divmod(index, self.plan.stride)
+        cuts = self.plan.of_step(step)
+        cut = cuts[position]
+        images = cut.images  # their numbers in the step
+        rows = self.data.select(cut)
+        x, conditions = self.data.load(rows, cut.size)
 
         # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
-        buckets = [self.order[step * accumulation + other].bucket for other in range(accumulation)]
-        shifts = np.repeat([config.flow.shift_of(h, w) for w, h in map(bucket_size, buckets)], size)
-        t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[mine]
-        subsets = deal_subsets(self.table, accumulation, size, generator(config.seed, "conditions", step))[mine]
-        images = range(mine.start, mine.stop)
+        shifts = np.empty(self.plan.images)
+        for other in cuts:
+            shifts[list(other.images)] = config.flow.shift_of(other.size[1], other.size[0])
+        t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[list(images)]
+        sizes = [len(other.images) for other in cuts]
+        subsets = deal_subsets(self.table, sizes, generator(config.seed, "conditions", step))[position]
         noise = np.stack(
             [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
         )
@@ -132,7 +142,7 @@ class MicroBatches:
 
     def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
         tread, train, seed = self.config.tread, self.config.train, self.config.seed
-        step = index // train.grad_accumulation_steps
+        step = index // self.plan.stride
         if not tread.routes(step, train.steps, generator(seed, "routed", index)):
             return None
         tokens = (height // self.config.model.patch_size) * (width // self.config.model.patch_size)
@@ -140,14 +150,24 @@ class MicroBatches:
         return torch.from_numpy(np.stack(drawn))
 
 
-def deal_subsets(table: dict[Subset, float], micro_batches: int, size: int, rng: np.random.Generator) -> list[Subset]:
-    """Deal a step's images their condition subsets, equal ones side by side in few micro-batches.
+def deal_subsets(table: dict[Subset, float], sizes: Sequence[int], rng: np.random.Generator) -> list[list[Subset]]:
+    """Deal the images of a step's micro-batches their condition subsets, equal ones side by side in few micro-batches.
 
     The micro-batches are permuted, so that a subset does not depend on the bucket; t is drawn independently.
     """
-    dealt = sorted(deal(table, micro_batches * size, rng), key=list(table).index)
-    order = rng.permutation(micro_batches)
-    return [subset for chunk in order for subset in dealt[chunk * size : (chunk + 1) * size]]
+    dealt = sorted(deal(table, sum(sizes), rng), key=list(table).index)
+    rank = rng.permutation(len(sizes))  # of each micro-batch along the sorted subsets
+    start = 0
+    if len(set(sizes)) > 1:
+        # on a circle with a random start every place is equally likely for every image; on a line the small
+        # micro-batches would come by the middle less often than by the ends
+        start = int(rng.integers(len(dealt)))
+    chunks: list[list[Subset]] = [[] for _ in sizes]
+    for micro_batch in np.argsort(rank):
+        end = start + sizes[micro_batch]
+        chunks[micro_batch] = [dealt[place % len(dealt)] for place in range(start, end)]
+        start = end
+    return chunks
 
 
 def views_of(part: slice, views: Sequence[View]) -> list[View]:

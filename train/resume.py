@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prep.errors import ConfigError, DataError
 from train.checkpoint import (
     Checkpoint,
@@ -73,7 +75,7 @@ def check_same_run(
     safe = (*SAFE_TO_CHANGE, *allowed_changes)
     changes = [
         f"{key}: {before!r} -> {after!r}"
-        for key, before, after in differences(state["config"], config.model_dump(mode="json"))
+        for key, before, after in differences(_with_defaults(state["config"]), config.model_dump(mode="json"))
         if not any(key == other or key.startswith(other + ".") for other in safe)
     ]
     if changes:
@@ -90,6 +92,14 @@ def check_same_run(
             f"{name} was computed in another environment ({'; '.join(changes)}), so the result would not be bit-equal. "
             "Go back to it (train.threads sets the threads), or pass --allow-environment-change"
         )
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that came after a checkpoint, whose defaults are how it was trained."""
+    try:
+        return TrainConfig.model_validate(saved).model_dump(mode="json")
+    except ValidationError:  # a key that is no more; the difference names it
+        return saved
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -38,6 +38,7 @@ from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
 from train.perceptual import PerceptualLoss, vgg_path
+from train.plan import scale_of, scaled_size
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest
@@ -132,8 +133,7 @@ class Trainer:
         """
         config, steps = self.config, self.config.train.steps
         self._announce()
-        first = self.step * config.train.grad_accumulation_steps
-        batches = prefetch(self._make_batch, first, config.data.prefetch)
+        batches = prefetch(self._make_batch, self.batches.numbers(self.step), config.data.prefetch)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates()
@@ -210,7 +210,7 @@ class Trainer:
         What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
         """
         parts, tokens, routed = [], 0.0, 0
-        for _ in range(self.config.train.grad_accumulation_steps):
+        for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
             batch = next(batches).to(self.device)
@@ -256,6 +256,7 @@ class Trainer:
             "train/ema_decay": decay,
             **condition_shares(accumulated.subsets, self.table),
             **{f"grad_norm/{group}": norm for group, norm in by_group.items()},
+            **({"train/scale": scale_of(config.phases, self.step - 1)} if config.phases else {}),
             **({"train/routed": accumulated.routed / len(accumulated.keys)} if self.model.route else {}),
             "sys/active_tokens": accumulated.tokens,
         }
@@ -289,7 +290,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says beside its tensors."""
         return {
-            "micro_batches": self.step * self.config.train.grad_accumulation_steps,  # the position in the data
+            "slots": self.step * self.batches.plan.slots,  # the position in the data
             "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
             "config": self.config.model_dump(mode="json"),
             "dataset": dataset_summary(self.data.info),
@@ -301,19 +302,17 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _announce(self) -> None:
-        config, sizes = self.config, self.data.sizes
-        planned = config.train.steps * config.train.grad_accumulation_steps
-        epochs = planned * config.train.batch_size / sum(sizes.values())
+        config, sizes, plan = self.config, self.data.sizes, self.batches.plan
+        epochs = config.train.steps * plan.images / sum(sizes.values())
         say(
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on {self.device}, "
             f"{sum(sizes.values())} training samples in {len(sizes)} buckets, {epochs:.1f} epochs, "
-            f"{self.batches.order.unseen(planned)} samples never shown"
+            f"{plan.order.unseen(config.train.steps * plan.slots)} samples never shown"
         )
         if self.perceptual and not self.perceptual.published:
             say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
-        small = [f"{bucket} ({size})" for bucket, size in sizes.items() if size < config.train.batch_size]
-        if small:
-            say(f"buckets smaller than a micro-batch, which they fill over several epochs: {', '.join(small)}")
+        for line in plan.describe(config.train.steps):
+            say(line)
         if config.repa.enabled:
             share, last = counted_share(self.table), config.repa.until * config.train.steps
             say(
@@ -322,7 +321,8 @@ class Trainer:
             )
         say(self.optimizer.describe())
         if self.model.route:
-            warn_of_few_tokens(sizes, config.model.patch_size)
+            every = [scaled_size(bucket, scale) for scale in plan.scales for bucket in sizes]
+            warn_of_few_tokens([f"{width}x{height}" for width, height in every], config.model.patch_size)
 
     def _report_non_finite(self, accumulated: Accumulated, norms: dict[str, float]) -> NonFiniteError:
         step = self.step + 1

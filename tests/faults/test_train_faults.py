@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -20,11 +21,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prep.errors import ResourceError
+from prep.config import load_config, walk_keys
+from prep.errors import ConfigError, ResourceError
+from prep.shards import Dataset
+from tests.train.everything import everything
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from train.config import TrainConfig
 from train.hardware import can_compile
+from train.resume import check_same_run
 from train.runfolder import StopRequest, lock_run_folder
 from train.tracking import read_metrics
 
@@ -85,7 +91,9 @@ def in_child(function: Callable[[], None], fault: str | None = None) -> int:
 
 
 def weights(run: Path, step: int = STEPS) -> dict[str, bytes]:
-    return {part: (run / "checkpoints" / f"step-{step:06d}" / f"{part}.safetensors").read_bytes() for part in PARTS}
+    """Every tensor file of a step, and the snapshots on the way to it."""
+    files = [*(run / "checkpoints" / f"step-{step:06d}").glob("*.safetensors"), *run.glob("ema_snapshots/*")]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def deterministic(run: Path) -> list[dict[str, float]]:
@@ -210,6 +218,22 @@ def test_T05_killed_twice_and_resumed_is_byte_equal(config, straight, tmp_path):
 
 
 @pytest.mark.slow
+def test_T05_killed_twice_with_everything_on_is_byte_equal(config, tmp_path, vgg_home):
+    for fault, output in (
+        ("train.step:kill:2", "run"),
+        ("train.step:kill:8", "run"),  # resumed before the last phase, killed in it
+        (None, "run"),
+        (None, "straight"),
+    ):
+        process = train_process(config, *everything(), f"output={tmp_path / output}", fault=fault)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == (-signal.SIGKILL if fault else 0), printed
+    assert_same_run(tmp_path / "run", tmp_path / "straight")  # trap 30
+    assert {"power.safetensors", "step-000012.safetensors"} <= weights(tmp_path / "run").keys()
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["started_at_steps"] == [0, 0, 6]
+
+
+@pytest.mark.slow
 def test_T05_killed_from_outside_at_a_moment_nobody_chose(config, dataset, tmp_path):
     steps = "train.steps=60"
     run, reference = tmp_path / "run", tmp_path / "reference"
@@ -255,6 +279,34 @@ def test_T06_a_changed_config_is_refused_with_the_difference(config, interrupted
         train(config, "log_every=1", "checkpoint.every_steps=5", "visual_debug.every_steps=6", "data.prefetch=0") == 0
     )
     assert_same_run(interrupted, straight)
+
+
+@pytest.mark.parametrize("key", [key for key in walk_keys(TrainConfig) if key not in ("dataset", "output")])
+def test_T06_every_key_is_safe_or_refused_by_name(config, dataset, straight, key):
+    checkpoint = load_checkpoint(straight / "checkpoints" / "step-000006")
+    *sections, name = key.split(".")
+    section = checkpoint.state["config"]
+    for part in sections:
+        section = section[part]
+    section[name] = "another value"
+    same = load_config(TrainConfig, config)
+    arguments = checkpoint, same, Dataset(dataset).fingerprint, checkpoint.state["environment"]
+    safe = key.split(".")[0] in ("log_every", "data", "checkpoint", "visual_debug") and key != "data.flip"
+    if safe or key == "train.gradient_checkpointing":
+        check_same_run(*arguments)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"{key}: 'another value' -> ")):
+            check_same_run(*arguments)
+
+
+def test_T06_a_key_that_came_later_counts_as_its_default(config, straight, dataset):
+    checkpoint = load_checkpoint(straight / "checkpoints" / "step-000006")
+    for name in ("token_budget", "phases"):
+        del checkpoint.state["config"]["train"][name]
+    same, other = (load_config(TrainConfig, config, more) for more in ([], ["train.token_budget=99"]))
+    check_same_run(checkpoint, same, Dataset(dataset).fingerprint, checkpoint.state["environment"])
+    with pytest.raises(ConfigError, match=r"train\.token_budget: None -> 99"):
+        check_same_run(checkpoint, other, Dataset(dataset).fingerprint, checkpoint.state["environment"])
 
 
 def test_T07_another_dataset_is_refused(config, interrupted, tmp_path, capsys):
@@ -359,6 +411,12 @@ def test_T13_small_buckets_and_sets_are_announced(config, capsys):
     assert "88x48 (1)" in printed
     assert "samples never shown" in printed
     assert train(config, "train.steps=2", "train.batch_size=64", f"output={config.parent / 'b'}") == 0
+    assert "a step's 128 images are more than the training samples: each 26 again" in capsys.readouterr().out
+    budget = ["train.token_budget=300", "train.batch_size=1", "train.grad_accumulation_steps=40"]
+    assert train(config, "train.steps=2", *budget, f"output={config.parent / 'c'}") == 0
+    printed = capsys.readouterr().out
+    assert "images in a micro-batch at most: 56x80 4, 64x64 4, 80x56 4, 88x48 4" in printed
+    assert " 0 samples never shown" in printed
 
 
 def test_T15_the_second_trainer_on_a_folder_is_refused(config, tmp_path, capsys):

@@ -13,6 +13,7 @@ import yaml
 from prep.config import Config, dump_config, load_config, section_model, walk_keys
 from prep.errors import ConfigError
 from prep.shards import Dataset
+from tests.train.everything import EVERYTHING, NOT_IN_IT, everything
 from tests.train.tiny import tiny_config
 from train import __main__ as command_line
 from train.config import TrainConfig
@@ -45,13 +46,15 @@ EFFECTS: dict[str, Any] = {
     "perceptual.size": 16,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
-    "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.lr": 1e-3,
+    "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.token_budget": 200,
+    "train.phases": "[{until_step: 2, scale: 0.5}]", "train.lr": 1e-3,
     "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.precision": "bf16",
     "train.schedule": "wsd", "train.decay_share": 0.9,
     "ema.snapshots": 0, "ema.sigma_rel": "[0.1, 0.2]",
 }  # fmt: skip
 # sections that are off by default: what switches them on
 SWITCHES = {
+    "train.phases": ("model.patch_size=4",),  # half of the buckets' sides in whole patches
     "tread": ("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0.5"),
     "repa": ("repa.enabled=true",),
     "ema": ("ema.snapshots=8",),
@@ -112,6 +115,15 @@ def test_trap_29_a_run_reads_every_key(path, tiny_dataset, tmp_path, monkeypatch
     assert command_line.main(["run", "--config", str(path), *overrides]) == 0
     unread = [key for key in walk_keys(TrainConfig) if (_section(key), key.rsplit(".", 1)[-1]) not in read]
     assert unread == []  # trap 29, trap 9
+
+
+def test_a_run_with_everything_on_has_every_key(tiny_dataset, tmp_path):
+    assert not EVERYTHING.keys() & NOT_IN_IT.keys()
+    assert set(walk_keys(TrainConfig)) == set(EVERYTHING) | set(NOT_IN_IT), "add new keys to tests/train/everything.py"
+    values = tiny_config(tiny_dataset, tmp_path / "run", *everything()).model_dump()
+    defaults = TrainConfig(dataset="", output="").model_dump()
+    off = [key for key in EVERYTHING if _value(values, key) == _value(defaults, key)]
+    assert off == [], "no option is left at its default"
 
 
 def test_every_key_is_either_safe_to_change_or_known_to_have_an_effect():
@@ -178,6 +190,12 @@ def _three_steps(dataset: Path, folder: Path, *overrides: str) -> dict[str, torc
 
 def _section(key: str) -> str:
     return section_model(TrainConfig, key.split(".")[:-1]).__name__
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
 
 
 def _within(key: str, section: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_prefetch_gives_the_same_values_and_errors_in_the_same_place(depth):
             raise DataError("sample 7 is damaged")
         return i * i
 
-    values = prefetch(make, 3, depth)
+    values = prefetch(make, count(3), depth)
     assert [next(values) for _ in range(4)] == [9, 16, 25, 36]
     with pytest.raises(DataError, match="sample 7"):
         next(values)
@@ -139,7 +139,7 @@ def test_prefetching_takes_one_thread_and_leaves_the_others_alone():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        ahead = prefetch(lambda i: torch.get_num_threads(), 0, 1)
+        ahead = prefetch(lambda i: torch.get_num_threads(), count(), 1)
         assert next(ahead) == 1
         ahead.close()
         assert torch.get_num_threads() == 2
@@ -149,7 +149,7 @@ def test_prefetching_takes_one_thread_and_leaves_the_others_alone():
 
 def test_closing_prefetch_ends_its_thread():
     before = threading.active_count()
-    iterator = prefetch(lambda i: i, 0, 2)
+    iterator = prefetch(lambda i: i, count(), 2)
     assert next(iterator) == 0
     assert threading.active_count() == before + 1
     iterator.close()

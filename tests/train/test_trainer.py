@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prep.errors import Interrupted
 from prep.shards import Dataset
+from tests.train.everything import everything
 from tests.train.tiny import tiny_config, write_dataset
-from train.checkpoint import load_checkpoint
+from train.checkpoint import OPTIONAL_PARTS, PARTS, load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
 from train.flow import flow_loss, interpolate, to_x
 from train.microbatch import deal_subsets, split
@@ -111,7 +112,7 @@ def test_subsets_are_dealt_exactly_and_independently_of_the_micro_batch():
     table = ConditioningConfig(preset="quickstart").resolve()
     per_place = [Counter() for _ in range(4)]
     for step in range(500):
-        dealt = deal_subsets(table, 4, 10, generator(0, step))
+        dealt = [subset for chunk in deal_subsets(table, [10] * 4, generator(0, step)) for subset in chunk]
         assert len(dealt) == 40
         counts = Counter(dealt)
         assert all(abs(counts[subset] - 40 * share) < 1 for subset, share in table.items())
@@ -246,6 +247,20 @@ def test_trap_27_28_what_looks_on_changes_nothing(tiny_dataset, straight, tmp_pa
     assert logged(tmp_path / "run") == kept
 
 
+def test_what_looks_on_changes_nothing_with_everything_on(tiny_dataset, tmp_path):
+    alone = make(tiny_dataset, tmp_path / "alone", *everything(visual_debug__every_steps=0))
+    alone.run()
+    looks = {"visual_debug__every_steps": 1, "checkpoint__every_steps": 1, "data__prefetch": 0, "data__cache_gb": 0}
+    watched = make(tiny_dataset, tmp_path / "watched", *everything(**looks))
+    watched.run()
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints" / "step-000012") for name in ("watched", "alone"))
+    for part in (*PARTS, *OPTIONAL_PARTS):
+        one, two = getattr(ours, part), getattr(theirs, part)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), part
+    assert logged(tmp_path / "watched") == logged(tmp_path / "alone")
+
+
 def test_trap_27_the_averaged_model_shares_no_memory(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run")
     pointers = {p.data_ptr() for p in trainer.model.parameters()} | {v.data_ptr() for v in trainer.ema.state.values()}
@@ -298,7 +313,7 @@ def test_trap_30_stopped_and_continued_is_the_straight_run(tiny_dataset, straigh
     trainer.run()
     assert weights_of(run, 12) == weights_of(straight, 12)  # trap 30
     assert logged(run) == logged(straight)
-    assert load_checkpoint(run / "checkpoints" / "step-000012").state["micro_batches"] == 24
+    assert load_checkpoint(run / "checkpoints" / "step-000012").state["slots"] == 24
 
 
 def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
