@@ -244,10 +244,10 @@ def test_rejects_are_final_until_somebody_asks(tmp_path, monkeypatch):
 
     real = layers.load_canonical
 
-    def failing(folder, source, max_pixels):
+    def failing(folder, source, *arguments):
         if source.name == image(1):
             raise BadImage("out_of_memory", "the worker ran out of memory")
-        return real(folder, source, max_pixels)
+        return real(folder, source, *arguments)
 
     monkeypatch.setattr(layers, "load_canonical", failing)
     assert len(prepare(poses(tmp_path))) == 4
