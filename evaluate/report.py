@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from evaluate import views
 from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric
@@ -25,6 +24,7 @@ from evaluate.suite.heldout_loss import RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from prep.errors import ConfigError, DataError
 from prep.files import write_atomic
+from prep.shards import read_parquet
 from train.tracking import read_metrics
 
 METRIC_FIELDS = tuple(Metric("", None).to_dict())
@@ -70,7 +70,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. {AGAIN}") from error
     except (OSError, pa.ArrowException) as error:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prep.caption import SidecarCaptions
 from prep.filters import DECISIONS
 from prep.scan_cache import ScanCache
 from prep.settings import PrepConfig
-from prep.shards import Part, Unit
+from prep.shards import Part, Unit, read_parquet
 from prep.sources import BadImage, Scan, Source, read_header
 from prep.storage import Storage
 
@@ -56,7 +55,7 @@ def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[S
 def published_keys(storage: Storage) -> set[str]:
     """The keys of the published index; empty without one that can be read."""
     try:
-        return set(pq.read_table(pa.BufferReader(storage.read(INDEX)), columns=["key"])["key"].to_pylist())
+        return set(read_parquet(storage.read(INDEX), columns=["key"])["key"].to_pylist())
     except (OSError, pa.ArrowException):
         return set()
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import PIL
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prep import caption, flip_text, gone
 from prep.buckets import choose_bucket
@@ -29,7 +28,7 @@ from prep.filters import filter_recipe, header_problem
 from prep.layers import ShardTask
 from prep.scan_cache import ScanCache
 from prep.settings import PrepConfig
-from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_part
+from prep.shards import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
 from prep.sources import Reject, Remember, Source, scan
 from prep.storage import Storage, open_storage
 
@@ -348,7 +347,7 @@ def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
     """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(MANIFEST)), schema=MANIFEST_SCHEMA)
+        table = read_parquet(storage.read(MANIFEST), schema=MANIFEST_SCHEMA)
     except FileNotFoundError:
         return []
     except (OSError, pa.ArrowException) as error:

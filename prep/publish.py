@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prep import dedup
 from prep.buckets import Bucket, buckets_for, centre_crop
@@ -36,6 +35,7 @@ from prep.shards import (
     load_npy,
     member_columns,
     parquet_bytes,
+    read_parquet,
     read_range,
 )
 from prep.sources import HIDDEN, TRUTH_NAME, Reject, Source
@@ -191,7 +191,7 @@ def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
 def published_splits(storage: Storage) -> dict[str, str]:
     """The side of every key of the index that was published before; empty when there is none."""
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(INDEX)), columns=["key", "split"])
+        table = read_parquet(storage.read(INDEX), columns=["key", "split"])
     except FileNotFoundError:
         return {}
     except (OSError, pa.ArrowException) as error:
@@ -259,7 +259,7 @@ def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
         return None
     by_name = {source.name: source for key, source in plan.sources.items() if key in keys}
     places = {key: Bucket.parse(bucket) for (bucket, _), members in plan.shards.items() for key in members}
-    table = pq.read_table(path)
+    table = read_parquet(path.read_bytes())
     rows = []
     for row in table.to_pylist():
         source = by_name.get(row.pop("file"))

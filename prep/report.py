@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prep import report_facts as facts
 from prep import report_views as views
@@ -22,7 +21,7 @@ from prep.errors import DataError
 from prep.files import write_atomic
 from prep.publish import REJECTS, warn
 from prep.report_pictures import RejectPictures, Thumbnails
-from prep.shards import LAYERS, Dataset
+from prep.shards import LAYERS, Dataset, read_parquet
 from prep.storage import Storage, open_storage
 
 REPORT = "report.html"
@@ -93,7 +92,7 @@ def _template() -> jinja2.Template:
 def read_rejects(storage: Storage) -> pa.Table | None:
     """The refused sources; None where the table is missing. Raises DataError when it is damaged."""
     try:
-        return pq.read_table(pa.BufferReader(storage.read(REJECTS)))
+        return read_parquet(storage.read(REJECTS))
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:

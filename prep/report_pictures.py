@@ -11,12 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
 from prep.errors import NanoditError
-from prep.shards import Dataset, Unit
+from prep.shards import Dataset, Unit, read_parquet
 from prep.sources import HIDDEN, BadImage, decode, leads_out
 from prep.storage import Storage
 
@@ -91,7 +90,7 @@ class RejectPictures:
         key, bucket, shard = self._places[name]
         try:
             data = self.dataset.storage.read(Unit(bucket, shard, "px").part)
-            part = pq.read_table(pa.BufferReader(data))
+            part = read_parquet(data)
             for row in part.filter(pc.equal(part["key"], key)).to_pylist():
                 return embed(Image.fromarray(self.dataset.pixels(row | {"bucket": bucket, "shard": shard})), SMALL)
         except (OSError, pa.ArrowException, NanoditError):
@@ -124,7 +123,7 @@ def _places(storage: Storage, sources: Sequence[str]) -> dict[str, tuple[str, st
     """Key, bucket and shard of those of ``sources`` that the manifest knows."""
     columns = ["source", "key", "bucket", "shard"]
     try:
-        table = pq.read_table(pa.BufferReader(storage.read("manifest.parquet")), columns=columns)
+        table = read_parquet(storage.read("manifest.parquet"), columns)
     except (OSError, pa.ArrowException):
         return {}
     table = table.filter(pc.is_in(table["source"], pa.array(sources, pa.string())))

@@ -16,10 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prep.errors import NanoditError
-from prep.shards import parquet_bytes
+from prep.shards import parquet_bytes, read_parquet
 from prep.storage import Storage
 
 NAME = "runs/scan.parquet"
@@ -48,7 +47,7 @@ class ScanCache:
 
     def _load(self) -> dict[str, tuple[Stamp, str]]:
         try:
-            table = pq.read_table(pa.BufferReader(self.storage.read(NAME)))
+            table = read_parquet(self.storage.read(NAME))
             if (table.schema.metadata or {}).get(b"settings") != self._settings.encode():
                 return {}
             columns = [table[column].to_pylist() for column in SCHEMA.names]

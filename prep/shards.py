@@ -234,6 +234,15 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def read_parquet(data: bytes, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
+    """The table in the bytes of a Parquet file, or some columns of it. Raises ArrowException for a damaged one.
+
+    Without Arrow's threads: a process that ends soon after can crash on them (seen with pyarrow 26), and small tables
+    gain nothing.
+    """
+    return pq.read_table(pa.BufferReader(data), columns=columns, schema=schema, use_threads=False, pre_buffer=False)
+
+
 def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
     """The committed part of a unit; None where there is none, or where its tar is missing or of another size.
 
@@ -241,7 +250,7 @@ def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
     """
     storage = open_storage(root)
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(unit.part)))
+        table = read_parquet(storage.read(unit.part))
         record = json.loads((table.schema.metadata or {}).get(b"nanodit", b"{}"))
         tar_bytes = storage.size(unit.tar)
     except (OSError, pa.ArrowException):
@@ -350,7 +359,7 @@ class Dataset:
             raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
         check_info(self.info, manifest)
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
-        self.table: pa.Table = pq.read_table(pa.BufferReader(self._published("index.parquet")))
+        self.table: pa.Table = read_parquet(self._published("index.parquet"))
         check_index(self.table, self.info, index)
         self.fingerprint: str = self.info["fingerprint"]
 
@@ -445,7 +454,7 @@ class Dataset:
         """
         if "truth.parquet" not in self.info["hashes"]:
             return None
-        table = pq.read_table(pa.BufferReader(self._published("truth.parquet")))
+        table = read_parquet(self._published("truth.parquet"))
         truth = {row["key"]: row for row in table.to_pylist()}
         if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
             raise DataError(

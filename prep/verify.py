@@ -21,14 +21,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prep import dedup
 from prep.console import Progress, say
 from prep.errors import DataError
 from prep.files import sha256_bytes
 from prep.lock import locked
-from prep.shards import LAYERS, Part, Unit, check_index, check_info, columns_of, fingerprint_of, member_columns
+from prep.shards import (
+    LAYERS,
+    Part,
+    Unit,
+    check_index,
+    check_info,
+    columns_of,
+    fingerprint_of,
+    member_columns,
+    read_parquet,
+)
 from prep.storage import Storage, open_storage
 from prep.verify_units import Checked, Finding, check_unit
 
@@ -161,7 +170,7 @@ def check_published(storage: Storage, checked: list[Checked]) -> tuple[int, list
             data = storage.read(name)
             if sha256_bytes(data) != info["hashes"].get(name):
                 bad(name, "is not the file that dataset.json names (SHA-256 differs)")
-            tables[name] = pq.read_table(pa.BufferReader(data))
+            tables[name] = read_parquet(data)
         except (OSError, pa.ArrowException) as error:
             bad(name, f"cannot be read ({error})")
     index = tables.get("index.parquet")

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from prep.buckets import Bucket
 from prep.errors import DataError, NanoditError
 from prep.files import sha256_bytes
 from prep.quantise import GROUP
-from prep.shards import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema
+from prep.shards import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
 from prep.storage import Storage
 
 KEY = re.compile(r"[0-9a-f]{32}")
@@ -86,7 +85,7 @@ def check_unit(storage: Storage, unit: Unit) -> Checked:
 def _check_part(storage: Storage, checked: Checked) -> Part | None:
     unit = checked.unit
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(unit.part)))
+        table = read_parquet(storage.read(unit.part))
         record = json.loads((table.schema.metadata or {}).get(b"nanodit", b""))
         rejects = tuple(Rejection(**reject) for reject in record["rejects"])
         part = Part(unit, record["recipe"], record["facts"], record["tar_bytes"], record["tar_sha256"], rejects, table)
