@@ -321,6 +321,13 @@ def test_a_resumed_run_has_the_same_snapshots_and_none_of_a_discarded_branch(tin
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_run_from_the_start_begins_without_snapshots(tiny_dataset, run, tmp_path):
+    """What was stored before the first checkpoint belongs to no trajectory that can be continued."""
+    shutil.copytree(run / "ema_snapshots", tmp_path / "run" / "ema_snapshots")
+    make(tiny_dataset, tmp_path / "run", ON, "train.steps=2").run()
+    assert list(list_snapshots(tmp_path / "run")) == [1, 2]
+
+
 def test_a_branch_takes_the_snapshots_along(tiny_dataset, run, tmp_path):
     source = Path(shutil.copytree(run, tmp_path / "source"))
     branch = make(tiny_dataset, tmp_path / "branch", ON, "train.steps=14")
