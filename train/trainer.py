@@ -164,7 +164,7 @@ class Trainer:
                     self.save()
                     saved = self.step
 
-    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
 
         Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS of each image that it was

@@ -156,8 +156,11 @@ def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path):
             ), function
             return function(*args, **(kwargs or {}))
 
-    trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default", "train.batch_size=24")
+    options = ("tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true")
+    trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default", "train.batch_size=24", *options)
     batch = trainer.batches.make(0)
+    assert batch.keep_ids is not None
+    assert any(part.teacher is not None for part in batch.parts)
     with NoSync():  # trap 20
         trainer.micro_step(batch)
         gradient_norms(trainer.model)
