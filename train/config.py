@@ -64,6 +64,8 @@ class TrainSection(Config):
 class DataSection(Config):
     """How samples are read; no effect on which ones or in which order."""
 
+    # probability that an image is mirrored, with all its conditions, if its caption allows it
+    flip: float = Field(default=0.0, ge=0, le=0.5)
     cache_gb: float = Field(default=4.0, ge=0)  # 1e9 bytes of decoded samples kept in memory
     prefetch: int = Field(default=2, ge=0)  # micro-batches made ahead by a background thread; 0: none
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prep.errors import ConfigError, DataError
 from train.conditioning import Conditions, load_conditions
+from train.flip import flip_pixels
 from train.noise import generator
 
 Row = dict[str, Any]
@@ -125,12 +126,19 @@ class TrainingSet:
         """Return the rows of a micro-batch."""
         return [self.rows[slot.bucket][item] for item in slot.items]
 
-    def load(self, rows: Sequence[Row], size: tuple[int, int] | None = None) -> tuple[Tensor, Conditions]:
+    def load(
+        self, rows: Sequence[Row], size: tuple[int, int] | None = None, flips: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Conditions]:
         """Read rows of one bucket: pixels (B, 3, H, W) float32 in [-1, 1], and all they can be conditioned on.
 
-        ``size`` (width, height) is what the images are resized to; the conditions know no size.
+        ``size`` (width, height) is what the images are resized to; the conditions know no size. ``flips`` says which
+        are mirrored, with all their conditions.
         """
-        return load_pixels(self, rows, size), load_conditions(self, rows)
+        return load_pixels(self, rows, size, flips), load_conditions(self, rows, flips)
+
+    def flippable(self, row: Row) -> bool:
+        """Whether the image may be mirrored."""
+        return self._dataset.flippable(row)
 
     def pixels(self, row: Row, size: tuple[int, int] | None = None) -> np.ndarray:
         """The image, uint8 (H, W, 3); kept in memory in the size that was asked for last."""
@@ -140,38 +148,52 @@ class TrainingSet:
             self._budget += self._cache.pop((row["key"], "pixels")).nbytes
         return self._cached("pixels", row, lambda array: resize(array, width, height))
 
-    def t5(self, row: Row) -> np.ndarray:
+    def t5(self, row: Row, flipped: bool = False) -> np.ndarray:
         """The caption's tokens, float16 (L, width)."""
-        return self._cached("t5", row)
+        return self._cached("t5", row, flipped=flipped)
 
-    def cls(self, row: Row) -> np.ndarray:
+    def cls(self, row: Row, flipped: bool = False) -> np.ndarray:
         """The DINO CLS token, (width,)."""
-        return self._cached("cls", row)
+        return self._cached("cls", row, flipped=flipped)
 
-    def patches(self, row: Row) -> np.ndarray:
+    def patches(self, row: Row, flipped: bool = False) -> np.ndarray:
         """The DINO patches, float32 (h, w, width)."""
-        return self._cached("patches", row)
+        return self._cached("patches", row, flipped=flipped)
 
     def pose(self, row: Row) -> np.ndarray:
         """The keypoints, float32 (133, 3)."""
         return self._cached("pose", row)
 
-    def _cached(self, member: str, row: Row, prepare: Callable[[np.ndarray], np.ndarray] = lambda a: a) -> np.ndarray:
-        array = self._cache.get((row["key"], member))
+    def _cached(
+        self,
+        member: str,
+        row: Row,
+        prepare: Callable[[np.ndarray], np.ndarray] = lambda array: array,
+        flipped: bool = False,
+    ) -> np.ndarray:
+        name = row["key"], f"{member} flipped" if flipped else member
+        array = self._cache.get(name)
         if array is None:
-            array = prepare(getattr(self._dataset, member)(row))
+            load = getattr(self._dataset, member)
+            array = prepare(load(row, flipped=True) if flipped else load(row))
             if array.nbytes <= self._budget:
                 self._budget -= array.nbytes
-                self._cache[row["key"], member] = array
+                self._cache[name] = array
         return array
 
 
-def load_pixels(dataset: Any, rows: Sequence[Row], size: tuple[int, int] | None = None) -> Tensor:
+def load_pixels(
+    dataset: Any, rows: Sequence[Row], size: tuple[int, int] | None = None, flips: Sequence[bool] | None = None
+) -> Tensor:
     """Read the images of some rows of one bucket as (B, 3, H, W) float32 in [-1, 1].
 
-    ``size`` (width, height) asks a :class:`TrainingSet` for them in another size than the bucket's.
+    ``size`` (width, height) asks a :class:`TrainingSet` for them in another size than the bucket's; ``flips`` says
+    which are mirrored.
     """
-    stacked = np.stack([dataset.pixels(row, size) if size else dataset.pixels(row) for row in rows])
+    images = [dataset.pixels(row, size) if size else dataset.pixels(row) for row in rows]
+    stacked = np.stack(
+        [flip_pixels(image) if flip else image for image, flip in zip(images, flips or [False] * len(rows))]
+    )
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 

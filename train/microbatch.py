@@ -17,7 +17,8 @@ from torch import Tensor
 
 from train.conditioning import Conditions, Subset, deal
 from train.config import TrainConfig
-from train.data import Order, TrainingSet
+from train.data import Order, Row, TrainingSet
+from train.flip import draw_flip
 from train.flow import timesteps
 from train.noise import generator
 from train.perceptual import View, draw_views
@@ -48,7 +49,8 @@ class Part:
 class MicroBatch:
     """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout.
 
-    ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all.
+    ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all; ``flipped`` counts the
+    images that are mirrored, with all their conditions.
     """
 
     keys: list[str]
@@ -58,6 +60,7 @@ class MicroBatch:
     t: Tensor
     parts: list[Part]
     keep_ids: Tensor | None = None
+    flipped: int = 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """Move every tensor; without waiting where they are pinned."""
@@ -108,7 +111,8 @@ class MicroBatches:
         cut = cuts[position]
         images = cut.images  # their numbers in the step
         rows = self.data.select(cut)
-        x, conditions = self.data.load(rows, cut.size)
+        flips = self._flips(step, images, rows)
+        x, conditions = self.data.load(rows, cut.size, flips)
 
         # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
         shifts = np.empty(self.plan.images)
@@ -130,7 +134,13 @@ class MicroBatches:
         ]
         keep_ids = self._keep_ids(index, images, *x.shape[2:])
         tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
-        return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids)
+        return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids, sum(flips))
+
+    def _flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
+        share, seed = self.config.data.flip, self.config.seed
+        if share == 0:
+            return [False] * len(rows)
+        return [draw_flip(seed, step, i, share) and self.data.flippable(row) for i, row in zip(images, rows)]
 
     def _part(
         self, images: slice, subsets: Sequence[Subset], conditions: Conditions, size: Sequence[int], teach: bool

@@ -32,6 +32,7 @@ from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
 from train.ema import EMA, PowerAverages, ema_decay
+from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast, autocast_dtype, can_compile
 from train.microbatch import MicroBatch, MicroBatches
@@ -52,7 +53,7 @@ from train.visual import VisualDebug
 class Accumulated:
     """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
     and REPA loss of each image, LPIPS of those that it was computed of (the tensors on the device), the image tokens a
-    block saw and the images that were routed."""
+    block saw, the images that were routed and those that were mirrored."""
 
     keys: list[str]
     subsets: list[Subset]
@@ -63,6 +64,7 @@ class Accumulated:
     lpips: Tensor
     tokens: float
     routed: int
+    flipped: int
 
 
 class NonFiniteError(DataError):
@@ -81,6 +83,7 @@ class Trainer:
                 f"{dataset.root}: has no conditions to train on; run prep on it with at least one of text, dino and "
                 "pose in `layers`"
             )
+        check_flips(dataset, config.data.flip)
         self.data = TrainingSet(dataset, config.data.cache_gb)
         check_patch_size(self.data.sizes, config.model.patch_size)
         self.table = config.conditioning.resolve(features.modalities)
@@ -209,7 +212,7 @@ class Trainer:
 
         What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
         """
-        parts, tokens, routed = [], 0.0, 0
+        parts, tokens, routed, flipped = [], 0.0, 0, 0
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
@@ -218,8 +221,9 @@ class Trainer:
             model = self.config.model
             tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
+            flipped += batch.flipped
         keys, subsets, *tensors = zip(*parts)
-        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens, routed)
+        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens, routed, flipped)
 
     def update(self, accumulated: Accumulated) -> dict[str, float]:
         """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
@@ -257,6 +261,7 @@ class Trainer:
             **condition_shares(accumulated.subsets, self.table),
             **{f"grad_norm/{group}": norm for group, norm in by_group.items()},
             **({"train/scale": scale_of(config.phases, self.step - 1)} if config.phases else {}),
+            **({"train/flip_share": accumulated.flipped / len(accumulated.keys)} if self.config.data.flip else {}),
             **({"train/routed": accumulated.routed / len(accumulated.keys)} if self.model.route else {}),
             "sys/active_tokens": accumulated.tokens,
         }
