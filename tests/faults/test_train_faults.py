@@ -24,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prep.config import load_config, walk_keys
 from prep.errors import ConfigError, ResourceError
 from prep.shards import Dataset
-from tests.train.everything import everything
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint import find_latest, load_checkpoint, save_checkpoint
@@ -215,22 +214,6 @@ def test_T05_killed_twice_and_resumed_is_byte_equal(config, straight, tmp_path):
         assert process.returncode == (-signal.SIGKILL if fault else 0), output
     assert_same_run(run, straight)  # trap 30
     assert json.loads((run / "provenance.json").read_text())["started_at_steps"] == [0, 0, 6]
-
-
-@pytest.mark.slow
-def test_T05_killed_twice_with_everything_on_is_byte_equal(config, tmp_path, vgg_home):
-    for fault, output in (
-        ("train.step:kill:2", "run"),
-        ("train.step:kill:8", "run"),  # resumed before the last phase, killed in it
-        (None, "run"),
-        (None, "straight"),
-    ):
-        process = train_process(config, *everything(), f"output={tmp_path / output}", fault=fault)
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == (-signal.SIGKILL if fault else 0), printed
-    assert_same_run(tmp_path / "run", tmp_path / "straight")  # trap 30
-    assert {"power.safetensors", "step-000012.safetensors"} <= weights(tmp_path / "run").keys()
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["started_at_steps"] == [0, 0, 6]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A run with every option of the trainer on: what is exact alone must be exact together.
 
-A new config key belongs into one of the two tables; tests/train/test_config.py says when one is missing.
+A new config key goes into one of the two tables; tests/train/test_everything.py says when one is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EVERYTHING: dict[str, Any] = {
     "tread.tail_routed": 0.5,
     "repa.enabled": "true", "repa.weight": 1.0, "repa.until": 0.6, "repa.block_index": 3, "repa.width": 24,
     "perceptual.every": 2, "perceptual.weight": 0.3, "perceptual.t_max": 0.9, "perceptual.view": "pool",
-    "perceptual.size": 20,
+    "perceptual.size": 40,
     "optimizer.betas": "[0.8, 0.9]", "optimizer.eps": 1e-6, "optimizer.weight_decay": 0.01,
     "optimizer.muon_momentum": 0.9, "optimizer.muon_lr_factor": 0.5,
     "train.steps": 12, "train.batch_size": 2, "train.grad_accumulation_steps": 4, "train.token_budget": 800,

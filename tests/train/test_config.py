@@ -13,7 +13,6 @@ import yaml
 from prep.config import Config, dump_config, load_config, section_model, walk_keys
 from prep.errors import ConfigError
 from prep.shards import Dataset
-from tests.train.everything import EVERYTHING, NOT_IN_IT, everything
 from tests.train.tiny import tiny_config
 from train import __main__ as command_line
 from train.config import TrainConfig
@@ -118,15 +117,6 @@ def test_trap_29_a_run_reads_every_key(path, tiny_dataset, tmp_path, monkeypatch
     assert unread == []  # trap 29, trap 9
 
 
-def test_a_run_with_everything_on_has_every_key(tiny_dataset, tmp_path):
-    assert not EVERYTHING.keys() & NOT_IN_IT.keys()
-    assert set(walk_keys(TrainConfig)) == set(EVERYTHING) | set(NOT_IN_IT), "add new keys to tests/train/everything.py"
-    values = tiny_config(tiny_dataset, tmp_path / "run", *everything()).model_dump()
-    defaults = TrainConfig(dataset="", output="").model_dump()
-    off = [key for key in EVERYTHING if _value(values, key) == _value(defaults, key)]
-    assert off == [], "no option is left at its default"
-
-
 def test_every_key_is_either_safe_to_change_or_known_to_have_an_effect():
     identity = {key for key in walk_keys(TrainConfig) if not any(_within(key, safe) for safe in SAFE_TO_CHANGE)}
     assert identity == set(EFFECTS) | NO_EFFECT_ON_WEIGHTS | set(ERRORS)
@@ -191,12 +181,6 @@ def _three_steps(dataset: Path, folder: Path, *overrides: str) -> dict[str, torc
 
 def _section(key: str) -> str:
     return section_model(TrainConfig, key.split(".")[:-1]).__name__
-
-
-def _value(values: dict[str, Any], key: str) -> Any:
-    for name in key.split("."):
-        values = values[name]
-    return values
 
 
 def _within(key: str, section: str) -> bool:

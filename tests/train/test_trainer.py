@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prep.errors import Interrupted
 from prep.shards import Dataset
-from tests.train.everything import everything
 from tests.train.tiny import tiny_config, write_dataset
-from train.checkpoint import OPTIONAL_PARTS, PARTS, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
 from train.flow import flow_loss, interpolate, to_x
 from train.microbatch import deal_subsets, split
@@ -248,20 +247,6 @@ def test_trap_27_28_what_looks_on_changes_nothing(tiny_dataset, straight, tmp_pa
     assert random.getstate() == before[2]
     kept = [record for record in logged(straight) if record["step"] % 5 == 0 or record["step"] == 12]
     assert logged(tmp_path / "run") == kept
-
-
-def test_what_looks_on_changes_nothing_with_everything_on(tiny_dataset, tmp_path):
-    alone = make(tiny_dataset, tmp_path / "alone", *everything(visual_debug__every_steps=0))
-    alone.run()
-    looks = {"visual_debug__every_steps": 1, "checkpoint__every_steps": 1, "data__prefetch": 0, "data__cache_gb": 0}
-    watched = make(tiny_dataset, tmp_path / "watched", *everything(**looks))
-    watched.run()
-    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints" / "step-000012") for name in ("watched", "alone"))
-    for part in (*PARTS, *OPTIONAL_PARTS):
-        one, two = getattr(ours, part), getattr(theirs, part)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one), part
-    assert logged(tmp_path / "watched") == logged(tmp_path / "alone")
 
 
 def test_trap_27_the_averaged_model_shares_no_memory(tiny_dataset, tmp_path):
