@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from prep.errors import ConfigError, DataError
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config
+from train.__main__ import main
 from train.checkpoint import load_checkpoint, load_model
 from train.ema import EMA, EmaConfig, PowerAverages, gamma_of, power_decay
 from train.posthoc import (
@@ -287,6 +289,24 @@ def test_a_model_is_loaded_with_any_average(run, capsys):
         assert torch.equal(parameter, stored.power[f"0.1/{name}"])
     differs = [not torch.equal(value, stored.ema[name]) for name, value in model.state_dict().items()]
     assert any(differs)
+
+
+def test_the_command_line_draws_with_any_average(tiny_dataset, run, tmp_path, capsys):
+    key = Dataset(tiny_dataset).rows("holdout")[0]["key"]
+
+    def sample(weights: str) -> int:
+        output = tmp_path / f"{weights.replace(':', '-')}.png"
+        what = ["--checkpoint", str(run), "--key", key, "--steps", "1", "--output", str(output)]
+        return main(["sample", *what, "--weights", weights])
+
+    assert [sample(weights) for weights in ("ema", "posthoc:0.08", "posthoc:0.1")] == [0, 0, 0]
+    assert "fit error" in capsys.readouterr().out
+    pictures = [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
+    settings = [json.loads(picture.text["nanodit"])["checkpoint"].partition(" on ")[0] for picture in pictures]
+    assert settings == ["step 12 (ema)", "step 12 (posthoc:0.08)", "step 12 (posthoc:0.1)"]
+    assert len({picture.tobytes() for picture in pictures}) > 1
+    assert sample("posthoc:8") == 2
+    assert "such as posthoc:0.08" in capsys.readouterr().err
 
 
 def test_without_snapshots_there_is_nothing_to_load_or_to_pay(tiny_dataset, tmp_path):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from prep.shards import Dataset
+from tests.train.tiny import tiny_config
 from train.schedule import learning_rate
+from train.tracking import read_metrics
+from train.trainer import Trainer
 
 
 def rates(steps, *arguments):
@@ -47,3 +52,23 @@ def test_a_decay_longer_than_what_the_warm_up_leaves_starts_after_it():
     assert values[39] < values[40] == pytest.approx(1e-3)
     assert values[55] == pytest.approx((1e-3 + 1e-6) / 2)
     assert learning_rate(100, 100, 1e-3, 1e-6, 40, "wsd") == pytest.approx(1e-6), "past the end it stays down"
+
+
+def test_a_run_follows_and_logs_it(tiny_dataset, tmp_path):
+    shape = ["train.schedule=wsd", "train.decay_share=0.5", "train.warmup=2", "train.steps=6", "train.lr_min=1e-4"]
+    config = tiny_config(tiny_dataset, tmp_path / "run", *shape)
+    config.run_folder.mkdir()
+    trainer = Trainer(config, Dataset(tiny_dataset), torch.device("cpu"))
+    used, real = [], trainer.optimizer.step
+
+    def step():
+        used.append((trainer.optimizer.adamw.param_groups[0]["lr"], trainer.optimizer.muon.lr))
+        real()
+
+    trainer.optimizer.step = step
+    trainer.run()
+    expected = [learning_rate(step, 6, 3e-3, 1e-4, 2, "wsd", 0.5) for step in range(6)]
+    assert [record["train/learning_rate"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == expected
+    assert used == [(rate, rate) for rate in expected]
+    assert expected[2:4] == [3e-3, 3e-3]
+    assert expected[5] < expected[4] < 2e-3
