@@ -179,10 +179,17 @@ def test_gradients_reach_everything_and_a_recomputed_block_is_the_same():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_blocks_route_as_well(dynamic):
     model, ids = make_model(depth=3, start=1, end=1), some_ids()
-    expected = model(*inputs(), ids), model(*inputs())
+
+    def results():
+        for keep_ids in (ids, None):
+            model.zero_grad()
+            output = model(*inputs(), keep_ids)
+            output.square().mean().backward()
+            yield output, [parameter.grad for parameter in model.parameters()]
+
+    expected = list(results())
     model.compile_blocks(dynamic=dynamic)
-    for ours, theirs in zip((model(*inputs(), ids), model(*inputs())), expected):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(list(results()), expected, atol=1e-4, rtol=1e-3)
 
 
 # What a run does with it
