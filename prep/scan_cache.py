@@ -18,12 +18,14 @@ from typing import Any, Self
 import pyarrow as pa
 
 from prep.errors import NanoditError
+from prep.lock import LOCK
 from prep.shards import parquet_bytes, read_parquet
 from prep.storage import Storage
 
 NAME = "runs/scan.parquet"
 # A file may change twice within one tick of its file system's clock (two seconds on FAT): a younger one is read again.
 SETTLED = 2.0  # seconds
+BEGUN = ("manifest.parquet", "dataset.json", LOCK)  # a place without any of them is nobody's dataset
 STAMP = ("size", "mtime_ns", "ctime_ns")  # ctime too: `cp -p` keeps the time of the original, and sizes may be equal
 SCHEMA = pa.schema({"name": pa.string(), **dict.fromkeys(STAMP, pa.int64()), "value": pa.string()})
 
@@ -33,6 +35,7 @@ Stamp = tuple[int, int, int]
 class ScanCache:
     """Remembers a plain value per file of ``folder``; use as a context manager, which writes it at the end.
 
+    Nothing is written where no run has begun: a plan may name any place, also a wrong one.
     ``settings`` is everything besides the file that the values depend on: with others nothing is remembered. An
     interrupted scan keeps what it has seen. Safe for several threads.
     """
@@ -81,7 +84,7 @@ class ScanCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         entries = self._new if kind is None else self._old | self._new
-        if entries == self._stored:
+        if entries == self._stored or not any(map(self.storage.exists, BEGUN)):
             return
         rows = [dict(zip(SCHEMA.names, (name, *stamp, value))) for name, (stamp, value) in sorted(entries.items())]
         schema = SCHEMA.with_metadata({"settings": self._settings})

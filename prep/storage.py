@@ -24,6 +24,7 @@ from prep.errors import ConfigError, NanoditError, ResourceError
 from prep.files import sha256_bytes, sync_folder, write_atomic
 
 URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>[^?#]*)")
+HALF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/.*|pipe:.*")  # one slash is missing, or more is wrong; C:/x is a folder
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
 TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*")  # where killed writers leave ``.NAME.tmp-PID``
@@ -290,16 +291,18 @@ class ObjectStore(Storage):
 
 
 def open_storage(place: str | Path | Storage) -> Storage:
-    """The storage at a folder's path or at a URL. Raises ConfigError for URLs that are not of an object store."""
+    """The storage at a folder's path or at a URL. Raises ConfigError for files and URLs of other kinds."""
     if isinstance(place, Storage):
         return place
     if isinstance(place, str):
         if match := URL.fullmatch(place):
             return _object_store(place, match["protocol"], match["path"])
-        if "://" in place or place.startswith("pipe:"):
+        if "://" in place or HALF_URL.fullmatch(place):
             raise ConfigError(f"{place!r} is neither a folder nor the URL of an object store, such as s3://bucket/name")
     elif place.parts and place.parts[0].removesuffix(":") in PACKAGES and place.parts[0].endswith(":"):
         raise ValueError(f"{place} was a URL until somebody made a path of it")  # which would be a folder named s3:
+    if os.path.isfile(place):
+        raise ConfigError(f"{place} is a file, not a folder. Choose another one")
     return LocalFolder(place)
 
 

@@ -63,6 +63,8 @@ def test_figures_are_written(tmp_path, capsys):
     [
         (None, [], 2, "is not a folder"),
         ("empty", [], 3, "holds no files"),
+        ("empty", ["output=a.png"], 2, "a.png is a file, not a folder"),
+        ("empty", ["output=s3:/bucket/name"], 2, "neither a folder nor the URL"),
         ("empty", ["output=source/inside"], 2, "must not lie inside each other"),
         ("empty", ["base=72"], 2, "seven distinct buckets"),
     ],
@@ -71,8 +73,10 @@ def test_bad_input_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, prepar
     monkeypatch.chdir(tmp_path)
     if prepare:
         Path("source").mkdir()
-    arguments = ["run", "source=source", "output=out", *overrides]
-    assert run_command(lambda: main(arguments)) == code
-    assert message in capsys.readouterr().err
+    Path("a.png").touch()
+    for verb in ("plan", "run"):
+        arguments = [verb, "source=source", "output=out", *overrides]
+        assert run_command(lambda: main(arguments)) == code
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("index.parquet"))
     assert code == 3 or not list(tmp_path.rglob("runs"))  # wrong usage leaves nothing behind

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prep import scan_cache
+from prep.lock import LOCK
 from prep.plan import make_plan
 from prep.scan_cache import ScanCache
 from prep.storage import open_storage
@@ -19,6 +20,7 @@ from tests.prep.test_plan import config, write_images
 def opened(tmp_path, monkeypatch) -> list[str]:
     """The names of the source files that are opened from now on; files count as settled at once."""
     monkeypatch.setattr(scan_cache, "SETTLED", -3600.0)
+    open_storage(tmp_path / "out").write(LOCK, "")  # as if a run had begun
     names, source, real = [], tmp_path / "source", builtins.open
 
     def counting(file, *arguments, **options):
@@ -40,7 +42,15 @@ def test_a_second_plan_reads_nothing_but_stat(tmp_path, opened):
     second = make_plan(config(tmp_path))
     assert opened == []
     assert (second.sources, second.rejects, second.recipes) == (first.sources, first.rejects, first.recipes)
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["runs", "scan.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [".lock", "runs", "scan.parquet"]
+
+
+def test_a_plan_for_a_place_that_is_no_dataset_writes_nothing(tmp_path, opened):
+    write_images(tmp_path / "source", 2)
+    (tmp_path / "out" / LOCK).unlink()
+    (tmp_path / "out" / "holiday.txt").write_text("A folder that was named by mistake.")
+    make_plan(config(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["holiday.txt", "runs"]
 
 
 @pytest.mark.parametrize("change", ["size", "mtime", "same size and mtime", "restored"])

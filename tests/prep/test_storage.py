@@ -119,6 +119,13 @@ def test_places_are_folders_or_urls_of_object_stores(tmp_path, monkeypatch):
         open_storage("ftp://host/x")
     with pytest.raises(ConfigError, match="bucket is missing"):
         open_storage("s3://")
+    for place in ("s3:/bucket/name", "file:/tmp/x", "pipe:cat"):
+        with pytest.raises(ConfigError, match="neither a folder nor the URL"):
+            open_storage(place)
+    assert isinstance(open_storage("C:/datasets"), LocalFolder)
+    (tmp_path / "coffee.png").touch()
+    with pytest.raises(ConfigError, match=r"coffee\.png is a file, not a folder"):
+        open_storage("coffee.png")
     with pytest.raises(ValueError, match="was a URL"):
         open_storage(Path("s3://bucket/name"))
 
