@@ -258,7 +258,7 @@ class CaptionPass:
         """Find the images to caption; None when the unit is committed already."""
         unit, recipe = Unit(task.bucket, task.shard, "text"), task.recipes["text"]
         part = read_part(self.storage, unit)
-        if part is not None and part.fingerprint == fingerprint_of(recipe):
+        if part is not None and part.fingerprint == fingerprint_of(recipe) and "text" not in task.again:
             return None
         crops = read_part(self.storage, Unit(task.bucket, task.shard, "px"))
         upstream = crops

@@ -131,9 +131,17 @@ def units_to_make_again(
             again[unit] = "what it refused is tried again"
         elif any(item.reason in PASSING and is_back(sources[item.key]) for item in refused):
             again[unit] = "a source that had changed or gone is there"
-        elif unit.layer != "px":
-            upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
-            have = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
-            if upstream is not None and not have.issuperset(upstream.table["key"].to_pylist()):
-                again[unit] = f"the {upstream.unit.layer} layer has got other samples"
-    return again
+    return units_behind(config, current) | again
+
+
+def units_behind(config: PrepConfig, current: Mapping[Unit, Part]) -> dict[Unit, str]:
+    """Units that say nothing about some samples of the layer they are made from, each with its reason."""
+    behind = {}
+    for unit, part in current.items():
+        if unit.layer == "px":
+            continue
+        upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
+        known = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
+        if upstream is not None and not known.issuperset(upstream.table["key"].to_pylist()):
+            behind[unit] = f"the {upstream.unit.layer} layer has got other samples"
+    return behind

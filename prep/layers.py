@@ -47,12 +47,16 @@ from prep.storage import open_storage
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The missing layers of one shard, in the order of the data flow, with their recipes."""
+    """The missing layers of one shard, in the order of the data flow, with their recipes.
+
+    ``again`` names those that are computed although a part of the same recipe is committed.
+    """
 
     bucket: str
     shard: int
     sources: tuple[Source, ...]
     recipes: dict[str, dict[str, Any]]
+    again: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The task as text; Ray carries it as a cell of a table."""
@@ -62,7 +66,8 @@ class ShardTask:
     def from_json(cls, text: str) -> Self:
         """The task that :meth:`to_json` wrote."""
         fields = json.loads(text)
-        return cls(**fields | {"sources": tuple(Source(**source) for source in fields["sources"])})
+        sources = tuple(Source(**source) for source in fields["sources"])
+        return cls(**fields | {"sources": sources, "again": tuple(fields["again"])})
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class LayerWorker:
         """Compute and commit one unit, unless it was committed meanwhile; a probe always computes, never commits."""
         compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
         start = time.monotonic()
-        part = None if job.only else read_part(self.root, job.unit)
+        part = None if job.only or job.layer in job.task.again else read_part(self.root, job.unit)
         if part is None or part.fingerprint != fingerprint_of(job.recipe):
             compute[job.layer](job)
         else:

@@ -10,7 +10,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ class Plan:
     ``rejects`` has what was refused so far, ``expected`` what the text layer is going to refuse (its units record it),
     ``seen`` counts the files looked at. ``recipes`` says what every unit must be made from, ``parts`` holds the units
     that are current and ``missing`` the reason for every one that is not. ``again`` lists those of the missing whose
-    committed part has the right recipe: it has to be deleted before they are computed, and what depends on them may be
-    missing in the plan that is made afterwards. ``notes`` are lines for the user.
+    committed part has the right recipe; it stays until the new one is committed. What is missing when the missing units
+    are computed, because a layer that they are made from has got other samples, says :func:`remaining`. ``notes`` are
+    lines for the user.
     """
 
     config: PrepConfig
@@ -81,13 +82,17 @@ class Plan:
     def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
         """The missing units of some layers, by shard; the shards with most to do come first, to end together."""
         wanted: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+        again: dict[tuple[str, int], list[str]] = defaultdict(list)
         for unit in self.missing:  # in the order of the data flow within a shard
             if unit.layer in layers:
                 wanted[unit.bucket, unit.shard][unit.layer] = self.recipes[unit]
-        tasks = [
-            ShardTask(bucket, shard, tuple(self.sources[key] for key in self.shards[bucket, shard]), recipes)
-            for (bucket, shard), recipes in wanted.items()
-        ]
+        for unit in self.again:
+            again[unit.bucket, unit.shard].append(unit.layer)
+        tasks = []
+        for place, recipes in wanted.items():
+            members = tuple(self.sources[key] for key in self.shards[place])
+            layers_again = tuple(layer for layer in recipes if layer in again[place])
+            tasks.append(ShardTask(*place, members, recipes, layers_again))
         return sorted(tasks, key=lambda task: (-len(task.sources) * len(task.recipes), task.bucket, task.shard))
 
     def explain(self) -> list[str]:
@@ -142,6 +147,21 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     notes = silent + count_rejects(rejects + expected, seen)
     notes += gone.remarks(kept, replaced, prune, shards, missing)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
+
+
+def remaining(plan: Plan) -> Plan:
+    """The same plan when its missing units have been computed: what has to be computed all the same.
+
+    Those are units whose upstream has got other samples, by being made again. The sources are not looked at again.
+    """
+    root = open_storage(plan.config.output)
+    parts = plan.parts | read_parts(root, list(plan.missing))
+    missing = outdated(plan.config, root, plan.recipes, parts)
+    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    again = gone.units_behind(plan.config, current)
+    missing = {unit: why for unit in plan.recipes if (why := missing.get(unit) or again.get(unit))}
+    current = {unit: part for unit, part in current.items() if unit not in again}
+    return replace(plan, parts=current, missing=missing, again=list(again), notes=[])
 
 
 def count_rejects(rejects: list[Reject], seen: int) -> list[str]:

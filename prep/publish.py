@@ -115,6 +115,13 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     table, linking = add_split(plan, table, published_splits(storage), tokens)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
+    told = {reject.source for reject in rejects}.union(table["source"].to_pylist())
+    members = [plan.sources[key].name for keys in plan.shards.values() for key in keys]
+    if lost := [name for name in members if name not in told]:
+        raise DataError(
+            f"nothing was published: {len(lost)} samples are neither complete nor refused, for example "
+            f"{', '.join(lost[:NAMED])}. Run: python -m prep verify --repair, then prep run"
+        )
     return table, rejects
 
 

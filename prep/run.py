@@ -23,7 +23,7 @@ from prep.errors import DataError, Interrupted
 from prep.lock import locked
 from prep.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.placement import Node, local_node, plan_passes
-from prep.plan import Plan, check_folders, make_plan, write_manifest
+from prep.plan import Plan, check_folders, make_plan, remaining, write_manifest
 from prep.preflight import preflight
 from prep.publish import Published, gate, publish
 from prep.settings import PrepConfig
@@ -32,7 +32,6 @@ from prep.sources import Reject
 from prep.storage import LocalFolder, Storage, open_storage
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
-ROUNDS = 3  # of making units again: a file that changes all the time is not waited for
 UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
@@ -110,12 +109,15 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
             root.remove_temporary_files()
             work: dict[str, Work] = defaultdict(Work)
             plan = prepare(config, folder, prune, retry_rejects)
-            for _ in range(ROUNDS):
-                if plan.missing:
-                    compute(plan, folder, work)
-                if not plan.again:
-                    break
-                plan = prepare(config, folder, prune)  # what was made again may have given others something to do
+            if retry_rejects and config.captions.generated:  # or the answers that were refused would be read again
+                forget_rejects(root, plan.again)
+            rounds = 0
+            while plan.missing:
+                if rounds > len(config.active_layers):  # each round completes one layer more
+                    reasons = "; ".join(plan.explain())
+                    raise DataError(f"{root}: still not complete after {rounds} rounds ({reasons}). Run prep run again")
+                compute(plan, folder, work)
+                plan, rounds = remaining(plan), rounds + 1
             root.remove_temporary_files()
             lock.check()
             with Progress("publish", len(plan.sources)) as progress:
@@ -179,10 +181,6 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
         for line in [*remarks, *cost.table(cost.estimate(plan, passes, folder.storage))]:
             say(line)
         preflight(config, plan, on_every_node)
-        if config.captions.generated:  # or the answers that were refused would be read again
-            forget_rejects(folder.storage, plan.again)
-        for unit in plan.again:
-            folder.storage.delete(unit.part)
         computed: list[str] = []
         for step in passes:
             tasks = plan.tasks(step.layers)

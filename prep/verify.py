@@ -253,7 +253,7 @@ def _different(ours: pa.Table, theirs: pa.Table, name: str) -> list[str]:
 
 
 def _compare_manifest(index: pa.Table, complete: set[str], tables: dict[str, pa.Table]) -> list[Finding]:
-    """Samples whose place is not the planned one, and complete ones that are neither in the index nor refused."""
+    """Samples whose place is not the planned one, and planned ones that are neither in the index nor refused."""
     findings = []
     if "manifest.parquet" not in tables or "rejects.parquet" not in tables:
         return findings
@@ -265,9 +265,12 @@ def _compare_manifest(index: pa.Table, complete: set[str], tables: dict[str, pa.
         if (plan.get("bucket"), plan.get("shard")) != (row["bucket"], row["shard"]):
             findings.append(Finding("damaged", "index.parquet", "is not where manifest.parquet has it", row["key"]))
     refused = set(tables["rejects.parquet"]["source"].to_pylist())
-    for key in sorted(complete - indexed):
-        if key in planned and planned[key]["source"] not in refused:
-            findings.append(Finding("damaged", "index.parquet", "is complete in every layer and missing here", key))
+    for key in sorted(planned.keys() - indexed):
+        if planned[key]["source"] not in refused:
+            problem = (
+                "is complete in every layer and missing here" if key in complete else "is neither here nor refused"
+            )
+            findings.append(Finding("damaged", "index.parquet", problem, key))
     return findings
 
 

@@ -9,7 +9,7 @@ from prep import scan_cache
 from prep.demo import ASSETS, DETECTOR, POSE
 from prep.errors import DataError
 from prep.layers import LayerWorker
-from prep.plan import Plan, make_plan, read_manifest, write_manifest
+from prep.plan import Plan, make_plan, read_manifest, remaining, write_manifest
 from prep.publish import publish
 from prep.run import current_parts
 from prep.settings import PrepConfig
@@ -22,8 +22,6 @@ NETWORKS = {"detector": str(ASSETS / DETECTOR), "pose": str(ASSETS / POSE)}
 
 def compute(plan: Plan) -> None:
     """Commit what is missing, as a run does."""
-    for unit in plan.again:
-        (Path(plan.config.output) / unit.part).unlink()
     write_manifest(plan)
     worker = LayerWorker(plan.config)
     for task in plan.tasks(plan.config.active_layers):
@@ -33,10 +31,10 @@ def compute(plan: Plan) -> None:
 def prepare(settings: PrepConfig, **options: bool) -> Dataset:
     """A run of one process."""
     plan = make_plan(settings, **options)
-    compute(plan)
-    if plan.again:
-        plan = make_plan(settings, prune=options.get("prune", False))
+    write_manifest(plan)
+    while plan.missing:
         compute(plan)
+        plan = remaining(plan)
     publish(plan, current_parts(plan), "runs/rejects.parquet")
     return Dataset(settings.output)
 
@@ -209,7 +207,6 @@ def test_p16_a_caption_that_changes_during_the_run_is_refused(tmp_path, change):
     path.write_text("Picture number 1.")
     plan = make_plan(config(tmp_path))
     assert unit in plan.again
-    (tmp_path / "out" / unit.part).unlink()
     text_only(plan)
     assert len(read_part(tmp_path / "out", unit).table) == 3
 

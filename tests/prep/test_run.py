@@ -1,0 +1,173 @@
+"""Whole runs in this process: ``prep run`` with everything but Ray, so that a test can break in at any moment."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow.parquet as pq
+import pytest
+
+from prep.errors import DataError, Interrupted
+from prep.layers import LayerWorker, ShardTask
+from prep.placement import Pass, local_node
+from prep.plan import make_plan
+from prep.publish import publish
+from prep.run import current_parts, run
+from prep.settings import PrepConfig
+from prep.shards import Dataset
+from prep.verify import verify
+from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
+from tests.prep.test_plan import config, write_images
+from tests.prep.test_verify import publish_again
+
+
+class LocalPipeline(ModuleType):
+    """What ``prep/pipeline.py`` offers, on one worker of this process.
+
+    ``before`` is called with the layers of every pass, before it begins.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("prep.pipeline")
+        self.before = lambda layers: None
+
+    @contextmanager
+    def ray_session(self) -> Iterator[None]:
+        yield
+
+    def cluster_nodes(self) -> list:
+        return [local_node()]
+
+    def on_every_node(self, function, *arguments, timeout=30.0) -> dict:
+        return {"this": function(*arguments)}
+
+    def run_pass(self, settings: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict]]:
+        self.before(step.layers)
+        worker = LayerWorker(settings)
+        for task in tasks:
+            yield worker.run(ShardTask.from_json(task.to_json()))
+
+
+@pytest.fixture
+def pipeline(monkeypatch) -> LocalPipeline:
+    local = LocalPipeline()
+    monkeypatch.setitem(sys.modules, "prep.pipeline", local)
+    return local
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three images with captions."""
+    write_images(tmp_path / "source", 3)
+    return tmp_path / "source"
+
+
+def refuse(pipeline: LocalPipeline, path: Path, layer: str, settings: PrepConfig, **options: bool) -> None:
+    """Run while a source file is another one as long as a layer is computed."""
+    good = path.read_bytes()
+
+    def change(layers: tuple[str, ...]) -> None:
+        if layer in layers:
+            path.write_bytes(b"x" + good)
+
+    pipeline.before = change
+    run(settings, **options)
+    pipeline.before = lambda layers: None
+    path.write_bytes(good)
+
+
+def stop(layers: tuple[str, ...]) -> None:
+    raise KeyboardInterrupt
+
+
+def sources_of(settings: PrepConfig) -> list[str]:
+    return [row["source"] for row in sorted(Dataset(settings.output).rows(), key=lambda row: row["source"])]
+
+
+ALL = ["image-000.png", "image-001.png", "image-002.png"]
+
+
+# --- nothing is lost without a word (P11, P16) ------------------------------------------------------------------------
+
+
+def test_p16_a_refused_image_that_is_back_is_taken_in_though_the_run_that_does_it_is_stopped(folder, pipeline):
+    settings = poses(folder.parent)
+    refuse(pipeline, folder / ALL[1], "px", settings)
+    assert rejects_of(Path(settings.output)) == {ALL[1]: ("px", "changed_during_run")}
+    pipeline.before = stop
+    with pytest.raises(Interrupted):
+        run(settings)
+    pipeline.before = lambda layers: None
+    run(settings)
+    assert sources_of(settings) == ALL
+    assert rejects_of(Path(settings.output)) == {}
+    verify(settings.output)
+
+
+def test_p16_an_image_that_is_back_is_taken_in_with_a_lost_tar_and_the_layers_after_it(folder, pipeline):
+    settings = poses(folder.parent)
+    refuse(pipeline, folder / ALL[1], "px", settings)
+    for tar in Path(settings.output).glob("bucket_*/*.px.tar"):
+        tar.unlink()
+    run(settings)
+    assert sources_of(settings) == ALL
+    verify(settings.output)
+
+
+def test_p16_a_change_reaches_the_last_of_four_layers_in_one_run(folder, pipeline):
+    """With a filter for persons px makes pose, pose makes text, and text makes t5."""
+    settings = config(folder.parent, layers=["text", "pose"], filters={"min_persons": 0}, pose=NETWORKS)
+    refuse(pipeline, folder / ALL[1], "px", settings)
+    assert sources_of(settings) == [ALL[0], ALL[2]]
+    run(settings)
+    assert sources_of(settings) == ALL
+    before = files_of(Path(settings.output))
+    run(settings)
+    assert files_of(Path(settings.output)) == before
+
+
+def test_p11_a_sample_that_is_nowhere_is_found_by_verify_and_stops_publishing(folder, pipeline, capsys):
+    settings = poses(folder.parent)
+    refuse(pipeline, folder / ALL[1], "px", settings)
+    root = Path(settings.output)
+    verify(root)
+    publish_again(root, "rejects.parquet", pq.read_table(root / "rejects.parquet").slice(1))
+    with pytest.raises(DataError):
+        verify(root)
+    assert "is neither here nor refused" in capsys.readouterr().out
+    plan = make_plan(settings)
+    LayerWorker(settings).run(plan.tasks(("px",))[0])  # px has three samples, pose says nothing about one of them
+    with pytest.raises(DataError, match=f"1 samples are neither complete nor refused, for example {ALL[1]}"):
+        publish(plan, current_parts(plan), "runs/rejects.parquet")
+    run(settings)
+    assert sources_of(settings) == ALL
+    verify(root)
+
+
+# --- samples whose files are gone -------------------------------------------------------------------------------------
+
+
+def remove(folder: Path, number: int) -> None:
+    """Delete an image with its caption."""
+    for suffix in ("png", "txt"):
+        (folder / f"image-{number:03d}.{suffix}").unlink()
+
+
+@pytest.mark.parametrize("cause", ["retry_rejects", "restored"])
+def test_p16_captions_of_gone_samples_outlive_that_their_unit_is_made_again(folder, pipeline, cause):
+    settings = config(folder.parent, layers=["text"], captions={"on_missing": "reject"})
+    caption = folder / "image-000.txt"
+    if cause == "retry_rejects":
+        caption.write_text("")
+        run(settings)
+    else:
+        refuse(pipeline, caption, "text", settings)
+    assert sources_of(settings) == ALL[1:]
+    remove(folder, 1)
+    for _ in range(2):
+        run(settings, retry_rejects=cause == "retry_rejects")
+        assert sources_of(settings) == (ALL if cause == "restored" else ALL[1:])
+    captions = {row["source"]: row["caption"] for row in Dataset(settings.output).rows()}
+    assert captions[ALL[1]] == "Picture number 1."
