@@ -94,14 +94,15 @@ class PerceptualLoss:
 
     def __call__(self, x_hat: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
         """Return LPIPS of each view, (len(views),), for predicted and true images (B, 3, H, W) in [-1, 1]."""
-        return self.network(self.view(x_hat, views), self.view(x, views)).flatten()
+        return self.network(show(x_hat, views, self.config), show(x, views, self.config)).flatten()
 
-    def view(self, images: Tensor, views: Sequence[View]) -> Tensor:
-        """Return the crops, or the images averaged to an area of ``size`` squared, where they are larger."""
-        size = self.config.size
-        if self.config.view == "crop":
-            return torch.stack([images[v.image, :, v.top : v.top + size, v.left : v.left + size] for v in views])
-        return pool(torch.stack([images[v.image] for v in views]), size)
+
+def show(images: Tensor, views: Sequence[View], config: PerceptualConfig) -> Tensor:
+    """Return the crops of images (B, 3, H, W), or the images averaged to an area of ``size`` squared."""
+    size = config.size
+    if config.view == "crop":
+        return torch.stack([images[v.image, :, v.top : v.top + size, v.left : v.left + size] for v in views])
+    return pool(torch.stack([images[v.image] for v in views]), size)
 
 
 def pool(images: Tensor, size: int) -> Tensor:

@@ -63,14 +63,15 @@ class Rates:
 
     WARM_UP_STEPS = 2
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self._peak_flops, self._flops = peak_flops, 0
         self._added = self._graphs = 0
         self._steps = self._images = 0
         self._seconds = 0.0
         self._shown: dict[str, str] = {}
 
-    def add(self, images: int, seconds: float) -> None:
-        """Count one optimiser step, unless it is one of the first or compiled something."""
+    def add(self, images: int, seconds: float, flops: int = 0) -> None:
+        """Count one optimiser step and its FLOPs, unless it is one of the first or compiled something."""
         self._added += 1
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
         compiled, self._graphs = graphs > self._graphs, graphs
@@ -78,16 +79,20 @@ class Rates:
             self._steps += 1
             self._images += images
             self._seconds += seconds
+            self._flops += flops
 
     def take(self) -> dict[str, float]:
-        """Return the rates since the last call, empty where nothing was counted."""
+        """Return the rates since the last call, empty where nothing was counted; MFU where the GPU's peak is known."""
         if not self._steps:
             return {}
         iterations, images = self._steps / self._seconds, self._images / self._seconds
-        self._steps = self._images = 0
-        self._seconds = 0.0
+        rates = {"sys/iter_per_sec": iterations, "sys/images_per_sec": images}
         self._shown = {"images/s": f"{images:.1f}"}
-        return {"sys/iter_per_sec": iterations, "sys/images_per_sec": images}
+        if self._peak_flops:
+            rates["sys/mfu"] = self._flops / self._seconds / self._peak_flops
+        self._steps = self._images = self._flops = 0
+        self._seconds = 0.0
+        return rates
 
     def shown(self) -> dict[str, str]:
         """Return what a progress line says: the last rate taken."""
@@ -95,11 +100,16 @@ class Rates:
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Return the GPU memory in 1e9 bytes, the peak so far and what is allocated and reserved now; empty on a CPU."""
+    """Return the GPU memory in 1e9 bytes: allocated and reserved now, and the peak since the last call.
+
+    Pictures and checkpoints in between are in the peak. Empty on a CPU.
+    """
     if device.type != "cuda":
         return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     return {
-        "memory/peak_vram_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "memory/peak_vram_gb": peak / 1e9,
         "memory/vram_allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
         "memory/vram_reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
     }

@@ -34,7 +34,8 @@ from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
 from train.ema import EMA, PowerAverages, ema_decay
 from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
-from train.hardware import autocast, autocast_dtype, can_compile
+from train.hardware import autocast, autocast_dtype, can_compile, peak_flops
+from train.mfu import FlopCounter, HeadFlops, LpipsFlops, ModelFlops
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
@@ -113,6 +114,8 @@ class Trainer:
         self.snapshot_steps = snapshot_steps(config.train.steps, config.ema.snapshots)
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
+        self.peak_flops = peak_flops(device, self.autocast_dtype)
+        self.flops = self._flop_counter() if self.peak_flops else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
@@ -139,7 +142,7 @@ class Trainer:
         batches = prefetch(self._make_batch, self.batches.numbers(self.step), config.data.prefetch)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
-        rates = Rates()
+        rates = Rates(self.peak_flops)
         saved = self.step
         continue_snapshots(config.run_folder, self.step)
         with contextlib.closing(batches), contextlib.closing(tracker), progress, StopRequest() as stop:
@@ -152,7 +155,8 @@ class Trainer:
                         self.save()
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
-                rates.add(self.images_per_step, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0)
                 fault("train.step")
 
                 if self.step % config.log_every == 0 or self.step == steps:
@@ -182,11 +186,13 @@ class Trainer:
             z = interpolate(x, noise, t)
             with autocast(self.device, self.autocast_dtype):
                 output = self.model(z, t, part.conditions, keep_ids, project=part.teacher is not None)
+            self._note_flops("model", len(x), z, t, part.conditions, keep_ids)
             if part.teacher is None:
                 alignment = torch.zeros_like(t)
             else:
                 output, projected = output
                 alignment = alignment_loss(projected, part.teacher, part.conditions.keeps("patches"), keep_ids)
+                self._note_flops("repa", len(x), projected)
             x_hat = to_x(output, z, t, flow.prediction)
             loss = flow_loss(x_hat, x, t, flow.t_min)
             total = (loss + repa_weight * alignment).sum()
@@ -195,6 +201,7 @@ class Trainer:
                     distances = self.perceptual(x_hat, x, part.views).float()
                 total = total + self.perceptual.weight * distances.sum()
                 lpips.append(distances.detach())
+                self._note_flops("lpips", len(part.views), x_hat, x)
             # a sum over images divided by the images of the step: each image weighs the same
             (total / self.images_per_step).backward()
             losses.append(loss.detach())
@@ -302,6 +309,18 @@ class Trainer:
             "environment": environment(self.device),
             "perceptual": self.perceptual.sha256 if self.perceptual else None,
         }
+
+    def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
+        if self.flops:
+            self.flops.note(name, images, *arguments)
+
+    def _flop_counter(self) -> FlopCounter:
+        counts = {"model": ModelFlops(self.config.model, self.model.features, self.model.route)}
+        if self.perceptual:
+            counts["lpips"] = LpipsFlops(self.config.perceptual)
+        if self.model.repa_head is not None:
+            counts["repa"] = HeadFlops(self.model.repa_head)
+        return FlopCounter(counts)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train import hardware
-from train.hardware import autocast_dtype, can_compile
+from train.hardware import PEAK_TFLOPS, autocast_dtype, can_compile, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -24,3 +24,32 @@ def test_compiling_needs_a_compiler(monkeypatch):
     can_compile.cache_clear()
     assert can_compile("cpu") is False
     can_compile.cache_clear()
+
+
+# multiprocessors, boost clock in GHz and FLOP per multiprocessor and cycle: another way to the data sheets' numbers
+SPECIFIED = {
+    "GeForce RTX 3060": (28, 1.777, 512), "GeForce RTX 3080": (68, 1.710, 512), "GeForce RTX 3090": (82, 1.695, 512),
+    "GeForce RTX 4060 Ti": (34, 2.535, 512), "GeForce RTX 4070 Ti SUPER": (66, 2.610, 512),
+    "GeForce RTX 4090": (128, 2.520, 512), "GeForce RTX 5080": (84, 2.617, 512), "GeForce RTX 5090": (170, 2.407, 512),
+    "RTX A6000": (84, 1.800, 1024), "A40": (84, 1.740, 1024), "L4": (58, 2.040, 1024), "A10": (72, 1.695, 1024),
+    "A100-SXM4-80GB": (108, 1.410, 2048), "H100 80GB HBM3": (132, 1.830, 4096), "H200": (132, 1.830, 4096),
+    "H100 PCIe": (114, 1.620, 4096),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_the_peaks_follow_from_multiprocessors_and_clock(name):
+    multiprocessors, clock, per_cycle = SPECIFIED[name]
+    assert PEAK_TFLOPS[name] == pytest.approx(multiprocessors * clock * per_cycle / 1e3, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12), ("NVIDIA H200", torch.bfloat16, 989.4e12),
+     ("NVIDIA H200", None, None), ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+     ("AMD Radeon RX 7900 XTX", torch.bfloat16, None)],
+)  # fmt: skip
+def test_a_peak_is_known_or_absent(monkeypatch, name, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), dtype) == expected
+    assert peak_flops(CPU, torch.bfloat16) is None

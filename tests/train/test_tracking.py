@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from prep.errors import DataError
 from train import tracking
-from train.tracking import Rates, Tracker, git_state, read_metrics, truncate_metrics, write_provenance
+from train.tracking import Rates, Tracker, git_state, gpu_memory, read_metrics, truncate_metrics, write_provenance
 
 
 def test_a_record_goes_to_both_places(tmp_path):
@@ -112,6 +112,28 @@ def test_trap_33_rates_leave_out_warm_up_and_compilation(monkeypatch):
     rates.add(8, 1.0)
     assert rates.take()["sys/iter_per_sec"] == 1.0
     assert tracking.Rates.WARM_UP_STEPS == 2
+
+
+def test_mfu_is_of_the_time_that_is_counted():
+    rates = Rates(peak_flops=1e12)
+    for _ in range(3):
+        rates.add(8, 100.0, flops=10**15)  # trap 33: neither the time nor the work of the first steps
+    rates.take()
+    rates.add(8, 2.0, flops=10**11)
+    rates.add(8, 3.0, flops=4 * 10**11)
+    assert rates.take()["sys/mfu"] == pytest.approx(0.1)
+
+
+def test_the_peak_of_memory_is_of_the_interval(monkeypatch):
+    peak, now = [5e9], 2e9
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, now))
+    values = [gpu_memory(torch.device("cuda")) for _ in range(2)]
+    assert [value["memory/peak_vram_gb"] for value in values] == [5.0, 2.0]
+    assert values[0]["memory/vram_reserved_gb"] == 6.0
+    assert gpu_memory(torch.device("cpu")) == {}
 
 
 def _board(folder, tag):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from prep.shards import Dataset
 from tests.train.tiny import tiny_config, write_dataset
 from train.checkpoint import load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
+from train.data import prefetch
 from train.flow import flow_loss, interpolate, to_x
 from train.microbatch import deal_subsets, split
 from train.noise import generator
@@ -144,27 +147,102 @@ def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
     assert everything.keep.all()
 
 
-def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path):
-    class NoSync(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            # what .item(), .tolist(), bool() and float() of a tensor become, and ops whose output size is data
-            assert function not in (
-                torch.ops.aten._local_scalar_dense.default,
-                torch.ops.aten.nonzero.default,
-                torch.ops.aten.masked_select.default,
-            ), function
-            return function(*args, **(kwargs or {}))
+class NoSync(TorchDispatchMode):
+    """Refuse what makes the host wait for a GPU, and meta tensors do not refuse by themselves."""
 
-    options = ("tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true")
-    trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default", "train.batch_size=24", *options)
-    batch = trainer.batches.make(0)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket
+        # a tensor made from numbers, or one of another device, is copied to the GPU while the host waits
+        tensors = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg]) if torch.is_tensor(a)]
+        assert name is not torch.ops.aten.lift_fresh or args[0].device.type == "cpu", function
+        if name is torch.ops.aten._to_copy:
+            assert kwargs.get("device", args[0].device) == args[0].device, function
+        elif len({tensor.device for tensor in tensors}) > 1:
+            assert all(tensor.device.type == "meta" or tensor.ndim == 0 for tensor in tensors), function
+        return function(*args, **(kwargs or {}))
+
+
+EVERY_LOSS = (
+    "conditioning.preset=default", "train.batch_size=24", "repa.enabled=true", "tread.enabled=true", "tread.start=0",
+    "tread.end=-1", "perceptual.every=1", "perceptual.size=16", "train.gradient_checkpointing=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("view", ["crop", "pool"])
+def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_home, view):
+    trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}")
+    # on the meta device tensors have no values, so that reading one or copying it to the host is an error
+    trainer.device = torch.device("meta")
+    trainer.model.to("meta")
+    trainer.perceptual.network.to("meta")
+    batch = trainer.batches.make(0).to(trainer.device)
+    assert any(part.views for part in batch.parts)
     assert batch.keep_ids is not None
     assert any(part.teacher is not None for part in batch.parts)
     with NoSync():  # trap 20
         trainer.micro_step(batch)
         gradient_norms(trainer.model)
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
-        torch.ones(1).item()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: x.cpu(), lambda x: x[x > 0], torch.nonzero,
+     lambda x: x.new_tensor([1.0, 2.0]), lambda x: x + torch.ones(4).to("meta"), lambda x: x[torch.tensor([0, 2])]],
+)  # fmt: skip
+def test_trap_20_what_waits_is_noticed(tiny_dataset, tmp_path, wait):
+    trainer = make(tiny_dataset, tmp_path / "run")
+    trainer.device = torch.device("meta")
+    trainer.model.to("meta")
+    batch = trainer.batches.make(0).to(trainer.device)
+    real = trainer.model.timestep.forward
+    trainer.model.timestep.forward = lambda t: (wait(t), real(t))[1]
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoSync():
+        trainer.micro_step(batch)
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(tiny_dataset, tmp_path, monkeypatch, vgg_home):
+    pinned = Counter()
+
+    def pin(tensor):
+        pinned[threading.current_thread().name] += 1
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS)
+    trainer._make_batch(0)
+    assert not pinned
+    trainer.device = torch.device("cuda")
+    batch = trainer._make_batch(0)
+    tensors = [batch.x, batch.noise, batch.t, batch.keep_ids]
+    for part in batch.parts:
+        tensors += [part.teacher, *vars(part.conditions).values()]
+    assert pinned[threading.current_thread().name] == sum(tensor is not None for tensor in tensors)
+    with contextlib.closing(prefetch(trainer._make_batch, iter(range(9)), 2)) as batches:
+        next(batches)
+    assert pinned["prefetch"] >= len(tensors)
+
+
+def test_every_kth_block_saves_its_share_of_memory(tiny_dataset, tmp_path):
+    def saved(policy):
+        trainer = make(tiny_dataset, tmp_path / "run", "model.depth=4", f"train.gradient_checkpointing={policy}")
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        batch = trainer.batches.make(0)
+        trainer.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trainer.model(batch.x, batch.t, batch.parts[0].conditions)
+        return count
+
+    none, every_other, every = saved("none"), saved(2), saved("all")
+    assert saved("false") == none
+    assert saved("true") == every
+    assert none - every_other == pytest.approx((none - every) / 2, rel=0.02)
+    assert every < 0.5 * none
 
 
 def test_gradients_are_clipped_together(tiny_dataset, tmp_path):
@@ -191,7 +269,8 @@ def test_gradient_checkpointing_and_bf16_change_memory_not_the_step(tiny_dataset
         return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
     plain = gradient()
-    assert torch.equal(plain, gradient("train.gradient_checkpointing=true"))
+    assert torch.equal(plain, gradient("train.gradient_checkpointing=all"))
+    assert torch.equal(plain, gradient("train.gradient_checkpointing=2"))
     half = gradient("train.precision=bf16")
     assert not torch.equal(plain, half)
     assert torch.nn.functional.cosine_similarity(plain, half, dim=0) > 0.99
