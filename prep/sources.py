@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_EXIF_BYTES = 1 << 20
+NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
 KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
 TRUTH_NAME = "truth.parquet"
@@ -173,6 +174,8 @@ def _open_image(file: io.IOBase) -> Image.Image:
         if head.startswith(MAGIC):
             raise BadImage("truncated", "the header is damaged or cut off") from None
         raise BadImage("not_an_image", f"the content is none of {', '.join(FORMATS)}") from None
+    except MemoryError:  # says something about the machine, here and below
+        raise
     except Exception as error:  # readers of hostile headers raise anything; the file is named in the rejects table
         raise _damage("the header cannot be read", error) from error
 
@@ -184,6 +187,8 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
     try:
         # a MPO is a JPEG photograph with a second one (depth, gain map) behind it: a still picture
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except MemoryError:
+        raise
     except Exception as error:
         raise _damage("the frames cannot be counted", error) from error
     if animated:
@@ -269,9 +274,13 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         orientation = read_orientation(image, file)
         try:
             image.load()
+            return canonical_pixels(image, orientation)
+        except (BadImage, MemoryError):
+            raise
         except Exception as error:  # as in _open_image: any failure of a decoder is a property of the file
+            if NO_MEMORY in str(error):
+                raise MemoryError(str(error)) from error
             raise _damage("decoding failed", error) from error
-        return canonical_pixels(image, orientation)
 
 
 def read_orientation(image: Image.Image, file: io.IOBase) -> int:
@@ -284,6 +293,8 @@ def read_orientation(image: Image.Image, file: io.IOBase) -> int:
         if image.format == "PNG" and "exif" not in image.info and (late := _png_chunk(file, b"eXIf")):
             exif.load(late)
         orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
     except Exception:  # a damaged EXIF block is common and says nothing; the pixels are still good
         return 1
     return orientation if orientation in TRANSPOSE else 1
@@ -343,7 +354,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                     renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
                     flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
                 )  # fmt: skip
-        except (ImageCms.PyCMSError, OSError):
+        except MemoryError:
+            raise
+        except Exception:  # Pillow raises several kinds for profiles of strangers
             pass  # a profile nobody can read is common in the wild: the values are then taken for sRGB, as browsers do
     try:
         return image.convert("RGB")

@@ -315,7 +315,37 @@ def test_the_srgb_profile_changes_nothing_and_a_broken_one_is_ignored():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain = np.asarray(picture()).astype(int)
     assert np.abs(np.asarray(decode(encoded(picture(), icc_profile=srgb), CAP)) - plain).max() <= 1
-    assert np.array_equal(np.asarray(decode(encoded(picture(), icc_profile=b"broken" * 40), CAP)), plain)
+    foreign = srgb[:16] + b"\xc3\xff\x00\xe9" + srgb[20:]  # a colour space that is no text
+    for broken in (b"broken" * 40, foreign):
+        assert np.array_equal(np.asarray(decode(encoded(picture(), icc_profile=broken), CAP)), plain)
+
+
+def test_p01_a_palette_picture_without_a_palette_is_refused():
+    data = encoded(Image.new("P", (8, 8)))
+    start, end = data.index(b"PLTE") - 4, data.index(b"IDAT") - 4
+    with pytest.raises(BadImage, match="corrupt: decoding failed: AssertionError"):
+        decode(data[:start] + data[end:], CAP)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("PIL.Image.open", MemoryError()),
+        ("PIL.ImageFile.ImageFile.load", MemoryError()),
+        ("PIL.ImageFile.ImageFile.load", OSError("out of memory error when reading image file")),
+        ("PIL.Image.Image.getexif", MemoryError()),
+        ("PIL.ImageCms.profileToProfile", MemoryError()),
+    ],
+)
+def test_p12_a_lack_of_memory_is_no_damage_of_the_image(monkeypatch, place, error):
+    data = encoded(picture(), icc_profile=swapped_profile())
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError):
+        decode(data, CAP)
 
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B"]
