@@ -111,11 +111,9 @@ def tasks_for(config: PrepConfig, address: str) -> list[Task]:
 
 
 def caption_tasks(config: PrepConfig) -> list[Task]:
-    """The checks of where captions come from."""
-    if "text" not in config.active_layers:
+    """The checks of the servers that captions come from."""
+    if "text" not in config.active_layers or not config.captions.generated:  # sidecars lie in the source
         return []
-    if not config.captions.generated:
-        return [Task("captions", lambda: [ok("captions", "NAME.txt beside each image; no server needed")])]
     return [Task(config.captions.backend, lambda: caption_servers(config.captions))]
 
 

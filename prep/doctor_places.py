@@ -7,12 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 
 from prep.doctor_check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.errors import NanoditError
+from prep.filters import header_problem
 from prep.lock import LOCK
 from prep.settings import PrepConfig
+from prep.sources import SIDECAR_SUFFIX, BadImage, read_header
 from prep.storage import LocalFolder, Storage, open_storage
 
 GB = 1e9
@@ -22,6 +25,44 @@ DISK_LEAST = 1 * GB
 MODEL_CACHE = 8 * GB  # T5-Large and DINOv3 with their download in progress
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NAMED_LATER = "."  # what the command line puts where no config was given
+LOOKED_AT = 8  # images whose header is read
+NAMED = 3
+
+
+@dataclass
+class Images:
+    """What the names of a folder's files say, and which of them were reached in ``SCAN_SECONDS``.
+
+    ``uncaptioned`` counts images without a sidecar; ``examples`` and ``wanted`` are the first images and the first
+    missing sidecars, as paths below the folder.
+    """
+
+    count: int = 0
+    complete: bool = True
+    uncaptioned: int = 0
+    examples: list[str] = field(default_factory=list)
+    wanted: list[str] = field(default_factory=list)
+    problems: list[OSError] = field(default_factory=list)
+
+
+def count_images(source: Path) -> Images:
+    """Count the images below a folder and those without a caption, by their names alone."""
+    found, deadline = Images(), time.monotonic() + SCAN_SECONDS
+    for parent, folders, files in os.walk(source, onerror=found.problems.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in files if not name.startswith(".")]
+        captioned = {PurePath(name).stem for name in names if name.lower().endswith(SIDECAR_SUFFIX)}
+        for name in sorted(name for name in names if name.lower().endswith(SUFFIXES)):
+            path = Path(parent, name).relative_to(source)
+            found.count += 1
+            found.examples += [str(path)] if len(found.examples) < LOOKED_AT else []
+            if path.stem not in captioned:
+                found.uncaptioned += 1
+                found.wanted += [str(path.with_suffix(SIDECAR_SUFFIX))] if len(found.wanted) < NAMED else []
+        if time.monotonic() > deadline:
+            found.complete = False
+            break
+    return found
 
 
 def place_checks(config: PrepConfig) -> list[Check]:
@@ -35,10 +76,15 @@ def place_checks(config: PrepConfig) -> list[Check]:
             )
         ]
     source, images = source_check(config)
+    checks = [source]
+    if images.count and "text" in config.active_layers and not config.captions.generated:
+        checks.append(caption_check(config, images))
+    if images.count:
+        checks += size_checks(config, images)
     storage = open_storage(config.output)
     if not isinstance(storage, LocalFolder):
-        return [source]
-    return [source, output_check(config), disk_check(config, images), lock_check(storage)]
+        return checks
+    return [*checks, output_check(config), disk_check(config, images.count), lock_check(storage)]
 
 
 def store_checks(config: PrepConfig) -> list[Check]:
@@ -47,33 +93,59 @@ def store_checks(config: PrepConfig) -> list[Check]:
     return [] if storage.is_local else [store_check(storage)]
 
 
-def source_check(config: PrepConfig) -> tuple[Check, int]:
-    """Whether the source can be read, and about how many images it has (counted for 3 s at most)."""
+def source_check(config: PrepConfig) -> tuple[Check, Images]:
+    """Whether the source can be read, and which images it has (looked for 3 s at most)."""
     source = Path(config.source)
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
-        return fail("source", SETUP, found, "set source to the folder with the images"), 0
-    problems: list[OSError] = []
-    deadline, count, complete, example = time.monotonic() + SCAN_SECONDS, 0, True, None
-    for folder, _, names in os.walk(source, onerror=problems.append):
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                count, example = count + 1, example or Path(folder, name)
-        if time.monotonic() > deadline:
-            complete = False
-            break
+        return fail("source", SETUP, found, "set source to the folder with the images"), Images()
+    images = count_images(source)
+    count, problems = images.count, images.problems
     if not count:
         reason = f"{problems[0].filename}: {problems[0].strerror}" if problems else f"no image in {source}"
-        return fail("source", DATA, reason, "set source to a folder with images that this user may read"), 0
+        return fail("source", DATA, reason, "set source to a folder with images that this user may read"), images
+    example = source / images.examples[0]
     try:
         with open(example, "rb") as file:
             file.read(1)
     except OSError as error:
-        return fail("source", DATA, f"{example}: {error.strerror}", "let this user read the images (chmod, chown)"), 0
+        found = f"{example}: {error.strerror}"
+        return fail("source", DATA, found, "let this user read the images (chmod, chown)"), images
     if problems:
         found = f"{count} images in {source}, but {problems[0].filename} cannot be read ({problems[0].strerror})"
-        return warn("source", found, "let this user read all of it, or expect those images to be missing"), count
-    return ok("source", f"{'' if complete else 'more than '}{count} images in {source}"), count
+        return warn("source", found, "let this user read all of it, or expect those images to be missing"), images
+    return ok("source", f"{'' if images.complete else 'more than '}{count} images in {source}"), images
+
+
+def caption_check(config: PrepConfig, images: Images) -> Check:
+    """Whether every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
+    if not images.uncaptioned:
+        return ok("captions", "NAME.txt beside each image; no server needed")
+    more = ", ..." if images.uncaptioned > len(images.wanted) else ""
+    found = f"{images.uncaptioned} of {images.count} images have no caption: {', '.join(images.wanted)}{more} missing"
+    if config.captions.on_missing == "error":
+        fix = "write NAME.txt beside each image, or set captions.on_missing=reject to leave these images out"
+        return fail("captions", DATA, found, fix)
+    if images.uncaptioned > config.max_reject_rate * images.count:
+        found += f"; that is more than max_reject_rate {config.max_reject_rate:g} lets a run leave out"
+        return fail("captions", DATA, found, "write NAME.txt beside each image, or set captions.backend")
+    return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that is wanted")
+
+
+def size_checks(config: PrepConfig, images: Images) -> list[Check]:
+    """A warning when some of the first images would be refused for their size; nothing else is said of them."""
+    refused = []
+    for name in images.examples:
+        try:
+            header = read_header(Path(config.source), name, config.image.max_pixels)
+        except BadImage:  # counted by the run, with its reason
+            continue
+        if problem := header_problem(header.width, header.height, config):
+            refused.append(f"{name} ({problem[1]})")
+    if not refused:
+        return []
+    found = f"{len(refused)} of {len(images.examples)} images looked at would be refused: {refused[0]}"
+    return [warn("images", found, f"take larger images, or a base below {config.base}; `prep plan` counts all of them")]
 
 
 def output_check(config: PrepConfig) -> Check:

@@ -510,16 +510,42 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+        (folder / f"{number}.TXT").write_text("A black square.")
     return folder
 
 
 def test_a_source_is_counted_and_a_missing_one_named(photos: Path, tmp_path: Path) -> None:
     check, images = source_check(config(source=str(photos)))
-    assert (check.status, images) == ("OK", 3)
+    assert (check.status, images.count) == ("OK", 3)
     assert source_check(config(source=str(tmp_path / "nowhere")))[0].code == 2
     (tmp_path / "empty").mkdir()
     assert source_check(config(source=str(tmp_path / "empty")))[0].code == 3
+
+
+def test_images_without_a_caption_stop_the_doctor_as_they_stop_the_run(photos: Path, tmp_path: Path) -> None:
+    def check(on_missing: str) -> Check:
+        settings = config(source=str(photos), output=str(tmp_path), base=64, captions={"on_missing": on_missing})
+        return find(place_checks(settings), "captions")
+
+    assert check("error").status == "OK"
+    (photos / "1.TXT").rename(photos / "._1.txt")  # a Mac's, and nobody's caption
+    assert check("error").code == 3
+    assert "1 of 3 images have no caption: 1.txt missing" in check("error").found
+    assert "captions.on_missing=reject" in check("error").fix
+    assert check("reject").status == "WARN"
+    (photos / "2.TXT").unlink()
+    assert (check("reject").status, check("reject").code) == ("FAIL", 3)
+
+
+def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path: Path) -> None:
+    def checks(base: int) -> list[Check]:
+        return place_checks(config(source=str(photos), output=str(tmp_path / "set"), base=base))
+
+    assert "images" not in [check.name for check in checks(64)]
+    check = find(checks(1024), "images")
+    assert check.status == "WARN"
+    assert check.found.startswith("3 of 3 images looked at would be refused: 0.png (64x64 would be enlarged 16.00")
 
 
 def test_outputs_that_cannot_be_written_are_named(photos: Path, tmp_path: Path) -> None:
