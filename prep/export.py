@@ -34,8 +34,10 @@ from prep.buckets import Bucket
 from prep.console import Progress, say
 from prep.errors import ConfigError, DataError, ResourceError
 from prep.files import canonical_json
+from prep.report_pictures import source_folder
 from prep.shards import Dataset, npy_bytes
 from prep.storage import LocalFolder, Storage, open_storage
+from prep.verify import TEMPORARY
 
 TEXT_TOKENS = 512
 MARKER = "flat.json"  # says which dataset the tars are made from
@@ -46,14 +48,18 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
     """Write ``OUTPUT/bucket_WIDTHxHEIGHT/shard-NNNNNN.tar`` for every shard; equal datasets give equal bytes.
 
     Each tar appears when it is complete, and the same call continues where another one was killed. Raises ConfigError
-    when the folder holds the export of another dataset, ResourceError when there is too little room, DataError for
-    damaged samples.
+    when the folder holds anything but an export of this dataset, ResourceError when it cannot be written or there is
+    too little room, DataError for damaged samples.
     """
     data, storage = Dataset(dataset), open_storage(output)
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in data.rows():
         shards[f"bucket_{row['bucket']}/shard-{row['shard']:06d}.tar"].append(row)
-    _mark(data, storage)
+    _check_place(data, storage)
+    try:
+        _mark(data, storage)
+    except OSError as error:
+        raise ResourceError(f"{storage} cannot be written: {error.strerror}. Choose another folder") from error
     missing = {name: rows for name, rows in sorted(shards.items()) if not storage.exists(name)}
     _check_room(data, storage, missing)
     done = len(data) - sum(map(len, missing.values()))
@@ -64,6 +70,18 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
     say(f"wrote {len(missing)} of {len(shards)} tars to {storage}: {len(data)} samples, {size / 1e9:.2f} GB")
     if data.has_flips:
         say("flipped captions and the features of mirrored crops are left out: that layout has no place for them")
+
+
+def _check_place(data: Dataset, storage: Storage) -> None:
+    """Raise ConfigError for a place inside the dataset, or inside the folder that its sources come from."""
+    if not isinstance(storage, LocalFolder):
+        inside = [data.storage] if f"{storage}/".startswith(f"{data.storage}/") else []
+    else:
+        places = [Path(data.storage.place) if data.storage.is_local else None, source_folder(data.storage)]
+        output = storage.root.resolve()
+        inside = [place for place in places if place and output.is_relative_to(place.resolve())]
+    if inside:
+        raise ConfigError(f"{storage} lies inside {inside[0]}, which an export must not change. Choose another folder")
 
 
 def _mark(data: Dataset, storage: Storage) -> None:
@@ -78,8 +96,10 @@ def _mark(data: Dataset, storage: Storage) -> None:
                 f"{storage} holds the export of a dataset with fingerprint {before}, this one has {data.fingerprint}. "
                 "Choose another folder, or delete that one"
             )
-    elif storage.names("bucket_"):
-        raise ConfigError(f"{storage} holds shards that are no export ({MARKER} is missing). Choose another folder")
+    elif others := [name for name in storage.names() if not TEMPORARY.fullmatch(name)]:
+        raise ConfigError(
+            f"{storage} is not empty and holds no export ({others[0]} is there, {MARKER} is not). Choose another folder"
+        )
     storage.remove_temporary_files()
     storage.write(MARKER, canonical_json({"dataset": data.fingerprint}))
 

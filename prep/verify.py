@@ -63,6 +63,9 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
     and what killed writers left. Raises DataError (exit code 3) unless nothing was found.
     """
     storage = open_storage(dataset)
+    if not storage.exists("dataset.json") and not storage.exists("index.parquet"):  # of a finished one either is left
+        where = storage.where("dataset.json")
+        raise DataError(f"{where} does not exist: {storage} is not a finished dataset. Run: python -m prep run")
     with locked(storage) if repair else nullcontext():
         inventory = take_inventory(storage)
         findings = list(inventory.orphans)
@@ -74,9 +77,10 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
             say(str(finding))
         counts = Counter(finding.kind for finding in findings)
         size = sum(item.part.tar_bytes for item in checked if item.part)
+        older = f", {counts['older']} of an older version" if counts["older"] else ""
         say(
             f"{samples} samples, {len(checked)} units, {size} bytes: "
-            f"{counts['damaged']} damaged, {counts['leak']} leaks, {counts['orphan']} orphans"
+            f"{counts['damaged']} damaged, {counts['leak']} leaks, {counts['orphan']} orphans{older}"
         )
         if findings:
             raise DataError(f"{storage}: {conclude(storage, findings, repair)}")
@@ -84,9 +88,12 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
 
 def conclude(storage: Storage, findings: list[Finding], repair: bool) -> str:
     """What to do about the findings; with ``repair`` it is done as far as it can be."""
-    units = {finding.unit for finding in findings if finding.unit}
+    older = {finding.unit for finding in findings if finding.kind == "older"}
+    units = {finding.unit for finding in findings if finding.unit} - older
     others = [finding for finding in findings if not finding.unit]
     advice = []
+    if older:
+        advice.append(f"{len(older)} units were made by an older version. prep run upgrades them")
     if units and not repair:
         advice.append(f"{len(units)} units are damaged. Run: python -m prep verify --repair, then prep run")
     if repair:

@@ -21,6 +21,7 @@ from PIL import Image
 from prep.buckets import Bucket
 from prep.errors import DataError, NanoditError
 from prep.files import sha256_bytes
+from prep.plan import LAYER_VERSIONS
 from prep.quantise import GROUP
 from prep.shards import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
 from prep.storage import Storage
@@ -33,7 +34,7 @@ NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half w
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: ``kind`` is "damaged", "leak" or "orphan", ``file`` a name below the dataset."""
+    """Something wrong: ``kind`` is "damaged", "leak", "orphan" or "older", ``file`` a name below the dataset."""
 
     kind: str
     file: str
@@ -101,6 +102,10 @@ def _check_part(storage: Storage, checked: Checked) -> Part | None:
         return None
     if table.schema.remove_metadata() != expected:
         wrong = {item.name for item in set(table.schema) ^ set(expected)}
+        if part.recipe.get("code") in range(LAYER_VERSIONS.get(unit.layer, 0)):
+            problem = f"was made by an older version, without {', '.join(sorted(wrong))}"
+            checked.findings.append(Finding("older", unit.part, problem, unit=unit))
+            return None
         checked.damaged(unit.part, f"has columns of another kind: {', '.join(sorted(wrong)) or 'their order'}")
         return None
     keys = table["key"].to_pylist()

@@ -126,6 +126,24 @@ def test_p11_a_killed_export_continues_with_the_same_bytes(root, tmp_path):
     assert not list((tmp_path / "cut").rglob(".*.tmp-*"))
 
 
+def test_only_an_empty_folder_of_its_own_is_written_to(root, tmp_path):
+    photos = tmp_path / "photos"
+    write_images(photos, 1)
+    with pytest.raises(ConfigError, match=r"not empty and holds no export \(image-000\.png is there"):
+        export_flat(root, photos)
+    shutil.copytree(root, tmp_path / "dataset")
+    log = tmp_path / "dataset" / "runs" / "0001" / "config.yaml"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"source: {photos}")
+    for place in (tmp_path / "dataset" / "flat", photos / "flat"):
+        with pytest.raises(ConfigError, match="lies inside"):
+            export_flat(tmp_path / "dataset", place)
+        assert not place.exists()
+    for place in ("/dev/full/x", photos / "image-000.txt" / "flat", "/proc/flat"):
+        with pytest.raises(ResourceError, match=r"cannot be written: .*\. Choose another folder"):
+            export_flat(root, place)
+
+
 def test_the_export_of_another_dataset_is_not_mixed_in(root, tmp_path, monkeypatch):
     export_flat(root, tmp_path / "flat")
     marker = tmp_path / "flat" / "flat.json"
@@ -133,7 +151,7 @@ def test_the_export_of_another_dataset_is_not_mixed_in(root, tmp_path, monkeypat
     with pytest.raises(ConfigError, match="holds the export of a dataset with fingerprint another"):
         export_flat(root, tmp_path / "flat")
     shutil.copytree(root, tmp_path / "dataset")
-    with pytest.raises(ConfigError, match="holds shards that are no export"):
+    with pytest.raises(ConfigError, match="is not empty and holds no export"):
         export_flat(root, tmp_path / "dataset")
 
 

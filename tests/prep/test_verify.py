@@ -224,6 +224,28 @@ def test_published_files_are_checked_against_dataset_json_and_each_other(root, c
     found(root, capsys, "dataset.json", "cannot be used")
 
 
+def test_a_place_without_a_dataset_is_called_that_and_stays_as_it_is(tmp_path):
+    (tmp_path / "holiday.png").touch()
+    for repair in (False, True):
+        with pytest.raises(DataError, match="is not a finished dataset"):
+            verify(tmp_path, repair)
+    assert [path.name for path in tmp_path.rglob("*")] == ["holiday.png"]
+
+
+def test_units_of_an_older_version_are_upgraded_not_repaired(root, capsys):
+    unit = unit_of(root, "px")
+    table = read_part(root, unit).table
+    record = json.loads(table.schema.metadata[b"nanodit"])
+    record["recipe"]["code"] = 1
+    old = table.drop_columns(["sharpness"]).replace_schema_metadata({"nanodit": json.dumps(record)})
+    (root / unit.part).write_bytes(parquet_bytes(old))
+    for repair in (False, True):
+        with pytest.raises(DataError, match=r": 1 units were made by an older version\. prep run upgrades them$"):
+            verify(root, repair)
+        assert "0 damaged, 0 leaks, 0 orphans, 1 of an older version" in capsys.readouterr().out
+    assert (root / unit.part).exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"counts": 3}, {"stages": []}, {"layers": {"px": None, "t5": 1}}, {"stages": {"split": {"cls_cosine": "no"}}}],
