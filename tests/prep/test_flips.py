@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prep import verify_units
+from prep.captioner import caption_units
 from prep.cost import sample_bytes
 from prep.encoders import build_encoder
 from prep.export import export_flat
@@ -27,6 +29,8 @@ from prep.settings import PrepConfig
 from prep.shards import FLIP_MEMBERS, LAYERS, Dataset, Unit, read_members, read_part
 from prep.storage import open_storage
 from prep.verify import verify
+from tests.prep.caption_server import CaptionServer
+from tests.prep.captioning import caption_config, commit_crops, run_captions, text_parts, with_recipes
 from tests.prep.prepared import prepare
 from tests.prep.runs import files_of
 
@@ -137,6 +141,24 @@ def test_the_flipped_captions_have_their_own_features(folder, pairs):
             assert len(dataset.t5(row, flipped=True)) == stored
         if row["caption"] == SYMMETRIC:
             assert np.array_equal(dataset.t5(row, flipped=True), dataset.t5(row))
+
+
+def test_generated_captions_are_flipped_without_asking_anybody(tmp_path):
+    with CaptionServer() as server:
+        settings = caption_config(tmp_path, [server.url])
+        tasks = commit_crops(settings, shards=1, size=3)
+        run_captions(settings, tasks)
+        asked = len(server.captioned)
+        (task,) = with_recipes(settings, tasks)
+        flipping = replace(task, recipes={"text": task.recipes["text"] | {"flip": 1}})
+        list(caption_units(settings, [flipping], lambda counts: None))
+        assert len(server.captioned) == asked
+    (part,) = text_parts(settings, tasks)
+    assert part.table.num_rows == 3
+    members = dict(read_members(settings.output, part, "flip.txt"))
+    for row in part.table.to_pylist():
+        assert row["caption_flip"] == flip_caption(row["caption"])
+        assert members[row["key"]].decode() == (row["caption_flip"] or "")
 
 
 def test_a_figure_rendered_mirrored_is_the_flipped_sample(folder, pairs):
