@@ -351,12 +351,19 @@ class Trainer:
     def _report_non_finite(self, accumulated: Accumulated, norms: dict[str, float]) -> NonFiniteError:
         step = self.step + 1
         path = self.config.run_folder / f"non-finite-step-{step:06d}.json"
-        columns = accumulated.keys, accumulated.t.tolist(), accumulated.losses.tolist(), accumulated.subsets
+        measured = accumulated.losses, accumulated.velocities.sqrt(), accumulated.alignments
+        columns = accumulated.keys, accumulated.t.tolist(), accumulated.subsets, *(m.tolist() for m in measured)
         images = [
-            {"key": key, "t": t, "loss": repr(loss), "conditions": subset_name(subset)}
-            for key, t, loss, subset in zip(*columns)
-        ]
-        record = {"step": step, "images": images, "grad_norms": {group: repr(norm) for group, norm in norms.items()}}
+            {"key": key, "t": t, "conditions": subset_name(subset), "loss": repr(loss), "velocity_norm": repr(velocity),
+             "repa_loss": repr(repa)}
+            for key, t, subset, loss, velocity, repa in zip(*columns)
+        ]  # fmt: skip
+        record = {
+            "step": step,
+            "images": images,
+            "lpips_losses": list(map(repr, accumulated.lpips.tolist())),
+            "grad_norms": {group: repr(norm) for group, norm in norms.items()},
+        }
         write_atomic(path, canonical_json(record))
         bad = [image["key"] for image in images if image["loss"] in ("nan", "inf")]
         which = f"the loss of {len(bad)} images, {bad[0]} first" if bad else "the gradient's norm"

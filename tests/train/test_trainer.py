@@ -423,6 +423,8 @@ def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypat
     assert len(record["images"]) == 8
     assert all(0 < image["t"] < 1 and len(image["key"]) == 32 for image in record["images"])
     assert "nan" in json.dumps(record)
+    assert all(float(image["velocity_norm"]) > 0 for image in record["images"] if image["loss"] not in ("inf", "nan"))
+    assert {"blocks.00", "final"} <= record["grad_norms"].keys()
     if where == "input":
         assert [i for i, image in enumerate(record["images"]) if image["loss"] in ("inf", "nan")] == [6]
 
