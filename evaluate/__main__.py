@@ -19,11 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluate", description="Say how good a checkpoint is, and how sure."
+        prog="python -m evaluate", description="Say how good a checkpoint is, and how sure.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    run = verbs.add_parser("run", help="measure a checkpoint on the holdout of its dataset")
+    run = verbs.add_parser("run", help="measure a checkpoint on the holdout of its dataset", allow_abbrev=False)
     run.set_defaults(verb=_run)
     run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
     run.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--strict", action="store_true", help="exit with 5 when any metric was skipped")
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
-    report = verbs.add_parser("report", help="turn the files of a run of `evaluate run` into one HTML page and a CSV")
+    report = verbs.add_parser(
+        "report", help="turn the files of a run of `evaluate run` into one HTML page and a CSV", allow_abbrev=False
+    )
     report.set_defaults(verb=_report)
     report.add_argument("folder", type=Path, help="an output folder, or a run folder for its newest")
     report.add_argument("--output", type=Path, help="HTML file (default: report.html in the output folder)")

@@ -17,11 +17,13 @@ CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every verb."""
-    top = argparse.ArgumentParser(prog="python -m prep", description="Prepare a dataset from a folder of images.")
+    about = "Prepare a dataset from a folder of images."
+    # a beginning of an option is no option: --prun must not drop samples
+    top = argparse.ArgumentParser(prog="python -m prep", description=about, allow_abbrev=False)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         command.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
         return command
 
@@ -43,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: output of the config")
     for command in (run, plan, doctor, report, verify, export):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example source=photos")
-    figures = verbs.add_parser("figures", help="draw the built-in dataset of people with captions and known truth")
+    figures = verbs.add_parser(
+        "figures", help="draw the built-in dataset of people with captions and known truth", allow_abbrev=False
+    )
     figures.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     figures.add_argument("--count", type=int, required=True, help="number of figures")
     figures.add_argument("--size", type=int, required=True, help="image area is about SIZE x SIZE pixels")

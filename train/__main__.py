@@ -29,10 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train NanoDiT, and draw images with it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Train NanoDiT, and draw images with it.", allow_abbrev=False
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    run = verbs.add_parser("run", help="train, or continue training, what a config describes")
+    run = verbs.add_parser("run", help="train, or continue training, what a config describes", allow_abbrev=False)
     run.set_defaults(verb=_run)
     run.add_argument("--config", type=Path, required=True)
     run.add_argument(
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
-    sample = verbs.add_parser("sample", help="draw images from a checkpoint")
+    sample = verbs.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False)
     sample.set_defaults(verb=_sample)
     sample.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
     what = sample.add_mutually_exclusive_group(required=True)

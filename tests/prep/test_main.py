@@ -1,5 +1,6 @@
 """The command line: verbs, exit codes, and configs that say what they mean."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,26 @@ def test_bad_input_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, prepar
     Path("a.png").touch()
     for verb in ("plan", "run"):
         arguments = [verb, "source=source", "output=out", *overrides]
-        assert run_command(lambda: main(arguments)) == code
+        assert run_command(lambda words=arguments: main(words)) == code
         assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("index.parquet"))
     assert code == 3 or not list(tmp_path.rglob("runs"))  # wrong usage leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("prep", ["run", "source=source", "output=out", "--prun"]),
+        ("prep", ["figures", "out", "--coun", "2", "--size", "64"]),
+        ("prep", ["verify", "--data", "out"]),
+        ("train", ["run", "--conf", "x.yaml"]),
+        ("train", ["sample", "--check", "x", "--prompt", "x", "--output", "x.png"]),
+        ("evaluate", ["run", "--check", "x"]),
+        ("evaluate", ["report", "x", "--out", "x.html"]),
+    ],
+)
+def test_the_beginning_of_an_option_is_no_option(package, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"{package}.__main__").main(arguments)
+    assert ended.value.code == 2
+    assert "required" in (error := capsys.readouterr().err) or "unrecognized arguments" in error
