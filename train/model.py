@@ -399,6 +399,9 @@ class NanoDiT(nn.Module):
         Never torch's default, which decides about dynamic shapes from the shapes seen before, so that a resumed run
         would compute with other kernels than an uninterrupted one.
         """
+        if dynamic:
+            # after 8 graphs torch would run new shapes uncompiled: what computes a shape would depend on its turn
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
         for block in self.blocks:
             block.compile(dynamic=dynamic)
 
