@@ -18,6 +18,7 @@ from prep.flip_text import flip_caption
 from prep.sources import SIDECAR_SUFFIX, leads_out
 
 CODE_VERSION = 1
+SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars
 SUFFIXES = ["." + "".join(letters) for letters in product(*zip(SIDECAR_SUFFIX[1:], SIDECAR_SUFFIX[1:].upper()))]
@@ -107,6 +108,11 @@ class BadCaption(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+
+
+def gone_without_caption(source: str) -> BadCaption:
+    """Why a sample has no caption whose image and sidecar are gone before one was committed."""
+    return BadCaption(SOURCE_GONE, f"{source} is gone, and its caption was not committed before")
 
 
 @dataclass(frozen=True)

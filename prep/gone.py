@@ -21,7 +21,8 @@ from prep.sources import BadImage, Scan, Source, read_header
 from prep.storage import Storage
 
 INDEX = "index.parquet"
-PASSING = ("changed_during_run", "source_gone")  # reasons for which a sample is tried again without being asked
+# reasons for which a sample is tried again without being asked
+PASSING = ("changed_during_run", "source_gone", "unreadable")
 
 
 def compare(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
@@ -53,10 +54,11 @@ def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[S
 
 
 def published_keys(storage: Storage) -> set[str]:
-    """The keys of the published index; empty without one that can be read."""
+    """The keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
+    data = storage.read_if_there(INDEX)
     try:
-        return set(read_parquet(storage.read(INDEX), columns=["key"])["key"].to_pylist())
-    except (OSError, pa.ArrowException):
+        return set(read_parquet(data, columns=["key"])["key"].to_pylist()) if data else set()
+    except (OSError, ValueError, pa.ArrowException):
         return set()
 
 
@@ -130,7 +132,7 @@ def units_to_make_again(
         if retry_rejects and any(item.reason not in DECISIONS for item in refused):
             again[unit] = "what it refused is tried again"
         elif any(item.reason in PASSING and is_back(sources[item.key]) for item in refused):
-            again[unit] = "a source that had changed or gone is there"
+            again[unit] = "a source that had changed, or could not be read, is there"
     return units_behind(config, current) | again
 
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from prep.buckets import Bucket, crop_to_bucket
-from prep.caption import BadCaption, Caption, SidecarCaptions, text_sample
+from prep.caption import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
 from prep.dedup import perceptual_hash, thumbnail
 from prep.encoders import build_encoder
 from prep.errors import ConfigError, DataError
@@ -182,6 +182,8 @@ class LayerWorker:
                 try:
                     if sources[key].gone and wanted in before:
                         caption = before[wanted]
+                    elif wanted == SOURCE_GONE:
+                        raise gone_without_caption(sources[key].name)
                     else:
                         caption = captions.caption(sources[key].name)
                     if caption.provenance["sha256"] != wanted:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from prep import caption, flip_text, gone
 from prep.buckets import choose_bucket
-from prep.caption import BadCaption, SidecarCaptions
+from prep.caption import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
 from prep.console import Progress
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError, ResourceError
@@ -213,13 +213,16 @@ def read_captions(
     def caption_of(source: Source) -> str | BadCaption:
         if source.gone and source.key in committed:
             return committed[source.key]
-        return _try_caption(sidecars, source.name, remember)
+        caption = _try_caption(sidecars, source.name, remember)
+        if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
+            return gone_without_caption(source.name)
+        return caption
 
     with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
         for item in pool.map(caption_of, sources.values()):
             found.append(item)
             progress.advance()
-    bad = [problem for problem in found if isinstance(problem, BadCaption)]
+    bad = [problem for problem in found if isinstance(problem, BadCaption) and problem.reason != SOURCE_GONE]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
             f"{count} {name}" for name, count in Counter(problem.reason for problem in bad).most_common()
@@ -366,10 +369,11 @@ def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
 def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
     """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
-    try:
-        table = read_parquet(storage.read(MANIFEST), schema=MANIFEST_SCHEMA)
-    except FileNotFoundError:
+    data = storage.read_if_there(MANIFEST)
+    if data is None:
         return []
+    try:
+        table = read_parquet(data, schema=MANIFEST_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         path = storage.where(MANIFEST)
         raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error

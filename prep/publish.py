@@ -125,26 +125,29 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     return table, rejects
 
 
-def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str) -> None:
+def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str | None) -> None:
     """Raise DataError when nothing was accepted or more than ``max_reject_rate`` of the sources was refused.
 
-    Hidden files do not count, unless there is nothing else: a Mac leaves one beside every picture. The refused sources
-    are then written to ``report``, a file of the output, because no table of them will be published.
+    A source counts once, however many layers refused it. Hidden files do not count, unless there is nothing else: a Mac
+    leaves one beside every picture. The refused sources are then written to ``report``, a file of the output, because
+    no table of them will be published; None writes nothing.
     """
     refused = rejects
     rejects = [reject for reject in refused if reject.reason != HIDDEN]
     seen -= len(refused) - len(rejects)
     if not seen:
         rejects, seen = refused, len(refused)
-    if not (len(rejects) >= seen or len(rejects) > config.max_reject_rate * seen):
+    count = len({reject.source for reject in rejects})
+    if not (count >= seen or count > config.max_reject_rate * seen):
         return
-    storage = open_storage(config.output)
-    storage.write(report, parquet_bytes(reject_table(refused)))
-    counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
+    counts = ", ".join(f"{times} {name}" for name, times in Counter(reject.reason for reject in rejects).most_common())
     examples = "; ".join(f"{reject.source}: {reject.detail}" for reject in rejects[:NAMED])
-    numbers = f"{len(rejects)} of {seen} sources were rejected ({counts}), for example {examples}. "
-    numbers += f"All are in {storage.where(report)}"
-    if len(rejects) >= seen:
+    numbers = f"{count} of {seen} sources were rejected ({counts}), for example {examples}"
+    if report is not None:
+        storage = open_storage(config.output)
+        storage.write(report, parquet_bytes(reject_table(refused)))
+        numbers += f". All are in {storage.where(report)}"
+    if count >= seen:
         raise DataError(f"nothing was accepted, so nothing was published: {numbers}")
     raise DataError(
         f"nothing was published: {numbers}. The share is above max_reject_rate {config.max_reject_rate}; "
@@ -197,10 +200,11 @@ def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
 
 def published_splits(storage: Storage) -> dict[str, str]:
     """The side of every key of the index that was published before; empty when there is none."""
-    try:
-        table = read_parquet(storage.read(INDEX), columns=["key", "split"])
-    except FileNotFoundError:
+    data = storage.read_if_there(INDEX)
+    if data is None:
         return {}
+    try:
+        table = read_parquet(data, columns=["key", "split"])
     except (OSError, pa.ArrowException) as error:
         path = storage.where(INDEX)
         raise DataError(

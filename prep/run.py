@@ -18,7 +18,7 @@ from typing import Any
 from prep import cost
 from prep.caption_cache import forget_rejects
 from prep.config import dump_config
-from prep.console import Progress, duration, say
+from prep.console import Progress, duration, say, waiting
 from prep.errors import DataError, Interrupted
 from prep.lock import locked
 from prep.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
@@ -73,6 +73,7 @@ def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False
     """
     config = pin_config(config, read_pins(config.output))
     plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
+    gate(config, plan.rejects + plan.expected, plan.seen, report=None)
     for line in [*plan.explain(), *other_networks(config)]:
         say(line)
     if plan.missing:
@@ -89,7 +90,8 @@ def known_nodes() -> list[Node]:
     """The nodes of the cluster that ``RAY_ADDRESS`` names, else this machine; a Ray is not started for it."""
     if not os.environ.get("RAY_ADDRESS"):
         return [local_node()]
-    from prep.pipeline import cluster_nodes, ray_session
+    with waiting("loading Ray"):
+        from prep.pipeline import cluster_nodes, ray_session
 
     with ray_session():
         return cluster_nodes()
@@ -171,7 +173,8 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
     Between two passes the rejects are counted again: captions of a day are not asked for when half of the pictures
     turned out to be unusable.
     """
-    from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass  # Ray takes seconds to import
+    with waiting("loading Ray"):  # which takes seconds
+        from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass
 
     config = plan.config
     for line in other_networks(config):

@@ -246,15 +246,19 @@ def read_parquet(data: bytes, columns: list[str] | None = None, schema: pa.Schem
 def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
     """The committed part of a unit; None where there is none, or where its tar is missing or of another size.
 
-    A damaged or foreign part is treated like a missing one: the unit is then computed again.
+    A damaged or foreign part is treated like a missing one: the unit is then computed again. One that cannot be read
+    at the moment is not, because what it says of samples whose files are gone exists nowhere else: ResourceError.
     """
     storage = open_storage(root)
-    try:
-        table = read_parquet(storage.read(unit.part))
-        record = json.loads((table.schema.metadata or {}).get(b"nanodit", b"{}"))
-        tar_bytes = storage.size(unit.tar)
-    except (OSError, pa.ArrowException):
+    data = storage.read_if_there(unit.part)
+    if data is None:
         return None
+    try:
+        table = read_parquet(data)
+        record = json.loads((table.schema.metadata or {}).get(b"nanodit", b"{}"))
+    except (OSError, ValueError, pa.ArrowException):  # pyarrow has OSErrors for damaged content, too
+        return None
+    tar_bytes = storage.size(unit.tar)
     expected = (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer, tar_bytes)
     if tuple(record.get(name) for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
         return None

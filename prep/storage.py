@@ -55,6 +55,15 @@ class Storage(ABC):
     def read(self, name: str) -> bytes:
         """All of a file. Raises OSError (FileNotFoundError) when it cannot be read."""
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """All of a file; None where there is none. Raises ResourceError for one that is there and cannot be read."""
+        try:
+            return self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _cannot_read(self.where(name), error) from error
+
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``, fewer where the file ends before. Raises OSError as :meth:`read`."""
@@ -119,6 +128,8 @@ class LocalFolder(Storage):
             return (self.root / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _cannot_read(self.where(name), error) from error
 
     def names(self, prefix: str = "") -> list[str]:
         start, _, beginning = prefix.rpartition("/")
@@ -304,6 +315,13 @@ def open_storage(place: str | Path | Storage) -> Storage:
     if os.path.isfile(place):
         raise ConfigError(f"{place} is a file, not a folder. Choose another one")
     return LocalFolder(place)
+
+
+def _cannot_read(where: str, error: OSError) -> ResourceError:
+    reason = error.strerror or error
+    return ResourceError(
+        f"{where} cannot be read: {reason}. Check the disk, the network and the permissions; run again"
+    )
 
 
 def _object_store(text: str, protocol: str, path: str) -> ObjectStore:

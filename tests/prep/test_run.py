@@ -1,5 +1,6 @@
 """Whole runs in this process: ``prep run`` with everything but Ray, so that a test can break in at any moment."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,15 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 
-from prep.errors import DataError, Interrupted
+from prep.errors import DataError, Interrupted, ResourceError
 from prep.layers import LayerWorker, ShardTask
 from prep.placement import Pass, local_node
-from prep.plan import make_plan
-from prep.publish import publish
-from prep.run import current_parts, run
+from prep.plan import make_plan, write_manifest
+from prep.publish import gate, publish
+from prep.run import current_parts, explain, run
 from prep.settings import PrepConfig
 from prep.shards import Dataset
+from prep.sources import Reject
 from prep.verify import verify
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
 from tests.prep.test_plan import config, write_images
@@ -171,3 +173,81 @@ def test_p16_captions_of_gone_samples_outlive_that_their_unit_is_made_again(fold
         assert sources_of(settings) == (ALL if cause == "restored" else ALL[1:])
     captions = {row["source"]: row["caption"] for row in Dataset(settings.output).rows()}
     assert captions[ALL[1]] == "Picture number 1."
+
+
+def test_p16_an_image_deleted_with_its_caption_after_an_interrupted_run_is_refused(folder, pipeline):
+    settings = config(folder.parent, layers=["text"])
+    plan = make_plan(settings)
+    write_manifest(plan)
+    LayerWorker(settings).run(plan.tasks(("px",))[0])
+    remove(folder, 1)
+    for _ in range(2):
+        run(settings)
+        assert sources_of(settings) == [ALL[0], ALL[2]]
+        assert rejects_of(Path(settings.output)) == {ALL[1]: ("text", "source_gone")}
+    verify(settings.output)
+    write_images(folder, 3)  # it is back
+    run(settings)
+    assert sources_of(settings) == ALL
+
+
+# --- what storage says ------------------------------------------------------------------------------------------------
+
+
+def test_p16_what_cannot_be_read_for_a_moment_is_taken_in_by_the_next_run(folder, pipeline, monkeypatch):
+    settings = poses(folder.parent)
+    read = Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        if path.name == ALL[1]:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    run(settings)
+    assert rejects_of(Path(settings.output)) == {ALL[1]: ("px", "unreadable")}
+    monkeypatch.setattr(Path, "read_bytes", read)
+    run(settings)
+    assert sources_of(settings) == ALL
+
+
+@pytest.mark.parametrize("name", ["px.parquet", "index.parquet", "manifest.parquet"])
+def test_p11_a_record_that_cannot_be_read_for_a_moment_costs_no_sample(folder, pipeline, monkeypatch, name):
+    settings = poses(folder.parent)
+    run(settings)
+    (folder / ALL[1]).unlink()
+    before, read = files_of(Path(settings.output)), Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name.endswith(name):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(ResourceError, match=rf"{name} cannot be read: Input/output error"):
+        run(settings)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    run(settings)
+    assert files_of(Path(settings.output)) == before
+
+
+# --- the gate (P18) ---------------------------------------------------------------------------------------------------
+
+
+def test_p18_the_plan_stops_where_the_run_would_and_writes_no_report(folder):
+    settings = poses(folder.parent)
+    for name in ALL[:2]:
+        (folder / name).write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"nothing was published: 2 of 3 sources were rejected \(2 not_an_image\)"):
+        explain(settings)
+    (folder / ALL[2]).write_bytes(b"\0")
+    with pytest.raises(DataError, match="nothing was accepted, so nothing was published: 3 of 3 sources"):
+        explain(settings)
+    assert not list(folder.parent.glob("out/**/rejects.parquet"))
+
+
+def test_p18_a_source_that_two_layers_refuse_counts_once(folder):
+    rejects = [Reject(name, layer, "crashes_worker", "") for name in ALL[:2] for layer in ("dino", "pose")]
+    gate(poses(folder.parent, max_reject_rate=0.5), rejects, 4, None)
+    with pytest.raises(DataError, match=r"2 of 4 sources were rejected \(4 crashes_worker\)"):
+        gate(poses(folder.parent, max_reject_rate=0.4), rejects, 4, None)
