@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from prep.errors import ConfigError, DataError
 from train.checkpoint import (
     Checkpoint,
@@ -74,9 +72,10 @@ def check_same_run(
             f"{state['dataset']['fingerprint']}. Train on the dataset of then, or choose another `output`"
         )
     safe = (*SAFE_TO_CHANGE, *allowed_changes)
+    saved = _with_defaults(state["config"], TrainConfig(dataset="", output="").model_dump(mode="json"))
     changes = [
         f"{key}: {before!r} -> {after!r}"
-        for key, before, after in differences(_with_defaults(state["config"]), config.model_dump(mode="json"))
+        for key, before, after in differences(saved, config.model_dump(mode="json"))
         if not any(key == other or key.startswith(other + ".") for other in safe)
     ]
     if changes:
@@ -95,12 +94,11 @@ def check_same_run(
         )
 
 
-def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that came after a checkpoint, whose defaults are how it was trained."""
-    try:
-        return TrainConfig.model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # a key that is no more; the difference names it
-        return saved
+    both = {**defaults, **saved}
+    nested = [key for key in saved if isinstance(saved[key], dict) and isinstance(defaults.get(key), dict)]
+    return {**both, **{key: _with_defaults(saved[key], defaults[key]) for key in nested}}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

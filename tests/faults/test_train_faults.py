@@ -286,6 +286,8 @@ def test_T06_a_key_that_came_later_counts_as_its_default(config, straight, datas
     checkpoint = load_checkpoint(straight / "checkpoints" / "step-000006")
     for name in ("token_budget", "phases"):
         del checkpoint.state["config"]["train"][name]
+    del checkpoint.state["config"]["repa"]  # a whole section
+    checkpoint.state["config"]["log_every"] = "what an older version wrote"
     same, other = (load_config(TrainConfig, config, more) for more in ([], ["train.token_budget=99"]))
     check_same_run(checkpoint, same, Dataset(dataset).fingerprint, checkpoint.state["environment"])
     with pytest.raises(ConfigError, match=r"train\.token_budget: None -> 99"):
