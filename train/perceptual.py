@@ -7,7 +7,7 @@ image shows a crop or an average of itself. The network is frozen; gradients flo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,8 @@ from train.flow import shift
 VGG_WEIGHTS = "vgg16-397923af.pth"  # torchvision's name; the hash begins with what stands after the dash
 VGG_URL = f"https://download.pytorch.org/models/{VGG_WEIGHTS}"
 
+MIN_SIDE = 16  # VGG halves an image four times
+
 
 class PerceptualConfig(Config):
     """Whether, how strongly and on what LPIPS is a loss. Source: PixelGen's pixel-space recipe (weight .1)."""
@@ -34,7 +36,7 @@ class PerceptualConfig(Config):
     weight: float = Field(default=0.1, gt=0)
     t_max: float = Field(default=0.7, gt=0, le=1)  # of 256 px; mapped through the resolution shift
     view: Literal["crop", "pool"] = "crop"
-    size: int = Field(default=512, ge=16)  # pixels; VGG halves an image four times
+    size: int = Field(default=512, ge=MIN_SIDE)  # pixels
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,19 @@ def pool(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     factor = size / (height * width) ** 0.5
     return images if factor >= 1 else F.adaptive_avg_pool2d(images, (round(height * factor), round(width * factor)))
+
+
+def check_views(config: PerceptualConfig, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise :class:`ConfigError` where too little is shown of an image of one of the ``sizes``, (width, height)."""
+    for width, height in sizes:
+        image = torch.empty(1, 3, height, width, device="meta")
+        shown = pool(image, config.size) if config.view == "pool" else image[..., : config.size, : config.size]
+        if min(shown.shape[2:]) < MIN_SIDE:
+            raise ConfigError(
+                f"perceptual.size {config.size}: of images of {width}x{height} VGG would see "
+                f"{shown.shape[3]}x{shown.shape[2]} pixels, and needs {MIN_SIDE} each way. Raise it, choose the other "
+                "perceptual.view or a larger scale in train.phases, or set perceptual.every to 0"
+            )
 
 
 def vgg_path() -> Path:

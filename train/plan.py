@@ -74,6 +74,11 @@ class Plan:
         """Return the image tokens of an image of (width, height) pixels."""
         return (size[0] // self.patch_size) * (size[1] // self.patch_size)
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All (width, height) in pixels that the images of a run may have."""
+        return [scaled_size(bucket, scale) for scale in self.scales for bucket in self.order.sizes]
+
     def most_images(self, bucket: str, scale: float) -> int:
         """Return the largest micro-batch of a bucket."""
         if self.token_budget is None:

@@ -39,8 +39,8 @@ from train.mfu import FlopCounter, HeadFlops, LpipsFlops, ModelFlops
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
-from train.perceptual import PerceptualLoss, vgg_path
-from train.plan import scale_of, scaled_size
+from train.perceptual import PerceptualLoss, check_views, vgg_path
+from train.plan import scale_of
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest
@@ -100,7 +100,10 @@ class Trainer:
                 )
             self.model.to(device)
         self.model.checkpoint_every = config.train.checkpoint_every
-        self.perceptual = PerceptualLoss(config.perceptual, device) if config.perceptual.every else None
+        self.perceptual = None
+        if config.perceptual.every:
+            check_views(config.perceptual, self.batches.plan.sizes)
+            self.perceptual = PerceptualLoss(config.perceptual, device)
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
             # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
@@ -345,8 +348,7 @@ class Trainer:
             )
         say(self.optimizer.describe())
         if self.model.route:
-            every = [scaled_size(bucket, scale) for scale in plan.scales for bucket in sizes]
-            warn_of_few_tokens([f"{width}x{height}" for width, height in every], config.model.patch_size)
+            warn_of_few_tokens([f"{width}x{height}" for width, height in plan.sizes], config.model.patch_size)
 
     def _report_non_finite(self, accumulated: Accumulated, norms: dict[str, float]) -> NonFiniteError:
         step = self.step + 1

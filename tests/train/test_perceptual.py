@@ -162,6 +162,19 @@ def test_missing_weights_are_named_with_what_to_do(tiny_dataset, tmp_path, monke
         make(tiny_dataset, tmp_path / "run", *ON)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("perceptual.size=20", "of images of 88x48 VGG would see 27x15 pixels"),
+        ("train.phases=[{until_step: 9, scale: 0.25}]", "of images of 14x20 VGG would see 14x20 pixels"),
+    ],
+)
+def test_images_too_small_for_the_network_are_refused_before_the_first_step(tiny_dataset, tmp_path, override, message):
+    small = ["perceptual.view=pool", "perceptual.size=64", "model.patch_size=2"]
+    with pytest.raises(ConfigError, match=message):
+        make(tiny_dataset, tmp_path / "run", *ON, *small, override)
+
+
 def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     vgg_path().parent.mkdir(parents=True)
