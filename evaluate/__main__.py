@@ -48,7 +48,8 @@ def _run(options: argparse.Namespace) -> None:
 
     config = load_config(EvaluateConfig, options.config, options.overrides)
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
-    say(summary(evidence.metrics, evidence.skipped))
+    for line in summary(evidence.metrics, evidence.skipped).splitlines():
+        say(line)
     say(f"wrote {folder}: report.json, samples.parquet. Next: python -m evaluate report {folder} --output report.html")
     if options.strict and evidence.skipped:
         names = ", ".join(skipped.name for skipped in evidence.skipped)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluate.baselines import random_pairs
-from prep.errors import DataError
+from prep.errors import PROBLEM_BREAK, DataError
 from prep.shards import Dataset
 from train.conditioning import Conditions, Subset, load_conditions
 from train.flow import FlowConfig
@@ -126,10 +126,9 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
         if twin is not None:
             pairs.append(f"{row['key']} ({row['source']}) ~ {twin['key']} ({twin['source']})")
     if pairs:
-        shown = "\n  ".join(pairs[:20]) + (f"\n  ... and {len(pairs) - 20} more" if len(pairs) > 20 else "")
-        raise DataError(
-            f"leak: {len(pairs)} holdout samples are also in the training split:\n  {shown}\nRun prep again"
-        )
+        more = [f"... and {len(pairs) - 20} more"] if len(pairs) > 20 else []
+        found = f"leak: {len(pairs)} holdout samples are also in the training split. Run prep again"
+        raise DataError(PROBLEM_BREAK.join([found, *pairs[:20], *more]))
 
 
 def to_float(pixels: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from prep.errors import ConfigError
+from prep.errors import PROBLEM_BREAK, ConfigError
 
 
 class Config(BaseModel):
@@ -167,7 +167,7 @@ def load_config(model: type[T], file: Path | str | None, overrides: Sequence[str
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem, model, origins, file) for problem in error.errors()]
-        raise ConfigError("\n       ".join(problems)) from None
+        raise ConfigError(PROBLEM_BREAK.join(problems)) from None
 
 
 def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: Path | str | None) -> str:

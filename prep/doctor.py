@@ -92,7 +92,10 @@ def doctor(config: PrepConfig, as_json: bool) -> int:
                 found.append(check)
                 if not as_json:
                     show(check)
-    say(to_json(found) if as_json else summary(found, time.monotonic() - start))
+    if as_json:
+        print(to_json(found), flush=True)
+    else:
+        say(summary(found, time.monotonic() - start))
     return exit_code(found)
 
 

@@ -14,6 +14,8 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from prep.errors import printable
+
 SCHEMA = 1
 STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 SETUP, DATA, RESOURCE = 2, 3, 4  # the exit codes of prep/errors.py, for what is not set up, not there, or too little
@@ -124,6 +126,6 @@ def summary(checks: Sequence[Check], seconds: float) -> str:
 
 def _wrap(text: str, width: int, first: str, rest: str) -> str:
     return textwrap.fill(
-        " ".join(text.split()), width, initial_indent=first, subsequent_indent=rest,
+        printable(" ".join(text.split())), width, initial_indent=first, subsequent_indent=rest,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip

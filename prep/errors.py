@@ -14,6 +14,8 @@ from types import FrameType
 # what the system says when there is no more room to write in
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
+PROBLEM_BREAK = "\n       "  # between the problems of one error, which stand below each other
+
 
 class NanoditError(Exception):
     """A failure with a message for the user: what was wrong, where, and what to do."""
@@ -85,9 +87,15 @@ def run_command(main: Callable[[], int | None]) -> int:
         return _report(known)
 
 
+def printable(text: str) -> str:
+    """``text`` with what moves a terminal's cursor or hides letters as ``\\x1b``: names of files may hold it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def _report(error: NanoditError) -> int:
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    lines = str(error).split(PROBLEM_BREAK)
+    print(f"error: {PROBLEM_BREAK.join(map(printable, lines))}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prep.console import say
+from prep.console import say, waiting
 from prep.errors import NanoditError, ResourceError, resource_error
 from prep.layers import ShardTask
 from prep.placement import Node, Pass, local_gpus, nodes_from_ray
@@ -57,12 +57,12 @@ def ray_session() -> Iterator[None]:
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
-        say(f"joining Ray at {address}")
-        ray.init(**quiet)
+        with waiting(f"joining Ray at {address}"):
+            ray.init(**quiet)
     else:
-        say("starting Ray on this machine")
-        resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
-        ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
+        with waiting("starting Ray on this machine"):
+            resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
+            ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
         protect_token(Path.home() / ".ray" / "auth_token")
     try:
         yield

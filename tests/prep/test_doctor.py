@@ -586,6 +586,13 @@ def test_another_run_is_seen_and_not_disturbed(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_names_do_not_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    show(warn("source", "a\x1b[2J.png cannot be read", "rename \x07it"))
+    assert r"a\x1b[2J.png" in (out := capsys.readouterr().out)
+    assert r"rename \x07it" in out
+    assert out.replace("\n", "").isprintable()
+
+
 def test_without_a_config_the_places_are_left_out() -> None:
     (check,) = place_checks(config())
     assert (check.name, check.status) == ("dataset", "WARN")
