@@ -116,7 +116,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     with ScanCache(root, folder, settings) as cache:
         found = scan(folder, config.image.max_pixels, cache.look)
         if not found.sources and not found.rejects:
-            raise DataError(f"source {folder} holds no files. Set source=FOLDER to where the images are")
+            raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest_rows(root)
         files_gone, replaced = gone.compare(manifest, found)
         kept = gone.worth_keeping(root, files_gone)

@@ -97,8 +97,8 @@ class Scan:
 def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
     """Yield every file below ``folder`` as (POSIX name, problem or None), sorted by name.
 
-    Caption sidecars and the figures' tables are no sources and are left out. Links to folders are not followed
-    and hidden folders not entered; both are reported, so that nothing disappears silently.
+    Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
+    followed and hidden folders not entered; both are reported, so that nothing disappears silently.
     """
     root = folder.resolve()
     found: list[tuple[str, BadImage | None]] = []
@@ -114,7 +114,7 @@ def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
             folders.remove(name)
         for name in files:
             path = Path(parent, name)
-            if name in FIGURES_FILES or (name.lower().endswith(SIDECAR_SUFFIX) and not name.startswith(".")):
+            if name in FIGURES_FILES or name.lower().endswith(SIDECAR_SUFFIX):
                 continue
             found.append((_posix(path, root), _name_problem(path, root)))
     return iter(sorted(found, key=lambda item: item[0]))

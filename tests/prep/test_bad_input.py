@@ -99,7 +99,7 @@ def test_missing_captions_close_the_gate_before_anything_is_computed(tmp_path):
 
 def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, ray_session):
     (tmp_path / "source").mkdir()
-    with pytest.raises(DataError, match="holds no files"):
+    with pytest.raises(DataError, match="holds no images"):
         run(config(tmp_path))
     write_images(tmp_path / "source", 3, size=(20, 20))
     with pytest.raises(DataError, match=r"nothing was accepted.*3 of 3 sources were rejected \(3 too_small\)"):

@@ -63,7 +63,7 @@ def test_figures_are_written(tmp_path, capsys):
     ("prepare", "overrides", "code", "message"),
     [
         (None, [], 2, "is not a folder"),
-        ("empty", [], 3, "holds no files"),
+        ("empty", [], 3, "holds no images"),
         ("empty", ["output=a.png"], 2, "a.png is a file, not a folder"),
         ("empty", ["output=s3:/bucket/name"], 2, "neither a folder nor the URL"),
         ("empty", ["output=source/inside"], 2, "must not lie inside each other"),
@@ -74,6 +74,8 @@ def test_bad_input_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, prepar
     monkeypatch.chdir(tmp_path)
     if prepare:
         Path("source").mkdir()
+        Path("source", "notes.txt").touch()
+        Path("source", "._notes.txt").touch()
     Path("a.png").touch()
     for verb in ("plan", "run"):
         arguments = [verb, "source=source", "output=out", *overrides]

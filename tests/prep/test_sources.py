@@ -92,6 +92,7 @@ def test_links_and_hidden_names_are_refused_with_a_row(tmp_path):
     (outside / "secret.png").write_bytes(encoded(picture()))
     (source / "good.png").write_bytes(encoded(picture(seed=1)))
     (source / "._good.png").write_bytes(b"\0\5\x16\7")
+    (source / "._good.txt").write_bytes(b"\0\5\x16\7")  # of a caption, which is no source either
     (source / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (source / "out.png").symlink_to(outside / "secret.png")
     (source / "folder").symlink_to(outside)
