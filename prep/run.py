@@ -32,6 +32,7 @@ from prep.sources import Reject
 from prep.storage import LocalFolder, Storage, open_storage
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
+TAR_FILE = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d+)\.(?P<layer>\w+)\.tar")
 UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
@@ -68,7 +69,7 @@ class RunFolder:
 def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
     """Print what ``prep run`` would compute and why, where, how long and how many GB.
 
-    Writes nothing but what the scan saw, so that the run need not read the sources again.
+    Writes nothing but what the scan saw, in a dataset that is there, so that the run need not read the sources again.
     Raises ResourceError for what could never fit, and DataError where the run would stop at once.
     """
     config = pin_config(config, read_pins(config.output))
@@ -253,12 +254,21 @@ def current_parts(plan: Plan) -> dict[Unit, Part]:
 
 
 def remove_leftovers(storage: Storage, plan: Plan) -> None:
-    """Delete the units of shards that the published index no longer knows, parts first; other files are not ours."""
+    """Delete the units of shards that the published index no longer knows, parts first, and tars without a part.
+
+    Such a tar is of a run that was killed between the two. Other files are not ours.
+    """
+    kept = set()
     for part in storage.names("parts/"):
-        match = PART_FILE.fullmatch(part)
-        if match and (match["bucket"], int(match["shard"])) not in plan.shards:
-            storage.delete(part)
-            storage.delete(Unit(match["bucket"], int(match["shard"]), match["layer"]).tar)
+        if match := PART_FILE.fullmatch(part):
+            unit = Unit(match["bucket"], int(match["shard"]), match["layer"])
+            if (unit.bucket, unit.shard) in plan.shards:
+                kept.add(unit.tar)
+            else:
+                storage.delete(part)
+    for tar in storage.names("bucket_"):
+        if tar not in kept and TAR_FILE.fullmatch(tar):
+            storage.delete(tar)
     storage.remove_empty_folders()
 
 

@@ -20,6 +20,8 @@ from prep.settings import PrepConfig
 from prep.shards import Dataset
 from prep.sources import Reject
 from prep.verify import verify
+from tests.prep.caption_server import CaptionServer
+from tests.prep.captioning import FAST
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
 from tests.prep.test_plan import config, write_images
 from tests.prep.test_verify import publish_again
@@ -251,3 +253,46 @@ def test_p18_a_source_that_two_layers_refuse_counts_once(folder):
     gate(poses(folder.parent, max_reject_rate=0.5), rejects, 4, None)
     with pytest.raises(DataError, match=r"2 of 4 sources were rejected \(4 crashes_worker\)"):
         gate(poses(folder.parent, max_reject_rate=0.4), rejects, 4, None)
+
+
+# --- refused captions, and what killed runs leave ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_p17_only_who_asks_for_it_has_refused_pictures_captioned_again(folder, pipeline, retry):
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    write_images(alone / "source", 1)
+    with CaptionServer() as server:
+        captions = {"backend": "ollama", "hosts": [server.url]} | FAST
+        run(config(alone, layers=["text"], captions=captions))
+        (picture,) = {request["image"] for request in server.log if request.get("image")}
+        server.poison = {picture: "short"}  # of image-000.png
+        settings = config(folder.parent, layers=["text"], captions=captions, max_reject_rate=0.9)
+        refuse(pipeline, folder / ALL[1], "px", settings)
+        assert set(rejects_of(Path(settings.output))) == set(ALL[:2])
+        asked = len(server.log)
+        run(settings, retry_rejects=retry)
+        assert sources_of(settings) == ALL[1:]
+        again = [request for request in server.log[asked:] if request.get("image") == picture]
+        assert bool(again) == retry
+
+
+def test_p11_a_tar_of_an_abandoned_base_does_not_stay_for_ever(folder, pipeline, monkeypatch):
+    write_images(folder, 3, size=(200, 160))
+    settings = poses(folder.parent)
+    run(settings)
+    before = files_of(Path(settings.output))
+
+    def die(moment: str, *more: str) -> None:
+        if moment == "shards.before_part":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("prep.shards.fault", die)
+    with pytest.raises(Interrupted):
+        run(settings.model_copy(update={"base": 128}))
+    assert len(list(Path(settings.output).glob("bucket_*/*.px.tar"))) == 2
+    monkeypatch.setattr("prep.shards.fault", lambda moment, *more: None)
+    run(settings)
+    assert files_of(Path(settings.output)) == before
+    verify(settings.output)
