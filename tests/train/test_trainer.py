@@ -164,7 +164,7 @@ class NoSync(TorchDispatchMode):
 
 EVERY_LOSS = (
     "conditioning.preset=default", "train.batch_size=24", "repa.enabled=true", "tread.enabled=true", "tread.start=0",
-    "tread.end=-1", "perceptual.every=1", "perceptual.size=16", "train.gradient_checkpointing=2",
+    "tread.end=-1", "perceptual.every=1", "perceptual.size=24", "train.gradient_checkpointing=2",
 )  # fmt: skip
 
 
