@@ -24,9 +24,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Say what is being waited for, and again every five seconds with the time it has taken."""
-    say(what)
+def waiting(what: str, at_once: bool = True) -> Iterator[None]:
+    """Say what is being waited for, if wanted ``at_once``, and every five seconds with the time it has taken."""
+    if at_once:
+        say(what)
     start, over = time.monotonic(), threading.Event()
 
     def repeat() -> None:

@@ -7,8 +7,9 @@ code ask for now; a recipe names its upstream's fingerprint, so a change reaches
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow as pa
 from prep import caption, flip_text, gone
 from prep.buckets import choose_bucket
 from prep.caption import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
-from prep.console import Progress
+from prep.console import Progress, waiting
 from prep.encoders import ENCODER_LAYERS, encoder_fingerprint
 from prep.errors import ConfigError, DataError, ResourceError
 from prep.files import sha256_bytes
@@ -50,6 +51,7 @@ MANIFEST_SCHEMA = pa.schema(
         "shard": pa.int32(),
     }
 )
+PX_PART = re.compile(r"parts/bucket_(\d+x\d+)-shard-(\d{6,})\.px\.parquet")
 NAMED = 5  # how many examples an error lists
 REQUESTS = 16  # to an object store at a time; each waits for the network
 
@@ -127,8 +129,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
             else:
                 sources[source.key] = source
         buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
-        previous = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
-        shards = assign_shards(buckets, previous, config.shard_size)
+        shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
         old_captions = gone.committed_captions(parts) if kept else {}
         captions, expected = read_captions(config, sources, old_captions, cache.look)
@@ -250,6 +251,26 @@ def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> 
         return bad
 
 
+def earlier_places(
+    storage: Storage, manifest: Iterable[Mapping[str, Any]], buckets: Mapping[str, str]
+) -> dict[str, tuple[str, int]]:
+    """The (bucket, shard) of every key of an earlier plan.
+
+    Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
+    of the base before are still there and know their members.
+    """
+    places = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
+    moved = {key for key, (bucket, _) in places.items() if buckets.get(key, bucket) != bucket}
+    wanted = {buckets[key] for key in moved}
+    for name in storage.names("parts/") if moved else ():
+        match = PX_PART.fullmatch(name)
+        part = read_part(storage, Unit(match[1], int(match[2]), "px")) if match and match[1] in wanted else None
+        if part is not None:
+            keys = {*part.table["key"].to_pylist(), *(reject.key for reject in part.rejects)}
+            places |= {key: (match[1], int(match[2])) for key in keys & moved if buckets[key] == match[1]}
+    return places
+
+
 def assign_shards(
     buckets: Mapping[str, str], previous: Mapping[str, tuple[str, int]], shard_size: int
 ) -> dict[tuple[str, int], list[str]]:
@@ -305,7 +326,9 @@ def make_recipes(
     generated: Mapping[str, Any],
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow."""
-    encoders = {layer: encoder_fingerprint(config, layer) for layer in config.active_layers if layer in ENCODER_LAYERS}
+    with waiting("loading the code of the encoders", at_once=False):  # torch and transformers take seconds
+        encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
+        encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
     recipes: dict[Unit, dict[str, Any]] = {}
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from prep import console
+from prep import console, plan
 from prep.console import Progress, say, waiting
 from prep.errors import PROBLEM_BREAK, DataError, printable, run_command
+from tests.prep.test_plan import config
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_waiting_is_never_silent(monkeypatch, capsys):
     assert lines[0] == "starting Ray on this machine"
     assert len(lines) >= 3
     assert set(lines[1:]) == {"starting Ray on this machine: 0s"}
+
+
+def test_what_is_over_soon_need_not_be_said(capsys):
+    with waiting("loading the code of the encoders", at_once=False):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_slow_imports_of_the_encoders_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.05)
+    monkeypatch.setattr(plan, "encoder_fingerprint", lambda config, layer: time.sleep(0.2) or "")
+    plan.make_recipes(config(tmp_path, layers=["dino"]), {}, {}, {})
+    assert "loading the code of the encoders: 0s\n" in capsys.readouterr().out
 
 
 def test_names_of_files_do_not_move_the_cursor(capsys):
