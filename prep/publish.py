@@ -42,6 +42,7 @@ from prep.sources import HIDDEN, TRUTH_NAME, Reject, Source
 from prep.storage import Storage, open_storage
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
+SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
@@ -78,7 +79,9 @@ def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
     table, rejects = collect(plan, parts)
     gate(plan.config, rejects, plan.seen, report)
     files = {
-        INDEX: parquet_bytes(table.drop_columns(list(HIDDEN_COLUMNS))),
+        INDEX: parquet_bytes(
+            table.drop_columns(list(HIDDEN_COLUMNS)).replace_schema_metadata({SPLIT_RULES: split_rules(plan.config)})
+        ),
         REJECTS: parquet_bytes(reject_table(rejects)),
     }
     truth = map_truth(plan, set(table["key"].to_pylist()))
@@ -112,7 +115,7 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
     storage, table = open_storage(plan.config.output), join_layers(plan, parts)
     tokens = class_tokens(storage, table) if cls_cosine(plan.config) < dedup.OFF and len(table) else None
-    table, linking = add_split(plan, table, published_splits(storage), tokens)
+    table, linking = add_split(plan, table, published_splits(storage, plan.config), tokens)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
     told = {reject.source for reject in rejects}.union(table["source"].to_pylist())
@@ -198,8 +201,17 @@ def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
     return place | {"width": source.width, "height": source.height} | dict(zip(CROP_COLUMNS, crop))
 
 
-def published_splits(storage: Storage) -> dict[str, str]:
-    """The side of every key of the index that was published before; empty when there is none."""
+def split_rules(config: PrepConfig) -> str:
+    """The part of the config that decides about the split of new samples, as text; the index carries it."""
+    return canonical_json({"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min})
+
+
+def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
+    """The side of every key of the index that was published before; empty when there is none.
+
+    An index without dataset.json is of a first publication that was killed. Nobody has read it, so its split counts
+    only as long as the config asks for the same one.
+    """
     data = storage.read_if_there(INDEX)
     if data is None:
         return {}
@@ -211,6 +223,9 @@ def published_splits(storage: Storage) -> dict[str, str]:
             f"{path} is damaged ({error}), so the published split is unknown. Restore it, or delete it and accept "
             "another split"
         ) from error
+    rules = (table.schema.metadata or {}).get(SPLIT_RULES.encode(), b"").decode()
+    if not storage.exists(DATASET) and rules != split_rules(config):
+        return {}
     return dict(zip(table["key"].to_pylist(), table["split"].to_pylist()))
 
 

@@ -296,3 +296,43 @@ def test_p11_a_tar_of_an_abandoned_base_does_not_stay_for_ever(folder, pipeline,
     run(settings)
     assert files_of(Path(settings.output)) == before
     verify(settings.output)
+
+
+def test_p11_a_split_that_was_never_published_does_not_outlive_its_seed(folder, pipeline, monkeypatch):
+    write_images(folder, 12)
+    first, second = poses(folder.parent), poses(folder.parent, holdout=0.4, seed=5)
+    clean = second.model_copy(update={"output": str(folder.parent / "clean")})
+    run(clean)
+
+    def die(moment: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prep.publish.fault", die)
+    with pytest.raises(Interrupted):
+        run(first)
+    assert [path.name for path in Path(first.output).glob("*.*")] != []
+    monkeypatch.setattr("prep.publish.fault", lambda moment: None)
+    run(second)
+    assert files_of(Path(second.output)) == files_of(Path(clean.output))
+    published = {row["key"]: row["split"] for row in Dataset(second.output).rows()}
+    run(first)  # from now on every sample stays on its side (trap 10), also when dataset.json is lost
+    assert {row["key"]: row["split"] for row in Dataset(first.output).rows()} == published
+    (Path(first.output) / "dataset.json").unlink()
+    run(first)
+    assert {row["key"]: row["split"] for row in Dataset(first.output).rows()} == published
+
+
+def test_p15_a_change_of_base_that_is_given_up_leaves_the_dataset_as_it_was(tmp_path, pipeline):
+    write_images(tmp_path / "source", 4, size=(200, 160))
+    settings = poses(tmp_path)
+    run(settings)
+    write_images(tmp_path / "source", 4, size=(200, 160), first=4)  # grown: its shards are not those of a first run
+    run(settings)
+    before = files_of(Path(settings.output))
+    pipeline.before = stop
+    with pytest.raises(Interrupted):
+        run(settings.model_copy(update={"base": 128}))
+    assert files_of(Path(settings.output)) != before  # the manifest has the new places
+    assert make_plan(settings).missing == {}
+    run(settings)
+    assert files_of(Path(settings.output)) == before
