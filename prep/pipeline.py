@@ -10,9 +10,11 @@ end an actor: when one dies, somebody killed it or its node has gone, and its sh
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +38,8 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+EXECUTOR_THREADS = "StreamingExecutor-"
+JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
 NAMED = 5
 MIN_MEMORY = 4 << 30  # bytes a worker may always use: what the production encoders need on a CPU
@@ -67,7 +71,16 @@ def ray_session() -> Iterator[None]:
     try:
         yield
     finally:
+        end_jobs()
         ray.shutdown()
+
+
+def end_jobs() -> None:
+    """Wait for Ray Data's threads to end: one that asks Ray for something after its shutdown ends this process."""
+    gc.collect()  # a job ends when nobody holds its iterator
+    for thread in threading.enumerate():
+        if thread.name.startswith(EXECUTOR_THREADS):
+            thread.join(timeout=JOB_END)
 
 
 def protect_token(path: Path) -> None:
@@ -117,14 +130,19 @@ def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     waiting = {(task.bucket, task.shard): task for task in tasks}
     deaths = 0
     while deaths < MAX_DEATHS:
+        failed = None
         try:
             for row in _results(config, step, list(waiting.values())):
                 if row["error"]:
-                    raise ERRORS.get(row["exit_code"], NanoditError)(row["error"])
+                    failed = row
+                    break
                 deaths = 0
                 del waiting[row["bucket"], row["shard"]]
                 yield json.loads(row["done"])
-            return
+            if failed is None:
+                return
+            # raised here, where no frame holds the job's iterator any more: dropping that is what ends the job
+            raise ERRORS.get(failed["exit_code"], NanoditError)(failed["error"])
         except LOST:
             deaths += 1
             say(f"an actor died, killed or with its node; {len(waiting)} shards are not finished and start again")
