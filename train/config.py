@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from prep.config import Config, Place
+from train.batch_plan import Phase
 from train.conditioning import ConditioningConfig
 from train.ema import EmaConfig
 from train.flow import FlowConfig
 from train.model import ModelConfig
 from train.optim import OptimizerConfig
 from train.perceptual import PerceptualConfig
-from train.plan import Phase
 from train.repa import RepaConfig
 from train.schedule import Schedule
 from train.tread import TreadConfig

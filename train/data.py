@@ -4,7 +4,7 @@ A slot holds ``batch_size`` samples of one bucket. A bucket's samples form one e
 epoch, and its j-th slot is items ``j b .. (j + 1) b`` of that stream: what an epoch leaves over comes first in the
 next, so that no sample is dropped however small its bucket. After e epochs a bucket of n samples has emitted
 ``floor(e n / b)`` slots; an epoch's slots of all buckets are shuffled together. A slot is a micro-batch, unless
-``train.token_budget`` cuts an optimiser step's slots otherwise (:mod:`train.plan`).
+``train.token_budget`` cuts an optimiser step's slots otherwise (:mod:`train.batch_plan`).
 """
 
 from __future__ import annotations

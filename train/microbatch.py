@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.batch_plan import Plan
 from train.conditioning import Conditions, Subset, deal
 from train.config import TrainConfig
 from train.data import Order, Row, TrainingSet
@@ -22,7 +23,6 @@ from train.flip import draw_flip
 from train.flow import timesteps
 from train.noise import generator
 from train.perceptual import View, draw_views
-from train.plan import Plan
 from train.repa import counts, resample
 from train.tread import draw_keep_ids
 

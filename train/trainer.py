@@ -27,6 +27,7 @@ from prep.console import Progress, say
 from prep.errors import DataError, Interrupted
 from prep.faults import fault
 from prep.files import canonical_json, write_atomic
+from train.batch_plan import scale_of
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
@@ -40,7 +41,6 @@ from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
 from train.perceptual import PerceptualLoss, check_views, vgg_path
-from train.plan import scale_of
 from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.runfolder import StopRequest

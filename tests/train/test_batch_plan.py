@@ -17,12 +17,12 @@ from prep.errors import ConfigError
 from prep.shards import Dataset
 from tests.train.test_trainer import _unfreeze, logged, make
 from train import flow
+from train.batch_plan import Phase, Plan, scale_of, scaled_size
 from train.conditioning import ConditioningConfig
 from train.data import Order, TrainingSet, prefetch, resize
 from train.flow import timesteps
 from train.microbatch import deal_subsets
 from train.noise import generator
-from train.plan import Phase, Plan, scale_of, scaled_size
 from train.tracking import read_metrics
 
 NAMES = ["64x64", "80x48", "48x80", "96x32", "32x96"]
