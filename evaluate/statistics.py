@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy import special
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -102,6 +103,20 @@ def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Se
 def paired_difference(values: Sequence[float], others: Sequence[float], clusters: Sequence[str]) -> Interval:
     """Mean of ``values - others``, pair by pair, with an interval over images."""
     return mean(np.asarray(values, np.float64) - np.asarray(others, np.float64), clusters)
+
+
+def paired_t(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """Mean of ``values - others``, one pair for each training seed, with Student's t interval over the seeds.
+
+    With a handful of seeds a percentile bootstrap is far too short (of three it excludes zero in about 29 % of the
+    cases without a difference), so arms are compared by this. ``n`` is the number of seeds; one has no bounds.
+    """
+    differences = np.asarray(values, np.float64) - np.asarray(others, np.float64)
+    value, n = float(differences.mean()), len(differences)
+    if n < 2:
+        return Interval(value, None, None, n)
+    half = special.stdtrit(n - 1, (1 + LEVEL) / 2) * differences.std(ddof=1) / np.sqrt(n)
+    return Interval(value, float(value - half), float(value + half), n)
 
 
 def _per_cluster(values: Sequence[float], clusters: Sequence[str]) -> np.ndarray:

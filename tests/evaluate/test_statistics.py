@@ -96,3 +96,22 @@ def test_verdicts_need_the_whole_interval():
     assert Interval(0.6, 0.55, 0.65, 64).verdict(0.7) == "missed"
     assert Interval(0.4, 0.3, 0.45, 64).verdict(0.5, better="lower") == "met"
     assert Interval(0.6, 0.55, 0.65, 64).verdict(0.5, better="lower") == "missed"
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_difference_over_a_few_training_seeds_covers_what_it_claims(seeds):
+    random = np.random.default_rng(seeds)
+    shared = random.normal(size=(20_000, 1, seeds))  # what a seed does to both arms, which pairing takes away
+    arms = 0.3 * random.normal(size=(20_000, 2, seeds)) + shared
+    intervals = [statistics.paired_t(*pair) for pair in arms]
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
+    assert 0.94 < covered < 0.96
+    assert np.mean([interval.high - interval.low for interval in intervals]) < 4 * 0.3 * 4.31 / np.sqrt(seeds)
+
+
+def test_the_interval_over_seeds_is_students():
+    interval = statistics.paired_t([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
+    half = 4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3)  # the t quantile of two degrees of freedom
+    assert interval.value == pytest.approx(7 / 3)
+    assert (interval.low, interval.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
+    assert statistics.paired_t([1.0], [0.5]) == Interval(0.5, None, None, 1)
