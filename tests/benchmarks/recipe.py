@@ -67,7 +67,7 @@ class Group:
 
 GROUPS = (
     Group(
-        steps=300,
+        steps=200,
         baseline="Muon",
         overrides=(),
         arms={
@@ -88,9 +88,9 @@ GROUPS = (
         },
     ),
     Group(
-        steps=160,
+        steps=200,
         baseline="patch 2, dense",
-        overrides=("model.patch_size=2", "train.batch_size=8"),
+        overrides=("model.patch_size=2", "train.batch_size=4"),
         arms={"patch 2, TREAD": ("tread.enabled=true",)},
     ),
 )
@@ -107,7 +107,7 @@ SAME_TIME = 0.05  # arms whose steps take as long as the baseline's, up to this 
 MEASURES = {  # column of the table -> is more better
     "loss, all": False, "loss, text": False, "mse t >= .3, all": False, "mse t >= .3, text": False, "PSNR, all": True,
 }  # fmt: skip
-TIMED_ROUNDS, TIMED_STEPS = 3, 8
+WARM_STEPS, TIMED_STEPS = 3, 16
 
 
 @dataclass(frozen=True)
@@ -157,54 +157,52 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def time_arms(options: argparse.Namespace) -> None:
-    """Measure the seconds of a step of every arm, in turns so that a disturbance meets all of them; medians."""
-    path = options.output / "seconds.json"
+    """Measure how long a step of every arm takes as a multiple of its baseline's: step by step in turns."""
+    path = options.output / "paces.json"
     if path.exists():
         return
-    seconds = {}
+    paces: dict[str, float] = {}
     for group in GROUPS:
         arms = {group.baseline: (), **group.arms}
-        clocks = {arm: _steps(_config(options, group, Trial(arm, 0, group.steps, own))) for arm, own in arms.items()}
-        taken: dict[str, list[float]] = {arm: [] for arm in arms}
-        for round_ in range(TIMED_ROUNDS + 1):
-            for arm, clock in clocks.items():
-                # the first round warms up; a round's mean evens out which conditions its steps were dealt
-                spent = [next(clock) for _ in range(TIMED_STEPS if group is GROUPS[0] else 3)]
-                taken[arm] += [float(np.mean(spent))] if round_ else []
-            say(f"timed round {round_} of {TIMED_ROUNDS}, {group.baseline} and its arms")
-        seconds.update({arm: float(np.median(values)) for arm, values in taken.items()})
-    write_atomic(path, json.dumps(seconds, indent=1))
+        clocks = [_step_times(_config(options, group, Trial(arm, 0, group.steps, own))) for arm, own in arms.items()]
+        order, taken = np.random.default_rng(0), np.zeros((WARM_STEPS + TIMED_STEPS, len(arms)))
+        for number, times in enumerate(taken):
+            for arm in order.permutation(len(arms)):  # what an arm leaves in the caches meets another one each time
+                times[arm] = next(clocks[arm])
+            say(f"{group.baseline} and its arms: step {number + 1} of {len(taken)}")
+        means = taken[WARM_STEPS:].mean(0)
+        paces.update(zip(arms, (means / means[0]).tolist()))
+    write_atomic(path, json.dumps(paces, indent=1))
 
 
-def _steps(config: TrainConfig) -> Iterator[float]:
-    """Take training steps for ever; gives the seconds of each."""
+def _step_times(config: TrainConfig) -> Iterator[float]:
+    """Take training steps for ever; gives the seconds of CPU time of each."""
     config.run_folder.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(config, Dataset(config.dataset), torch.device("cpu")), StopRequest()
     while True:
-        started = time.perf_counter()
+        started = time.process_time()
         batches = map(trainer.batches.make, trainer.batches.plan.numbers(trainer.step))
         trainer.update(trainer.accumulate(batches, stop))
-        yield time.perf_counter() - started
+        yield time.process_time() - started
 
 
 def trials(options: argparse.Namespace) -> list[Trial]:
     """All trainings: every arm at its group's steps, and those of another pace at the baseline's time."""
-    seconds = json.loads((options.output / "seconds.json").read_text())
+    paces = json.loads((options.output / "paces.json").read_text())
     found = []
     for group in GROUPS:
         snapshots = (SNAPSHOTS,) if group is GROUPS[0] else ()
         for arm, own in {group.baseline: snapshots, **group.arms}.items():
             for seed in options.seeds:
                 actual = seed + 100 if arm.startswith("A/A") else seed
-                lengths = {group.steps, equal_time_steps(seconds, group, arm)}
+                lengths = {group.steps, equal_time_steps(paces[arm], group, arm)}
                 found += [Trial(arm, actual, steps, own) for steps in sorted(lengths)]
     return found
 
 
-def equal_time_steps(seconds: Mapping[str, float], group: Group, arm: str) -> int:
+def equal_time_steps(pace: float, group: Group, arm: str) -> int:
     """Steps that take as long as the baseline's; the same number where the pace is the same."""
-    ratio = seconds[arm] / seconds[group.baseline]
-    return group.steps if abs(ratio - 1) <= SAME_TIME or arm.startswith("A/A") else round(group.steps / ratio)
+    return group.steps if abs(pace - 1) <= SAME_TIME or arm.startswith("A/A") else round(group.steps / pace)
 
 
 def train_all(options: argparse.Namespace) -> None:
@@ -280,16 +278,15 @@ def _result(options: argparse.Namespace, trial: Trial) -> Path:
 def table(options: argparse.Namespace) -> None:
     """Print the comparison as Markdown, equal steps and then equal time, and the CPU time it took."""
     records = [json.loads(path.read_text()) for path in sorted((options.output / "results").glob("*.json"))]
-    seconds = json.loads((options.output / "seconds.json").read_text())
+    paces = json.loads((options.output / "paces.json").read_text())
     rows = []
     for group in GROUPS:
         others = list(OTHER_WEIGHTS) if group is GROUPS[0] else []
         for arm in (group.baseline, *group.arms, *others):
-            pace = {**dict.fromkeys(others, seconds[group.baseline]), **seconds}
-            ratio = pace[arm] / pace[group.baseline]
+            pace = paces.get(arm, 1.0)
             lengths = dict.fromkeys((group.steps, equal_time_steps(pace, group, arm)))  # of equal steps, of equal time
             for basis, steps in zip(("steps", "time"), lengths):
-                rows.append(_row(options.seeds, records, group, arm, steps, basis, ratio))
+                rows.append(_row(options.seeds, records, group, arm, steps, basis, pace))
     _print(rows)
     spent = sum(record["cpu_seconds"] for record in records)
     say(f"\n{len(records)} trainings, {spent / 3600:.2f} h of CPU time")
@@ -307,10 +304,10 @@ def _row(
     arm: str,
     steps: int,
     basis: str,
-    ratio: float,
+    pace: float,
 ) -> dict[str, Any]:
     """One line of the table: means over seeds, and the paired difference to the baseline with its verdict."""
-    row: dict[str, Any] = {"arm": arm, "equal": basis, "steps": steps, "step time": round(ratio, 3)}
+    row: dict[str, Any] = {"arm": arm, "equal": basis, "steps": steps, "step time": round(pace, 3)}
     for measure, higher in MEASURES.items():
         own = _values(seeds, records, arm, steps, measure)
         base = _values(seeds, records, group.baseline, group.steps, measure)
