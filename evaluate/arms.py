@@ -79,8 +79,6 @@ def draw(
         batch.conditions.keeping(arm.subset).to(subject.device),
         batch.noise(seed).to(subject.device),
         flow=subject.flow,
-        steps=sampler.steps,
-        method=sampler.method,
-        guidance=arm.guidance,
+        sampling=sampler.sampling(arm.guidance),
     ).cpu()
     return to_uint8(images), [degenerate(image) for image in images.numpy()]

@@ -5,17 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evaluate.suite.heldout_loss import HeldoutLossConfig
 from prep.config import Config
+from train.sample import Method, Sampling
 
 
 class SamplerConfig(Config):
     """How pictures are drawn; the same for every condition."""
 
-    method: Literal["heun", "euler"] = "heun"
+    method: Method = "heun"
     steps: int = Field(default=16, gt=0)
+    interval: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)  # unshifted t in which guidance acts
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerConfig:
+        self.sampling(1.0)
+        return self
+
+    def sampling(self, guidance: float) -> Sampling:
+        """Return how pictures with this scale of guidance are drawn."""
+        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval))
 
 
 class PoseModelsConfig(Config):

@@ -16,6 +16,7 @@ from train.model import ModelConfig
 from train.optim import OptimizerConfig
 from train.perceptual import PerceptualConfig
 from train.repa import RepaConfig
+from train.sample import Method
 from train.schedule import Schedule
 from train.tread import TreadConfig
 
@@ -82,7 +83,8 @@ class VisualDebugSection(Config):
 
     every_steps: int = Field(default=500, ge=0)
     count: int = Field(default=8, gt=0)  # holdout samples
-    steps: int = Field(default=20, gt=0)  # of the sampler (Heun)
+    method: Method = "heun"
+    steps: int = Field(default=20, gt=0)  # of the sampler
     guidance: float = Field(default=1.0, ge=0)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from train.conditioning import Conditions, Subset, collate, load_conditions, par
 from train.config import TrainConfig
 from train.data import bucket_size
 from train.noise import noise
-from train.sample import sample, to_uint8, trajectory_keep_ids
+from train.sample import Method, Sampling, sample, to_uint8, trajectory_keep_ids
 
 BATCH = 8  # images sampled together
 PROMPT_NOISE_KEY = "prompt"  # one noise per seed for all prompts, so that prompts can be compared
@@ -42,7 +42,7 @@ class DrawRequest:
     seed: int = 0
     count: int = 1
     size: tuple[int, int] | None = None
-    sampler: Literal["heun", "euler"] = "heun"
+    sampler: Method = "heun"
     steps: int = 20
     guidance: float = 1.0
     self_guidance: float = 1.0
@@ -69,9 +69,8 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
         subset = available(request.conditions or "all", model.features.modalities)
         noise_key = request.key
     trained = config.conditioning.resolve(model.features.modalities)
-    check_trained(subset, trained, model.features.modalities)
-    if request.guidance != 1:
-        check_trained(frozenset(), trained, model.features.modalities)
+    sampling = Sampling(request.sampler, request.steps, request.guidance, self_guidance=request.self_guidance)
+    sampling.check(subset, trained, model)
     width, height = request.size or size
     if width % config.model.patch_size or height % config.model.patch_size or not (width and height):
         raise ConfigError(
@@ -81,8 +80,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     settings = {
         "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
         "prompt": request.prompt, "key": request.key, "conditions": subset_name(subset, model.features.modalities),
-        "sampler": request.sampler, "steps": request.steps, "guidance": request.guidance,
-        "self_guidance": request.self_guidance, "size": f"{width}x{height}",
+        "size": f"{width}x{height}", **sampling.settings(),
     }  # fmt: skip
     files, tokens = [], (width // config.model.patch_size) * (height // config.model.patch_size)
     conditions = conditions.keeping(subset).to(device)
@@ -91,8 +89,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
         chunk = seeds[start : start + BATCH]
         starts = torch.from_numpy(np.stack([noise(noise_key, seed, height, width) for seed in chunk])).to(device)
         images = sample(
-            model, conditions.select([0] * len(chunk)), starts, flow=config.flow, steps=request.steps,
-            method=request.sampler, guidance=request.guidance, self_guidance=request.self_guidance,
+            model, conditions.select([0] * len(chunk)), starts, flow=config.flow, sampling=sampling,
             keep_ids=trajectory_keep_ids(config.tread, [(noise_key, seed) for seed in chunk], tokens),
         )  # fmt: skip
         for seed, image in zip(chunk, to_uint8(images)):
@@ -129,16 +126,6 @@ def available(name: str, modalities: Collection[str]) -> Subset:
             f"--conditions {name}: the dataset has no {', no '.join(sorted(absent))}; it has {', '.join(modalities)}"
         )
     return subset
-
-
-def check_trained(subset: Subset, table: dict[Subset, float], modalities: Iterable[str]) -> None:
-    """Refuse, by name, a subset of conditions that the dropout table never trains."""
-    if subset not in table:
-        known = ", ".join(subset_name(other, modalities) for other in table)
-        raise ConfigError(
-            f"conditions {subset_name(subset, modalities)}: never trained by this run's dropout table, so the result "
-            f"would mean nothing; trained: {known}"
-        )
 
 
 def prompt_conditions(request: DrawRequest, dataset: dict[str, Any], device: torch.device) -> Conditions:

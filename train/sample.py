@@ -1,27 +1,131 @@
-"""The samplers: Euler and Heun in x-form with guidance, for training, evaluation and command line.
+"""The samplers: Euler, Heun and DPM-Solver++(2M) in x-form, and guidance; of training, evaluation and command line.
 
-No clamp anywhere: a step is a mean of the state and the predicted image, so an oracle stays exact at every step.
+No clamp anywhere: a step is a mean of the state and a predicted image, so an oracle stays exact at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prep.errors import ConfigError
-from train.conditioning import Conditions
+from train.conditioning import MODALITIES, Conditions, Subset, subset_name
 from train.flow import FlowConfig, shift, to_x
 from train.model import NanoDiT
 from train.noise import generator
 from train.tread import TreadConfig, draw_keep_ids
 
 SELF_GUIDANCE = 3.0  # the usual scale
-Method = Literal["euler", "heun"]
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # z (B, 3, H, W), t (B,) -> predicted image (B, 3, H, W)
+_MARGIN = (-1e-9, 1e-9)  # an interval's ends belong to it however the grid's times were rounded
+INTERVAL = (0.0, 0.9)  # unshifted t; at nearly pure noise guidance distorts and helps nothing (arXiv 2404.07724)
+# what one scale of guidance stands for, in the order in which the chain adds it: a pose is kept longest
+GROUPS: Mapping[str, Subset] = {
+    "pose": frozenset({"pose"}),
+    "text": frozenset({"text"}),
+    "dino": frozenset({"cls", "patches"}),
+}
+Method = Literal["euler", "heun", "dpm++2m"]
+Denoiser = Callable[[Tensor, float], Tensor]  # z (B, 3, H, W), t -> predicted image (B, 3, H, W)
+OnStep = Callable[[float, Tensor], None]  # t and the state there
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw: all that a picture depends on beside the model, its conditions and the noise.
+
+    ``guidance`` leads from nothing to all conditions given, ``scales`` has a scale of its own for some of ``text``,
+    ``dino`` and ``pose`` (:func:`chain`), ``self_guidance`` leads away from the routed network; at most one of the
+    three, where 1 and no scales are none. They act where the unshifted t is within ``interval``, both ends included.
+    Raises :class:`ConfigError` for what makes no sense with any model.
+    """
+
+    method: Method = "heun"
+    steps: int = 20
+    guidance: float = 1.0
+    scales: Mapping[str, float] = field(default_factory=dict)
+    self_guidance: float = 1.0
+    interval: tuple[float, float] = INTERVAL
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ConfigError(f"sampler {self.method!r}: unknown; use one of {', '.join(get_args(Method))}")
+        if self.steps < 1:
+            raise ConfigError(f"sampling steps {self.steps}: must be at least 1")
+        if unknown := self.scales.keys() - GROUPS.keys():
+            raise ConfigError(f"guidance scale of {min(unknown)!r}: unknown; use {', '.join(sorted(GROUPS))}")
+        scales = {"guidance": self.guidance, "self-guidance": self.self_guidance}
+        scales |= {f"guidance scale of {name}": scale for name, scale in self.scales.items()}
+        for name, scale in scales.items():
+            if not (math.isfinite(scale) and scale >= 0):
+                raise ConfigError(f"{name} {scale}: must be a number from 0 on; 1 is no guidance")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"guidance interval {low:g} to {high:g}: must be two times of 0 to 1, the smaller first")
+        if self.scales and self.guidance != 1:
+            raise ConfigError(
+                f"guidance scales: take the place of guidance, which is {self.guidance:g}; set that to 1, or give none"
+            )
+        if self.self_guidance != 1 and (self.scales or self.guidance != 1):
+            other = f"guidance, which is {self.guidance:g}" if self.guidance != 1 else "guidance, which has scales"
+            raise ConfigError(f"self-guidance: takes the place of {other}; set one of them to 1")
+
+    def chain(self, given: Iterable[str]) -> dict[Subset, float]:
+        """Return the subsets of the conditions ``given`` that guidance needs, with the weight of each (:func:`chain`).
+
+        One scale for all conditions leads straight from nothing to all of them.
+        """
+        return chain(given, dict.fromkeys(GROUPS, self.guidance) if self.guidance != 1 else self.scales)
+
+    def check(self, subset: Subset, table: Mapping[Subset, float], model: NanoDiT) -> None:
+        """Raise :class:`ConfigError` where the model was never trained for what drawing ``subset`` needs.
+
+        ``table`` is the resolved dropout table of its training.
+        """
+        modalities = model.features.modalities
+        check_trained(subset, table, modalities)
+        if absent := [name for name in self.scales if not GROUPS[name] & subset]:
+            raise ConfigError(
+                f"guidance scale of {absent[0]}: not among the conditions, {subset_name(subset, modalities)}; "
+                "it would guide to nothing"
+            )
+        for needed in self.chain(subset):
+            check_trained(needed, table, modalities, "guidance leads from or through them")
+        if self.self_guidance != 1:
+            check_routed(model)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for a picture's metadata and reports."""
+        return {
+            "sampler": self.method, "steps": self.steps, "guidance": self.guidance, "scales": dict(self.scales),
+            "self_guidance": self.self_guidance, "interval": list(self.interval),
+        }  # fmt: skip
+
+
+def check_trained(
+    subset: Subset, table: Mapping[Subset, float], modalities: Iterable[str], needed: str | None = None
+) -> None:
+    """Refuse, by name, a subset of conditions that the dropout table never trains; ``needed`` says what for."""
+    if subset not in table:
+        known = ", ".join(subset_name(other, modalities) for other in table)
+        raise ConfigError(
+            f"conditions {subset_name(subset, modalities)}: never trained by this run's dropout table, so the result "
+            f"would mean nothing{f' ({needed})' if needed else ''}; trained: {known}"
+        )
+
+
+def check_routed(model: NanoDiT) -> None:
+    """Raise :class:`ConfigError` for self-guidance of a model without a weaker self."""
+    if not model.route:
+        raise ConfigError(
+            "self-guidance: this model was trained without routing (tread.enabled: false), so it has no weaker self to "
+            "lead away from; use guidance, or a checkpoint trained with tread"
+        )
 
 
 def sampling_times(steps: int, s: float) -> np.ndarray:
@@ -34,20 +138,34 @@ def step_towards(x_hat: Tensor, z: Tensor, t: float, t_next: float) -> Tensor:
     return x_hat if t_next == 0 else x_hat + (t_next / t) * (z - x_hat)
 
 
+def log_snr(t: float) -> float:
+    """Return lambda, ``log((1 - t) / t)``: the log of the ratio of signal to noise, infinite at both ends."""
+    return math.log((1 - t) / t) if 0 < t < 1 else math.copysign(math.inf, 0.5 - t)
+
+
 def integrate(
-    denoise: Denoiser, noise: Tensor, times: np.ndarray, method: Method, on_step: Callable | None = None
+    denoise: Denoiser, noise: Tensor, times: np.ndarray, method: Method, on_step: OnStep | None = None
 ) -> Tensor:
-    """Integrate from noise at times[0] = 1 to the image at times[-1] = 0.
+    """Integrate from the state ``noise`` at times[0], as a rule 1, to times[-1], as a rule the image at 0.
 
     ``on_step(t, z)`` sees the state after every step. Heun (the trapezoidal rule on v) costs two evaluations a step
-    except for the last one, which is Euler's because the velocity at t = 0 is not defined by the prediction.
+    except for the last one, which is Euler's because the velocity at t = 0 is not defined by the prediction. The others
+    cost one. DPM-Solver++(2M) steps towards the prediction extrapolated linearly in lambda from the last two, which is
+    of second order; it is Euler's step where lambda is infinite at an end of this interval or of the one before.
+    Source of 2M: Lu et al., arXiv 2211.01095, algorithm 2, with alpha = 1 - t and sigma = t.
     """
-    z = noise
+    z, previous, h_previous = noise, None, math.inf
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-        x_hat = denoise(z, torch.full((len(z),), t, device=z.device))
-        z_next = step_towards(x_hat, z, t, t_next)
+        x_hat = denoise(z, t)
+        target = x_hat
+        if method == "dpm++2m":
+            h = log_snr(t_next) - log_snr(t)
+            if previous is not None and math.isfinite(h):
+                target = x_hat + h / (2 * h_previous) * (x_hat - previous)
+            previous, h_previous = x_hat, h
+        z_next = step_towards(target, z, t, t_next)
         if method == "heun" and t_next > 0:
-            x_next = denoise(z_next, torch.full((len(z),), t_next, device=z.device))
+            x_next = denoise(z_next, t_next)
             mean_velocity = ((z - x_hat) / t + (z_next - x_next) / t_next) / 2
             z_next = z + (t_next - t) * mean_velocity
         z = z_next
@@ -56,42 +174,59 @@ def integrate(
     return z
 
 
+def chain(given: Iterable[str], scales: Mapping[str, float]) -> dict[Subset, float]:
+    """Return the weight of the prediction under each subset that guidance of the conditions ``given`` needs.
+
+    The chain starts from nothing and adds pose, text and dino, as far as given, in this order: subsets s_0 ... s_n.
+    Guided is ``x_0 + sum_k w_k (x_k - x_k-1)``, where w_k is the scale of what s_k adds (1 where ``scales`` has none):
+    x_k weighs ``w_k - w_k+1`` with w_0 = 1 and w_n+1 = 0, and what weighs 0 need not be computed. Scales of text and
+    dino alone thus give dual guidance, ``a + w_t (b - a) + w_d (c - b)`` with a, b, c = nothing, text, text+dino, and
+    where there is a pose, whose scale is 1, it is kept: pose, text+pose, all. Equal scales leave the two ends, which is
+    classifier-free guidance. Source: Ho & Salimans, arXiv 2207.12598, and Brooks et al., arXiv 2211.09800, eq. 3; on x
+    instead of v, which is equal since z and t are shared.
+    """
+    given = frozenset(given)
+    subsets, weights = [frozenset()], [1.0]
+    for name, group in GROUPS.items():
+        if given & group:
+            subsets.append(subsets[-1] | given & group)
+            weights.append(scales.get(name, 1.0))
+    shares = zip(subsets, weights, [*weights[1:], 0.0])
+    return {subset: weight - following for subset, weight, following in shares if weight != following}
+
+
 def guided_denoiser(
-    model: NanoDiT, conditions: Conditions, height: int, width: int, flow: FlowConfig, guidance: float
+    model: NanoDiT,
+    conditions: Conditions,
+    height: int,
+    width: int,
+    flow: FlowConfig,
+    sampling: Sampling,
+    keep_ids: Tensor | None = None,
 ) -> Denoiser:
-    """Return the denoiser ``a + g (b - a)`` of the unconditional a and the conditional b, combined on x.
+    """Return the denoiser of these conditions, guided within the interval; outside it costs a single forward.
 
-    At g = 1 the unconditional half is not computed. The context's keys and values are computed once, here.
-    Source: Ho & Salimans, arXiv 2207.12598; on x instead of v, which is equal since z and t are shared.
+    Self-guidance is ``r + w (x - r)`` of the routed prediction r and the dense x, both conditional: the routed network
+    is the weaker one, and what both get wrong is what it leads away from (Karras et al., arXiv 2406.02507). Every
+    context's keys and values are computed once, here.
     """
-    conditional = model.encode_context(conditions, height, width, cache=True)
-    unconditional = None
-    if guidance != 1:
-        unconditional = model.encode_context(conditions.keeping(()), height, width, cache=True)
+    encode = lambda kept: model.encode_context(kept, height, width, cache=True)  # noqa: E731
+    given = frozenset(name for name in MODALITIES if bool(conditions.keeps(name).any()))
+    full = encode(conditions)
+    plain = [(1.0, (full,))]
+    guided = [
+        (weight, (full if subset == given else encode(conditions.keeping(subset)),))
+        for subset, weight in sampling.chain(given).items()
+    ]
+    if sampling.self_guidance != 1:
+        guided = [(sampling.self_guidance, (full,)), (1 - sampling.self_guidance, (full, keep_ids))]
+    low, high = (shift(end, flow.shift_of(height, width)) + margin for end, margin in zip(sampling.interval, _MARGIN))
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        x = to_x(model(z, t, conditional), z, t, flow.prediction)
-        if unconditional is None:
-            return x
-        base = to_x(model(z, t, unconditional), z, t, flow.prediction)
-        return base + guidance * (x - base)
-
-    return denoise
-
-
-def self_guided_denoiser(
-    model: NanoDiT, conditions: Conditions, height: int, width: int, flow: FlowConfig, scale: float, keep_ids: Tensor
-) -> Denoiser:
-    """Return the denoiser ``r + w (x - r)`` of the routed prediction r and the dense x, both conditional.
-
-    The routed network is the weaker one, and what both get wrong is what guidance leads away from; half a forward more.
-    Source: Karras et al., arXiv 2406.02507, with the routed network as the bad version of the dense one.
-    """
-    context = model.encode_context(conditions, height, width, cache=True)
-
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        dense, routed = (to_x(model(z, t, context, ids), z, t, flow.prediction) for ids in (None, keep_ids))
-        return routed + scale * (dense - routed)
+    def denoise(z: Tensor, t: float) -> Tensor:
+        times = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
+        terms = guided if low <= t <= high else plain
+        predicted = (to_x(model(z, times, *arguments), z, times, flow.prediction) for _, arguments in terms)
+        return sum(x if weight == 1 else weight * x for (weight, _), x in zip(terms, predicted))
 
     return denoise
 
@@ -110,45 +245,29 @@ def sample(
     noise: Tensor,
     *,
     flow: FlowConfig,
-    steps: int = 20,
-    method: Method = "heun",
-    guidance: float = 1.0,
-    self_guidance: float = 1.0,
+    sampling: Sampling,
     keep_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Generate images of one size from ``noise`` (B, 3, H, W) at t = 1; returns float32 (B, 3, H, W), about [-1, 1].
 
-    ``self_guidance`` other than 1 leads away from the routed network, which sees the tokens ``keep_ids`` (B, k) of
-    :func:`trajectory_keep_ids`; :class:`ConfigError` for a model that never routed, or together with ``guidance``. The
-    conditions may be on the CPU; everything runs where the model is, in evaluation mode.
+    Self-guidance needs ``keep_ids`` (B, k) of :func:`trajectory_keep_ids`; :class:`ConfigError` for a model that never
+    routed. Whether training saw the conditions is :meth:`Sampling.check`'s. ``on_step(t, z)`` is called after every
+    step. The conditions may be on the CPU; everything runs where the model is, in evaluation mode.
     """
-    if self_guidance != 1:
-        check_self_guidance(model, guidance)
+    if sampling.self_guidance != 1:
+        check_routed(model)
     height, width = noise.shape[2:]
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        request = model, conditions.to(device), height, width, flow
-        if self_guidance != 1:
-            denoise = self_guided_denoiser(*request, self_guidance, keep_ids.to(device))
-        else:
-            denoise = guided_denoiser(*request, guidance)
-        times = sampling_times(steps, flow.shift_of(height, width))
-        return integrate(denoise, noise.to(device).float(), times, method)
+        keep_ids = None if keep_ids is None else keep_ids.to(device)
+        denoise = guided_denoiser(model, conditions.to(device), height, width, flow, sampling, keep_ids)
+        times = sampling_times(sampling.steps, flow.shift_of(height, width))
+        return integrate(denoise, noise.to(device).float(), times, sampling.method, on_step)
     finally:
         model.train(training)
-
-
-def check_self_guidance(model: NanoDiT, guidance: float) -> None:
-    """Raise :class:`ConfigError` where self-guidance means nothing."""
-    if not model.route:
-        raise ConfigError(
-            "self-guidance: this model was trained without routing (tread.enabled: false), so it has no weaker self to "
-            "lead away from; use guidance, or a checkpoint trained with tread"
-        )
-    if guidance != 1:
-        raise ConfigError(f"self-guidance: takes the place of guidance, which is {guidance:g}; set one of them to 1")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.data import Row, load_pixels
 from train.model import NanoDiT
 from train.noise import noise
-from train.sample import sample, to_uint8
+from train.sample import Sampling, sample, to_uint8
 
 CELL = 160  # smaller images are enlarged by a whole factor to about this
 GAP = 4
@@ -72,6 +72,7 @@ class VisualDebug:
     def _columns(self, model: NanoDiT, rows: Sequence[Row]) -> list[list[np.ndarray]]:
         """Return for each row of one bucket its images from top to bottom."""
         debug = self.config.visual_debug
+        sampling = Sampling(debug.method, debug.steps, debug.guidance)
         real = load_pixels(self._dataset, rows)
         conditions = load_conditions(self._dataset, rows)
         height, width = real.shape[2:]
@@ -79,9 +80,7 @@ class VisualDebug:
         images = [to_uint8(real)]
         for arm in self.arms:
             kept: Conditions = conditions.keeping(arm)
-            drawn = sample(
-                model, kept, start, flow=self.config.flow, steps=debug.steps, method="heun", guidance=debug.guidance
-            )
+            drawn = sample(model, kept, start, flow=self.config.flow, sampling=sampling)
             images.append(to_uint8(drawn))
         return [list(column) for column in zip(*images)]
 
