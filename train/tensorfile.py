@@ -1,4 +1,4 @@
-"""Named tensors in a .safetensors file: without metadata, durable, and with errors that say what to do."""
+"""Named tensors in a .safetensors file: durable, equal bytes every time, and with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from prep.errors import DataError, ResourceError
 Tensors = dict[str, Tensor]
 
 
-def write_tensors(file: Path, tensors: Tensors) -> None:
-    """Write ``tensors`` from any device; raises :class:`ResourceError` where the disk does not take them."""
-    # no metadata: safetensors keeps the entries in a hash map, and several would come in another order every time
+def write_tensors(file: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write ``tensors`` from any device; raises :class:`ResourceError` where the disk does not take them.
+
+    At most one entry of ``metadata``: safetensors keeps them in a hash map, and several would come in another order
+    every time.
+    """
     try:
-        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, file)
+        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, file, metadata)
     except SafetensorError as error:
         if "I/O error" not in str(error):
             raise

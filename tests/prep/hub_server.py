@@ -1,11 +1,13 @@
 """A local server that speaks the Hugging Face hub's wire format for downloads, as huggingface_hub's client needs it.
 
 Headers are those of ``https://huggingface.co/MODEL/resolve/REVISION/FILE``; errors carry the hub's ``X-Error-Code``.
+Of the API there is what a snapshot asks for: ``/api/models/MODEL`` and its ``/revision/...`` and ``/tree/...``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+API = re.compile(r"/api/models/(?P<model>[^/]+/[^/?]+)(/(?P<what>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
 RESOLVE = re.compile(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
@@ -55,6 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         hub = self.hub
         hub.requests.append((self.command, self.path))
+        if (match := API.fullmatch(self.path)) and (match["model"], "main") in hub.branches:
+            return self._describe(match["model"], match["revision"] or "main", match["what"] == "tree")
         match = RESOLVE.fullmatch(self.path)
         if match is None or not any(model == match["model"] for model, _ in hub.commits):
             return self._refuse(401, "RepoNotFound")  # the hub does not tell strangers what exists
@@ -80,6 +85,21 @@ class _Handler(BaseHTTPRequestHandler):
             if happens := hub.after.pop(match["file"], None):
                 happens()
         return None
+
+    def _describe(self, model: str, revision: str, tree: bool) -> None:
+        commit = self.hub.branches.get((model, revision), revision)
+        files = self.hub.commits[model, commit]
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in files.items()
+        ]
+        info = {"id": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        answer = json.dumps(entries if tree else info).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
     def _refuse(self, status: int, code: str, commit: str | None = None) -> None:
         self.send_response(status)
