@@ -14,7 +14,6 @@ from prep.errors import ConfigError, run_command
 from prep.files import write_atomic
 from prep.shards import Dataset
 from train.config import TrainConfig
-from train.draw import DrawRequest, draw
 from train.resume import check_same_run, choose_checkpoint
 from train.runfolder import lock_run_folder
 from train.sample import SELF_GUIDANCE
@@ -58,32 +57,55 @@ def _parser() -> argparse.ArgumentParser:
     sample = verbs.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False)
     sample.set_defaults(verb=_sample)
     sample.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
-    what = sample.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text to draw")
-    what.add_argument("--key", help="draw from the stored conditions of this holdout sample")
+    sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
+    sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
+    sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO")
+    sample.add_argument(
+        "--pose", type=Path, metavar="IMAGE|JSON",
+        help="a picture of a person, or joints: COCO-WholeBody's 133 (train/pose_file.py), or OpenPose's",
+    )  # fmt: skip
+    sample.add_argument("--key", help="instead: draw from the stored conditions of this holdout sample")
     sample.add_argument("--dataset", help="where --key is (default: the dataset of the run's config)")
     sample.add_argument(
-        "--conditions", default=None, metavar="text,pose", help="which of the sample's conditions (default: all)"
+        "--conditions", metavar="text,pose", help="which of text, cls, patches, pose to use (default: all given)"
     )
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--count", type=int, default=1, help="images, of seed, seed + 1, ...")
-    sample.add_argument(
-        "--size", default=None, metavar="WxH", help="pixels (default: the sample's, or the base square)"
-    )
-    sample.add_argument("--sampler", choices=("heun", "euler"), default="heun")
+    sample.add_argument("--count", type=int, default=1, help="images of each prompt, of seed, seed + 1, ...")
+    sample.add_argument("--batch-size", type=int, default=8, help="images drawn together")
+    sample.add_argument("--grid", action="store_true", help="also one sheet of all: a row a prompt, a column a seed")
+    size = sample.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size", metavar="WxH",
+        help="pixels (default: the bucket of the sample, of the pose or of the reference, or the base square)",
+    )  # fmt: skip
+    size.add_argument("--bucket", metavar="WxH", help="one of the sizes of training")
+    sample.add_argument("--sampler", choices=("heun", "euler", "dpm++2m"), default="heun")
     sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, help="scale of classifier-free guidance by all conditions; 1: none"
+    )
+    sample.add_argument(
+        "--scale", action="append", default=[], metavar="NAME=NUMBER",
+        help="instead: a scale of its own for text, dino or pose, e.g. --scale text=3 --scale dino=1.5",
+    )  # fmt: skip
     sample.add_argument(
         "--self-guidance", type=float, nargs="?", default=1.0, const=SELF_GUIDANCE, metavar="SCALE",
         help=f"guidance away from the routed network, for models trained with tread ({SELF_GUIDANCE:g} if given alone)",
     )  # fmt: skip
     sample.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="times, from 0 (image) to 1 (noise), between which guidance acts (default: 0 0.9)",
+    )  # fmt: skip
+    sample.add_argument(
         "--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL",
         help="the average (default), the last weights, or an average of another width, from the run's ema.snapshots",
     )  # fmt: skip
-    sample.add_argument("--text-encoder", type=Path, help="folder of the T5 the captions went through, if it was one")
+    sample.add_argument(
+        "--encoder", action="append", default=[], metavar="NAME=PLACE",
+        help="folder of t5 or dino, ONNX file of detector or pose, where the dataset was made with one's own",
+    )  # fmt: skip
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    sample.add_argument("--output", type=Path, required=True, help="PNG file; with --count, -SEED is added to its name")
+    sample.add_argument("--output", type=Path, required=True, help="PNG file; of several, -PROMPT-SEED is added")
     return parser
 
 
@@ -118,17 +140,60 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from train.draw import DrawRequest, draw
+    from train.sample import INTERVAL, Sampling
+
     names = (
-        "prompt", "key", "dataset", "seed", "count", "sampler", "steps", "guidance", "self_guidance", "weights",
-        "text_encoder", "output",
+        "reference", "pose", "key", "dataset", "seed", "count", "batch_size", "grid", "bucket", "weights", "output",
     )  # fmt: skip
     request = DrawRequest(
         **{name: getattr(options, name) for name in names},
+        prompts=(*options.prompt, *_prompts(options.prompts)),
         conditions=None if options.conditions is None else options.conditions.replace(",", "+"),
         size=None if options.size is None else _size(options.size),
-    )
+        sampling=Sampling(
+            options.sampler, options.steps, options.guidance, _scales(options.scale), options.self_guidance,
+            tuple(options.guidance_interval or INTERVAL),
+        ),
+        encoders=_pairs("--encoder", options.encoder, "PLACE"),
+    )  # fmt: skip
     files = draw(options.checkpoint, request, pick_device(options.device))
-    say(f"wrote {', '.join(map(str, files))}")
+    say(f"wrote {files[0]}" if len(files) == 1 else f"wrote {len(files)} files, {files[0]} to {files[-1]}")
+
+
+def _prompts(file: Path | None) -> list[str]:
+    """The lines of a file that hold anything."""
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"--prompts {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {file}: not UTF-8 text ({error})") from None
+    if not any(lines):
+        raise ConfigError(f"--prompts {file}: holds no prompt")
+    return [line for line in lines if line]
+
+
+def _scales(values: list[str]) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in _pairs("--scale", values, "NUMBER").items()}
+    except ValueError:
+        raise ConfigError(f"--scale {' --scale '.join(values)}: not of the form NAME=NUMBER, e.g. text=3") from None
+
+
+def _pairs(option: str, values: list[str], what: str) -> dict[str, str]:
+    """Read values of the form NAME=VALUE."""
+    pairs: dict[str, str] = {}
+    for given in values:
+        name, _, value = given.partition("=")
+        if not (name and value):
+            raise ConfigError(f"{option} {given}: not of the form NAME={what}")
+        if name in pairs:
+            raise ConfigError(f"{option} {given}: {name} is given twice")
+        pairs[name] = value
+    return pairs
 
 
 def _size(text: str) -> tuple[int, int]:

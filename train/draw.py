@@ -1,10 +1,9 @@
-"""Draw images from a checkpoint: from a prompt, or from the stored conditions of a holdout sample."""
+"""Draw images from a checkpoint: from prompts, a reference image and a pose, or as a holdout sample was described."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,150 +12,188 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from prep.buckets import Bucket, buckets_for
+from prep.console import Progress
 from prep.errors import ConfigError, DataError
-from prep.files import canonical_json
+from prep.files import canonical_json, sha256_file
 from prep.shards import Dataset
-from train.checkpoint import load_model
-from train.conditioning import Conditions, Subset, collate, load_conditions, parse_subset, subset_name
+from train.checkpoint import load_model, resolve_checkpoint
+from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
 from train.config import TrainConfig
 from train.data import bucket_size
+from train.given import Given, encode
+from train.model import NanoDiT
 from train.noise import noise
-from train.sample import Method, Sampling, sample, to_uint8, trajectory_keep_ids
+from train.sample import Sampling, sample, to_uint8, trajectory_keep_ids
+from train.visual import lay_out
 
 BATCH = 8  # images sampled together
 PROMPT_NOISE_KEY = "prompt"  # one noise per seed for all prompts, so that prompts can be compared
+OPTIONS = {"text": "--prompt", "cls": "--reference", "patches": "--reference", "pose": "--pose"}
 
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """What to draw and how; exactly one of ``prompt`` and ``key`` (a holdout sample of ``dataset``).
+    """What to draw and how: any of ``prompts``, ``reference`` and ``pose``, or ``key``, a holdout sample.
 
-    ``conditions`` is a subset's name such as ``text+pose`` (None: all there are), ``size`` (width, height) in pixels.
+    ``conditions`` is a subset's name such as ``text+pose`` (None: all there are). The picture has ``size`` (width,
+    height) in pixels, or that of ``bucket``, or that of the sample's, the pose's or the reference's, or the square's.
+    ``encoders`` are places of encoders that the checkpoint does not name, see :func:`train.given.encode`.
     """
 
     output: Path
-    prompt: str | None = None
+    prompts: tuple[str, ...] = ()
+    reference: Path | None = None
+    pose: Path | None = None
     key: str | None = None
     dataset: str | None = None
     conditions: str | None = None
     seed: int = 0
     count: int = 1
+    batch_size: int = BATCH
+    grid: bool = False
     size: tuple[int, int] | None = None
-    sampler: Method = "heun"
-    steps: int = 20
-    guidance: float = 1.0
-    self_guidance: float = 1.0
+    bucket: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     weights: str = "ema"  # ema, model or posthoc:SIGMA_REL
-    text_encoder: Path | None = None  # None: the hub's model that the dataset names, or the demo encoder
+    encoders: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the images of one prompt."""
+        return range(self.seed, self.seed + self.count)
 
 
 def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[Path]:
-    """Draw ``count`` images of seeds ``seed``, ``seed + 1``, ... and return the PNG files, which hold their settings.
+    """Draw ``count`` images of seeds ``seed``, ``seed + 1``, ... of each prompt; returns the PNG files, grid last.
 
-    Raises :class:`ConfigError` for a request that makes no sense, and for conditions that the dataset lacks or training
-    never saw; :class:`DataError` for another dataset.
+    Each file holds its settings (iTXt ``nanodit``, JSON): the same settings give the same file. Raises
+    :class:`ConfigError` for a request that makes no sense, and for conditions that the dataset lacks or training never
+    saw; :class:`DataError` for another dataset, other encoders, or files without what they should show.
     """
     check_request(request)
-    model, config, state = load_model(checkpoint, request.weights)
-    model = model.to(device)
-    if request.prompt is not None:
-        if parse_subset(request.conditions or "text") != {"text"}:
-            raise ConfigError("--conditions: a prompt gives text alone; with --key a holdout sample gives the rest")
-        subset, conditions = frozenset({"text"}), prompt_conditions(request, state["dataset"], device)
-        noise_key, size = PROMPT_NOISE_KEY, (state["dataset"]["base"],) * 2
+    given = Given.read(request.prompts, request.reference, request.pose)
+    step_folder = resolve_checkpoint(checkpoint)
+    model, config, state = load_model(step_folder, request.weights)
+    modalities = model.features.modalities
+    if request.key is not None:
+        stored, bucket = stored_conditions(request, config, state["dataset"])
+        noise_key, offered = request.key, frozenset(modalities)
     else:
-        conditions, size = stored_conditions(request, config, state["dataset"])
-        subset = available(request.conditions or "all", model.features.modalities)
-        noise_key = request.key
-    trained = config.conditioning.resolve(model.features.modalities)
-    sampling = Sampling(request.sampler, request.steps, request.guidance, self_guidance=request.self_guidance)
-    sampling.check(subset, trained, model)
-    width, height = request.size or size
-    if width % config.model.patch_size or height % config.model.patch_size or not (width and height):
-        raise ConfigError(
-            f"--size {width}x{height}: both sides must be multiples of the patch size, {config.model.patch_size}"
-        )
+        stored, bucket = None, given.bucket(model.features.base)
+        noise_key, offered = PROMPT_NOISE_KEY, given.subset
+    subset = choose(request.conditions, offered, modalities)
+    request.sampling.check(subset, config.conditioning.resolve(modalities), model)
+    width, height = picture_size(request, bucket, model)
+    if stored is None:  # the encoders come and go before the model takes its place on the GPU
+        conditions = encode(given, subset, state["dataset"], (width, height), device, request.encoders)
+    else:
+        conditions = stored.keeping(subset)
 
     settings = {
         "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
-        "prompt": request.prompt, "key": request.key, "conditions": subset_name(subset, model.features.modalities),
-        "size": f"{width}x{height}", **sampling.settings(),
+        "checkpoint_sha256": sha256_file(step_folder / "manifest.json"),
+        "key": request.key, **given.files, "conditions": subset_name(subset, modalities), "size": f"{width}x{height}",
+        **request.sampling.settings(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }  # fmt: skip
-    files, tokens = [], (width // config.model.patch_size) * (height // config.model.patch_size)
-    conditions = conditions.keeping(subset).to(device)
-    seeds = list(range(request.seed, request.seed + request.count))
-    for start in range(0, len(seeds), BATCH):
-        chunk = seeds[start : start + BATCH]
-        starts = torch.from_numpy(np.stack([noise(noise_key, seed, height, width) for seed in chunk])).to(device)
-        images = sample(
-            model, conditions.select([0] * len(chunk)), starts, flow=config.flow, sampling=sampling,
-            keep_ids=trajectory_keep_ids(config.tread, [(noise_key, seed) for seed in chunk], tokens),
-        )  # fmt: skip
-        for seed, image in zip(chunk, to_uint8(images)):
-            name = request.output if request.count == 1 else request.output.with_stem(f"{request.output.stem}-{seed}")
-            files.append(_save(name, image, {**settings, "seed": seed}))
+    prompts: Sequence[str | None] = request.prompts or [None]
+    # row of the conditions, prompt, seed, file
+    jobs = [
+        (row, prompt, seed, file_name(request, row, seed))
+        for row, prompt in enumerate(prompts)
+        for seed in request.seeds
+    ]
+    model = model.to(device)
+    tokens = (width // config.model.patch_size) * (height // config.model.patch_size)
+    pictures: list[np.ndarray] = []
+    with Progress("drawing", len(jobs), "images") as progress:
+        for start in range(0, len(jobs), request.batch_size):
+            batch = jobs[start : start + request.batch_size]
+            seeds = [seed for _, _, seed, _ in batch]
+            images = sample(
+                model,
+                conditions.select([row for row, *_ in batch]).keeping(subset),
+                torch.from_numpy(np.stack([noise(noise_key, seed, height, width) for seed in seeds])),
+                flow=config.flow,
+                sampling=request.sampling,
+                keep_ids=trajectory_keep_ids(config.tread, [(noise_key, seed) for seed in seeds], tokens),
+            )
+            for (_, prompt, seed, file), image in zip(batch, to_uint8(images)):
+                _save(file, image, {**settings, "prompt": prompt, "seed": seed})
+                pictures.append(image)
+            progress.advance(len(batch))
+    files = [file for *_, file in jobs]
+    if request.grid:
+        rows = [pictures[start : start + request.count] for start in range(0, len(pictures), request.count)]
+        labels = [prompt or request.key or settings["conditions"] for prompt in prompts]
+        grid = request.output.with_stem(f"{request.output.stem}-grid")
+        seeds = list(request.seeds)
+        _save(grid, sheet(rows, labels, seeds), {**settings, "prompts": list(request.prompts), "seeds": seeds})
+        files.append(grid)
     return files
 
 
 def check_request(request: DrawRequest) -> None:
     """Refuse, by the name of its option, what cannot be drawn whatever the checkpoint; raises :class:`ConfigError`."""
-    for name in ("steps", "count"):
+    for name in ("count", "batch_size"):
         if getattr(request, name) < 1:
-            raise ConfigError(f"--{name} {getattr(request, name)}: must be at least 1")
-    for name in ("guidance", "self_guidance"):
-        scale = getattr(request, name)
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ConfigError(f"--{name.replace('_', '-')} {scale}: must be a number from 0 on; 1 is no guidance")
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(request, name)}: must be at least 1")
+    if request.seed < 0:
+        raise ConfigError(f"--seed {request.seed}: must be 0 or more")
     if request.output.suffix.lower() != ".png" or request.output.is_dir():
         raise ConfigError(f"--output {request.output}: must be a file named *.png, which also holds the settings")
-    if request.prompt is not None and request.dataset is not None:
-        raise ConfigError("--dataset: a prompt needs none; with --key it says where the holdout sample is")
-
-
-def available(name: str, modalities: Collection[str]) -> Subset:
-    """Return the subset called ``name``, where ``all`` is all of ``modalities``.
-
-    Raises :class:`ConfigError` where it names a condition that the dataset lacks.
-    """
-    subset, present = parse_subset(name), frozenset(modalities)
-    if name == "all":
-        return present
-    if absent := subset - present:
+    if any(not prompt.strip() for prompt in request.prompts):
+        raise ConfigError("--prompt: is empty; leave it out for a picture without text")
+    given = {"--prompt": request.prompts, "--reference": request.reference, "--pose": request.pose}
+    named = [name for name, value in given.items() if value]
+    if request.key is not None and named:
+        raise ConfigError(f"{named[0]}: --key takes all conditions from the holdout sample; give one or the other")
+    if request.key is None and request.dataset is not None:
+        raise ConfigError("--dataset: says where the holdout sample of --key is; without --key nothing is read from it")
+    if request.key is None and not named and request.conditions != "nothing":
         raise ConfigError(
-            f"--conditions {name}: the dataset has no {', no '.join(sorted(absent))}; it has {', '.join(modalities)}"
+            "nothing to draw from: give any of --prompt, --reference and --pose, or --key, or --conditions nothing"
         )
+
+
+def choose(name: str | None, offered: Subset, modalities: Collection[str]) -> Subset:
+    """Return the subset called ``name`` of the conditions ``offered``, all of them by default.
+
+    ``all`` is all that the model has, ``modalities``. Raises :class:`ConfigError` where it names a condition that the
+    dataset lacks or that is not given, and where one is given that the dataset lacks.
+    """
+    subset = offered if name is None else frozenset(modalities) if name == "all" else parse_subset(name)
+    if absent := subset - frozenset(modalities):
+        asked = OPTIONS[min(absent)] if name is None else f"--conditions {name}"
+        has = ", ".join(modalities) or "no conditions"
+        raise ConfigError(f"{asked}: the dataset has no {', no '.join(sorted(absent))}; it has {has}")
+    if missing := subset - offered:
+        condition = min(missing)
+        raise ConfigError(f"--conditions {name}: no {condition} is given; add {OPTIONS[condition]}")
     return subset
 
 
-def prompt_conditions(request: DrawRequest, dataset: dict[str, Any], device: torch.device) -> Conditions:
-    """Embed the prompt with the T5 that the dataset's captions went through; one image's conditions.
-
-    Raises :class:`DataError` where the encoder found is not that one.
-    """
-    from prep.t5 import T5Encoder  # transformers takes seconds to import, and stored conditions need none of it
-
-    layer = dataset["layers"].get("t5")
-    if layer is None:
-        raise ConfigError("--prompt: this model was trained without text; use --key")
-    recorded = layer["encoder"]
-    model, revision = request.text_encoder or recorded.get("model"), recorded.get("revision")
-    if model is None:  # a folder, which is recorded by its content alone
-        from prep.demo import build_demo_encoders, demo_folder
-
-        model = build_demo_encoders(demo_folder()).t5
-    encoder = T5Encoder(model, revision, device=str(device), max_tokens=layer["max_tokens"])
-    if encoder.fingerprint() != recorded:
-        raise DataError(
-            f"{model}: not the text encoder of the training captions ({canonical_json(recorded).strip()}); "
-            "give its folder as --text-encoder"
-        )
-    return collate(text=[encoder.encode([request.prompt])[0].embedding], count=1)
+def picture_size(request: DrawRequest, default: Bucket, model: NanoDiT) -> tuple[int, int]:
+    """Return (width, height) of the pictures; :class:`ConfigError` for one that is not made of whole patches."""
+    if request.bucket is not None:
+        names = [str(bucket) for bucket in buckets_for(model.features.base)]
+        if request.bucket not in names:
+            raise ConfigError(
+                f"--bucket {request.bucket}: base {model.features.base} has {', '.join(names)}; --size takes any"
+            )
+    width, height = request.size or bucket_size(request.bucket or str(default))
+    patch_size = model.config.patch_size
+    if width % patch_size or height % patch_size or not (width and height):
+        raise ConfigError(f"--size {width}x{height}: both sides must be multiples of the patch size, {patch_size}")
+    return width, height
 
 
 def stored_conditions(
     request: DrawRequest, config: TrainConfig, trained_on: dict[str, Any]
-) -> tuple[Conditions, tuple[int, int]]:
-    """Read the conditions of the holdout sample ``request.key`` and its bucket's (width, height)."""
+) -> tuple[Conditions, Bucket]:
+    """Read the conditions of the holdout sample ``request.key`` and its bucket."""
     dataset = Dataset(request.dataset or config.dataset)
     if dataset.fingerprint != trained_on["fingerprint"]:
         raise DataError(
@@ -166,12 +203,26 @@ def stored_conditions(
     rows = [row for row in dataset.rows("holdout") if row["key"] == request.key]
     if not rows:
         raise ConfigError(f"--key {request.key}: not a holdout sample of {dataset.root}; its index.parquet lists them")
-    return load_conditions(dataset, rows), bucket_size(rows[0]["bucket"])
+    return load_conditions(dataset, rows), Bucket.parse(rows[0]["bucket"])
 
 
-def _save(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+def file_name(request: DrawRequest, row: int, seed: int) -> Path:
+    """The file of one picture: ``output``, with the prompt's number, from 1, and the seed where there are several."""
+    parts = [request.output.stem]
+    if len(request.prompts) > 1:
+        parts.append(f"{row + 1:0{len(str(len(request.prompts)))}d}")
+    if request.count > 1:
+        parts.append(str(seed))
+    return request.output.with_stem("-".join(parts))
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """One picture of all: a row per label, a column per seed; uint8 (H, W, 3) in and out."""
+    return lay_out(list(zip(*rows)), labels, [f"seed {seed}" for seed in seeds])
+
+
+def _save(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
     info = PngInfo()
     info.add_itxt("nanodit", canonical_json(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, pnginfo=info)
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from train.sample import Sampling, sample, to_uint8
 
 CELL = 160  # smaller images are enlarged by a whole factor to about this
 GAP = 4
-LABEL_WIDTH = 84
+LABEL_WIDTH, HEAD_HEIGHT = 84, 16
+LETTER = 6, 14  # about the width of a letter, and the height of a line, in Pillow's own font
 ARMS = ("all", "text+pose", "text")  # as far as the dropout table trains them
 
 
@@ -85,20 +87,32 @@ class VisualDebug:
         return [list(column) for column in zip(*images)]
 
 
-def lay_out(columns: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> np.ndarray:
-    """Place columns of images, uint8 (H, W, 3) of any sizes, on one white sheet with a label before each row."""
+def lay_out(columns: Sequence[Sequence[np.ndarray]], labels: Sequence[str], heads: Sequence[str] = ()) -> np.ndarray:
+    """Place columns of images, uint8 (H, W, 3) of any sizes, on one white sheet with a label before each row.
+
+    Labels are wrapped, and cut where a row has no room for more. ``heads`` are what stands above the columns, if
+    anything.
+    """
     largest = max(max(image.shape[:2]) for column in columns for image in column)
     factor = max(1, round(CELL / largest))
     cell_width = max(image.shape[1] for column in columns for image in column) * factor + GAP
     cell_height = max(image.shape[0] for column in columns for image in column) * factor + GAP
-    sheet = Image.new("RGB", (LABEL_WIDTH + len(columns) * cell_width + GAP, len(labels) * cell_height + GAP), "white")
+    above = HEAD_HEIGHT if heads else 0
+    size = LABEL_WIDTH + len(columns) * cell_width + GAP, above + len(labels) * cell_height + GAP
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        pen.text((LABEL_WIDTH + (column + 0.5) * cell_width, GAP), head, fill="black", anchor="ma")
     for row, label in enumerate(labels):
-        pen.text((GAP, GAP + (row + 0.5) * cell_height), label, fill="black", anchor="lm")
+        lines = textwrap.wrap(
+            label, LABEL_WIDTH // LETTER[0], max_lines=max(1, cell_height // LETTER[1]), placeholder=" ..."
+        )
+        middle = above + GAP + (row + 0.5) * cell_height
+        pen.text((GAP, middle), "\n".join(lines), fill="black", anchor="lm", spacing=2)
         for column, images in enumerate(columns):
             image = Image.fromarray(images[row])
             image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
             left = GAP + LABEL_WIDTH + column * cell_width + (cell_width - GAP - image.width) // 2
-            top = GAP + row * cell_height + (cell_height - GAP - image.height) // 2
+            top = above + GAP + row * cell_height + (cell_height - GAP - image.height) // 2
             sheet.paste(image, (left, top))
     return np.asarray(sheet)
