@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.conditioning import Conditions
+from train.dino_loss import PatchFeatures, patch_distance
 from train.model import Features, ModelConfig, NanoDiT
 from train.perceptual import PerceptualConfig, View, load_lpips, show
 from train.repa import RepaHead
@@ -63,6 +64,20 @@ class LpipsFlops:
     def __call__(self, x_hat: Tensor, x: Tensor) -> int:
         views = [View(0, 0, 0)]
         return count_flops(self.network, show(x_hat, views, self.config), show(x, views, self.config))
+
+
+class DinoFlops:
+    """The FLOPs of DINOv2's patch distance for one view of an image (1, 3, H, W), and of its gradient."""
+
+    def __init__(self, config: PerceptualConfig, network: PatchFeatures) -> None:
+        self.config, self.network = config, copy.deepcopy(network).to(META)
+
+    def __call__(self, x_hat: Tensor, x: Tensor) -> int:
+        def distance(*images: Tensor) -> Tensor:
+            return patch_distance(*map(self.network, images))
+
+        views = [View(0, 0, 0)]
+        return count_flops(distance, show(x_hat, views, self.config), show(x, views, self.config))
 
 
 class HeadFlops:

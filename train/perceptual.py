@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prep.config import Config
@@ -30,13 +30,23 @@ MIN_SIDE = 16  # VGG halves an image four times
 
 
 class PerceptualConfig(Config):
-    """Whether, how strongly and on what LPIPS is a loss. Source: PixelGen's pixel-space recipe (weight .1)."""
+    """Whether, how strongly and on what LPIPS is a loss, and DINOv2 (:mod:`train.dino_loss`) beside it.
+
+    Source: PixelGen's pixel-space recipe (weights .1 and .01).
+    """
 
     every: int = Field(default=0, ge=0)  # micro-steps, with so many times the weight; 0: never
     weight: float = Field(default=0.1, gt=0)
+    dino_weight: float = Field(default=0.0, ge=0)  # of DINOv2's patches; published: .01; 0: not loaded
     t_max: float = Field(default=0.7, gt=0, le=1)  # of 256 px; mapped through the resolution shift
     view: Literal["crop", "pool"] = "crop"
     size: int = Field(default=512, ge=MIN_SIDE)  # pixels
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> PerceptualConfig:
+        if self.dino_weight and not self.every:
+            raise ValueError("dino_weight is of no effect while `every` is 0, which turns the perceptual loss off")
+        return self
 
 
 @dataclass(frozen=True)

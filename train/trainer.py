@@ -32,11 +32,12 @@ from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
+from train.dino_loss import DinoLoss
 from train.ema import EMA, PowerAverages, ema_decay
 from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast, autocast_dtype, can_compile, peak_flops
-from train.mfu import FlopCounter, HeadFlops, LpipsFlops, ModelFlops
+from train.mfu import DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
@@ -53,8 +54,8 @@ from train.visual import VisualDebug
 @dataclass(frozen=True)
 class Accumulated:
     """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
-    and REPA loss of each image, LPIPS of those that it was computed of (the tensors on the device), the image tokens a
-    block saw, the images that were routed and those that were mirrored."""
+    and REPA loss of each image, LPIPS and DINOv2's distance of those that they were computed of (the tensors on the
+    device), the image tokens a block saw, the images that were routed and those that were mirrored."""
 
     keys: list[str]
     subsets: list[Subset]
@@ -63,6 +64,7 @@ class Accumulated:
     velocities: Tensor
     alignments: Tensor
     lpips: Tensor
+    dino: Tensor
     tokens: float
     routed: int
     flipped: int
@@ -100,10 +102,11 @@ class Trainer:
                 )
             self.model.to(device)
         self.model.checkpoint_every = config.train.checkpoint_every
-        self.perceptual = None
+        self.perceptual = self.dino = None
         if config.perceptual.every:
             check_views(config.perceptual, self.batches.plan.sizes)
             self.perceptual = PerceptualLoss(config.perceptual, device)
+            self.dino = DinoLoss(config.perceptual, device) if config.perceptual.dino_weight else None
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
             # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
@@ -124,6 +127,11 @@ class Trainer:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
         if self.perceptual and checkpoint.state.get("perceptual") not in (None, self.perceptual.sha256):
             raise DataError(f"{checkpoint.path}: was trained with other weights than {vgg_path()}; put those back")
+        if self.dino and checkpoint.state.get("perceptual_dino") not in (None, self.dino.sha256):
+            raise DataError(
+                f"{checkpoint.path}: was trained with other weights than those of DINOv2 in {self.dino.folder}; put "
+                "those back"
+            )
         load_weights(self.model, checkpoint.model, checkpoint.path / "model.safetensors")
         try:
             self.ema.load(checkpoint.ema)
@@ -174,13 +182,13 @@ class Trainer:
                     self.save()
                     saved = self.step
 
-    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
 
-        Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS of each image that it was
-        computed of. The REPA loss of an image that does not count is 0.
+        Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS and DINOv2's distance of each
+        image that they were computed of. The REPA loss of an image that does not count is 0.
         """
-        flow, losses, velocities, alignments, lpips = self.config.flow, [], [], [], []
+        flow, losses, velocities, alignments, lpips, dino = self.config.flow, [], [], [], [], []
         repa_weight = self.config.repa.weight_at(self.step, self.config.train.steps)
         self.model.train()
         for part in batch.parts:
@@ -205,13 +213,20 @@ class Trainer:
                 total = total + self.perceptual.weight * distances.sum()
                 lpips.append(distances.detach())
                 self._note_flops("lpips", len(part.views), x_hat, x)
+            if part.views and self.dino:
+                with autocast(self.device, self.autocast_dtype):
+                    distances = self.dino(x_hat, x, part.views)
+                total = total + self.dino.weight * distances.sum()
+                dino.append(distances.detach())
+                self._note_flops("dino", len(part.views), x_hat, x)
             # a sum over images divided by the images of the step: each image weighs the same
             (total / self.images_per_step).backward()
             losses.append(loss.detach())
             alignments.append(alignment.detach())
             velocities.append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
         losses = torch.cat(losses)
-        return losses, *map(torch.cat, (velocities, alignments)), torch.cat(lpips) if lpips else losses[:0]
+        views = (torch.cat(distances) if distances else losses[:0] for distances in (lpips, dino))
+        return losses, *map(torch.cat, (velocities, alignments)), *views
 
     def _make_batch(self, index: int) -> MicroBatch:
         batch = self.batches.make(index)
@@ -241,12 +256,15 @@ class Trainer:
         norms, total_norm = gradient_norms(self.model)
         means = accumulated.losses.mean(), accumulated.velocities.mean(), accumulated.alignments.mean()
         # the only wait for the device in a step
-        measured = torch.stack((*means, accumulated.lpips.sum(), total_norm, *norms.values())).tolist()
-        flow, velocity_square, repa, lpips, total, *group_norms = measured
+        sums = accumulated.lpips.sum(), accumulated.dino.sum()
+        measured = torch.stack((*means, *sums, total_norm, *norms.values())).tolist()
+        flow, velocity_square, repa, lpips, dino, total, *group_norms = measured
         repa_weight = self.config.repa.weight_at(self.step, config.steps)
         loss = flow + repa_weight * repa
         if self.perceptual:
             loss += self.perceptual.weight * lpips / len(accumulated.keys)
+        if self.dino:
+            loss += self.dino.weight * dino / len(accumulated.keys)
         by_group = dict(zip(norms, group_norms))
         if not (np.isfinite(loss) and np.isfinite(total)):
             raise self._report_non_finite(accumulated, by_group)
@@ -264,6 +282,7 @@ class Trainer:
             "train/flow_loss": flow,
             **alignment_values(repa, repa_weight, accumulated.subsets),
             **(lpips_values(lpips, len(accumulated.lpips), len(accumulated.keys)) if self.perceptual else {}),
+            **({"train/dino_loss": dino / len(accumulated.dino)} if len(accumulated.dino) else {}),
             "train/grad_norm": total,
             "train/velocity_norm": velocity_square**0.5,
             "train/learning_rate": rate,
@@ -311,6 +330,7 @@ class Trainer:
             "dataset": dataset_summary(self.data.info),
             "environment": environment(self.device),
             "perceptual": self.perceptual.sha256 if self.perceptual else None,
+            "perceptual_dino": self.dino.sha256 if self.dino else None,
         }
 
     def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
@@ -321,6 +341,8 @@ class Trainer:
         counts = {"model": ModelFlops(self.config.model, self.model.features, self.model.route)}
         if self.perceptual:
             counts["lpips"] = LpipsFlops(self.config.perceptual)
+        if self.dino:
+            counts["dino"] = DinoFlops(self.config.perceptual, self.dino.network)
         if self.model.repa_head is not None:
             counts["repa"] = HeadFlops(self.model.repa_head)
         return FlopCounter(counts)
@@ -338,6 +360,11 @@ class Trainer:
         )
         if self.perceptual and not self.perceptual.published:
             say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
+        if self.dino and self.dino.is_condition(self.data.info["layers"]):
+            say(
+                "perceptual: the dataset's DINO features are of the DINOv2 that the loss compares with, so images that "
+                "keep them are told what it measures"
+            )
         for line in plan.describe(config.train.steps):
             say(line)
         if config.repa.enabled:
@@ -364,6 +391,7 @@ class Trainer:
             "step": step,
             "images": images,
             "lpips_losses": list(map(repr, accumulated.lpips.tolist())),
+            "dino_losses": list(map(repr, accumulated.dino.tolist())),
             "grad_norms": {group: repr(norm) for group, norm in norms.items()},
         }
         write_atomic(path, canonical_json(record))

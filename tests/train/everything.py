@@ -18,7 +18,7 @@ EVERYTHING: dict[str, Any] = {
     "tread.tail_routed": 0.5,
     "repa.enabled": "true", "repa.weight": 1.0, "repa.until": 0.6, "repa.block_index": 3, "repa.width": 24,
     "perceptual.every": 2, "perceptual.weight": 0.3, "perceptual.t_max": 0.9, "perceptual.view": "pool",
-    "perceptual.size": 40,
+    "perceptual.size": 40, "perceptual.dino_weight": 0.2,
     "optimizer.betas": "[0.8, 0.9]", "optimizer.eps": 1e-6, "optimizer.weight_decay": 0.01,
     "optimizer.muon_momentum": 0.9, "optimizer.muon_lr_factor": 0.5,
     "train.steps": 12, "train.batch_size": 2, "train.grad_accumulation_steps": 4, "train.token_budget": 800,
@@ -28,8 +28,10 @@ EVERYTHING: dict[str, Any] = {
     "train.gradient_checkpointing": 3, "train.threads": 1, "train.device": "cpu",
     "ema.snapshots": 8, "ema.sigma_rel": "[0.06, 0.2]",
     "data.flip": 0.4, "data.cache_gb": 2e-4, "data.prefetch": 3,
-    "checkpoint.every_steps": 3, "checkpoint.keep_last": 3,
+    "checkpoint.every_steps": 3, "checkpoint.every_minutes": 60.0, "checkpoint.keep_last": 3, "checkpoint.keep_every": 4,
+    "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",
     "visual_debug.every_steps": 5, "visual_debug.count": 2, "visual_debug.steps": 1, "visual_debug.guidance": 1.5,
+    "visual_debug.method": "euler",
 }  # fmt: skip
 NOT_IN_IT = {
     "dataset": "the test's own",

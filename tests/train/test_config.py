@@ -19,15 +19,16 @@ from train.config import TrainConfig
 from train.resume import SAFE_TO_CHANGE
 from train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("vgg_home")
+pytestmark = pytest.mark.usefixtures("vgg_home", "dinov2_home")
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
 TINY = [
     "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
+    "validation.every_steps=2",
     "train.compile=false", "ema.snapshots=8",
     "tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true",
-    "perceptual.every=1", "perceptual.size=16",
+    "perceptual.every=1", "perceptual.size=16", "perceptual.dino_weight=0.01",
 ]  # fmt: skip
 
 # another value for every key that is part of a run's identity; it must change the weights or their average in 3 steps
@@ -42,7 +43,7 @@ EFFECTS: dict[str, Any] = {
     "tread.tail_routed": 1.0,
     "repa.enabled": "true", "repa.weight": 2.0, "repa.until": 1.0, "repa.block_index": 2, "repa.width": 8,
     "perceptual.every": 2, "perceptual.weight": 1.0, "perceptual.t_max": 0.3, "perceptual.view": "pool",
-    "perceptual.size": 16,
+    "perceptual.size": 16, "perceptual.dino_weight": 1.0,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
     "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.token_budget": 200,

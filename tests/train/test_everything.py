@@ -28,7 +28,7 @@ def test_every_key_is_on(tiny_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_T05_killed_twice_and_resumed_is_byte_equal(tiny_dataset, tmp_path, vgg_home):
+def test_T05_killed_twice_and_resumed_is_byte_equal(tiny_dataset, tmp_path, vgg_home, dinov2_home):
     config = write_config(tmp_path / "c.yaml", tiny_dataset, tmp_path / "run")
     for fault, output in (
         ("train.step:kill:2", "run"),
@@ -44,7 +44,7 @@ def test_T05_killed_twice_and_resumed_is_byte_equal(tiny_dataset, tmp_path, vgg_
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["started_at_steps"] == [0, 0, 6]
 
 
-def test_trap_27_what_looks_on_changes_nothing(tiny_dataset, tmp_path, vgg_home):
+def test_trap_27_what_looks_on_changes_nothing(tiny_dataset, tmp_path, vgg_home, dinov2_home):
     alone = make(tiny_dataset, tmp_path / "alone", *everything(visual_debug__every_steps=0))
     alone.run()
     looks = {"visual_debug__every_steps": 1, "checkpoint__every_steps": 1, "data__prefetch": 0, "data__cache_gb": 0}

@@ -11,7 +11,8 @@ from prep.shards import Dataset
 from tests.train.tiny import tiny_config
 from train import trainer as trainer_module
 from train.conditioning import Conditions
-from train.mfu import META, FlopCounter, HeadFlops, LpipsFlops, ModelFlops, count_flops
+from train.dino_loss import DinoLoss
+from train.mfu import META, DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops, count_flops
 from train.model import Features, ModelConfig, NanoDiT
 from train.perceptual import PerceptualConfig
 from train.repa import RepaConfig, RepaHead
@@ -96,13 +97,29 @@ def test_lpips_costs_the_prediction_twice_as_much_as_the_image(vgg_home):
     assert both == 3 * trunk + 2 * heads  # two forward passes and one backward
 
 
+def test_the_patch_distance_costs_the_prediction_twice_as_much_as_the_image(dinov2_home):
+    config = PerceptualConfig(every=1, dino_weight=0.01, size=32)
+    loss = DinoLoss(config, torch.device("cpu"))
+    flops = DinoFlops(config, loss.network)
+    x = torch.empty(1, 3, 64, 48, device=META)
+    both = flops(x.clone().requires_grad_(), x)
+    d, layers, patches = 32, 2, 2 * 2  # of 14 pixels, as a crop of 32 is shown at 28
+    tokens = patches + 1
+    linear = 2 * patches * 3 * 14 * 14 * d + layers * 2 * tokens * 12 * d * d  # patches; q, k, v, out and 2 x 4 d^2
+    attention = layers * 2 * 2 * tokens * tokens * d
+    # two forward passes; backward, frozen matrices have one gradient, and the products of attention two
+    assert both == 3 * linear + 4 * attention
+    assert next(loss.network.parameters()).device.type == "cpu", "a copy is counted"
+
+
 def test_the_head_of_repa_counts():
     head = RepaHead(RepaConfig(enabled=True, width=32), 4, 64, 16)
     assert HeadFlops(head)(torch.empty(2, 48, 16)) == 3 * 2 * 48 * (64 * 32 + 32 * 32 + 32 * 16)
 
 
-def test_a_run_reports_its_share_of_the_peak(tiny_dataset, tmp_path, monkeypatch, vgg_home):
+def test_a_run_reports_its_share_of_the_peak(tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home):
     options = ("tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true", "perceptual.every=1")
+    options += ("perceptual.dino_weight=0.01",)
     runs = {}
     for name, peak in (("known", 1e12), ("unknown", None)):
         monkeypatch.setattr(trainer_module, "peak_flops", lambda device, dtype, peak=peak: peak)

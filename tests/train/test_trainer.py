@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evaluate.pulse import build_validation
 from prep.errors import Interrupted
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config, write_dataset
@@ -35,7 +36,8 @@ TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MO
 def make(dataset: Path, output: Path, *overrides: str) -> Trainer:
     config = tiny_config(dataset, output, *overrides)
     config.run_folder.mkdir(exist_ok=True)
-    return Trainer(config, Dataset(dataset), CPU)
+    data = Dataset(dataset)
+    return Trainer(config, data, CPU, build_validation(config, data) if config.validation.every_steps else None)
 
 
 def weights_of(run: Path, step: int) -> dict[str, bytes]:
@@ -164,17 +166,19 @@ class NoSync(TorchDispatchMode):
 
 EVERY_LOSS = (
     "conditioning.preset=default", "train.batch_size=24", "repa.enabled=true", "tread.enabled=true", "tread.start=0",
-    "tread.end=-1", "perceptual.every=1", "perceptual.size=24", "train.gradient_checkpointing=2",
+    "tread.end=-1", "perceptual.every=1", "perceptual.size=24", "perceptual.dino_weight=0.01",
+    "train.gradient_checkpointing=2",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("view", ["crop", "pool"])
-def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_home, view):
+def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_home, dinov2_home, view):
     trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}")
     # on the meta device tensors have no values, so that reading one or copying it to the host is an error
     trainer.device = torch.device("meta")
     trainer.model.to("meta")
     trainer.perceptual.network.to("meta")
+    trainer.dino.network.to("meta")
     batch = trainer.batches.make(0).to(trainer.device)
     assert any(part.views for part in batch.parts)
     assert batch.keep_ids is not None
@@ -200,7 +204,9 @@ def test_trap_20_what_waits_is_noticed(tiny_dataset, tmp_path, wait):
         trainer.micro_step(batch)
 
 
-def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(tiny_dataset, tmp_path, monkeypatch, vgg_home):
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(
+    tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home
+):
     pinned = Counter()
 
     def pin(tensor):
