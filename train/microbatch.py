@@ -111,7 +111,7 @@ class MicroBatches:
         cut = cuts[position]
         images = cut.images  # their numbers in the step
         rows = self.data.select(cut)
-        flips = self._flips(step, images, rows)
+        flips = self.flips(step, images, rows)
         x, conditions = self.data.load(rows, cut.size, flips)
 
         # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
@@ -136,7 +136,8 @@ class MicroBatches:
         tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
         return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids, sum(flips))
 
-    def _flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
+    def flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
+        """Say which of a micro-batch's images, by their numbers in the step, are mirrored."""
         share, seed = self.config.data.flip, self.config.seed
         if share == 0:
             return [False] * len(rows)
@@ -198,3 +199,10 @@ def split(subsets: Sequence[Subset]) -> list[slice]:
             parts.append(slice(start, stop))
         mixed = small
     return parts
+
+
+def part_sizes(images: int, subsets: int) -> set[int]:
+    """Return every number of images that a part of a micro-batch, dealt from a table of so many subsets, may have."""
+    if subsets == 1 or images <= MIN_GROUP:
+        return {images}
+    return {*range(1, images - MIN_GROUP + 1), *range(MIN_GROUP, images + 1)}

@@ -260,12 +260,18 @@ def _layer_norm(x: Tensor) -> Tensor:
 
 def _pool(patches_bhwc: Tensor, limit: int | None) -> Tensor:
     """Average a patch grid down to at most ``limit`` cells of about its aspect ratio; (b, h, w, c) in and out."""
-    h, w = patches_bhwc.shape[1:3]
-    if limit is None or h * w <= limit:
+    size = pooled_grid(*patches_bhwc.shape[1:3], limit)
+    if patches_bhwc.shape[1:3] == size:
         return patches_bhwc
-    factor = math.sqrt(limit / (h * w))
-    size = max(1, int(h * factor)), max(1, int(w * factor))
     return F.adaptive_avg_pool2d(patches_bhwc.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+
+
+def pooled_grid(h: int, w: int, limit: int | None) -> tuple[int, int]:
+    """Return the rows and columns that a patch grid becomes as context."""
+    if limit is None or h * w <= limit:
+        return h, w
+    factor = math.sqrt(limit / (h * w))
+    return max(1, int(h * factor)), max(1, int(w * factor))
 
 
 def _cells(grid: tuple[int, int], rows: int, columns: int, base_grid: float, device: torch.device) -> Tensor:
@@ -397,7 +403,8 @@ class NanoDiT(nn.Module):
         """Compile each block's forward in place; parameter names stay as they are.
 
         Never torch's default, which decides about dynamic shapes from the shapes seen before, so that a resumed run
-        would compute with other kernels than an uninterrupted one.
+        would compute with other kernels than an uninterrupted one. Static shapes need room for a graph each
+        (:func:`train.compiling.allow_graphs`).
         """
         if dynamic:
             # after 8 graphs torch would run new shapes uncompiled: what computes a shape would depend on its turn

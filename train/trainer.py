@@ -29,6 +29,7 @@ from prep.faults import fault
 from prep.files import canonical_json, write_atomic
 from train.batch_plan import scale_of
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
+from train.compiling import FORESEEN_STEPS, allow_graphs, coming_shapes, describe, possible_shapes
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
@@ -110,7 +111,7 @@ class Trainer:
         compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
         if compiles:
             # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
-            self.model.compile_blocks(dynamic=device.type == "cpu")
+            self.compile_blocks(dynamic=device.type == "cpu")
         elif config.train.compile == "auto":
             say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -122,6 +123,15 @@ class Trainer:
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
         self.flops = self._flop_counter() if self.peak_flops else None
+
+    def compile_blocks(self, *, dynamic: bool) -> None:
+        """Compile the model's blocks, with room for a graph of each shape of the run unless one serves all shapes."""
+        if not dynamic:
+            steps, modalities = min(FORESEEN_STEPS, self.config.train.steps), self.model.features.modalities
+            possible = len(possible_shapes(self.batches, modalities))
+            allow_graphs(possible)
+            say(describe(len(coming_shapes(self.batches, modalities, steps)), steps, possible))
+        self.model.compile_blocks(dynamic=dynamic)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
