@@ -150,6 +150,17 @@ def test_trap_13_patches_and_joints_know_where_they_are():
         assert not torch.allclose(model(z, t, one), model(z, t, other), atol=1e-4)
 
 
+def test_trap_13_joints_carry_fourier_features_of_their_place():
+    model = randomised(make_model(context_joints=17)).context
+    torch.nn.init.zeros_(model.pose[-1].weight)  # what the MLP sees of x and y is left out
+    pose = conditions().pose[:, :17]
+    tokens, _ = model._pose(pose, 4, 4, 8.0)
+    angles = pose[..., :2].unsqueeze(3) * torch.pi * torch.tensor([0.5, 1, 2, 4, 8, 16])
+    features = torch.cat((angles.cos().flatten(2), angles.sin().flatten(2)), 2)  # x and then y, from slow to fast
+    expected = features @ model.pose_position.weight.T + model.joint + model.pose[-1].bias
+    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_context_grid_lies_on_the_image_tokens_axes():
     same = _cells((4, 6), 4, 6, 8.0, torch.device("cpu"))
     torch.testing.assert_close(same, grid_positions(4, 6, 8.0))
