@@ -1,4 +1,4 @@
-"""Command line: ``python -m train run | sample``."""
+"""Command line: ``python -m train run | sample | export``."""
 
 from __future__ import annotations
 
@@ -106,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument("--output", type=Path, required=True, help="PNG file; of several, -PROMPT-SEED is added")
+
+    export = verbs.add_parser("export", help="write a model as a folder that diffusers loads", allow_abbrev=False)
+    export.set_defaults(verb=_export)
+    export.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
+    export.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet, or is empty")
+    export.add_argument("--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL", help="as for sample")
+    export.add_argument(
+        "--half", action="store_true", help="write bfloat16, half the bytes, and say how far that moves the pixels"
+    )
+    export.add_argument(
+        "--report", type=Path, metavar="report.json",
+        help="what `evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
+    )  # fmt: skip
+    export.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --half's comparison")
     return parser
 
 
@@ -201,6 +215,18 @@ def _size(text: str) -> tuple[int, int]:
     if not (cross and width.isdigit() and height.isdigit()):
         raise ConfigError(f"--size {text!r} is not of the form WIDTHxHEIGHT, e.g. 832x1216")
     return int(width), int(height)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from train.export import export
+
+    folder = export(
+        options.checkpoint, options.output, weights=options.weights, half=options.half, report=options.report,
+        device=pick_device(options.device),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in folder.rglob("*.*"))
+    figures = f"with the figures of {options.report}" if options.report else "not evaluated (--report)"
+    say(f"wrote {folder}: {size / 1e6:.1f} MB for diffusers; model card README.md, {figures}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -181,11 +181,15 @@ def resolve_checkpoint(path: Path) -> Path:
 def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
     """Build the model of a checkpoint exactly as training did: (model, config, state.json), for drawing and evaluation.
 
-    ``path`` is a step folder or a run folder (its newest valid checkpoint); ``weights`` is ``ema``, ``model`` or
-    ``posthoc:SIGMA_REL``, an average that the run's snapshots are put together to. The model is on the CPU, in eval
-    mode, and needs no dataset. Raises :class:`DataError` for damaged files or tensors that do not fit, and
-    :class:`ConfigError` for an average that cannot be made.
+    ``path`` is a step folder, a run folder (its newest valid checkpoint), or what ``train export`` wrote; ``weights``
+    is ``ema``, ``model`` or ``posthoc:SIGMA_REL``, an average that the run's snapshots are put together to. The model
+    is on the CPU, in eval mode, and needs no dataset. Raises :class:`DataError` for damaged files or tensors that do
+    not fit, and :class:`ConfigError` for an average that cannot be made.
     """
+    from train.export import is_exported, load_exported  # which builds on this module
+
+    if is_exported(Path(path)):
+        return load_exported(Path(path), weights)
     sigma_rel = parse_weights(weights)
     step_folder = resolve_checkpoint(Path(path))
     names = verify(step_folder)

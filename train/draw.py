@@ -21,6 +21,7 @@ from train.checkpoint import load_model, resolve_checkpoint
 from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
 from train.config import TrainConfig
 from train.data import bucket_size
+from train.export import WEIGHTS, is_exported
 from train.given import Given, encode
 from train.model import NanoDiT
 from train.noise import noise
@@ -73,8 +74,8 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     """
     check_request(request)
     given = Given.read(request.prompts, request.reference, request.pose)
-    step_folder = resolve_checkpoint(checkpoint)
-    model, config, state = load_model(step_folder, request.weights)
+    folder = checkpoint if is_exported(checkpoint) else resolve_checkpoint(checkpoint)
+    model, config, state = load_model(folder, request.weights)
     modalities = model.features.modalities
     if request.key is not None:
         stored, bucket = stored_conditions(request, config, state["dataset"])
@@ -92,7 +93,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
 
     settings = {
         "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
-        "checkpoint_sha256": sha256_file(step_folder / "manifest.json"),
+        "checkpoint_sha256": sha256_file(folder / (WEIGHTS if is_exported(folder) else "manifest.json")),
         "key": request.key, **given.files, "conditions": subset_name(subset, modalities), "size": f"{width}x{height}",
         **request.sampling.settings(),
         "torch": torch.__version__,
