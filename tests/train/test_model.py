@@ -177,6 +177,15 @@ def test_positions_are_unit_spaced_at_the_base_and_scale_with_resolution():
     assert base.sum().abs() < 1e-5
 
 
+def test_trap_20_positions_are_made_once_for_each_shape(monkeypatch):
+    made = []
+    monkeypatch.setattr("train.model.grid_positions", lambda *of: made.append(of[:2]) or grid_positions(*of))
+    model, batch = make_model(), conditions()
+    for height, width in ((32, 32), (32, 48), (32, 32), (32, 48)):
+        model(torch.randn(2, 3, height, width), torch.rand(2), batch)
+    assert made == [(4, 4), (4, 6)]
+
+
 def test_rotary_scores_depend_on_relative_position_only():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
