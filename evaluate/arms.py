@@ -29,7 +29,7 @@ def choose_arms(config: EvaluateConfig, subject: Subject) -> tuple[list[Arm], li
     """The arms that the dataset and the model's training allow; the others are named as skipped."""
     chosen, skipped = _choose(config.conditions, subject, "samples")
     arms = [
-        Arm(subset_name(subset, subject.modalities), subset, config.conditions[name]) for name, subset in chosen.items()
+        Arm(_label(subset, subject), subset, config.conditions[name]) for name, subset in chosen.items()
     ]
     return arms, skipped
 
@@ -40,25 +40,58 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
     return list(chosen.values()), skipped
 
 
-def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
-    """Read the names of conditions (name -> guidance): name -> subset of those to test, and the skipped ones.
+def named_arm(
+    conditions: str, guidance: float | None, config: EvaluateConfig, subject: Subject, test: str
+) -> Arm | Skipped:
+    """How pictures given ``conditions`` are drawn, or why they are not; see :meth:`evaluate.context.Context.arm`.
 
-    ``all`` means all that the dataset has; any other name means what it says, or nothing.
+    The name is that of the conditions, with ``@SCALE`` behind it where the configuration draws the same conditions with
+    another scale of guidance.
     """
+    usual = {_label(_subset(name, subject), subject): scale for name, scale in config.conditions.items()}
+    label = _label(_subset(conditions, subject), subject)
+    scale = usual.get(label, 1.0) if guidance is None else guidance
+    chosen, skipped = _choose({conditions: scale}, subject, test)
+    if skipped:
+        return skipped[0]
+    (subset,) = chosen.values()
+    return Arm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
+
+
+def parse(name: str) -> Subset:
+    """As :func:`train.conditioning.parse_subset`, where ``dino`` stands for its two parts."""
+    return parse_subset("+".join("cls+patches" if part == "dino" else part for part in name.split("+")))
+
+
+def _label(subset: Subset, subject: Subject) -> str:
+    """The name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
+    return subset_name(subset, subject.modalities).replace("cls+patches", "dino")
+
+
+def _subset(name: str, subject: Subject) -> Subset:
+    """What a name stands for: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
+    return frozenset(subject.modalities) if name == "all" else parse(name)
+
+
+def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
+    """Why a picture given ``subset`` would mean nothing, or None."""
+    needs = [subset] if guidance == 1 else [subset, frozenset()]
+    lacking = [need for need in needs if need not in subject.table]
+    return f"subset {subset_name(lacking[0], subject.modalities)} never trained" if lacking else None
+
+
+def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
+    """Read the names of conditions (name -> guidance): name -> subset of those to test, and the skipped ones."""
     chosen: dict[str, Subset] = {}
     skipped = []
     for name, guidance in guidances.items():
-        subset = parse_subset(name)
-        if name == "all":
-            subset &= frozenset(subject.modalities)
+        subset = _subset(name, subject)
         lacking = [part for part in MODALITIES if part in subset and part not in subject.modalities]
-        needs = [subset] if guidance == 1 else [subset, frozenset()]
-        untrained = [subset_name(need, subject.modalities) for need in needs if need not in subject.table]
         twins = [other for other, taken in chosen.items() if taken == subset]
         if lacking:
             skipped.append(Skipped(f"{test}/{name}", f"the dataset has no {' and no '.join(lacking)}"))
-        elif untrained:
-            skipped.append(Skipped(f"{test}/{name}", f"subset {untrained[0]} never trained"))
+        elif reason := untrained(subset, guidance, subject):
+            skipped.append(Skipped(f"{test}/{name}", reason))
         elif twins:
             skipped.append(Skipped(f"{test}/{name}", f"the same conditions as {twins[0]} on this dataset"))
         else:

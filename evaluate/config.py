@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -41,9 +41,15 @@ class PoseModelsConfig(Config):
         return Path(self.detector), Path(self.pose)
 
 
+TestName = Literal[
+    "heldout_loss", "reconstruction", "attributes", "swap", "edit", "divergence", "pose", "memorisation", "distribution"
+]
+
+
 class EvaluateConfig(Config):
     """Everything that ``python -m evaluate run`` reads beside the checkpoint."""
 
+    tests: list[TestName] = Field(default=list(get_args(TestName)), min_length=1)
     samples: int = Field(default=256, gt=0)  # holdout images, at most
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
     # conditions kept -> guidance scale; guidance 1 is none, and what reconstruction is quoted at
@@ -51,6 +57,8 @@ class EvaluateConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
+    training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
+    judge: str | None = None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/judge.py
     # DWPose's files; null: the demo networks for datasets made with demo encoders, otherwise no judging of joints
     pose_models: PoseModelsConfig | None = None
     needed: dict[str, float] = Field(default={})  # metric name -> the bar it is held against in the report

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from evaluate.config import EvaluateConfig
-from evaluate.metrics import Lpips
+from evaluate.judge import Judge, cosine, pixel_features
+from evaluate.metrics import Lpips, lpips_unavailable
 from evaluate.records import REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
 from evaluate.suite import attributes, pose, reconstruction
 from prep.dwpose import DWPose, denormalise
 from prep.shards import Dataset
 
+Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
+
 
 class Examiner:
     """Scores pictures against their samples with whatever this dataset and machine allow.
 
-    ``lpips`` and ``detector`` may be None: their columns stay null, and the caller says why. ``figures`` tells whether
-    the dataset knows its true attributes, ``box`` where the boxes come from that PCK is relative to.
+    ``lpips``, ``detector`` and ``judge`` may be None: their columns stay null, and the caller says why. ``figures``
+    tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is relative to.
     """
 
-    def __init__(self, dataset: Dataset, lpips: Lpips | None, detector: DWPose | None):
-        self._dataset, self._lpips, self._detector = dataset, lpips, detector
+    def __init__(self, dataset: Dataset, lpips: Lpips | None, detector: DWPose | None, judge: Judge | None = None):
+        self._dataset, self._lpips, self._detector, self._judge = dataset, lpips, detector, judge
+        self.no_lpips: str | None = None if lpips else lpips_unavailable()
+        self.blind: str | None = None  # why joints are not judged, or None when they are
+        self._real: dict[str, np.ndarray] = {}  # the judge's feature of each real image seen
         self._truth = dataset.truth()
         self.figures = self._truth is not None
         self.box = pose.TRUE_BOX if self.figures else pose.JOINTS_BOX
+
+    @property
+    def lpips_label(self) -> str | None:
+        """What LPIPS is measured with; None without it."""
+        if self._lpips is None:
+            return None
+        return "AlexNet v0.1" + ("" if self._lpips.published else ", not the published weights: no meaning")
 
     def rows(
         self,
@@ -40,11 +53,12 @@ class Examiner:
         guidance: float | None = None,
         degenerate: Sequence[str | None] | None = None,
         joints: Sequence[np.ndarray | None] | None = None,
+        posed: Sequence[Posed] | None = None,
     ) -> list[dict[str, Any]]:
         """Score pictures uint8 (B, H, W, 3) drawn for the samples of ``batch``.
 
         ``degenerate`` names what cannot be scored. ``joints`` are detected in the pictures unless given; an empty list
-        leaves them out.
+        leaves them out. ``posed`` says of each which pose it was given, where that is not the sample's own.
         """
         degenerate = degenerate or [None] * len(pictures)
         scored = [index for index, reason in enumerate(degenerate) if reason is None]
@@ -55,7 +69,8 @@ class Examiner:
                 joints = self.detect(pictures[scored])
             elif joints:
                 joints = [joints[index] for index in scored]
-            parts = self._score(batch, samples, pictures[scored], batch.pixels[scored], kind, joints)
+            given = [posed[index] for index in scored] if posed else None
+            parts = self._score(batch, samples, pictures[scored], batch.pixels[scored], kind, joints, given)
             for index, part in zip(scored, parts):
                 columns[index] = part
         return [
@@ -75,6 +90,10 @@ class Examiner:
             }
             for row, reason, scores in zip(batch.rows, degenerate, columns)
         ]
+
+    def remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the judge's features of real images from their rows."""
+        self._real |= {row["key"]: row["feature"] for row in rows if row["kind"] == REAL and row["feature"] is not None}
 
     def detect(self, pictures: np.ndarray) -> list[np.ndarray | None]:
         """Joints (133, 3) found in each picture, None where there is no person; an empty list without a detector."""
@@ -96,10 +115,12 @@ class Examiner:
         truths: np.ndarray,
         kind: str,
         joints: Sequence[np.ndarray | None],
+        posed: Sequence[Posed] | None,
     ) -> list[dict[str, Any]]:
         parts = [reconstruction.score(pictures, truths, self._lpips) if kind != REAL else [{}] * len(pictures)]
+        parts.append(self._features(samples, pictures, truths, kind))
         if joints:
-            targets, sides = self._targets(samples, batch, kind)
+            targets, sides = self._targets(samples, batch, kind, posed)
             if targets:
                 parts.append(pose.score(joints, targets, sides))
             if self.figures:
@@ -107,16 +128,41 @@ class Examiner:
             parts.append([{"figure_found": found is not None} for found in joints])
         return [{name: value for part in row for name, value in part.items()} for row in zip(*parts)]
 
-    def _targets(self, samples: Sequence[Row], batch: Batch, kind: str) -> tuple[list[np.ndarray], list[float]]:
+    def _features(
+        self, samples: Sequence[Row], pictures: np.ndarray, truths: np.ndarray, kind: str
+    ) -> list[dict[str, Any]]:
+        """Both features of each picture, and how like the real image the judge finds it."""
+        columns = [{"feature_pixels": pixels} for pixels in pixel_features(pictures)]
+        if self._judge is None:
+            return columns
+        features = self._judge.features(pictures)
+        if kind == REAL:
+            self._real |= dict(zip((row["key"] for row in samples), features))
+            return [column | {"feature": feature} for column, feature in zip(columns, features)]
+        unseen = [index for index, row in enumerate(samples) if row["key"] not in self._real]
+        if unseen:
+            self._real |= dict(zip((samples[index]["key"] for index in unseen), self._judge.features(truths[unseen])))
+        likeness = cosine(features, np.stack([self._real[row["key"]] for row in samples]))
+        judged = [{"feature": feature, "dino_similarity": float(like)} for feature, like in zip(features, likeness)]
+        return [column | row for column, row in zip(columns, judged)]
+
+    def _targets(
+        self, samples: Sequence[Row], batch: Batch, kind: str, posed: Sequence[Posed] | None
+    ) -> tuple[list[np.ndarray], list[float]]:
         """The joints to be met and the longer side of the person's box, in pixels.
 
         A drawn picture has to meet the pose that it was given; the real one, which shows how good the detector is, the
         true joints (or, without a truth, what prep found).
         """
+        if posed:
+            given = [denormalise(joints, batch.width, batch.height) for _, joints in posed]
+            return given, [
+                self._side(key) if self.figures else longer_side(_confident(j)) for (key, _), j in zip(posed, given)
+            ]
         stored = self.stored_joints(samples, batch.width, batch.height)
         if self.figures:
             truths = [self._truth[row["key"]] for row in samples]
-            sides = [longer_side(np.reshape(truth["box"], (2, 2))) for truth in truths]
+            sides = [self._side(row["key"]) for row in samples]
             if kind == REAL:
                 return [np.reshape(truth["keypoints"], (-1, 3)) for truth in truths], sides
         if not stored:
@@ -124,6 +170,10 @@ class Examiner:
         nobody = np.zeros((133, 3), np.float32)
         stored = [nobody if found is None else found for found in stored]
         return stored, sides if self.figures else [longer_side(_confident(found)) for found in stored]
+
+    def _side(self, key: str) -> float:
+        """The longer side of a figure's true box, in pixels."""
+        return longer_side(np.reshape(self._truth[key]["box"], (2, 2)))
 
 
 def longer_side(corners: np.ndarray) -> float:

@@ -16,6 +16,7 @@ ATTRIBUTES = ("top", "trousers", "background", "hair")  # judged on figures, in 
 
 # what a row of samples.parquet is: a picture of the model, a baseline in its place, or the holdout image itself
 MODEL, BASELINE, REAL = "model", "baseline", "real"
+FEATURES = ("feature", "feature_pixels")
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -33,6 +34,11 @@ SAMPLES_SCHEMA = pa.schema(
         ("psnr", pa.float64()),
         ("ssim", pa.float64()),
         ("lpips", pa.float64()),
+        ("dino_similarity", pa.float64()),  # cosine of ``feature`` with the real image's
+        ("feature", pa.list_(pa.float32())),  # the judge's class token; null without a judge
+        ("feature_pixels", pa.list_(pa.float32())),  # 16 x 16 x 3 mean colours in [0, 1]
+        ("donor", pa.string()),  # key of the sample that gave a condition, or whose image stands here
+        ("text", pa.string()),  # what was given in place of the caption
         ("figure_found", pa.bool_()),  # null: not looked for
         ("joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) re-detected, pixels
         ("target_joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) asked for, pixels
@@ -105,6 +111,21 @@ class Skipped:
 
     name: str
     reason: str
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as samples.parquet has them."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=SAMPLES_SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of samples.parquet; FEATURES are float32 arrays, which a list of numbers is slow and large for."""
+    columns = [name for name in table.column_names if name not in FEATURES]
+    rows = table.select(columns).to_pylist()
+    for name in FEATURES:
+        for row, value in zip(rows, table[name]):
+            row[name] = value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
+    return [{name: row[name] for name in table.column_names} for row in rows]
 
 
 def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> list[Mapping[str, Any]]:

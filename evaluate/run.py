@@ -7,28 +7,33 @@ Nothing in it depends on the clock, the batch size or the order of the work.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import itertools
 import json
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
-from evaluate.arms import Arm, choose_arms, choose_subsets, draw
-from evaluate.baselines import TrainingImages, load_training_images, round_trip
-from evaluate.config import EvaluateConfig
+from evaluate.baselines import load_training_images
+from evaluate.config import EvaluateConfig, TestName
+from evaluate.context import Context, Rows
+from evaluate.drawing import draw_and_examine, show
 from evaluate.examine import Examiner, open_detector
+from evaluate.judge import open_judge
 from evaluate.metrics import Lpips, lpips_unavailable
-from evaluate.records import BASELINE, MODEL, REAL, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, Skipped
-from evaluate.subject import Batch, Subject, dataset_modalities, select_holdout
-from evaluate.suite import attributes, heldout_loss, pose, reconstruction
+from evaluate.parts import Parts
+from evaluate.pictures import once
+from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
+from evaluate.subject import Row, Subject, chunks, dataset_modalities, read_batch, select_holdout
+from evaluate.suite import heldout_loss
+from evaluate.texts import Texts
 from prep.config import dump_config
 from prep.console import Progress
 from prep.errors import ConfigError, DataError
@@ -49,6 +54,7 @@ class Evidence:
     heldout: list[dict[str, Any]]
     metrics: list[Metric]
     skipped: list[Skipped]
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -80,70 +86,93 @@ def run(
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
-    evidence = evaluate(subject, config, folder)
+    facts = provenance(subject, config, state, step_folder)
+    evidence = evaluate(subject, config, folder, run_folder, facts)
     curves = [
         record for record in tracking.read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]
     ]
-    write(folder, config, evidence, provenance(subject, config, state, step_folder), curves)
+    write(folder, config, evidence, facts, curves)
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # what they held is in the files now
     return folder, evidence
 
 
-def evaluate(subject: Subject, config: EvaluateConfig, folder: Path) -> Evidence:
-    """Run every test on ``subject``; pictures of the grid go to ``folder/images``, everything else is returned."""
-    arms, skipped = choose_arms(config, subject)
-    subsets, untrained = choose_subsets(config.heldout_loss.conditions, subject)
-    no_lpips = lpips_unavailable()
-    lpips = Lpips() if no_lpips is None else None
-    detector, no_detector = open_detector(config, subject.dataset)
-    examiner = Examiner(subject.dataset, lpips, detector)
-    skipped += untrained + _skipped_metrics(no_lpips, no_detector, examiner.figures)
-
-    training = load_training_images(subject.dataset, {row["bucket"] for row in subject.rows}, config.baseline_images)
-    with Progress("held-out loss", len(subject.rows)) as progress:
-        heldout = heldout_loss.measure(subject, subsets, training, config.heldout_loss, progress.advance)
-    samples = draw_and_examine(subject, config, arms, training, examiner, folder)
-
-    settings = _settings(subject, config, arms, lpips)
-    measures = [measure for measure in reconstruction.MEASURES if measure != "lpips" or lpips is not None]
-    metrics = heldout_loss.summarise(heldout, config.heldout_loss, _common(subject))
-    metrics += reconstruction.summarise(samples, [arm.name for arm in arms], settings, measures)
-    if detector is not None and examiner.figures:
-        metrics += attributes.summarise(samples, [arm.name for arm in arms if "text" in arm.subset], settings)
-    if detector is not None:
-        metrics += pose.summarise(samples, [arm.name for arm in arms if "pose" in arm.subset], settings, examiner.box)
-    metrics, without = with_bars(metrics, config.needed)
-    return Evidence(samples, heldout, metrics, skipped + without)
-
-
-def draw_and_examine(
+def evaluate(
     subject: Subject,
     config: EvaluateConfig,
-    arms: Sequence[Arm],
-    training: TrainingImages,
-    examiner: Examiner,
     folder: Path,
-) -> list[dict[str, Any]]:
-    """Draw every sample with every arm and seed and score it beside the real image and the baselines.
+    run_folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Evidence:
+    """Run the tests on ``subject``; pictures for the report go to ``folder/images``, everything else is returned.
 
-    Returns the rows of samples.parquet, sorted; keeps the pictures of the first ``grid_images`` samples.
+    ``identity`` is all that the numbers depend on: with it, finished batches are kept in ``folder/parts``, and those of
+    an evaluation with the same identity are not computed again.
     """
-    kept = {row["key"] for row in subject.rows[: config.grid_images]}
-    samples: list[dict[str, Any]] = []
-    with Progress("pictures", len(subject.rows) * (1 + len(arms) * config.seeds), "pictures") as progress:
-        for batch in subject.batches():
-            rows = _reference_rows(batch, subject, training, examiner)
-            _keep_images(rows[: len(batch.rows)], batch.pixels, kept, folder)  # the real ones come first
-            samples += rows
-            progress.advance(len(batch.rows))
-            for arm, seed in itertools.product(arms, range(config.seeds)):
-                pictures, reasons = draw(subject, batch, arm, seed, config.sampler)
-                labels = {"kind": MODEL, "condition": arm.name, "seed": seed, "guidance": arm.guidance}
-                rows = examiner.rows(batch, pictures, degenerate=reasons, **labels)
-                _keep_images(rows, pictures, kept, folder)
-                samples += rows
-                progress.advance(len(batch.rows))
-    order = {REAL: 0, BASELINE: 1, MODEL: 2}
-    return sorted(samples, key=lambda row: (row["key"], order[row["kind"]], row["condition"], row["seed"] or 0))
+    parts = Parts(folder / "parts" if identity else None, identity)
+    context = build_context(subject, config, run_folder)
+    tests = {name: importlib.import_module(f"evaluate.suite.{name}") for name in tests_of(config)}
+    pictures, skipped = [], []
+    for test in tests.values():
+        wanted, left_out = test.pictures(context)
+        pictures += wanted
+        skipped += left_out
+    pictures = once(pictures)
+    if "heldout_loss" in tests:
+        context.heldout = measure_loss(context, parts)
+    rows = draw_and_examine(context, pictures, parts, folder)
+    metrics: list[Metric] = []
+    for test in tests.values():
+        found, left_out = test.summarise(Rows(rows), context)
+        metrics += found
+        skipped += left_out
+    show(context, pictures, rows, folder)
+    metrics, without = with_bars(metrics, config.needed)
+    return Evidence(rows, context.heldout, metrics, list(dict.fromkeys(skipped + without)), context.extras)
+
+
+def tests_of(config: EvaluateConfig) -> list[str]:
+    """The tests to run, in the order in which they are documented."""
+    return [name for name in get_args(TestName) if name in config.tests and find_spec(f"evaluate.suite.{name}")]
+
+
+def build_context(subject: Subject, config: EvaluateConfig, run_folder: Path | None = None) -> Context:
+    """Open the judges and read the training images."""
+    lpips = Lpips() if lpips_unavailable() is None else None
+    detector, no_detector = open_detector(config, subject.dataset)
+    judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
+    examiner = Examiner(subject.dataset, lpips, detector, judge)
+    examiner.blind = no_detector
+    buckets = {row["bucket"] for row in subject.rows}
+    return Context(
+        subject=subject,
+        config=config,
+        training=load_training_images(subject.dataset, buckets, config.baseline_images),
+        judge=judge,
+        no_judge=no_judge,
+        examiner=examiner,
+        texts=Texts(subject.dataset, subject.device),
+        run_folder=run_folder,
+    )
+
+
+def measure_loss(context: Context, parts: Parts) -> list[dict[str, Any]]:
+    """The rows of heldout_loss.parquet."""
+    subject, config = context.subject, context.config.heldout_loss
+    subsets = context.subsets[0]
+    rows: list[dict[str, Any]] = []
+    with Progress("held-out loss", len(subject.rows)) as progress:
+        for bucket, number, members in chunks(subject.rows, subject.batch_size):
+
+            def compute(members: tuple[Row, ...] = members) -> pa.Table:
+                batch = read_batch(subject.dataset, members)
+                return pa.Table.from_pylist(
+                    heldout_loss.measure_batch(subject, batch, subsets, context.training, config)
+                )
+
+            keys = [row["key"] for row in members]
+            rows += parts.get(f"heldout-{bucket}-{number:04d}", keys, compute).to_pylist()
+            progress.advance(len(members))
+    return heldout_loss.in_order(rows)
 
 
 def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[list[Metric], list[Skipped]]:
@@ -193,10 +222,9 @@ def write(
         for record in curves
     ]
     write_atomic(folder / "training.jsonl", "".join(lines))
+    write_atomic(folder / "extras.json", canonical_json(evidence.extras))
     write_atomic(folder / "heldout_loss.parquet", parquet_bytes(pa.Table.from_pylist(evidence.heldout)))
-    write_atomic(
-        folder / "samples.parquet", parquet_bytes(pa.Table.from_pylist(evidence.samples, schema=SAMPLES_SCHEMA))
-    )
+    write_atomic(folder / "samples.parquet", parquet_bytes(to_table(evidence.samples)))
     report = {
         "schema": SCHEMA_VERSION,
         "metrics": [metric.to_dict() for metric in evidence.metrics],
@@ -204,65 +232,6 @@ def write(
         "provenance": dict(provenance),
     }
     write_atomic(folder / "report.json", canonical_json(report))
-
-
-def _reference_rows(
-    batch: Batch, subject: Subject, training: TrainingImages, examiner: Examiner
-) -> list[dict[str, Any]]:
-    """The rows that need no model: the real images under the judges, and the baselines in their place."""
-    rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")
-    mean_image = np.rint(training.mean_image(batch.bucket)).astype(np.uint8)
-    stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
-    for name, pictures in stand_ins.items():
-        rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=[])
-    partners = [subject.partners.get(key) for key in batch.keys]
-    paired = [index for index, partner in enumerate(partners) if partner is not None]
-    if paired:
-        others = [partners[index] for index in paired]
-        pictures = np.stack([subject.dataset.pixels(row) for row in others])
-        joints = examiner.stored_joints(others, batch.width, batch.height) or None  # without poses: detected
-        rows += examiner.rows(batch.select(paired), pictures, kind=BASELINE, condition="random_pair", joints=joints)
-    return rows
-
-
-def _keep_images(rows: Sequence[dict[str, Any]], pictures: np.ndarray, kept: set[str], folder: Path) -> None:
-    """Save the pictures of the grid as PNG and note their paths in the rows."""
-    for row, picture in zip(rows, pictures):
-        if row["key"] in kept:
-            seed = "" if row["seed"] is None else f"-{row['seed']}"
-            row["image"] = f"images/{row['key']}-{row['condition']}{seed}.png"
-            (folder / "images").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(folder / row["image"])
-
-
-def _skipped_metrics(no_lpips: str | None, no_detector: str | None, figures: bool) -> list[Skipped]:
-    """What cannot be computed here, and why."""
-    skipped = [Skipped("reconstruction/lpips", no_lpips)] if no_lpips else []
-    if no_detector:
-        skipped += [Skipped(name, no_detector) for name in ("attribute_accuracy", "pose_pck")]
-    elif not figures:
-        skipped.append(
-            Skipped("attribute_accuracy", "the dataset has no truth.parquet; only built-in figures have one")
-        )
-    return skipped
-
-
-def _common(subject: Subject) -> dict[str, Any]:
-    return {"weights": "ema", "base": subject.dataset.info["base"]}
-
-
-def _settings(
-    subject: Subject, config: EvaluateConfig, arms: Sequence[Arm], lpips: Lpips | None
-) -> dict[str, dict[str, Any]]:
-    """What the pictures of each arm were drawn and judged with."""
-    drawn = {"sampler": config.sampler.method, "steps": config.sampler.steps, "seeds": config.seeds}
-    judged = {}
-    if lpips is not None:
-        judged["lpips"] = "AlexNet v0.1" + ("" if lpips.published else ", not the published weights: no meaning")
-    return {
-        arm.name: {**_common(subject), **drawn, **judged, "conditions": arm.name, "guidance": arm.guidance}
-        for arm in arms
-    }
 
 
 def _version(package: str) -> str | None:

@@ -91,16 +91,26 @@ def dataset_modalities(dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for layer, names in provided.items() if layer in layers for name in names)
 
 
-def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
-    """Read rows bucket by bucket, in key order, at most ``batch_size`` at a time."""
+def chunks(rows: Sequence[Row], size: int) -> Iterator[tuple[str, int, tuple[Row, ...]]]:
+    """Cut rows into bucket, number within it and at most ``size`` rows: bucket by bucket, in key order."""
     buckets: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["bucket"], row["key"])):
         buckets[row["bucket"]].append(row)
     for bucket, members in buckets.items():
-        for start in range(0, len(members), batch_size):
-            chunk = tuple(members[start : start + batch_size])
-            pixels = np.stack([dataset.pixels(row) for row in chunk])
-            yield Batch(bucket, chunk, pixels, load_conditions(dataset, chunk))
+        for number, start in enumerate(range(0, len(members), size)):
+            yield bucket, number, tuple(members[start : start + size])
+
+
+def read_batch(dataset: Dataset, rows: tuple[Row, ...]) -> Batch:
+    """Read some samples of one bucket."""
+    pixels = np.stack([dataset.pixels(row) for row in rows])
+    return Batch(rows[0]["bucket"], rows, pixels, load_conditions(dataset, rows))
+
+
+def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    """Read rows bucket by bucket, in key order, at most ``batch_size`` at a time."""
+    for _, _, chunk in chunks(rows, batch_size):
+        yield read_batch(dataset, chunk)
 
 
 def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:

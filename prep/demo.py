@@ -222,7 +222,7 @@ def positional_bias(buckets: int) -> np.ndarray:
 # --- DINOv3 -----------------------------------------------------------------------------------------------------------
 
 
-def build_dino(folder: Path) -> None:
+def build_dino(folder: Path, name: str = "dino") -> None:
     """Save a two-layer DINOv3 ViT with four registers whose features hold what a patch looks like.
 
     The patch embedding is a random mixture of the lowest cosines of each colour channel, so colour, gradients and
@@ -240,7 +240,7 @@ def build_dino(folder: Path) -> None:
         pos_embed_rescale=None,
     )
     model = DINOv3ViTModel(config)
-    draw = _Normal("dino")
+    draw = _Normal(name)
     with torch.no_grad():
         embeddings = model.embeddings
         basis = torch.from_numpy(cosine_basis(config.patch_size))  # (frequency pairs, 16, 16)

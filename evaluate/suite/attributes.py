@@ -9,13 +9,17 @@ its score on the real holdout is printed beside every score it gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluate import statistics
-from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, degenerate_reason, select
+from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from prep.figures import BACKGROUND_COLOURS, HAIR_COLOURS, TOP_COLOURS, TROUSERS_COLOURS
+
+if TYPE_CHECKING:
+    from evaluate.context import Context, Rows
+    from evaluate.pictures import Picture
 
 PALETTES = {
     "top": TOP_COLOURS,
@@ -72,7 +76,22 @@ def score(
     return rows
 
 
-def summarise(
+def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+    """Every sample under each of the configured conditions."""
+    return context.configured()
+
+
+def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+    """``attribute_accuracy/CONDITION`` of every configured condition with text, see :func:`accuracies`."""
+    if context.examiner.blind:
+        return [], [Skipped("attribute_accuracy", context.examiner.blind)]
+    if not context.figures:
+        return [], [Skipped("attribute_accuracy", "the dataset has no truth.parquet; only built-in figures have one")]
+    arms = [arm for arm in context.arms if "text" in arm.subset]
+    return accuracies(rows.all, [arm.name for arm in arms], context.settings_of(arms)), []
+
+
+def accuracies(
     samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[Metric]:
     """``attribute_accuracy/CONDITION``, the mean over the four attributes, and one metric for each attribute.

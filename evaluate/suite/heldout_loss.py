@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from evaluate import statistics
 from evaluate.baselines import TrainingImages
-from evaluate.records import Metric
+from evaluate.records import Metric, Skipped
 from evaluate.subject import Batch, Subject, to_float
 from prep.config import Config
 from train.conditioning import Subset, subset_name
 from train.flow import flow_loss, interpolate, shift, to_x
 from train.noise import generator
+
+if TYPE_CHECKING:
+    from evaluate.context import Context, Rows
+    from evaluate.pictures import Picture
 
 PREDICTORS = ("mean_image", "identity", "affine")
 RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
@@ -43,34 +47,52 @@ def grid_times(key: str, bins: int, times_per_bin: int) -> np.ndarray:
     return (np.arange(bins)[:, None] + strata) / bins
 
 
-@torch.inference_mode()
 def measure(
     subject: Subject,
     subsets: Sequence[Subset],
-    training: TrainingImages,
+    training: TrainingImages | None,
     config: HeldoutLossConfig,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """Score the model and the trivial predictors at every point of the grid.
 
     Returns rows of key, condition, bin, ``mse`` and ``loss`` of the model, and the same of each trivial predictor as
-    ``mean_image_mse``, ``mean_image_loss``, ... Errors are per pixel in [-1, 1]; the loss divides by max(t, t_min)^2.
-    ``advance`` is told how many samples are done.
+    ``mean_image_mse``, ``mean_image_loss``, ...; without ``training`` of none. Errors are per pixel in [-1, 1]; the
+    loss divides by max(t, t_min)^2. ``advance`` is told how many samples are done.
     """
     rows: list[dict[str, Any]] = []
     for batch in subject.batches():
-        trivial = _trivial_errors(subject, batch, training, config)
-        for subset in subsets:
-            condition = subset_name(subset, subject.modalities)
-            errors = _model_errors(subject, batch, subset, config)
-            for index, position in np.ndindex(config.bins, len(batch.rows)):
-                row = {"key": batch.keys[position], "condition": condition, "bin": index}
-                row["mse"], row["loss"] = errors[index, :, position].tolist()
-                for name in PREDICTORS:
-                    row[f"{name}_mse"], row[f"{name}_loss"] = trivial[name][index, :, position].tolist()
-                rows.append(row)
+        rows += measure_batch(subject, batch, subsets, training, config)
         advance(len(batch.rows))
+    return in_order(rows)
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort rows by condition, key and bin."""
     return sorted(rows, key=lambda row: (row["condition"], row["key"], row["bin"]))
+
+
+@torch.inference_mode()
+def measure_batch(
+    subject: Subject,
+    batch: Batch,
+    subsets: Sequence[Subset],
+    training: TrainingImages | None,
+    config: HeldoutLossConfig,
+) -> list[dict[str, Any]]:
+    """The rows of :func:`measure` for one batch."""
+    rows = []
+    trivial = _trivial_errors(subject, batch, training, config) if training else {}
+    for subset in subsets:
+        condition = subset_name(subset, subject.modalities)
+        errors = _model_errors(subject, batch, subset, config)
+        for index, position in np.ndindex(config.bins, len(batch.rows)):
+            row = {"key": batch.keys[position], "condition": condition, "bin": index}
+            row["mse"], row["loss"] = errors[index, :, position].tolist()
+            for name, errors_of_it in trivial.items():
+                row[f"{name}_mse"], row[f"{name}_loss"] = errors_of_it[index, :, position].tolist()
+            rows.append(row)
+    return rows
 
 
 def _grid(subject: Subject, batch: Batch, config: HeldoutLossConfig) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -116,9 +138,17 @@ def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
     return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
-def summarise(
-    rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]
-) -> list[Metric]:
+def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+    """No pictures: predictions are scored (:func:`measure`). Skipped are the conditions that were never trained."""
+    return [], context.subsets[1]
+
+
+def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+    """The metrics of :func:`losses` for every subset measured."""
+    return losses(context.heldout, context.config.heldout_loss, context.common), []
+
+
+def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]) -> list[Metric]:
     """Metrics from the rows of :func:`measure`.
 
     ``heldout_loss`` (all conditions) and ``heldout_loss/CONDITION``: the mean loss on the grid.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluate import statistics
 from evaluate.metrics import BODY_JOINTS, keypoint_hits
-from evaluate.records import BASELINE, MODEL, REAL, Metric, degenerate_reason, select
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+
+if TYPE_CHECKING:
+    from evaluate.context import Context, Rows
+    from evaluate.pictures import Picture
 
 ALPHA = 0.1  # of the longer side of the person's box
 CONFIDENCE = 0.3
@@ -42,7 +46,20 @@ def score(
     return rows
 
 
-def summarise(
+def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+    """Every sample under each of the configured conditions."""
+    return context.configured()
+
+
+def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+    """``pose_pck/CONDITION`` of every configured condition with a pose, see :func:`pck`."""
+    if context.examiner.blind:
+        return [], [Skipped("pose_pck", context.examiner.blind)]
+    arms = [arm for arm in context.arms if "pose" in arm.subset]
+    return pck(rows.all, [arm.name for arm in arms], context.settings_of(arms), context.examiner.box), []
+
+
+def pck(
     samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]], box: str
 ) -> list[Metric]:
     """``pose_pck/CONDITION``: joints found where they were asked for, over joints asked for, pooled over images.

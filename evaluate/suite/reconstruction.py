@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluate import metrics, statistics
-from evaluate.records import BASELINE, MODEL, Metric, degenerate_reason, select
+from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason, select
+
+if TYPE_CHECKING:
+    from evaluate.context import Context, Rows
+    from evaluate.pictures import Picture
 
 BASELINES = ("random_pair", "mean_image", "round_trip")
 PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
@@ -30,7 +34,22 @@ def score(pictures: np.ndarray, truths: np.ndarray, lpips: metrics.Lpips | None)
     return [dict(zip(finite, values)) for values in zip(*finite.values())]
 
 
-def summarise(
+def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+    """Every sample under each of the configured conditions."""
+    return context.configured()
+
+
+def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+    """``reconstruction/MEASURE/CONDITION`` of every configured condition, see :func:`likeness`."""
+    measures, skipped = list(MEASURES), []
+    if context.examiner.no_lpips:
+        measures.remove("lpips")
+        skipped.append(Skipped("reconstruction/lpips", context.examiner.no_lpips))
+    arms = context.arms
+    return likeness(rows.all, [arm.name for arm in arms], context.settings_of(arms), measures), skipped
+
+
+def likeness(
     samples: Sequence[Mapping[str, Any]],
     conditions: Sequence[str],
     settings: Mapping[str, Mapping[str, Any]],

@@ -187,6 +187,7 @@ def quick() -> EvaluateConfig:
     """Few steps: the oracles need no more."""
     return EvaluateConfig.model_validate(
         {
+            "tests": ["heldout_loss", "reconstruction", "attributes", "pose"],
             "conditions": {"all": 1.0, "text+pose": 2.0},
             "sampler": {"method": "euler", "steps": 3},
             "heldout_loss": {"bins": 10, "conditions": ["all"]},

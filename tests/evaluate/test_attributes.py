@@ -100,7 +100,7 @@ def samples(right: int, n: int = 40):
 
 
 def test_accuracy_is_the_mean_over_attributes_with_its_baselines():
-    metrics = {m.name: m for m in attributes.summarise(samples(3), ["text"], {"text": {"guidance": 2.0}})}
+    metrics = {m.name: m for m in attributes.accuracies(samples(3), ["text"], {"text": {"guidance": 2.0}})}
     mean = metrics["attribute_accuracy/text"]
     assert (mean.value, mean.n) == (0.75, 40)
     assert mean.baselines == {"chance": 0.1875, "random_pair": 0.0, "judge_on_real": 1.0}
@@ -113,7 +113,7 @@ def test_accuracy_is_the_mean_over_attributes_with_its_baselines():
 def test_degenerate_pictures_are_null_and_not_zero():
     rows = samples(0)
     rows[3]["degenerate"] = "non-finite"
-    for metric in attributes.summarise(rows, ["text"], {"text": {}}):
+    for metric in attributes.accuracies(rows, ["text"], {"text": {}}):
         assert metric.value is None
         assert "non-finite" in metric.reason
 

@@ -22,7 +22,7 @@ def training(figures):
 
 def measured(subject, training, config=CONFIG):
     rows = heldout_loss.measure(subject, [ALL], training, config)
-    return rows, {metric.name: metric for metric in heldout_loss.summarise(rows, config, {})}
+    return rows, {metric.name: metric for metric in heldout_loss.losses(rows, config, {})}
 
 
 def test_times_lie_in_their_strata_and_belong_to_the_sample():
@@ -86,7 +86,7 @@ def test_the_ratio_is_the_worst_bin_from_point_three_on():
             trivial |= {f"{name}_loss": 1.0 for name in heldout_loss.PREDICTORS}
             mse = 9.0 if index == 2 else 0.4 if index == 6 else 0.1  # bin 2 is below t = .3 and does not count
             rows.append({"key": f"{image:02d}", "condition": "all", "bin": index, "mse": mse, "loss": mse, **trivial})
-    (ratio,) = [m for m in heldout_loss.summarise(rows, CONFIG, {}) if m.name == "heldout_ratio/all"]
+    (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}) if m.name == "heldout_ratio/all"]
     assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(0.4),) * 3
     assert ratio.better == "lower"
 

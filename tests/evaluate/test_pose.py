@@ -28,7 +28,7 @@ def rows(found, targets, kind=MODEL, condition="text+pose", side=50.0):
 
 
 def pck(samples):
-    (metric,) = pose.summarise(samples, ["text+pose"], {"text+pose": {"guidance": 2.0}}, pose.TRUE_BOX)
+    (metric,) = pose.pck(samples, ["text+pose"], {"text+pose": {"guidance": 2.0}}, pose.TRUE_BOX)
     return metric
 
 

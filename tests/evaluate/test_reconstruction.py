@@ -29,7 +29,7 @@ def test_the_gain_is_paired_and_leaves_out_lone_samples():
         samples.append(row(key, MODEL, "all", 10 + index + 8))
         if index:  # the first has no partner
             samples.append(row(key, BASELINE, "random_pair", 10 + index))
-    metrics = {m.name: m for m in reconstruction.summarise(samples, ["all"], SETTINGS, ["psnr"])}
+    metrics = {m.name: m for m in reconstruction.likeness(samples, ["all"], SETTINGS, ["psnr"])}
     gain = metrics["reconstruction/psnr_gain"]
     assert (gain.value, gain.low, gain.high, gain.n) == (8, 8, 8, 19)  # the spread over images cancels
     psnr = metrics["reconstruction/psnr"]
@@ -42,14 +42,14 @@ def test_the_gain_is_paired_and_leaves_out_lone_samples():
 def test_one_degenerate_picture_makes_the_metric_null_with_a_reason():
     samples = [row(f"{index:02d}", MODEL, "all", 20.0) for index in range(19)]
     samples.append(row("19", MODEL, "all", None, degenerate="constant"))
-    for metric in reconstruction.summarise(samples, ["all"], SETTINGS, ["psnr"]):
+    for metric in reconstruction.likeness(samples, ["all"], SETTINGS, ["psnr"]):
         assert metric.value is None
         assert "1 of 20 pictures are constant, the first for sample 19" in metric.reason
 
 
 def test_no_partners_at_all_is_a_reason_not_a_number():
     samples = [row(f"{index:02d}", MODEL, "all", 20.0) for index in range(19)]
-    metrics = {m.name: m for m in reconstruction.summarise(samples, ["all"], SETTINGS, ["psnr"])}
+    metrics = {m.name: m for m in reconstruction.likeness(samples, ["all"], SETTINGS, ["psnr"])}
     assert metrics["reconstruction/psnr_gain"].value is None
     assert "paired" in metrics["reconstruction/psnr_gain"].reason
     assert metrics["reconstruction/psnr"].value == 20

@@ -41,6 +41,7 @@ def verdicts(models, figures, tmp_path_factory):
     """What every known model scores: name -> metric name -> Metric; computed once."""
     config = EvaluateConfig.model_validate(
         {
+            "tests": ["heldout_loss", "reconstruction", "attributes", "pose"],
             "conditions": {"all": 1.0, "text+pose": 2.0},
             "sampler": {"method": "euler", "steps": 3},
             "heldout_loss": {"bins": 10, "conditions": ["all"]},
