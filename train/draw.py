@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from prep.buckets import Bucket, buckets_for
 from prep.console import Progress
 from prep.errors import ConfigError, DataError
-from prep.files import canonical_json, sha256_file
+from prep.files import canonical_json, sha256_file, write_atomic
 from prep.shards import Dataset
 from train.checkpoint import load_model, resolve_checkpoint
 from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
@@ -94,6 +95,7 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     settings = {
         "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
         "checkpoint_sha256": sha256_file(folder / (WEIGHTS if is_exported(folder) else "manifest.json")),
+        "weights": request.weights,
         "key": request.key, **given.files, "conditions": subset_name(subset, modalities), "size": f"{width}x{height}",
         **request.sampling.settings(),
         "torch": torch.__version__,
@@ -223,7 +225,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], seeds: Se
 
 
 def _save(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
-    info = PngInfo()
+    info, png = PngInfo(), io.BytesIO()
     info.add_itxt("nanodit", canonical_json(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, pnginfo=info)
+    Image.fromarray(image).save(png, "PNG", pnginfo=info)
+    write_atomic(path, png.getvalue())

@@ -6,6 +6,7 @@ The encoders are the demo ones, the model is a real one of six training steps on
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import weakref
 from pathlib import Path
@@ -13,13 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from prep.buckets import Bucket
 from prep.demo import build_demo_encoders, demo_folder
+from prep.dinov3 import DINOv3Encoder
 from prep.dwpose import denormalise
 from prep.errors import DataError
 from prep.shards import Dataset
+from prep.t5 import T5Encoder
+from tests.prep.hub_server import serve
 from tests.train.tiny import write_config, write_dataset
 from train import draw as draw_module
 from train import given as given_module
@@ -61,6 +66,21 @@ def rows(figures_dataset) -> list[dict]:
 def figure(figures_folder, rows) -> Path:
     """The source file of a holdout sample that is not square."""
     return figures_folder / next(row["source"] for row in rows if row["bucket"] != "64x64")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hugging Face hub on this machine, with an empty cache."""
+    hub, server = serve()
+    # what HF_ENDPOINT and HF_HOME set when huggingface_hub is imported
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.chdir(tmp_path)  # models/ of the working directory comes before the hub
+    yield hub
+    server.shutdown()
+    server.server_close()
 
 
 def sample(run: Path, output: Path, *arguments: str) -> int:
@@ -178,6 +198,30 @@ def test_another_encoder_is_refused_with_a_remedy(run, figure, tmp_path, capsys)
     assert not (tmp_path / "x.png").exists()
 
 
+def test_models_are_taken_from_the_hub_as_they_were(dataset, figure, hub):
+    """A dataset made with the hub's models names them; what the hub's main became since does not matter."""
+    ours = build_demo_encoders(demo_folder())
+    hub.push("me/t5", ours.t5)
+    hub.push("me/dino", ours.dino)
+    hub.push(
+        "yzd-v/DWPose", {"yolox_l.onnx": ours.detector.read_bytes(), "dw-ll_ucoco_384.onnx": ours.pose.read_bytes()}
+    )
+    layers = {
+        "t5": {"encoder": T5Encoder("me/t5").fingerprint()},
+        "dino": {"encoder": DINOv3Encoder("me/dino", input_scale=1.0).fingerprint()},
+        "pose": dataset["layers"]["pose"],
+    }
+    assert "content" not in {**layers["t5"]["encoder"], **layers["dino"]["encoder"]}
+    hub.push("me/t5", {"config.json": b"{}"})
+    given = Given.read([PROMPT], figure, figure)
+    there, here = (
+        encode(given, given.subset, about, (80, 56), torch.device("cpu"))
+        for about in ({"base": 64, "encoders": "production", "layers": layers}, dataset)
+    )
+    for name in ("text", "cls", "patches", "pose"):
+        assert torch.equal(getattr(there, name), getattr(here, name))
+
+
 def test_another_version_of_an_encoder_is_not_blamed_on_its_folder():
     with pytest.raises(DataError, match=r"code 1 there, 2 here\. The dataset was prepared by another version"):
         check_encoder("pose", {"encoder": "dwpose", "code": 2}, {"encoder": "dwpose", "code": 1})
@@ -219,6 +263,25 @@ def test_a_prompt_becomes_an_image_with_its_settings(run, tmp_path, capsys):
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     sample(run, tmp_path / "d.png", "--prompt", "A man in a blue top.", "--seed", "3")
     assert (pixels_of(tmp_path / "d.png") != pixels_of(tmp_path / "a.png")).any()
+
+
+def test_the_settings_in_a_file_draw_it_again(run, figure, figures_folder, tmp_path):
+    """Every option that a picture depends on is in it: a command made from that alone gives the same bytes."""
+    asked = ["--prompt", PROMPT, "--prompt", "A man.", "--reference", figure, "--pose", figure, "--size", "96x64"]
+    how = ["--sampler", "dpm++2m", "--steps", "3", "--guidance", "2", "--guidance-interval", "0.2", "0.7"]
+    assert sample(run, tmp_path / "a.png", *asked, *how, "--weights", "model", "--seed", "7", "--batch-size", "1") == 0
+    is_ = settings_of(tmp_path / "a-1.png")
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in figures_folder.glob("*.png")}
+    again = DrawRequest(
+        tmp_path / "b.png", (is_["prompt"],), files[is_["reference"]["sha256"]], files[is_["pose"]["sha256"]],
+        conditions=is_["conditions"], seed=is_["seed"], size=tuple(map(int, is_["size"].split("x"))),
+        sampling=Sampling(
+            is_["sampler"], is_["steps"], is_["guidance"], is_["scales"], is_["self_guidance"], tuple(is_["interval"])
+        ),
+        weights=is_["weights"],
+    )  # fmt: skip
+    draw_module.draw(run, again, torch.device(is_["device"]))
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-1.png").read_bytes()
 
 
 def test_everything_that_is_given_changes_the_picture(run, figure, tmp_path):
