@@ -160,24 +160,47 @@ def load_config(model: type[T], file: Path | str | None, overrides: Sequence[str
     Raises :class:`ConfigError` that lists every problem with its file, its dotted path and, for an unknown key, the
     nearest one that exists.
     """
+    return load_config_with_origins(model, file, overrides)[0]
+
+
+def load_config_with_origins(
+    model: type[T], file: Path | str | None, overrides: Sequence[str] = ()
+) -> tuple[T, dict[str, str]]:
+    """Return what :func:`load_config` does and, for every key, what set it: a file, "command line" or "default"."""
     values, origins = ({}, {}) if file is None else _read_file(Path(file), model)
     for override in overrides:
         _apply_override(values, override, origins)
     try:
-        return model.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem, model, origins, file) for problem in error.errors()]
         raise ConfigError(PROBLEM_BREAK.join(problems)) from None
+    paths = {key: key.split(".") for key in walk_keys(model)}
+    return config, {key: _origin(path, origins) if _has(values, path) else "default" for key, path in paths.items()}
+
+
+def _has(values: Any, path: Sequence[str]) -> bool:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
+
+
+def _origin(path: Sequence[str], origins: dict[str, str]) -> str | None:
+    """Return what set a key, or the nearest of its sections that was set as a whole."""
+    dotted = (".".join(path[:end]) for end in range(len(path), 0, -1))
+    return next((origins[key] for key in dotted if key in origins), None)
 
 
 def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: Path | str | None) -> str:
     # drop the parts that pydantic adds for members of a union; they are no keys
     path = [str(part) for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
     dotted = ".".join(path)
-    origin = next(
-        (origins[".".join(path[:end])] for end in range(len(path), 0, -1) if ".".join(path[:end]) in origins),
+    origin = _origin(path, origins) or next(
         # a missing key, or a section: whatever file set something inside it
-        next((where for key, where in origins.items() if key.startswith(dotted + ".")), str(file or "defaults")),
+        (where for key, where in origins.items() if key.startswith(dotted + ".")),
+        str(file or "defaults"),
     )
     if problem["type"] == "extra_forbidden":
         return f"{origin}: unknown key `{dotted}`{_nearest(path, model)}"

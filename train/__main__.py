@@ -14,6 +14,9 @@ from prep.errors import ConfigError, run_command
 from prep.files import write_atomic
 from prep.shards import Dataset
 from train.config import TrainConfig
+from train.cost import check_disk
+from train.rehearsal import probe
+from train.remedies import explained
 from train.resume import check_same_run, choose_checkpoint
 from train.runfolder import lock_run_folder
 from train.sample import SELF_GUIDANCE
@@ -53,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         help="continue although torch, threads or the processor differ",
     )
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+    plan = verbs.add_parser("plan", help="say what a run will need, and whether it fits", allow_abbrev=False)
+    plan.set_defaults(verb=_plan)
+    plan.add_argument("--config", type=Path, required=True)
+    plan.add_argument("--memory", metavar="24GB", help="of the GPU to plan for (default: the one that is here)")
+    plan.add_argument("--measure", action="store_true", help="take two real steps here (default where there is a GPU)")
+    plan.add_argument("--base", type=int, metavar="PIXELS", help="for a dataset of this base that is not there yet")
+    plan.add_argument("--json", action="store_true", help="print one JSON document")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     sample = verbs.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False)
     sample.set_defaults(verb=_sample)
@@ -130,7 +142,7 @@ def _run(options: argparse.Namespace) -> None:
     device = pick_device(config.train.device)
     dataset = Dataset(config.dataset)
     run_folder = config.run_folder
-    with lock_run_folder(run_folder):
+    with lock_run_folder(run_folder), explained(config, dataset, device):
         checkpoint = choose_checkpoint(run_folder, options.resume)
         step = 0
         if checkpoint is not None:
@@ -147,10 +159,22 @@ def _run(options: argparse.Namespace) -> None:
             trainer.load(checkpoint)
             say(f"continuing from {checkpoint.path}")
             del checkpoint  # as large as weights, average and optimiser together
+        check_disk(trainer)
         write_atomic(run_folder / "config.yaml", dump_config(config))
         write_provenance(run_folder, device, dataset_summary(dataset.info), step)
+        if device.type == "cuda":
+            probe(trainer)
         trainer.run()
     say(f"wrote {run_folder}: {config.train.steps} steps, checkpoints/step-{config.train.steps:06d}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from train.plan import plan
+
+    plan(
+        options.config, options.overrides,
+        memory=options.memory, measured=options.measure, base=options.base, as_json=options.json,
+    )  # fmt: skip
 
 
 def _sample(options: argparse.Namespace) -> None:

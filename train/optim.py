@@ -21,8 +21,9 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 
 # matrices orthogonalised together, in bytes of the type computed in: what a CPU's second-level cache holds with its
-# intermediates (tests/benchmarks/muon.py); on a GPU enough to fill it, and no more, because it is extra memory
-BATCH_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# intermediates (tests/benchmarks/muon.py); on a GPU, for which the meta device stands, enough to fill it, and no more,
+# because it is extra memory
+BATCH_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26, "meta": 1 << 26}
 
 
 class OptimizerConfig(Config):
@@ -113,7 +114,7 @@ class Optimizer:
         muon = groups["muon"] if config.type == "muon" else {}
         first = next(iter(adamw.values()))
         # float32 on CPUs without fast bfloat16; published Muon computes Newton-Schulz in bfloat16
-        dtype = torch.bfloat16 if first.device.type == "cuda" or has_fast_bf16() else torch.float32
+        dtype = torch.bfloat16 if first.device.type != "cpu" or has_fast_bf16() else torch.float32
         self.muon = Muon(muon, config, dtype) if muon else None
         self._adamw_names = list(adamw)
         self.adamw = torch.optim.AdamW(
