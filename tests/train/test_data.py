@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from collections import Counter
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 
 from prep.errors import ConfigError, DataError
 from prep.shards import Dataset
+from tests.train.tiny import tiny_config
 from train.conditioning import load_conditions
 from train.data import Order, TrainingSet, bucket_size, check_patch_size, load_pixels, prefetch
+from train.trainer import Trainer
 
 
 def test_the_order_is_a_pure_function():
@@ -96,6 +100,21 @@ def test_the_training_set_reads_what_the_dataset_holds(tiny_dataset):
     assert x.max() <= 1
     exact = torch.from_numpy(dataset.pixels(rows[0]).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(x[0], exact)
+
+
+def test_the_position_in_the_data_is_one_integer(tiny_dataset, tmp_path):
+    config = tiny_config(tiny_dataset, tmp_path / "run", "data.prefetch=3", "train.token_budget=200")
+    trainer, other = (Trainer(config, Dataset(tiny_dataset), torch.device("cpu")) for _ in range(2))
+    with contextlib.closing(prefetch(trainer.batches.make, trainer.batches.numbers(0), 3)) as batches:
+        seen = [[next(batches).keys for _ in trainer.batches.plan.numbers(step)] for step in range(6)]
+    trainer.step = 4
+    state = trainer.state()
+    assert state["slots"] == 4 * trainer.batches.plan.slots
+    own = {name: value for name, value in state.items() if name not in ("config", "dataset", "environment")}
+    assert len(json.dumps(own)) < 1000, "a few integers and hashes, however large the dataset"
+    step = state["slots"] // other.batches.plan.slots
+    numbers = islice(other.batches.numbers(step), len(seen[4]) + len(seen[5]))
+    assert [other.batches.make(number).keys for number in numbers] == seen[4] + seen[5]
 
 
 def test_the_cache_stays_within_its_budget(tiny_dataset):
