@@ -28,6 +28,7 @@ from train import export as export_module
 from train.__main__ import main
 from train.checkpoint import load_model, save_checkpoint
 from train.conditioning import Conditions, collate
+from train.ema import join_averages
 from train.export import export, load_exported
 from train.model import Features, build_model
 from train.sample import Sampling, sample, to_uint8
@@ -60,9 +61,11 @@ def write_run(folder: Path, *overrides: str, layers: tuple[str, ...] = ("t5", "d
         name: torch.from_numpy(rng.normal(0, 0.5 / value.shape[-1] ** 0.5, value.shape).astype(np.float32))
         for name, value in model.state_dict().items()
     }
-    last = {name: value + 0.1 for name, value in weights.items()}
+    others = [{name: value + offset for name, value in weights.items()} for offset in (0.1, 0.2, 0.3)]
+    tensors = {"model": others[0], "ema": weights, "optimizer": {}}
+    tensors["power"] = join_averages(dict(zip((0.05, 0.1), others[1:])))
     state = {"config": config.model_dump(mode="json"), "dataset": info}
-    save_checkpoint(folder, 12, {"model": last, "ema": weights, "optimizer": {}}, state)
+    save_checkpoint(folder, 12, tensors, state)
     return folder
 
 
@@ -184,6 +187,15 @@ def test_the_model_loads_without_diffusers(run, exported):
     assert exports_config.flow == config.flow
     assert exports_config.conditioning.resolve() == config.conditioning.resolve()
     assert exports_state["dataset"] == state["dataset"]
+
+
+@pytest.mark.parametrize(("weights", "offset"), [("model", 0.1), ("posthoc:0.1", 0.3)])
+def test_other_weights_are_exported_as_themselves(run, exported, tmp_path, weights, offset):
+    theirs, _, state = load_exported(export(run, tmp_path / "x", weights=weights))
+    averages = load_exported(exported)[0].state_dict()
+    assert all(torch.equal(value, averages[name] + offset) for name, value in theirs.state_dict().items())
+    assert state["source"]["weights"] == weights
+    assert f"`{weights}` after 12 steps" in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_a_generator_draws_the_noise(exported):
