@@ -455,4 +455,5 @@ def lpips_values(total: float, images: int, of: int) -> dict[str, float]:
 
 def dataset_summary(info: dict[str, Any]) -> dict[str, Any]:
     """Return what of dataset.json rebuilds the model and names the data."""
-    return {name: info[name] for name in ("fingerprint", "base", "encoders", "layers")}
+    named = {name: info[name] for name in ("fingerprint", "base", "encoders", "layers")}
+    return named | {name: info[name] for name in ("counts",) if name in info}
