@@ -10,6 +10,8 @@ from prep.config import load_config
 from prep.console import say
 from prep.errors import SkippedError, run_command
 
+TIERS = ("pulse", "table", "full")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
@@ -26,7 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="measure a checkpoint on the holdout of its dataset", allow_abbrev=False)
     run.set_defaults(verb=_run)
     run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
-    run.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
+    amount = run.add_mutually_exclusive_group()
+    amount.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
+    amount.add_argument("--tier", choices=TIERS, help="how much: configs/evaluate/TIER.yaml")
+    run.add_argument("--tests", help="which, separated by commas (default: what the config says)")
     run.add_argument("--dataset", help="where the dataset is (default: where the run's config says)")
     run.add_argument("--output", type=Path, help="folder (default: RUN/validation_outputs/step-NNNNNN)")
     run.add_argument("--strict", action="store_true", help="exit with 5 when any metric was skipped")
@@ -46,7 +51,9 @@ def _run(options: argparse.Namespace) -> None:
     from evaluate.run import run
     from evaluate.summary import summary
 
-    config = load_config(EvaluateConfig, options.config, options.overrides)
+    file = options.config or (options.tier and tier_file(options.tier))
+    chosen = [f"tests=[{options.tests}]"] if options.tests else []
+    config = load_config(EvaluateConfig, file, [*options.overrides, *chosen])
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
@@ -54,6 +61,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.strict and evidence.skipped:
         names = ", ".join(skipped.name for skipped in evidence.skipped)
         raise SkippedError(f"--strict: {len(evidence.skipped)} metrics were skipped: {names}; the reasons are above")
+
+
+def tier_file(tier: str) -> Path:
+    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
+    name = Path("configs") / "evaluate" / f"{tier}.yaml"
+    return name if name.is_file() else Path(__file__).parents[1] / name
 
 
 def _report(options: argparse.Namespace) -> None:

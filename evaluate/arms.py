@@ -12,6 +12,7 @@ from evaluate.config import EvaluateConfig, SamplerConfig
 from evaluate.metrics import degenerate
 from evaluate.records import Skipped
 from evaluate.subject import Batch, Subject, to_uint8
+from evaluate.suite.heldout_loss import TRAINED
 from train.conditioning import MODALITIES, Subset, parse_subset, subset_name
 from train.sample import sample
 
@@ -28,14 +29,14 @@ class Arm:
 def choose_arms(config: EvaluateConfig, subject: Subject) -> tuple[list[Arm], list[Skipped]]:
     """The arms that the dataset and the model's training allow; the others are named as skipped."""
     chosen, skipped = _choose(config.conditions, subject, "samples")
-    arms = [
-        Arm(_label(subset, subject), subset, config.conditions[name]) for name, subset in chosen.items()
-    ]
+    arms = [Arm(_label(subset, subject), subset, config.conditions[name]) for name, subset in chosen.items()]
     return arms, skipped
 
 
 def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset], list[Skipped]]:
-    """The condition subsets of the held-out loss, and those that cannot be measured."""
+    """The condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
+    trained = [subset_name(subset, subject.modalities) for subset in sorted(subject.table, key=_size)]
+    names = [name for one in names for name in (trained if one == TRAINED else [one])]
     chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
     return list(chosen.values()), skipped
 
@@ -66,6 +67,11 @@ def parse(name: str) -> Subset:
 def _label(subset: Subset, subject: Subject) -> str:
     """The name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
     return subset_name(subset, subject.modalities).replace("cls+patches", "dino")
+
+
+def _size(subset: Subset) -> tuple[int, str]:
+    """Sorts subsets, the largest first."""
+    return -len(subset), subset_name(subset)
 
 
 def _subset(name: str, subject: Subject) -> Subset:

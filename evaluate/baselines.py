@@ -46,6 +46,19 @@ def round_trip(images: np.ndarray) -> np.ndarray:
     return np.stack(copies)
 
 
+def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[str | None]:
+    """The key of the training image nearest to each image in mean colours, of the same bucket; None without one.
+
+    ``pixels`` float32 (B, 768) as :func:`evaluate.judge.pixel_features`, ``features`` those of training images.
+    """
+    found = []
+    for image, bucket in zip(pixels, buckets):
+        own = [index for index, other in enumerate(features.buckets) if other == bucket]
+        distances = np.square(features.feature_pixels[own] - image).sum(1)
+        found.append(features.keys[own[int(distances.argmin())]] if own else None)
+    return found
+
+
 class TrainingImages:
     """What the training set alone can predict: a mean image per bucket and an affine map of z.
 

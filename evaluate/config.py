@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
+from evaluate.suite.divergence import DivergenceConfig
 from evaluate.suite.heldout_loss import HeldoutLossConfig
+from evaluate.suite.reconstruction import ReconstructionConfig
 from prep.config import Config
 from train.sample import Method, Sampling
 
@@ -56,6 +58,8 @@ class EvaluateConfig(Config):
     conditions: dict[str, float] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
     sampler: SamplerConfig = SamplerConfig()
     heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
     judge: str | None = None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/judge.py

@@ -20,6 +20,8 @@ from evaluate.subject import Row, Subject
 from evaluate.texts import Texts
 from train.conditioning import Subset
 
+RELATED = ", related to a loss of training"  # a judge that the model was trained to please
+
 
 class Rows:
     """The rows of samples.parquet: dicts with the columns of ``records.SAMPLES_SCHEMA``.
@@ -62,10 +64,11 @@ class Context:
     examiner: Examiner
     texts: Texts
     run_folder: Path | None = None
-    train_config: Any = None  # TrainConfig of the run
+    step: int | None = None  # of the checkpoint
     heldout: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
     shown: dict[tuple[str, str, str, int], None] = field(default_factory=dict)
+    shown_training: dict[str, str] = field(default_factory=dict)  # key -> path
 
     @property
     def figures(self) -> bool:
@@ -132,8 +135,9 @@ class Context:
         drawn = {"sampler": sampler.method, "steps": sampler.steps, "seeds": self.config.seeds}
         if guidance != 1:
             drawn["interval"] = list(sampler.interval)
-        lpips = {"lpips": self.examiner.lpips_label} if self.examiner.lpips_label else {}
-        return {**self.common, **drawn, **lpips, "conditions": conditions, "guidance": guidance, **more}
+        if self.examiner.lpips_label:
+            drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
+        return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
 
     def settings_of(self, arms: Iterable[Arm], **more: Any) -> dict[str, dict[str, Any]]:
         """The settings of each arm by its name."""
@@ -147,11 +151,18 @@ class Context:
     @property
     def judged(self) -> dict[str, Any]:
         """Settings of what the judge of likeness sees; empty without one."""
-        return {"judge": self.judge.label} if self.judge else {}
+        if self.judge is None:
+            return {}
+        taught = "dinov2" in self.subject.losses and "dinov2" in self.judge.label
+        return {"judge": self.judge.label + (RELATED if taught else "")}
 
     def show(self, kind: str, condition: str, key: str, seed: int | None = None) -> None:
         """Keep a picture for the report: its row gets the path below the output folder as ``image``."""
         self.shown[kind, condition, key, seed or 0] = None
+
+    def show_training(self, key: str) -> str:
+        """Keep a training image for the report; returns its path below the output folder."""
+        return self.shown_training.setdefault(key, f"images/train-{key}.png")
 
 
 class Test(Protocol):

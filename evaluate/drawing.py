@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from evaluate.arms import Arm, draw
-from evaluate.baselines import round_trip
+from evaluate.baselines import nearest, round_trip
 from evaluate.context import Context
+from evaluate.judge import pixel_features
 from evaluate.parts import Parts
 from evaluate.pictures import Picture, PictureBatch, batches, compose
 from evaluate.records import BASELINE, MODEL, REAL, from_table, to_table
@@ -52,6 +53,7 @@ def draw_and_examine(context: Context, pictures: Sequence[Picture], parts: Parts
     """
     subject, config = context.subject, context.config
     context.texts.encode(picture.text for picture in pictures if picture.text is not None)
+    _ = context.train_features  # read with a progress of its own
     album = Album(folder, set(context.keys[: config.grid_images]))
     buckets = {key: row["bucket"] for key, row in context.rows.items()}
     size = subject.batch_size
@@ -109,14 +111,19 @@ def _references(context: Context, members: tuple[Row, ...], album: Album) -> pa.
     stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
     for name, pictures in stand_ins.items():
         rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=[])
-    partners = [subject.partners.get(key) for key in batch.keys]
-    paired = [index for index, partner in enumerate(partners) if partner is not None]
-    if paired:
-        others = [partners[index] for index in paired]
-        pictures = np.stack([subject.dataset.pixels(row) for row in others])
-        joints = examiner.stored_joints(others, batch.width, batch.height) or None  # without poses: detected
-        pairs = examiner.rows(batch.select(paired), pictures, kind=BASELINE, condition="random_pair", joints=joints)
-        rows += [row | {"donor": other["key"]} for row, other in zip(pairs, others)]
+    near = nearest(pixel_features(batch.pixels), [batch.bucket] * len(batch.rows), context.train_features)
+    donors = {
+        "random_pair": [subject.partners[key]["key"] if key in subject.partners else None for key in batch.keys],
+        "nearest_train": near,
+    }
+    for name, keys in donors.items():
+        there = [index for index, key in enumerate(keys) if key is not None]
+        if there:
+            others = [context.rows[keys[index]] for index in there]
+            pictures = np.stack([subject.dataset.pixels(row) for row in others])
+            joints = examiner.stored_joints(others, batch.width, batch.height) or None  # without poses: detected
+            stand_in = examiner.rows(batch.select(there), pictures, kind=BASELINE, condition=name, joints=joints)
+            rows += [row | {"donor": other["key"]} for row, other in zip(stand_in, others)]
     return to_table(rows)
 
 
@@ -133,6 +140,9 @@ def show(context: Context, pictures: Sequence[Picture], rows: Sequence[dict[str,
         for picture, image in zip(asked.pictures, images):
             album.save(names[picture.name], image)
     for row in wanted:
-        if row["kind"] == REAL or row["condition"] == "random_pair":
-            key = row["key"] if row["kind"] == REAL else row["donor"]
+        key = row["key"] if row["kind"] == REAL else row["donor"]
+        if row["kind"] != MODEL and key is not None:
             album.save(row, context.subject.dataset.pixels(context.rows[key]))
+    for key, path in sorted(context.shown_training.items()):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(context.subject.dataset.pixels(context.rows[key])).save(folder / path)

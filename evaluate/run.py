@@ -14,6 +14,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import torch
 
+from evaluate.arms import choose_subsets
 from evaluate.baselines import load_training_images
 from evaluate.config import EvaluateConfig, TestName
 from evaluate.context import Context, Rows
@@ -41,6 +43,8 @@ from prep.files import canonical_json, sha256_file, write_atomic
 from prep.shards import Dataset, parquet_bytes
 from train import tracking
 from train.checkpoint import load_model, resolve_checkpoint
+from train.conditioning import Subset
+from train.config import TrainConfig
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
 CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same training gives again
@@ -83,6 +87,7 @@ def run(
         rows=select_holdout(data, config.samples),
         batch_size=config.batch_size,
         device=pick_device(config.device),
+        losses=perceptual_losses(train_config),
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
@@ -110,6 +115,7 @@ def evaluate(
     """
     parts = Parts(folder / "parts" if identity else None, identity)
     context = build_context(subject, config, run_folder)
+    context.step = (identity or {}).get("step")
     tests = {name: importlib.import_module(f"evaluate.suite.{name}") for name in tests_of(config)}
     pictures, skipped = [], []
     for test in tests.values():
@@ -128,6 +134,12 @@ def evaluate(
     show(context, pictures, rows, folder)
     metrics, without = with_bars(metrics, config.needed)
     return Evidence(rows, context.heldout, metrics, list(dict.fromkeys(skipped + without)), context.extras)
+
+
+def perceptual_losses(config: TrainConfig) -> frozenset[str]:
+    """The networks of :attr:`Subject.losses`."""
+    used = {"lpips": config.perceptual.every > 0, "dinov2": config.perceptual.dino_weight > 0}
+    return frozenset(name for name, there in used.items() if there)
 
 
 def tests_of(config: EvaluateConfig) -> list[str]:
@@ -156,23 +168,28 @@ def build_context(subject: Subject, config: EvaluateConfig, run_folder: Path | N
 
 
 def measure_loss(context: Context, parts: Parts) -> list[dict[str, Any]]:
-    """The rows of heldout_loss.parquet."""
+    """The rows of heldout_loss.parquet: of the samples, then of as many training images for the gap."""
     subject, config = context.subject, context.config.heldout_loss
-    subsets = context.subsets[0]
+    train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
+    gap = [subset for subset in choose_subsets(config.gap, subject)[0] if subset in context.subsets[0]]
+    work = [("holdout", subject.rows, context.subsets[0]), ("train", train if gap else (), gap)]
     rows: list[dict[str, Any]] = []
-    with Progress("held-out loss", len(subject.rows)) as progress:
-        for bucket, number, members in chunks(subject.rows, subject.batch_size):
+    with Progress("held-out loss", sum(len(samples) for _, samples, _ in work)) as progress:
+        for split, samples, subsets in work:
+            for bucket, number, members in chunks(samples, subject.batch_size):
+                compute = partial(_measure_chunk, context, split, subsets, members)
+                keys = [row["key"] for row in members]
+                rows += parts.get(f"{split}_loss-{bucket}-{number:04d}", keys, compute).to_pylist()
+                progress.advance(len(members))
+    return sorted(rows, key=lambda row: (row["split"], row["condition"], row["key"], row["bin"]))
 
-            def compute(members: tuple[Row, ...] = members) -> pa.Table:
-                batch = read_batch(subject.dataset, members)
-                return pa.Table.from_pylist(
-                    heldout_loss.measure_batch(subject, batch, subsets, context.training, config)
-                )
 
-            keys = [row["key"] for row in members]
-            rows += parts.get(f"heldout-{bucket}-{number:04d}", keys, compute).to_pylist()
-            progress.advance(len(members))
-    return heldout_loss.in_order(rows)
+def _measure_chunk(context: Context, split: str, subsets: Sequence[Subset], members: tuple[Row, ...]) -> pa.Table:
+    subject = context.subject
+    batch = read_batch(subject.dataset, members)
+    training = context.training if split == "holdout" else None  # the gap needs no trivial predictors
+    rows = heldout_loss.measure_batch(subject, batch, subsets, training, context.config.heldout_loss)
+    return pa.Table.from_pylist([row | {"split": split} for row in rows])
 
 
 def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[list[Metric], list[Skipped]]:

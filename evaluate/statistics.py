@@ -86,6 +86,43 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], clusters: 
     return bootstrap(lambda weights: (weights @ top) / (weights @ bottom), len(top))
 
 
+def quotient(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """As :func:`ratio` for denominators of either sign, where every image counts; their sum must not be near zero."""
+    top, bottom = _per_cluster(numerators, clusters), _per_cluster(denominators, clusters)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return bootstrap(lambda weights: (weights @ top) / (weights @ bottom), len(top))
+
+
+def difference(
+    values: Sequence[float], clusters: Sequence[str], others: Sequence[float], other_clusters: Sequence[str]
+) -> Interval:
+    """Mean of ``values`` less mean of ``others`` over different images; ``n`` is the smaller number of images.
+
+    Both sides are resampled, each from its own images.
+    """
+    sides = [
+        (_per_cluster(v, c), _per_cluster(np.ones(len(v)), c))
+        for v, c in ((values, clusters), (others, other_clusters))
+    ]
+    n = min(len(sums) for sums, _ in sides)
+
+    def resampled(seed: int, sums: np.ndarray, counts: np.ndarray) -> tuple[float, np.ndarray | None]:
+        drawn: list[np.ndarray] = []
+
+        def mean_of(weights: np.ndarray) -> np.ndarray:
+            drawn.append((weights @ sums) / (weights @ counts))
+            return drawn[-1]
+
+        value = bootstrap(mean_of, len(sums), seed=seed).value
+        return value, np.concatenate(drawn[1:]) if len(sums) >= MIN_CLUSTERS else None
+
+    (a, own), (b, other) = (resampled(seed, *side) for seed, side in enumerate(sides))
+    if own is None or other is None:
+        return Interval(a - b, None, None, n)
+    low, high = np.quantile(own - other, [_tail(n), 1 - _tail(n)])
+    return Interval(a - b, float(low), float(high), n)
+
+
 def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Sequence[str]) -> Interval:
     """A pooled share of successes, clustered by image.
 

@@ -57,7 +57,8 @@ class Batch:
 class Subject:
     """A model in evaluation mode, how it was trained to be used, and the holdout samples to test it on.
 
-    ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``.
+    ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``; ``losses`` are the
+    perceptual networks that training used, ``lpips`` and ``dinov2``.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Subject:
     rows: tuple[Row, ...]
     batch_size: int = 32
     device: str = "cpu"
+    losses: frozenset[str] = frozenset()
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:

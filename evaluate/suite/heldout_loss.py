@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from evaluate.pictures import Picture
 
 PREDICTORS = ("mean_image", "identity", "affine")
+TRAINED = "trained"  # in place of names: every subset that training drew
 RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
 
 
@@ -37,7 +38,8 @@ class HeldoutLossConfig(Config):
 
     bins: int = Field(default=10, ge=1)
     times_per_bin: int = Field(default=1, ge=1)
-    conditions: list[str] = Field(default=["all", "text+pose", "text"])
+    conditions: list[str] = Field(default=[TRAINED], min_length=1)
+    gap: list[str] = Field(default=["all"])  # of these also on as many training images
 
 
 def grid_times(key: str, bins: int, times_per_bin: int) -> np.ndarray:
@@ -144,8 +146,44 @@ def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
 
 
 def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
-    """The metrics of :func:`losses` for every subset measured."""
-    return losses(context.heldout, context.config.heldout_loss, context.common), []
+    """The metrics of :func:`losses` for every subset measured, and :func:`gaps` to training images."""
+    config = context.config.heldout_loss
+    held, train = ([row for row in context.heldout if row["split"] == split] for split in ("holdout", "train"))
+    return losses(held, config, context.common) + gaps(held, train, config, context.common), []
+
+
+def gaps(
+    held: Sequence[Mapping[str, Any]],
+    train: Sequence[Mapping[str, Any]],
+    config: HeldoutLossConfig,
+    settings: Mapping[str, Any],
+) -> list[Metric]:
+    """``heldout_gap`` and ``heldout_gap/CONDITION``: the mean loss on training images less that on held-out ones.
+
+    Below zero the model knows the images that it was trained on better than others like them.
+    """
+    metrics = []
+    for condition in dict.fromkeys(row["condition"] for row in train):
+        name = "heldout_gap" + ("" if condition == "all" else f"/{condition}")
+        seen, unseen = ([row for row in rows if row["condition"] == condition] for rows in (train, held))
+        details = {"settings": {**_settings(config, settings), "conditions": condition}, "baselines": {"no_gap": 0.0}}
+        keys = [[row["key"] for row in rows] for rows in (seen, unseen)]
+        reason = _non_finite([*seen, *unseen])
+        if reason:
+            metrics.append(Metric(name, None, n=min(len(set(one)) for one in keys), reason=reason, **details))
+            continue
+        values = [[row["loss"] for row in rows] for rows in (seen, unseen)]
+        metrics.append(Metric.of(name, statistics.difference(values[0], keys[0], values[1], keys[1]), **details))
+    return metrics
+
+
+def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of every metric of the grid."""
+    return {
+        **settings,
+        "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift",
+        "weight": "1 / max(t, t_min)^2",
+    }
 
 
 def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]) -> list[Metric]:
@@ -155,11 +193,7 @@ def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, setting
     ``heldout_mse/CONDITION/ LOW-HIGH``: the error in one bin. ``heldout_ratio/CONDITION``: the worst bin from t = .3
     on, error of the model over error of the best trivial predictor.
     """
-    settings = {
-        **settings,
-        "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift",
-        "weight": "1 / max(t, t_min)^2",
-    }
+    settings = _settings(config, settings)
     metrics: list[Metric] = []
     by_condition: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:

@@ -1,4 +1,9 @@
-"""How near a picture drawn from a sample's own conditions comes to that sample, pixel by pixel and perceptually."""
+"""How near a picture drawn from a sample's own conditions comes to that sample, pixel by pixel and perceptually.
+
+Given everything, one condition alone, and nothing, all without guidance and from the same noise, so that they may be
+compared; and under the configured conditions with their guidance. The baselines need no model: another image of the
+bucket, the mean image, the nearest training image, a JPEG.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,34 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from evaluate import metrics, statistics
 from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason, select
+from prep.config import Config
 
 if TYPE_CHECKING:
+    from evaluate.arms import Arm
     from evaluate.context import Context, Rows
     from evaluate.pictures import Picture
 
-BASELINES = ("random_pair", "mean_image", "round_trip")
+BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
 PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
-MEASURES = {"psnr": ("higher", "dB"), "ssim": ("higher", ""), "lpips": ("lower", "")}
+MEASURES = {
+    "psnr": ("higher", "dB"),
+    "ssim": ("higher", ""),
+    "lpips": ("lower", ""),
+    "dino_similarity": ("higher", ""),
+}
+SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
+# What the predecessor called LPIPS values below these: a reference for readers, never a verdict.
+LPIPS_SCALE = {"excellent": 0.3, "good": 0.5, "blurry": 0.7}
+
+
+class ReconstructionConfig(Config):
+    """What is given, each drawn without guidance."""
+
+    conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
 
 
 def score(pictures: np.ndarray, truths: np.ndarray, lpips: metrics.Lpips | None) -> list[dict[str, float | None]]:
@@ -34,19 +56,36 @@ def score(pictures: np.ndarray, truths: np.ndarray, lpips: metrics.Lpips | None)
     return [dict(zip(finite, values)) for values in zip(*finite.values())]
 
 
+def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
+    """The configured conditions, then those of this test, and what of either is left out."""
+    _, skipped = context.configured()
+    arms = {arm.name: arm for arm in context.arms}
+    for conditions in context.config.reconstruction.conditions:
+        arm = context.arm(conditions, 1.0, test="reconstruction")
+        if isinstance(arm, Skipped):
+            skipped.append(arm)
+        else:
+            arms.setdefault(arm.name, arm)
+    return list(arms.values()), skipped
+
+
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each of the configured conditions."""
-    return context.configured()
+    """Every sample and noise, given each of these conditions."""
+    arms, skipped = _arms(context)
+    return [picture for arm in arms for picture in context.of_all(arm)], skipped
 
 
 def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
-    """``reconstruction/MEASURE/CONDITION`` of every configured condition, see :func:`likeness`."""
-    measures, skipped = list(MEASURES), []
-    if context.examiner.no_lpips:
-        measures.remove("lpips")
-        skipped.append(Skipped("reconstruction/lpips", context.examiner.no_lpips))
-    arms = context.arms
-    return likeness(rows.all, [arm.name for arm in arms], context.settings_of(arms), measures), skipped
+    """Every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
+    missing = {"lpips": context.examiner.no_lpips, "dino_similarity": context.no_judge}
+    skipped = [Skipped(f"reconstruction/{measure}", reason) for measure, reason in missing.items() if reason]
+    measures = [measure for measure in MEASURES if not missing.get(measure)]
+    arms, _ = _arms(context)
+    names, settings = [arm.name for arm in arms], context.settings_of(arms, **context.judged)
+    found = likeness(rows.all, names, settings, measures) + skills(rows.all, names, settings, measures)
+    if "lpips" in measures:
+        context.extras["reconstruction"] = {"lpips_scale": LPIPS_SCALE}
+    return found, skipped
 
 
 def likeness(
@@ -94,6 +133,54 @@ def _gain(
     keys = [row["key"] for row in paired]
     interval = statistics.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
     return Metric.of(name, interval, **details)
+
+
+def skills(
+    samples: Sequence[Mapping[str, Any]],
+    conditions: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]],
+    measures: Sequence[str],
+) -> list[Metric]:
+    """``reconstruction/skill_MEASURE``: the share of the way from a random pair to a JPEG of the truth itself.
+
+    ``(random - model) / (random - floor)`` of the means, on the squared error for PSNR: 0 is no better than any other
+    image of the bucket, 1 is a copy. Conditions as in :func:`likeness`.
+    """
+    others = {name: {row["key"]: row for row in select(samples, BASELINE, name)} for name in BASELINES}
+    found = []
+    for condition in conditions:
+        suffix = "" if condition == "all" else f"/{condition}"
+        rows = select(samples, MODEL, condition)
+        for measure in measures:
+            column = SKILLS.get(measure, measure)
+            name = f"reconstruction/skill_{column}{suffix}"
+            found.append(_skill(name, rows, column, others, settings[condition]))
+    return found
+
+
+def _skill(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    column: str,
+    others: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+) -> Metric:
+    random, floor = others["random_pair"], others["round_trip"]
+    paired = [row for row in rows if row["key"] in random and row["key"] in floor]
+    details: dict[str, Any] = {"settings": settings, "baselines": {"random_pair": 0.0, "round_trip": 1.0}}
+    reason = degenerate_reason(rows)
+    if not reason and not paired:
+        reason = "no sample has another of its bucket to be paired with"
+    if reason:
+        return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
+    keys = [row["key"] for row in paired]
+    ways = {key: random[key][column] - floor[key][column] for key in set(keys)}
+    for label in ("mean_image", "nearest_train"):
+        if all(key in others[label] for key in keys):
+            gained = sum(random[key][column] - others[label][key][column] for key in ways)
+            details["baselines"][label] = gained / sum(ways.values())
+    gains = [random[row["key"]][column] - row[column] for row in paired]
+    return Metric.of(name, statistics.quotient(gains, [ways[key] for key in keys], keys), **details)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:
