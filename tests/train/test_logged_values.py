@@ -82,3 +82,8 @@ def test_tensorboard_shows_every_value(run):
         for tag in record.keys() - {"step"}:
             (shown,) = [event.value for event in board.Scalars(tag) if event.step == record["step"]]
             assert shown == pytest.approx(record[tag], rel=1e-6)
+
+
+def test_the_start_says_what_each_optimiser_has(run, capsys):
+    run[0]._announce()
+    assert run[0].optimizer.describe() in capsys.readouterr().out.splitlines()
