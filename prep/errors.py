@@ -99,15 +99,29 @@ def _report(error: NanoditError) -> int:
     return error.exit_code
 
 
+_sigterm_came = False
+
+
+def sigterm_came() -> bool:
+    """Whether SIGTERM came since :func:`run_command` began.
+
+    It raised KeyboardInterrupt then, which is lost where it meets a C extension that is being imported, say.
+    """
+    return _sigterm_came
+
+
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM like Ctrl-C, where ``main`` installs no handler of its own."""
+    global _sigterm_came
     if threading.current_thread() is not threading.main_thread():  # which alone may install handlers
         yield
         return
-    owner = os.getpid()
+    owner, _sigterm_came = os.getpid(), False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        global _sigterm_came
+        _sigterm_came = True
         if os.getpid() != owner:  # a forked child inherits the handler, but ends as any process does
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

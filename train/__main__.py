@@ -1,27 +1,31 @@
-"""Command line: ``python -m train run | sample | export``."""
+"""Command line: ``python -m train run | sample | export``.
+
+What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from prep.config import dump_config, load_config
 from prep.console import say
 from prep.errors import ConfigError, run_command
 from prep.files import write_atomic
-from prep.shards import Dataset
-from train.config import TrainConfig
-from train.cost import check_disk
-from train.rehearsal import probe
-from train.remedies import explained
-from train.resume import check_same_run, choose_checkpoint
-from train.runfolder import lock_run_folder
-from train.sample import SELF_GUIDANCE
-from train.tracking import environment, write_provenance
-from train.trainer import Trainer, dataset_summary
+
+if TYPE_CHECKING:
+    import torch
+
+    from prep.shards import Dataset
+    from train.config import TrainConfig
+    from train.trainer import Validate
+
+STARTED = time.monotonic()
+SELF_GUIDANCE = 3.0  # train.sample.SELF_GUIDANCE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue although torch, threads or the processor differ",
     )
+    run.add_argument(
+        "--max-hours", type=float, default=math.inf, metavar="H",
+        help="after so many hours, from the start of the process, save and exit with 75; the same command continues",
+    )  # fmt: skip
+    run.add_argument(
+        "--init-from", type=Path, metavar="CHECKPOINT",
+        help="begin a new run with the averaged weights of another one, e.g. on other data or at another size",
+    )  # fmt: skip
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     plan = verbs.add_parser("plan", help="say what a run will need, and whether it fits", allow_abbrev=False)
@@ -136,6 +148,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import torch
+
+    from prep.shards import Dataset
+    from train.config import TrainConfig
+    from train.cost import check_disk
+    from train.initial import check_same_parent, load_parent
+    from train.rehearsal import probe
+    from train.remedies import explained
+    from train.resume import check_same_run, choose_checkpoint
+    from train.runfolder import lock_run_folder
+    from train.tracking import environment, write_provenance
+    from train.trainer import Trainer, dataset_summary
+
+    if not options.max_hours > 0:
+        raise ConfigError(f"--max-hours {options.max_hours:g}: must be more than 0")
+    if options.init_from and options.resume not in ("auto", "never"):
+        raise ConfigError("--init-from begins a run and --resume PATH continues one; give one of the two")
     config = load_config(TrainConfig, options.config, options.overrides)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -146,26 +175,40 @@ def _run(options: argparse.Namespace) -> None:
         checkpoint = choose_checkpoint(run_folder, options.resume)
         step = 0
         if checkpoint is not None:
-            check_same_run(
-                checkpoint, config, dataset.fingerprint, environment(device),
-                allowed_changes=options.allow_change, allow_environment_change=options.allow_environment_change,
-            )  # fmt: skip
             step = checkpoint.state["step"]
-            if step >= config.train.steps:
+            finished = step >= config.train.steps
+            check_same_run(
+                checkpoint, config, dataset.fingerprint, environment(device), allowed_changes=options.allow_change,
+                allow_environment_change=options.allow_environment_change or finished,  # nothing is computed any more
+            )  # fmt: skip
+            if options.init_from:
+                check_same_parent(options.init_from, checkpoint.state, run_folder)
+            if finished:
                 say(f"{run_folder}: already trained to step {step}; nothing to do")
                 return
-        trainer = Trainer(config, dataset, device)
+        trainer = Trainer(config, dataset, device, _validation(config, dataset))
         if checkpoint is not None:
             trainer.load(checkpoint)
             say(f"continuing from {checkpoint.path}")
             del checkpoint  # as large as weights, average and optimiser together
+        elif options.init_from:
+            trainer.begin_with(load_parent(options.init_from))
         check_disk(trainer)
         write_atomic(run_folder / "config.yaml", dump_config(config))
-        write_provenance(run_folder, device, dataset_summary(dataset.info), step)
+        write_provenance(run_folder, device, dataset_summary(dataset.info), step, trainer.parent)
         if device.type == "cuda":
             probe(trainer)
-        trainer.run()
+        trainer.run(STARTED + 3600 * options.max_hours)
     say(f"wrote {run_folder}: {config.train.steps} steps, checkpoints/step-{config.train.steps:06d}")
+
+
+def _validation(config: TrainConfig, dataset: Dataset) -> Validate | None:
+    """Return what the trainer calls to validate: it imports nothing of ``evaluate`` itself."""
+    if not config.validation.every_steps:
+        return None
+    from evaluate.pulse import build_validation
+
+    return build_validation(config, dataset)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -255,6 +298,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def pick_device(name: str) -> torch.device:
     """Return the device of a config, ``auto`` being the GPU where torch sees one; :class:`ConfigError` without it."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set the device to cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

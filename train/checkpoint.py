@@ -53,9 +53,14 @@ def checkpoints_folder(run_folder: Path) -> Path:
 
 
 def save_checkpoint(
-    run_folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any], keep_last: int | None = None
+    run_folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensors],
+    state: dict[str, Any],
+    keep_last: int | None = None,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` atomically and durably; then remove all but the ``keep_last`` newest.
+    """Write ``checkpoints/step-NNNNNN`` atomically and durably; then :func:`prune` the others.
 
     ``tensors`` maps each of PARTS, and any of OPTIONAL_PARTS, to its named tensors; ``state`` must be JSON. Raises
     :class:`ResourceError` where the disk does not take a file; the checkpoints before it are as they were.
@@ -89,16 +94,37 @@ def save_checkpoint(
     sync_folder(parent)
     fault("checkpoint.after_rename")
     remove_leftovers(run_folder)
-    if keep_last is not None:
-        for old in checkpoint_steps(run_folder)[keep_last:]:
-            shutil.rmtree(old)
+    prune(run_folder, keep_last, keep_every)
     return target
 
 
+def prune(run_folder: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove all checkpoints but the ``keep_last`` newest (None: keep all) and those of multiples of ``keep_every``."""
+    for path in checkpoint_steps(run_folder)[keep_last:] if keep_last else ():
+        step = int(path.name[5:])
+        if not keep_every or step % keep_every or step == 0:  # 0: the beginning of a run from other weights
+            hidden = path.rename(path.with_name(f".{path.name}.old"))  # whole or absent, also when killed here
+            shutil.rmtree(hidden)
+
+
+def set_aside_after(run_folder: Path, step: int) -> None:
+    """Take the checkpoints after ``step``, from which the run falls back as they are damaged, out of the way.
+
+    Else they would count as the newest, and retention would remove a good one for them. The next save deletes them.
+    """
+    for path in checkpoint_steps(run_folder):
+        if int(path.name[5:]) > step:
+            aside = path.with_name(f".{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def remove_leftovers(run_folder: Path) -> None:
-    """Delete what a killed save left behind; only the holder of the run's lock may call it."""
+    """Delete what a kill left half-written; only the holder of the run's lock may call it."""
     for leftover in checkpoints_folder(run_folder).glob(".step-*"):
         shutil.rmtree(leftover)
+    for leftover in run_folder.glob(".*.tmp-*"):  # of prep.files.write_atomic
+        leftover.unlink()
 
 
 def find_latest(run_folder: Path) -> Path | None:
@@ -110,7 +136,7 @@ def find_latest(run_folder: Path) -> Path | None:
     for path in steps:
         try:
             verify(path)
-        except DataError as error:
+        except (DataError, OSError) as error:  # OSError: the disk cannot read it
             say(f"warning: {error}; trying the checkpoint before it")
         else:
             return path

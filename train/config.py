@@ -75,7 +75,15 @@ class CheckpointSection(Config):
     """When to save, and how many to keep."""
 
     every_steps: int = Field(default=500, gt=0)
+    every_minutes: float | None = Field(default=None, gt=0)  # since the last one; null: by steps alone
     keep_last: int | None = Field(default=None, gt=0)  # null: all
+    keep_every: int | None = Field(default=None, gt=0)  # steps whose multiples are kept for good; null: none
+
+    @model_validator(mode="after")
+    def _check_retention(self) -> CheckpointSection:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every says what keep_last must leave; set keep_last too")
+        return self
 
 
 class VisualDebugSection(Config):
@@ -86,6 +94,15 @@ class VisualDebugSection(Config):
     method: Method = "heun"
     steps: int = Field(default=20, gt=0)  # of the sampler
     guidance: float = Field(default=1.0, ge=0)
+
+
+class ValidationSection(Config):
+    """The loss of holdout samples, measured while the run trains; ``every_steps`` 0 turns it off."""
+
+    every_steps: int = Field(default=0, ge=0)
+    samples: int = Field(default=64, gt=0)  # of the holdout, at most
+    # given conditions; those that the dropout table never trains are left out
+    conditions: list[str] = Field(default=["all", "text"], min_length=1)
 
 
 class TrainConfig(Config):
@@ -107,6 +124,7 @@ class TrainConfig(Config):
     data: DataSection = DataSection()
     checkpoint: CheckpointSection = CheckpointSection()
     visual_debug: VisualDebugSection = VisualDebugSection()
+    validation: ValidationSection = ValidationSection()
 
     @model_validator(mode="after")
     def _check_table(self) -> TrainConfig:

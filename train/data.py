@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -22,10 +24,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prep.console import duration, say
 from prep.errors import ConfigError, DataError
+from prep.shards import Unit
 from train.conditioning import Conditions, load_conditions
 from train.flip import flip_pixels
 from train.noise import generator
+
+STALL_SECONDS = 10.0  # that reading a member may take before it is said
+ABANDON_SECONDS = 5.0  # that the thread which reads ahead is waited for at the end
+LAYER_OF = {"pixels": "px", "t5": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -107,6 +115,7 @@ class TrainingSet:
         self.info, self.fingerprint = dataset.info, dataset.fingerprint
         self._dataset, self._budget = dataset, int(cache_gb * 1e9)
         self._cache: dict[tuple[str, str], np.ndarray] = {}
+        self.reading: tuple[str, float] | None = None  # what is being read, and since when (time.monotonic)
         self.rows: dict[str, list[Row]] = {}
         holdout = {row["key"] for row in dataset.rows("holdout")}
         for row in dataset.rows("train"):
@@ -175,7 +184,10 @@ class TrainingSet:
         array = self._cache.get(name)
         if array is None:
             load = getattr(self._dataset, member)
+            tar = Unit(row["bucket"], row["shard"], LAYER_OF[member]).tar
+            self.reading = f"{tar}, sample {row['key']}", time.monotonic()
             array = prepare(load(row, flipped=True) if flipped else load(row))
+            self.reading = None
             if array.nbytes <= self._budget:
                 self._budget -= array.nbytes
                 self._cache[name] = array
@@ -225,11 +237,34 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-def prefetch(make: Callable[[int], T], numbers: Iterable[int], depth: int) -> Iterator[T]:
+@contextmanager
+def stalls_are_said(data: TrainingSet) -> Iterator[None]:
+    """While this is open, say which read of ``data`` takes longer than STALL_SECONDS, again and again until it ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(STALL_SECONDS / 2):
+            reading = data.reading
+            if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
+                say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
+
+    thread = threading.Thread(target=watch, daemon=True, name="stalls")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def prefetch(
+    make: Callable[[int], T], numbers: Iterable[int], depth: int, give_up: Callable[[], bool] = lambda: False
+) -> Iterator[T]:
     """Yield ``make(number)`` for endless numbers, made up to ``depth`` ahead by a background thread (0: none).
 
     The order and the values are those of calling ``make`` in place; so is an exception, which ends the iteration where
-    the value would have come. Close the iterator to stop the thread.
+    the value would have come. ``give_up`` is asked while nothing comes, and ends it too. Close the iterator to stop the
+    thread.
     """
     if depth == 0:
         yield from map(make, numbers)
@@ -255,13 +290,19 @@ def prefetch(make: Callable[[int], T], numbers: Iterable[int], depth: int) -> It
     thread.start()
     try:
         while True:
-            value, error = ready.get()
+            try:
+                value, error = ready.get(timeout=0.5)
+            except queue.Empty:
+                if give_up():
+                    return
+                continue
             if error is not None:
                 raise error
             yield value
     finally:
         stop.set()
-        while thread.is_alive():  # it may be waiting for room in the queue
+        abandoned = time.monotonic() + ABANDON_SECONDS  # a read may hang with its storage, for ever
+        while thread.is_alive() and time.monotonic() < abandoned:  # it may be waiting for room in the queue
             while not ready.empty():
                 ready.get_nowait()
             thread.join(timeout=0.01)

@@ -24,6 +24,7 @@ from train.flow import timesteps
 from train.noise import generator
 from train.perceptual import View, draw_views
 from train.repa import counts, resample
+from train.schedule import Course
 from train.tread import draw_keep_ids
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class MicroBatches:
     def __init__(self, config: TrainConfig, data: TrainingSet, table: dict[Subset, float]) -> None:
         self.config, self.data, self.table = config, data, table
         train = config.train
+        self.course = Course((train.steps,))
         self.order = Order(data.sizes, train.batch_size, config.seed)
         self.plan = Plan(
             self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
@@ -127,7 +129,7 @@ class MicroBatches:
         crop_of = lambda i: generator(config.seed, "crop", step, images[i])  # noqa: E731
         shift = config.flow.shift_of(*x.shape[2:])
         views = draw_views(config.perceptual, step + position, t.tolist(), shift, x.shape[2:], crop_of)
-        teach = config.repa.weight_at(step, config.train.steps) > 0
+        teach = config.repa.weight_at(step, self.course.totals[0]) > 0
         parts = [
             replace(self._part(part, subsets, conditions, x.shape[2:], teach), views=views_of(part, views))
             for part in split(subsets)
@@ -152,9 +154,9 @@ class MicroBatches:
         return Part(images, conditions.keeping(subsets), teacher)
 
     def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
-        tread, train, seed = self.config.tread, self.config.train, self.config.seed
+        tread, seed = self.config.tread, self.config.seed
         step = index // self.plan.stride
-        if not tread.routes(step, train.steps, generator(seed, "routed", index)):
+        if not tread.routes(*self.course.within(step), generator(seed, "routed", index)):
             return None
         tokens = (height // self.config.model.patch_size) * (width // self.config.model.patch_size)
         drawn = [draw_keep_ids(generator(seed, "keep", step, i), tokens, tread.kept(tokens)) for i in images]

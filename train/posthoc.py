@@ -86,11 +86,6 @@ def _profiles(stored: Iterable[tuple[int, float]], length: int) -> np.ndarray:
 # The snapshots
 
 
-def snapshot_steps(total_steps: int, count: int) -> frozenset[int]:
-    """Return the steps, evenly spaced and ending at the last, after which a run stores its averages."""
-    return frozenset(total_steps * i // count for i in range(1, count + 1)) - {0}
-
-
 def save_snapshot(run_folder: Path, step: int, averages: PowerAverages) -> Path:
     """Store the averages after ``step``, durably; raises :class:`ResourceError` where the disk does not take them."""
     folder = _folder(run_folder)

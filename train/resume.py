@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from train.checkpoint import (
     load_checkpoint,
     remove_leftovers,
     resolve_checkpoint,
+    set_aside_after,
 )
 from train.config import TrainConfig
+from train.ema import ema_decay
+from train.schedule import Course, learning_rate, snapshot_steps
 
 # Places, the pace of saving and looking, and memory: nothing here changes a weight. All other keys must be the
 # checkpoint's.
 SAFE_TO_CHANGE = (
-    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "checkpoint", "visual_debug",
+    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "checkpoint", "visual_debug", "validation",
     "train.gradient_checkpointing",
 )  # fmt: skip
 
@@ -34,7 +37,11 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
     remove_leftovers(run_folder)
     if resume == "auto":
         latest = find_latest(run_folder)
-        return None if latest is None else load_checkpoint(latest)
+        if latest is None:
+            return None
+        checkpoint = load_checkpoint(latest)
+        set_aside_after(run_folder, checkpoint.state["step"])
+        return checkpoint
     steps = checkpoint_steps(run_folder)
     if resume == "never":
         if steps or (run_folder / "metrics.jsonl").exists():
@@ -71,7 +78,7 @@ def check_same_run(
             f"{config.dataset}: the dataset's fingerprint is {fingerprint}, {name} was trained on "
             f"{state['dataset']['fingerprint']}. Train on the dataset of then, or choose another `output`"
         )
-    safe = (*SAFE_TO_CHANGE, *allowed_changes)
+    safe = (*SAFE_TO_CHANGE, *allowed_changes, *(["train.steps"] if _may_grow(state, config) else []))
     saved = _with_defaults(state["config"], TrainConfig(dataset="", output="").model_dump(mode="json"))
     changes = [
         f"{key}: {before!r} -> {after!r}"
@@ -79,10 +86,12 @@ def check_same_run(
         if not any(key == other or key.startswith(other + ".") for other in safe)
     ]
     if changes:
+        more_steps = any(change.startswith("train.steps: ") for change in changes)
         raise ConfigError(
             f"{name} was trained with another config:\n         "
             + "\n         ".join(changes)
             + "\n       Set these back, choose another `output`, or name them in --allow-change"
+            + ("\n       More train.steps are possible at the end of a run, or before wsd decays" if more_steps else "")
         )
     changes = [
         f"{key}: {before!r} -> {after!r}" for key, before, after in differences(state["environment"], environment)
@@ -92,6 +101,45 @@ def check_same_run(
             f"{name} was computed in another environment ({'; '.join(changes)}), so the result would not be bit-equal. "
             "Go back to it (train.threads sets the threads), or pass --allow-environment-change"
         )
+
+
+def course_of(state: Mapping[str, Any], config: TrainConfig) -> Course:
+    """Return the lengths of a run that continues from a checkpoint's ``state`` to ``config.train.steps``.
+
+    At its end a run is given a further part. Before that its length is replaced, which :func:`check_same_run` allows
+    where no step so far would have been another.
+    """
+    totals, steps = _totals(state), config.train.steps
+    if steps == totals[-1]:
+        return Course(totals)
+    ended = state["step"] >= totals[-1] and steps > totals[-1]
+    return Course((*(totals if ended else totals[:-1]), steps))
+
+
+def _may_grow(state: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether ``train.steps`` may be more than the checkpoint's: at its end, or where no step depended on it so far."""
+    before, after, step = state["config"]["train"]["steps"], config.train.steps, state["step"]
+    if not isinstance(before, int) or after <= before:
+        return False
+    first = (0, *_totals(state))[-2]  # steps before the part that is to grow
+
+    def of_length(total: int) -> list[Any]:
+        train, length = config.train, total - first
+        shape = train.lr, train.lr_min, train.warmup, train.schedule, train.decay_share
+        dense_from = length - round(config.tread.dense_tail * length) if config.tread.enabled else step
+        return [
+            [learning_rate(done, length, *shape) for done in range(step - first)],
+            [ema_decay(done + 1, total, train.ema_decay) for done in range(first, step)],
+            sorted(at for at in snapshot_steps(total, config.ema.snapshots) if at <= step),
+            min(dense_from, step - first),
+            0 if first else config.repa.weight_at(1, total),
+        ]
+
+    return step >= before or of_length(before) == of_length(after)
+
+
+def _totals(state: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(state.get("totals", [state["config"]["train"]["steps"]]))
 
 
 def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

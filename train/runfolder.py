@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from prep.errors import ConfigError, Interrupted
+from prep.console import say
+from prep.errors import ConfigError, Interrupted, sigterm_came
 
 RUN_LOCK = "run.lock"
 
@@ -32,8 +34,10 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
                 f"{folder}: another trainer (process {owner}) is writing here; wait for it, stop it, or choose another "
                 "`output`"
             ) from None
+        except OSError as error:  # mounted object stores and some network volumes have no locks
+            say(f"warning: {folder / RUN_LOCK}: {error.strerror}; see to it that no second trainer writes here")
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
@@ -41,21 +45,33 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 class StopRequest:
     """Turns the first SIGTERM or SIGINT into ``requested``; the second ends the process at once, which is safe.
 
-    A context manager: the handlers are those of before again afterwards.
+    A context manager: the handlers are those of before again afterwards. What may be given up at any moment runs under
+    :meth:`interrupting`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
+        self._interrupting = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.requested = self.requested or sigterm_came()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal end what runs in this context as a KeyboardInterrupt, instead of waiting until it is over."""
+        self._interrupting = True
+        try:
+            yield
+        finally:
+            self._interrupting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -65,3 +81,6 @@ class StopRequest:
         os.write(
             2, f"\n{signal.Signals(number).name}: saving the last completed step; once more to stop at once\n".encode()
         )
+        if self._interrupting:
+            self._interrupting = False
+            raise KeyboardInterrupt

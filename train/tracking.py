@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,14 +32,27 @@ class Tracker:
     def __init__(self, run_folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
 
-        truncate_metrics(run_folder / "metrics.jsonl", step)
-        self._file = open(run_folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        metrics = run_folder / "metrics.jsonl"
+        truncate_metrics(metrics, step)
+        metrics.touch()
+        # a buffer that takes any line: it reaches the file in one write
+        self._file = open(metrics, "r+b", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        self._record: dict[str, float] = {"step": step}  # the last one
+        self._start = self._file.seek(0, os.SEEK_END)  # where its line begins
         # events of an earlier start at purge_step or later are hidden
         self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` (tag -> finite number) at ``step`` completed optimiser steps."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        """Record ``values`` (tag -> finite number) at ``step`` completed optimiser steps.
+
+        More of the step that was recorded last joins its record: a step has one line.
+        """
+        again = self._record["step"] == step
+        record = {**(self._record if again else {"step": step}), **values}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._start = self._file.seek(self._start) if again else self._file.seek(0, os.SEEK_END)
+        self._record = record
+        self._file.write(line)
         self._file.flush()
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
@@ -46,6 +60,11 @@ class Tracker:
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """Show an image, uint8 (H, W, 3), on TensorBoard."""
         self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show a text, as it is, on TensorBoard."""
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown, whatever is in it
+        self._board.add_text(tag, indented, step)
 
     def sync(self) -> None:
         """Make what was logged durable; called before a checkpoint, which promises the records up to its step."""
@@ -115,6 +134,16 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
     }
 
 
+def memory_shown(values: Mapping[str, float]) -> dict[str, str]:
+    """Return what a progress line says: the peak of the GPU among logged ``values``; on a CPU, of this process."""
+    if "memory/peak_vram_gb" in values:
+        return {"memory": f"{values['memory/peak_vram_gb']:.1f} GB"}
+    if torch.cuda.is_initialized():
+        return {}  # a step that was not logged: what was said last stays
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a torn last line, which a kill can leave, is dropped, any other is a :class:`DataError`."""
     if not path.exists():
@@ -152,8 +181,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_provenance(run_folder: Path, device: torch.device, dataset: Mapping[str, Any], step: int) -> None:
-    """Write provenance.json: code, packages, kind of machine and data of this start, and the steps of all starts."""
+def write_provenance(
+    run_folder: Path,
+    device: torch.device,
+    dataset: Mapping[str, Any],
+    step: int,
+    parent: Mapping[str, Any] | None = None,
+) -> None:
+    """Write provenance.json: code, packages, kind of machine and data of this start, and the steps of all starts.
+
+    ``parent`` is the checkpoint whose weights the run began with, as its state says.
+    """
     path = run_folder / "provenance.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["started_at_steps"] if path.exists() else []
     record = {
@@ -165,6 +203,7 @@ def write_provenance(run_folder: Path, device: torch.device, dataset: Mapping[st
         "environment": environment(device),
         "dataset": dict(dataset),
         "started_at_steps": [*starts, step],
+        **({"parent": dict(parent)} if parent else {}),
     }
     write_atomic(path, canonical_json(record))
 

@@ -12,9 +12,8 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prep.config import dump_config
 from prep.console import Progress, say
-from prep.errors import DataError, Interrupted
+from prep.errors import ConfigError, DataError, Interrupted
 from prep.faults import fault
 from prep.files import canonical_json, write_atomic
 from train.batch_plan import scale_of
@@ -32,24 +32,30 @@ from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.compiling import FORESEEN_STEPS, allow_graphs, coming_shapes, describe, possible_shapes
 from train.conditioning import Subset, subset_name
 from train.config import TrainConfig
-from train.data import TrainingSet, bucket_size, check_patch_size, prefetch
+from train.data import TrainingSet, bucket_size, check_patch_size, prefetch, stalls_are_said
 from train.dino_loss import DinoLoss
 from train.ema import EMA, PowerAverages, ema_decay
 from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast, autocast_dtype, can_compile, peak_flops
+from train.initial import Parent, init_weights
+from train.looks import finite, look
 from train.mfu import DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops
 from train.microbatch import MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
 from train.perceptual import PerceptualLoss, check_views, vgg_path
-from train.posthoc import continue_snapshots, save_snapshot, snapshot_steps
+from train.posthoc import continue_snapshots, save_snapshot
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
+from train.resume import course_of
 from train.runfolder import StopRequest
-from train.schedule import learning_rate
-from train.tracking import Rates, Tracker, environment, gpu_memory
+from train.schedule import Course, learning_rate
+from train.tracking import Rates, Tracker, environment, gpu_memory, memory_shown
 from train.tread import MIN_TOKENS
 from train.visual import VisualDebug
+
+# (averaged model, step, folder for files) -> values by TensorBoard tag
+Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,13 @@ class NonFiniteError(DataError):
 class Trainer:
     """One run: the state that checkpoints hold (model, EMA, optimiser, step) and the loop that advances it."""
 
-    def __init__(self, config: TrainConfig, dataset: Any, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: TrainConfig, dataset: Any, device: torch.device, validate: Validate | None = None
+    ) -> None:
+        self.config, self.device, self.validate = config, device, validate
         self.step = 0  # completed optimiser steps
+        self.parent: dict[str, Any] | None = None  # of whose weights it began with
+        self._saved, self._saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
         features = Features.from_dataset(dataset.info)
         if not features.modalities:
             raise DataError(
@@ -115,10 +125,9 @@ class Trainer:
         elif config.train.compile == "auto":
             say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        decay_of = partial(ema_decay, total_steps=config.train.steps, decay=config.train.ema_decay)
-        self.ema = EMA(self.model, decay_of)
+        self.ema = EMA(self.model, self._ema_decay)
         self.power = PowerAverages(self.model, config.ema)
-        self.snapshot_steps = snapshot_steps(config.train.steps, config.ema.snapshots)
+        self._take_course(Course((config.train.steps,)))
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
@@ -149,31 +158,50 @@ class Trainer:
             self.optimizer.load_tensors(checkpoint.optimizer)
         except ValueError as error:
             raise DataError(f"{checkpoint.path}: {error}; it is the checkpoint of another model") from None
-        self.step = checkpoint.state["step"]
+        self.step = self._saved = checkpoint.state["step"]
+        self.parent = checkpoint.state.get("parent")
+        self._take_course(course_of(checkpoint.state, self.config))
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
-    def run(self) -> None:
+    def begin_with(self, parent: Parent) -> None:
+        """Begin with the weights of another run; raises :class:`ConfigError` where they do not fit."""
+        for line in init_weights(self.model, parent, self.config, self.data.info["layers"]):
+            say(line)
+        self.ema = EMA(self.model, self._ema_decay)
+        self.parent, self._saved = parent.record, -1  # to be saved at once: to continue takes no parent
+
+    def run(self, stop_at: float = math.inf) -> None:
         """Train up to ``train.steps``, saving on the way and at the end.
 
-        Raises :class:`Interrupted` after SIGTERM or SIGINT, with the last completed step saved, and
+        From ``stop_at`` (time.monotonic()) on it stops as after a signal, but not before a step is done. Raises
+        :class:`Interrupted` then and after SIGTERM or SIGINT, with the last completed step saved, and
         :class:`NonFiniteError`.
         """
+        if self.config.validation.every_steps and self.validate is None:
+            raise ConfigError("validation.every_steps: nothing was handed in that validates; set it to 0")
+        with StopRequest() as stop:
+            self._run(stop, stop_at)
+
+    def _run(self, stop: StopRequest, stop_at: float) -> None:
         config, steps = self.config, self.config.train.steps
         self._announce()
-        batches = prefetch(self._make_batch, self.batches.numbers(self.step), config.data.prefetch)
+        numbers = self.batches.numbers(self.step)
+        batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates(self.peak_flops)
-        saved = self.step
         continue_snapshots(config.run_folder, self.step)
-        with contextlib.closing(batches), contextlib.closing(tracker), progress, StopRequest() as stop:
+        watching = stalls_are_said(self.data)
+        with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
+            tracker.text(self.step, "config", dump_config(config))
+            self._save_rest(tracker)
+            self._saved_at = time.monotonic()
             while self.step < steps:
                 started = time.perf_counter()
-                accumulated = self.accumulate(batches, stop)
+                with self._nothing_lost(tracker):
+                    accumulated = self.accumulate(batches, stop)
                 if accumulated is None:
-                    if saved < self.step:
-                        tracker.sync()
-                        self.save()
+                    self._save_rest(tracker)
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
                 seconds = time.perf_counter() - started
@@ -181,16 +209,22 @@ class Trainer:
                 fault("train.step")
 
                 if self.step % config.log_every == 0 or self.step == steps:
-                    tracker.log(self.step, {**values, **rates.take(), **gpu_memory(self.device)})
-                progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown())
-                if self._due(config.visual_debug.every_steps):
-                    self.draw(tracker)
+                    values |= rates.take() | gpu_memory(self.device)
+                    tracker.log(self.step, values)
+                progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown(), **memory_shown(values))
                 if self.step in self.snapshot_steps:
                     save_snapshot(config.run_folder, self.step, self.power)
-                if self._due(config.checkpoint.every_steps) or self.step == steps:
-                    tracker.sync()
-                    self.save()
-                    saved = self.step
+                minutes = (time.monotonic() - self._saved_at) / 60
+                if (
+                    self._due(config.checkpoint.every_steps)
+                    or minutes >= (config.checkpoint.every_minutes or math.inf)
+                    or self.step == steps
+                ):
+                    self._save_rest(tracker)
+                with self._nothing_lost(tracker):
+                    self._look_on(tracker, progress, stop)
+                if time.monotonic() >= stop_at:
+                    stop.requested = True
 
     def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
@@ -199,7 +233,7 @@ class Trainer:
         image that they were computed of. The REPA loss of an image that does not count is 0.
         """
         flow, losses, velocities, alignments, lpips, dino = self.config.flow, [], [], [], [], []
-        repa_weight = self.config.repa.weight_at(self.step, self.config.train.steps)
+        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
         self.model.train()
         for part in batch.parts:
             x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
@@ -251,7 +285,10 @@ class Trainer:
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
-            batch = next(batches).to(self.device)
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            batch = batch.to(self.device)
             parts.append((batch.keys, batch.subsets, batch.t, *self.micro_step(batch)))
             model = self.config.model
             tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
@@ -269,7 +306,7 @@ class Trainer:
         sums = accumulated.lpips.sum(), accumulated.dino.sum()
         measured = torch.stack((*means, *sums, total_norm, *norms.values())).tolist()
         flow, velocity_square, repa, lpips, dino, total, *group_norms = measured
-        repa_weight = self.config.repa.weight_at(self.step, config.steps)
+        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
         loss = flow + repa_weight * repa
         if self.perceptual:
             loss += self.perceptual.weight * lpips / len(accumulated.keys)
@@ -280,7 +317,7 @@ class Trainer:
             raise self._report_non_finite(accumulated, by_group)
         clip_gradients(self.model, total_norm, config.grad_clip)
         shape = config.schedule, config.decay_share
-        rate = learning_rate(self.step, config.steps, config.lr, config.lr_min, config.warmup, *shape)
+        rate = learning_rate(*self.course.within(self.step), config.lr, config.lr_min, config.warmup, *shape)
         self.optimizer.set_lr(rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -312,11 +349,39 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    def draw(self, tracker: Tracker) -> None:
-        """Write the visual debug grid of this step."""
-        grid = self.visual.draw(self.ema_model(), self.step, self.config.run_folder)
-        if grid is not None:
-            tracker.image(self.step, "visual_debug", grid)
+    def _look_on(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+        """Draw and validate, where it is time for that; after saving, because it may take long."""
+        config, step = self.config, self.step
+        if self._due(config.visual_debug.every_steps):
+            draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
+            grid = look("visual_debug", step, config.run_folder, stop, draw)
+            if grid is not None:
+                tracker.image(step, "visual_debug", grid)
+                tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
+                progress.update(step, image=self.visual.folder(config.run_folder, step) / "grid.png")
+        if self._due(config.validation.every_steps):
+            folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
+            validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
+            values = look("validation", step, config.run_folder, stop, validate)
+            if values:
+                tracker.log(step, values)
+
+    def _save_rest(self, tracker: Tracker) -> None:
+        """Save the last completed step, unless the last checkpoint is of it."""
+        if self._saved < self.step:
+            tracker.sync()  # a checkpoint promises the records up to its step
+            self.save()
+            self._saved, self._saved_at = self.step, time.monotonic()
+
+    @contextlib.contextmanager
+    def _nothing_lost(self, tracker: Tracker) -> Iterator[None]:
+        """Where something in this context, which touches no weight, fails, save the steps before it."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):  # the first failure is the one to report
+                self._save_rest(tracker)
+            raise
 
     def save(self) -> Path:
         """Write a checkpoint of the last completed step."""
@@ -327,15 +392,16 @@ class Trainer:
         }
         if power := self.power.tensors():
             tensors["power"] = power
-        return save_checkpoint(
-            self.config.run_folder, self.step, tensors, self.state(), self.config.checkpoint.keep_last
-        )
+        kept = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+        return save_checkpoint(self.config.run_folder, self.step, tensors, self.state(), *kept)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says beside its tensors."""
         return {
             "slots": self.step * self.batches.plan.slots,  # the position in the data
             "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
+            "totals": list(self.course.totals),  # train.steps, and what it was before it grew
+            "parent": self.parent,
             "config": self.config.model_dump(mode="json"),
             "dataset": dataset_summary(self.data.info),
             "environment": environment(self.device),
@@ -360,6 +426,13 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _ema_decay(self, step: int) -> float:
+        return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay)
+
+    def _take_course(self, course: Course) -> None:
+        self.course = self.batches.course = course
+        self.snapshot_steps = course.snapshot_steps(self.config.ema.snapshots)
+
     def _announce(self) -> None:
         config, sizes, plan = self.config, self.data.sizes, self.batches.plan
         epochs = config.train.steps * plan.images / sum(sizes.values())
@@ -368,6 +441,12 @@ class Trainer:
             f"{sum(sizes.values())} training samples in {len(sizes)} buckets, {epochs:.1f} epochs, "
             f"{plan.order.unseen(config.train.steps * plan.slots)} samples never shown"
         )
+        if len(self.course.totals) > 1:
+            first, last = self.course.totals[-2:]
+            say(
+                f"continuing a run of {first} steps to {last}: on the steps after {first} the learning rate is warmed "
+                f"up again to {config.train.lr:g}, and goes down to {config.train.lr_min:g}"
+            )
         if self.perceptual and not self.perceptual.published:
             say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
         if self.dino and self.dino.is_condition(self.data.info["layers"]):
@@ -433,7 +512,8 @@ def clip_gradients(model: nn.Module, total_norm: Tensor, limit: float) -> None:
 def warn_of_few_tokens(buckets: Iterable[str], patch_size: int) -> None:
     """Say which buckets have fewer tokens than routing is good for."""
     tokens = {bucket: math.prod(side // patch_size for side in bucket_size(bucket)) for bucket in buckets}
-    few = [f"{bucket} ({count})" for bucket, count in tokens.items() if count < MIN_TOKENS]
+    # the other buckets of a base have up to a tenth fewer than the square
+    few = [f"{bucket} ({count})" for bucket, count in tokens.items() if count < 0.9 * MIN_TOKENS]
     if few:
         say(
             f"warning: tread: routing costs quality below {MIN_TOKENS} tokens an image; buckets with fewer: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from prep.console import say
 from prep.errors import ConfigError
+from prep.files import write_atomic
 from train.conditioning import Conditions, Subset, load_conditions, parse_subset, subset_name
 from train.config import TrainConfig
 from train.data import Row, load_pixels
@@ -50,6 +52,16 @@ class VisualDebug:
         self.arms = [arm for arm in dict.fromkeys(arms) if arm and arm in table] or [max(table, key=len)]
         self._modalities = modalities
 
+    @property
+    def captions(self) -> list[str]:
+        """Number, key and caption of each column."""
+        return [f"{i + 1}. {row['key']}: {row.get('caption') or ''}" for i, row in enumerate(self.rows)]
+
+    @staticmethod
+    def folder(run_folder: Path, step: int) -> Path:
+        """Where the files of a step are."""
+        return run_folder / "visual_debug" / f"step-{step:06d}"
+
     def draw(self, model: NanoDiT, step: int, run_folder: Path) -> np.ndarray | None:
         """Write ``visual_debug/step-NNNNNN/grid.png`` and captions.txt.
 
@@ -63,11 +75,11 @@ class VisualDebug:
             columns.update(zip((row["key"] for row in rows), self._columns(model, rows)))
         labels = ["real", *(subset_name(arm, self._modalities) for arm in self.arms)]
         grid = lay_out([columns[row["key"]] for row in self.rows], labels)
-        folder = run_folder / "visual_debug" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid).save(folder / "grid.png")
-        captions = [f"{i + 1}. {row['key']}: {row.get('caption') or ''}" for i, row in enumerate(self.rows)]
-        (folder / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        folder = self.folder(run_folder, step)
+        png = io.BytesIO()
+        Image.fromarray(grid).save(png, "PNG")
+        write_atomic(folder / "captions.txt", "\n".join(self.captions) + "\n")
+        write_atomic(folder / "grid.png", png.getvalue())
         say(f"step {step}: {folder / 'grid.png'}")
         return grid
 

@@ -28,7 +28,9 @@ EVERYTHING: dict[str, Any] = {
     "train.gradient_checkpointing": 3, "train.threads": 1, "train.device": "cpu",
     "ema.snapshots": 8, "ema.sigma_rel": "[0.06, 0.2]",
     "data.flip": 0.4, "data.cache_gb": 2e-4, "data.prefetch": 3,
-    "checkpoint.every_steps": 3, "checkpoint.keep_last": 3,
+    "checkpoint.every_steps": 3, "checkpoint.every_minutes": 60.0,
+    "checkpoint.keep_last": 3, "checkpoint.keep_every": 4,
+    "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",
     "visual_debug.every_steps": 5, "visual_debug.count": 2, "visual_debug.steps": 1, "visual_debug.guidance": 1.5,
     "visual_debug.method": "euler",
 }  # fmt: skip

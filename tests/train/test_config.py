@@ -25,6 +25,7 @@ TINY = [
     "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
+    "validation.every_steps=2",
     "train.compile=false", "ema.snapshots=8",
     "tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true",
     "perceptual.every=1", "perceptual.size=16", "perceptual.dino_weight=0.01",

@@ -29,8 +29,8 @@ from train.posthoc import (
     read_snapshot,
     reconstruct,
     save_snapshot,
-    snapshot_steps,
 )
+from train.schedule import snapshot_steps
 from train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_a_resume_drops_what_was_logged_after_the_checkpoint(tmp_path):
     for step in range(1, 6):
         first.log(step, {"train/loss": float(step)})
     first.close()
+    time.sleep(1.1)  # TensorBoard reads the files of one second in the order of their names
     second = Tracker(tmp_path, step=3)
     second.log(4, {"train/loss": 40.0})
     second.close()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evaluate.pulse import build_validation
 from prep.errors import Interrupted
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config, write_dataset
@@ -35,7 +36,8 @@ TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MO
 def make(dataset: Path, output: Path, *overrides: str) -> Trainer:
     config = tiny_config(dataset, output, *overrides)
     config.run_folder.mkdir(exist_ok=True)
-    return Trainer(config, Dataset(dataset), CPU)
+    data = Dataset(dataset)
+    return Trainer(config, data, CPU, build_validation(config, data) if config.validation.every_steps else None)
 
 
 def weights_of(run: Path, step: int) -> dict[str, bytes]:

@@ -48,8 +48,9 @@ def write_dataset(
             members, _ = samples[keys[0]]["t5"]
             members["t5.npy"] = npy_bytes(np.full((5, TEXT_WIDTH), text_of_one, np.float16))
             samples[keys[0]]["t5"][1]["t5_tokens"] = 5
+        equal = {"shard": 0, "duplicate_group": None}
         merged = {
-            key: {"key": key, "source": f"{key[:8]}.png", "bucket": bucket, "shard": 0, "split": splits[key]}
+            key: {"key": key, "source": f"{key[:8]}.png", "bucket": bucket, "split": splits[key], **equal}
             for key in keys
         }
         for layer in layers:

@@ -1,0 +1,73 @@
+"""The few numbers that a run shows while it trains: the held-out loss of some samples, by what is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from evaluate.arms import choose_subsets
+from evaluate.subject import Subject, dataset_modalities, select_holdout
+from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
+from prep.console import waiting
+from prep.errors import ConfigError, DataError
+from prep.files import canonical_json, write_atomic
+from prep.shards import Dataset
+from train.conditioning import subset_name
+from train.config import TrainConfig
+from train.trainer import Validate
+
+GRID = HeldoutLossConfig()
+
+
+def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
+    """Return :func:`validate` as a run calls it.
+
+    Raises :class:`ConfigError` where the dropout table trains none of ``validation.conditions``, and
+    :class:`DataError` for a holdout that is empty or leaks into the training split.
+    """
+    subject = _subject(nn.Identity(), config, dataset)
+    subsets, skipped = choose_subsets(config.validation.conditions, subject)
+    if not subsets:
+        reasons = "; ".join(one.reason for one in skipped)
+        raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
+    return lambda model, step, folder: validate(model, config, dataset, step, folder)
+
+
+def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int, folder: Path) -> dict[str, float]:
+    """Measure ``model``: TensorBoard tag -> value, ``validation/heldout_loss`` for all conditions that there are.
+
+    The mean loss of ``validation.samples`` holdout images on the grid of :mod:`evaluate.suite.heldout_loss`, equal at
+    every step, so that its curve moves with the model alone. The errors by time go to ``folder/heldout.json``. Raises
+    :class:`DataError` where the model predicts what is not a number.
+    """
+    subject = _subject(model, config, dataset)
+    subsets, _ = choose_subsets(config.validation.conditions, subject)
+    with waiting(f"step {step}: validation on {len(subject.rows)} samples", at_once=False):
+        rows = measure(subject, subsets, None, GRID)
+    record, values = {}, {}
+    for condition in (subset_name(subset, subject.modalities) for subset in subsets):
+        own = [row for row in rows if row["condition"] == condition]
+        by_bin = [[row["mse"] for row in own if row["bin"] == index] for index in range(GRID.bins)]
+        loss, errors = float(np.mean([row["loss"] for row in own])), np.mean(by_bin, axis=1).tolist()
+        if not np.isfinite([loss, *errors]).all():
+            raise DataError(f"given {condition}, the model predicts what is not a number")
+        record[condition] = {"loss": loss, "mse": errors}
+        values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
+    settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
+    write_atomic(folder / "heldout.json", canonical_json({"schema": 1, **settings, "conditions": record}))
+    return values
+
+
+def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:
+    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    return Subject(
+        model=model,
+        flow=config.flow,
+        table=config.conditioning.resolve(dataset_modalities(dataset)),
+        dataset=dataset,
+        rows=select_holdout(dataset, config.validation.samples),
+        batch_size=config.train.batch_size,
+        device=device,
+    )
