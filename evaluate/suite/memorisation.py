@@ -1,0 +1,223 @@
+"""Are the drawn pictures copies of training images? An indicator: nearest neighbours in two feature spaces.
+
+A holdout image has a nearest training image too, at a distance that shows what "near" means without copying. A drawn
+picture counts as a likely copy where it is nearer to a training image than all but 5 % of the holdout's images are, and
+where that image stands out among its neighbours just as rarely: a blurred picture is near to all images, a copy to one
+(the ratio of Carlini et al. 2023, "Extracting training data from diffusion models", section 5.1, without its factor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluate import statistics
+from evaluate.distances import SPACES, as_points, nearest
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.statistics import MIN_CLUSTERS, Interval
+
+if TYPE_CHECKING:
+    from evaluate.arms import Arm
+    from evaluate.context import Context, Rows
+    from evaluate.pictures import Picture
+
+QUANTILE = 0.05  # of the holdout's distances
+NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
+CLOSEST = 16  # pairs shown
+WORDING = "an indicator, not a proof: nearness in two feature spaces, to the training images that were searched"
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Of n pictures: the nearest training image, its distance, and that over the mean of the next NEIGHBOURS."""
+
+    index: np.ndarray  # (n,)
+    distance: np.ndarray  # (n,)
+    isolation: np.ndarray  # (n,), about 0 for a copy and 1 for a picture that is equally far from everything
+
+    def take(self, places: Sequence[int]) -> Nearness:
+        """Those of some of the pictures."""
+        return Nearness(*(values[list(places)] for values in vars(self).values()))
+
+
+def nearness(points: np.ndarray, training: np.ndarray) -> Nearness:
+    """Look up ``points`` (n, width) among ``training`` (m, width), m >= 2; Euclidean."""
+    distances, indices = nearest(points, training, min(NEIGHBOURS + 1, len(training)))
+    others = distances[:, 1:].mean(1)
+    isolation = np.divide(distances[:, 0], others, out=np.ones(len(points)), where=others > 0)
+    return Nearness(indices[:, 0], distances[:, 0], isolation)
+
+
+def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, holdout_keys: Sequence[str]) -> Interval:
+    """Share of pictures below the QUANTILE of the holdout in both distance and isolation; at most that by chance.
+
+    Every picture belongs to the holdout image of its key: images are resampled with their pictures, and the quantile
+    with them, so that the interval knows how uncertain it is. Where all or no pictures are below, the open side is the
+    exact binomial bound.
+    """
+    place = {key: index for index, key in enumerate(holdout_keys)}
+    owners = np.array([place[key] for key in keys])
+    counts = np.bincount(owners, minlength=len(place))
+
+    def share(weights: np.ndarray) -> np.ndarray:
+        below = drawn.distance < _quantile(holdout.distance, weights)[:, None]
+        below &= drawn.isolation < _quantile(holdout.isolation, weights)[:, None]
+        return (below * weights[:, owners]).sum(1) / (weights @ counts)
+
+    interval = statistics.bootstrap(share, len(place))
+    if interval.low is None or interval.value not in (0.0, 1.0):
+        return interval
+    certain = statistics.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
+    low, high = min(interval.low, certain.low), max(interval.high, certain.high)
+    return Interval(interval.value, low, high, interval.n)
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The smallest of ``values`` (n,) at which the cumulated ``weights`` (R, n) reach QUANTILE of their sum: (R,)."""
+    order = np.argsort(values, kind="stable")
+    cumulated = weights[:, order].cumsum(1)
+    return values[order][(cumulated < QUANTILE * cumulated[:, -1:]).sum(1)]
+
+
+def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+    """Every sample under each of the configured conditions."""
+    return context.configured()
+
+
+def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+    """``memorisation/copies`` and ``memorisation/distance_ratio`` with ``/CONDITION``; ``_pixels`` on mean colours.
+
+    ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest training image over that of the
+    sample's own holdout image, pooled. The alarm is for a condition whose share of copies is above chance, the interval
+    too, in both spaces. The closest pairs of all pictures, whatever they were given, are kept for the report.
+    """
+    training = context.train_features
+    needed = max(MIN_CLUSTERS, round(1 / QUANTILE))  # with fewer, no image is below the quantile
+    lacks = [("samples", needed - len(context.keys)), ("training images", 2 - len(training))]
+    for what, more in lacks:
+        if more > 0:
+            return [], [Skipped("memorisation", f"inconclusive, about {more} more {what}")]
+    spaces = {space: features for space in SPACES if (features := getattr(training, space)) is not None}
+    names = ("copies", "distance_ratio")
+    skipped = [Skipped(f"memorisation/{name}", context.no_judge) for name in names if "feature" not in spaces]
+    drawn = [row for row in rows if row["kind"] == MODEL and not row["degenerate"]]
+    searches = [_Search(space, features, drawn) for space, features in spaces.items()]
+    metrics = [metric for arm in context.arms for search in searches for metric in _metrics(rows, context, arm, search)]
+    context.extras["memorisation"] = {
+        "wording": WORDING,
+        "training_images": len(training),
+        "quantile": QUANTILE,
+        "alarms": _alarms(metrics, [arm.name for arm in context.arms]),
+        "closest": _closest(rows, context, searches),
+    }
+    return metrics, skipped
+
+
+class _Search:
+    """The training images in one space, and what is near to the pictures drawn."""
+
+    def __init__(self, space: str, features: np.ndarray, drawn: Sequence[Mapping[str, Any]]):
+        self.space, self.drawn = space, drawn
+        self._training = as_points(features, space)
+        self.found = self(drawn) if drawn else None
+        self._places: dict[str, list[int]] = {}
+        for place, row in enumerate(drawn):
+            self._places.setdefault(row["condition"], []).append(place)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Nearness:
+        return nearness(self._points(rows), self._training)
+
+    def of(self, condition: str) -> tuple[list[str], Nearness]:
+        """The pictures drawn under one condition: keys, and what is near."""
+        places = self._places[condition]
+        return [self.drawn[place]["key"] for place in places], self.found.take(places)
+
+    def distance(self, row: Mapping[str, Any], index: int) -> float:
+        """Between a picture and a training image."""
+        return float(np.linalg.norm(self._points([row])[0] - self._training[index]))
+
+    def _points(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return as_points(np.stack([row[self.space] for row in rows]), self.space)
+
+
+def _metrics(rows: Rows, context: Context, arm: Arm, search: _Search) -> list[Metric]:
+    """``copies`` and ``distance_ratio`` of one condition in one space."""
+    end = f"{'' if search.space == 'feature' else '_pixels'}{'' if arm.name == 'all' else f'/{arm.name}'}"
+    names = {name: f"memorisation/{name}{end}" for name in ("copies", "distance_ratio")}
+    judged = context.judged if search.space == "feature" else {}
+    searched = {"training_images": len(context.train_features), "space": search.space}
+    settings = context.settings(arm.name, arm.guidance, **searched, **judged)
+    if reason := degenerate_reason(rows.select(MODEL, arm.name)):
+        return [Metric(name, None, n=len(context.keys), settings=settings, reason=reason) for name in names.values()]
+    real = rows.select(REAL, "real")
+    holdout, mean = search(real), search(rows.select(BASELINE, "mean_image"))
+    holdout_keys = [row["key"] for row in real]
+    own = dict(zip(holdout_keys, holdout.distance))
+    keys, found = search.of(arm.name)
+    return [
+        Metric.of(
+            names["copies"],
+            share_of_copies(found, keys, holdout, holdout_keys),
+            baselines={
+                "chance": QUANTILE,
+                "real": share_of_copies(holdout, holdout_keys, holdout, holdout_keys).value,
+                "mean_image": share_of_copies(mean, holdout_keys, holdout, holdout_keys).value,
+            },
+            settings=settings | {"quantile": QUANTILE, "neighbours": NEIGHBOURS},
+            better="lower",
+        ),
+        Metric.of(
+            names["distance_ratio"],
+            statistics.ratio(found.distance, [own[key] for key in keys], keys),
+            baselines={"real": 1.0, "mean_image": float(mean.distance.sum() / holdout.distance.sum())},
+            settings=settings,
+        ),
+    ]
+
+
+def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[str, Any]]:
+    """For each condition whether the share of likely copies is above chance in both spaces; None: cannot be told."""
+    lows = {metric.name: metric.low for metric in metrics}
+    alarms = []
+    for condition in conditions:
+        suffix = "" if condition == "all" else f"/{condition}"
+        own = [lows.get(f"memorisation/{name}{suffix}") for name in ("copies", "copies_pixels")]
+        fired = None if None in own else all(low > QUANTILE for low in own)
+        alarms.append({"name": "memorisation", "condition": condition, "fired": fired})
+    return alarms
+
+
+def _closest(rows: Rows, context: Context, searches: Sequence[_Search]) -> list[dict[str, Any]]:
+    """The CLOSEST pairs of a drawn picture and its nearest training image, in the judge's space where there is one.
+
+    Of pictures of one sample with one training image in common only the nearest counts. ``distance`` is that of the
+    pair in each space, ``relative`` that over the distance from the sample's own holdout image to its nearest training
+    image. The pictures of both sides are kept for the report.
+    """
+    drawn, found = searches[0].drawn, searches[0].found
+    if found is None:
+        return []
+    pairs: dict[tuple[str, int], int] = {}
+    for place in np.argsort(found.distance, kind="stable").tolist():
+        pairs.setdefault((drawn[place]["key"], int(found.index[place])), place)
+        if len(pairs) == CLOSEST:
+            break
+    closest = []
+    for (key, index), place in pairs.items():
+        row, training_key = drawn[place], context.train_features.keys[index]
+        own = {search.space: float(search([rows.real[key]]).distance[0]) for search in searches}
+        distance = {search.space: search.distance(row, index) for search in searches}
+        context.show(MODEL, row["condition"], key, row["seed"])
+        closest.append(
+            {
+                **{name: row[name] for name in ("key", "condition", "seed")},
+                "training_key": training_key,
+                "training_image": context.show_training(training_key),
+                "distance": distance,
+                "relative": {space: distance[space] / own[space] if own[space] else None for space in own},
+            }
+        )
+    return closest
