@@ -90,6 +90,13 @@ def test_kept_tokens_are_as_many_for_every_image_and_equally_likely():
 # What a routed forward computes
 
 
+def test_every_image_of_a_step_has_tokens_of_its_own(tiny_dataset, tmp_path):
+    batches = make(tiny_dataset, tmp_path / "run", "tread.enabled=true", "tread.start=0", "tread.end=-1").batches
+    for step in range(3):
+        drawn = [ids for number in batches.plan.numbers(step) for ids in batches.make(number).keep_ids]
+        assert len({tuple(ids.tolist()) for ids in drawn}) == len(drawn) == 8
+
+
 def test_take_and_put_back_are_indexing():
     x, ids = torch.randn(2, 24, 8), some_ids()
     kept = take(x, ids)
