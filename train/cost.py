@@ -196,10 +196,17 @@ def disk_of(trainer: Any) -> Disk:
 
 
 def most_checkpoints(config: TrainConfig) -> int:
-    """Return how many checkpoints there are at once, at most: the next one is whole before the oldest goes."""
-    saved = math.ceil(config.train.steps / config.checkpoint.every_steps)
-    keep = config.checkpoint.keep_last
-    return saved if keep is None else min(saved, keep + 1)
+    """Return how many checkpoints there are at once, at most: the next one is whole before the oldest goes.
+
+    Without ``keep_last`` those of ``every_minutes`` come on top, which no one knows the number of.
+    """
+    section, steps = config.checkpoint, config.train.steps
+    saved = math.ceil(steps / section.every_steps)
+    if section.keep_last is None:
+        return saved
+    for_good = steps // math.lcm(section.every_steps, section.keep_every) if section.keep_every else 0
+    most = section.keep_last + for_good + 1
+    return most if section.every_minutes else min(saved, most)
 
 
 def folder_bytes(folder: Path) -> int:
