@@ -30,8 +30,9 @@ METHODS = ["euler", "heun", "dpm++2m"]
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])
 @pytest.mark.parametrize("s", [1.0, 3.0])
-def test_trap_16_an_oracle_stays_on_the_path_at_every_step(method, s):
+def test_trap_16_an_oracle_stays_on_the_path_at_every_step(method, s, grid):
     torch.manual_seed(0)
     x, e = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     for steps in range(1, 51):
@@ -41,9 +42,9 @@ def test_trap_16_an_oracle_stays_on_the_path_at_every_step(method, s):
             torch.testing.assert_close(z, (1 - t) * x + t * e, atol=1e-4, rtol=0)
             seen.append(t)
 
-        result = integrate(lambda z, t: x, e, sampling_times(steps, s), method, on_step)
+        result = integrate(lambda z, t: x, e, sampling_times(steps, s, grid), method, on_step)
         torch.testing.assert_close(result, x, atol=1e-6, rtol=0)
-        assert seen == sampling_times(steps, s)[1:].tolist()
+        assert seen == sampling_times(steps, s, grid)[1:].tolist()
 
 
 def gaussian_error(method: str, times: np.ndarray, sigma: float = 0.5) -> float:
@@ -74,12 +75,33 @@ def uniform_in_lambda(steps: int) -> np.ndarray:
         ("euler", lambda steps: sampling_times(steps, 3.0), 1),
         ("heun", lambda steps: sampling_times(steps, 1.0), 2),
         ("heun", lambda steps: sampling_times(steps, 3.0), 2),
+        ("heun", lambda steps: sampling_times(steps, 1.0, "cosine"), 2),
         ("dpm++2m", uniform_in_lambda, 2),
     ],
 )
 def test_order_of_convergence(method, grid, order):
     errors = np.array([gaussian_error(method, grid(steps)) for steps in (32, 64, 128)])
     np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), order, atol=0.25)
+
+
+def test_the_cosine_grid_is_fine_near_the_image():
+    times = sampling_times(10, 1.0, "cosine")
+    assert times[0] == 1
+    assert times[-1] == 0
+    np.testing.assert_allclose(times[5], 1 - np.sqrt(0.5))
+    steps = -np.diff(times)
+    assert (np.diff(steps) < 0).all()
+    assert times[-2] < 0.2 * sampling_times(10, 1.0)[-2]
+    np.testing.assert_allclose(sampling_times(10, 3.0, "cosine"), shift(times, 3.0))
+
+
+def test_a_picture_is_drawn_on_the_grid_asked_for(model_and_conditions):
+    model, conditions = model_and_conditions
+    seen = []
+    sampling = Sampling("euler", 4, grid="cosine")
+    e = torch.randn(3, 3, 32, 24)
+    sample(model, conditions, e, flow=FlowConfig(shift=2.0), sampling=sampling, on_step=lambda t, z: seen.append(t))
+    assert seen == sampling_times(4, 2.0, "cosine")[1:].tolist()
 
 
 def test_2m_is_the_formula_with_euler_steps_where_lambda_is_infinite():
@@ -252,7 +274,7 @@ def test_what_training_never_saw_is_refused_by_name(model_and_conditions):
     everything = parse_subset("all")
     seed = ConditioningConfig(preset="seed").resolve()
     Sampling(guidance=2.0).check(everything, seed, model)
-    with pytest.raises(ConfigError, match=r"conditions text\+pose: never trained .* trained: nothing, text, cls"):
+    with pytest.raises(ConfigError, match=r"conditions text\+pose: never trained .* nothing; trained: nothing, text"):
         Sampling().check(parse_subset("text+pose"), seed, model)
     with pytest.raises(ConfigError, match=r"conditions text\+pose: .* \(guidance leads from or through them\)"):
         Sampling(scales={"text": 3.0, "dino": 2.0}).check(everything, seed, model)
@@ -270,6 +292,7 @@ def test_what_training_never_saw_is_refused_by_name(model_and_conditions):
     ("settings", "message"),
     [
         ({"method": "ddim"}, "sampler 'ddim': unknown; use one of euler, heun, dpm"),
+        ({"grid": "cosin"}, "sampling grid 'cosin': unknown; use one of uniform, cosine"),
         ({"steps": 0}, "sampling steps 0: must be at least 1"),
         ({"guidance": float("nan")}, "guidance nan: must be a number from 0 on"),
         ({"self_guidance": -1.0}, "self-guidance -1.0: must be a number from 0 on"),
@@ -288,7 +311,7 @@ def test_settings_without_meaning_are_refused(settings, message):
 
 
 def test_settings_are_json():
-    sampling = Sampling("dpm++2m", 8, scales={"text": 3.0}, interval=(0.1, 0.8))
+    sampling = Sampling("dpm++2m", 8, scales={"text": 3.0}, interval=(0.1, 0.8), grid="cosine")
     settings = json.loads(json.dumps(sampling.settings()))
     assert Sampling(settings.pop("sampler"), **{**settings, "interval": tuple(settings["interval"])}) == sampling
 
