@@ -125,7 +125,8 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
             )
             for (_, prompt, seed, file), image in zip(batch, to_uint8(images)):
                 _save(file, image, {**settings, "prompt": prompt, "seed": seed})
-                pictures.append(image)
+                if request.grid:
+                    pictures.append(image)
             progress.advance(len(batch))
     files = [file for *_, file in jobs]
     if request.grid:
