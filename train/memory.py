@@ -70,10 +70,11 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         b, h, n, _ = q.shape
         out = q.new_empty(b, n, h, v.shape[3]).transpose(1, 2)  # as the kernel lays it out
-        ctx.save_for_backward(q, k, v, mask.to(q.dtype), out, q.new_empty(b, h, n, dtype=torch.float32))
+        bias = None if mask is None else mask.to(q.dtype)  # DINOv2 has none
+        ctx.save_for_backward(q, k, v, bias, out, q.new_empty(b, h, n, dtype=torch.float32))
         return out
 
     @staticmethod

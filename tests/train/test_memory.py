@@ -177,5 +177,6 @@ def test_what_saves_memory_is_seen_to_save_it(dataset, tiny_dataset, tmp_path):
     routed = {"tread__enabled": True, "tread__start": 0, "tread__end": -1}
     assert activations(**routed, tread__dense_tail=0.0) < 0.9 * plain
     assert activations(**routed, tread__dense_tail=0.5) >= plain, "the last steps are dense"
-    assert activations(perceptual__every=1, perceptual__size=64) > plain
+    lpips = activations(perceptual__every=1, perceptual__size=64)
+    assert activations(perceptual__every=1, perceptual__size=64, perceptual__dino_weight=0.01) > lpips > plain
     assert activations(repa__enabled=True) > plain
