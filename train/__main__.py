@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--sampler", choices=("heun", "euler", "dpm++2m"), default="heun")
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument(
+        "--time-grid", choices=("uniform", "cosine"), default="uniform",
+        help="where the steps lie; cosine: closer together near the image, for few steps",
+    )  # fmt: skip
+    sample.add_argument(
         "--guidance", type=float, default=1.0, help="scale of classifier-free guidance by all conditions; 1: none"
     )
     sample.add_argument(
@@ -234,7 +238,7 @@ def _sample(options: argparse.Namespace) -> None:
         size=None if options.size is None else _size(options.size),
         sampling=Sampling(
             options.sampler, options.steps, options.guidance, _scales(options.scale), options.self_guidance,
-            tuple(options.guidance_interval or INTERVAL),
+            tuple(options.guidance_interval or INTERVAL), options.time_grid,
         ),
         encoders=_pairs("--encoder", options.encoder, "PLACE"),
     )  # fmt: skip

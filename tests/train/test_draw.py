@@ -383,6 +383,7 @@ def test_trap_22_the_noise_is_keyed_by_sample_and_seed(run, rows, tmp_path, monk
             Sampling(scales={"text": 3.0, "dino": 1.5}, interval=(0.1, 0.8)),
         ),
         (["--self-guidance", "2"], Sampling(self_guidance=2.0)),
+        (["--steps", "10", "--time-grid", "cosine"], Sampling(steps=10, grid="cosine")),
         (["--self-guidance", "--sampler", "euler"], Sampling("euler", self_guidance=3.0)),
     ],
 )
