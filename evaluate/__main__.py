@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from evaluate.config import EvaluateConfig  # imports torch: --help should not wait for it
+    from evaluate.config import EvaluateConfig, tier_file  # imports torch: --help should not wait for it
     from evaluate.run import run
     from evaluate.summary import summary
 
@@ -61,12 +61,6 @@ def _run(options: argparse.Namespace) -> None:
     if options.strict and evidence.skipped:
         names = ", ".join(skipped.name for skipped in evidence.skipped)
         raise SkippedError(f"--strict: {len(evidence.skipped)} metrics were skipped: {names}; the reasons are above")
-
-
-def tier_file(tier: str) -> Path:
-    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
-    name = Path("configs") / "evaluate" / f"{tier}.yaml"
-    return name if name.is_file() else Path(__file__).parents[1] / name
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -69,3 +69,9 @@ class EvaluateConfig(Config):
     grid_images: int = Field(default=8, ge=0)  # samples whose pictures are kept for the report
     batch_size: int = Field(default=32, gt=0)  # changes no number
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def tier_file(tier: str) -> Path:
+    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
+    name = Path("configs") / "evaluate" / f"{tier}.yaml"
+    return name if name.is_file() else Path(__file__).parents[1] / name

@@ -1,15 +1,24 @@
-"""The few numbers that a run shows while it trains: the held-out loss of some samples, by what is given."""
+"""The few numbers that a run shows while it trains: the held-out loss of some samples, by what is given.
+
+``validation.tests`` adds tests of the evaluation at its tier pulse, with the files that ``evaluate report`` reads.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from torch import nn
 
 from evaluate.arms import choose_subsets
+from evaluate.config import EvaluateConfig, TestName, tier_file
+from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
+from evaluate.summary import is_headline
+from prep.config import load_config
 from prep.console import waiting
 from prep.errors import ConfigError, DataError
 from prep.files import canonical_json, write_atomic
@@ -32,6 +41,8 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
     if not subsets:
         reasons = "; ".join(one.reason for one in skipped)
         raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
+    if unknown := [name for name in config.validation.tests if name not in get_args(TestName)]:
+        raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(get_args(TestName))}")
     return lambda model, step, folder: validate(model, config, dataset, step, folder)
 
 
@@ -57,7 +68,22 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
         values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
     settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
     write_atomic(folder / "heldout.json", canonical_json({"schema": 1, **settings, "conditions": record}))
-    return values
+    return values | (_tests(subject, config, step, folder) if config.validation.tests else {})
+
+
+def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
+    """Run ``validation.tests`` at tier pulse, write what ``evaluate run`` writes; headline metrics by tag."""
+    overrides = [f"samples={config.validation.samples}", f"tests=[{','.join(config.validation.tests)}]"]
+    tier = load_config(EvaluateConfig, tier_file("pulse"), [*overrides, f"batch_size={subject.batch_size}"])
+    subject = replace(subject, losses=perceptual_losses(config))
+    state = {"step": step, "config": config.model_dump(mode="json")}
+    weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
+    facts = provenance(subject, tier, state, weights if weights.is_file() else None)
+    (folder / "report.json").unlink(missing_ok=True)
+    evidence = evaluate(subject, tier, folder, config.run_folder, step=step)
+    write(folder, tier, evidence, facts, curves_until(config.run_folder, step))
+    found = {metric.name: metric.value for metric in evidence.metrics if is_headline(metric.name)}
+    return {f"validation/{name}": value for name, value in found.items() if value is not None}
 
 
 def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:

@@ -91,12 +91,11 @@ def run(
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
-    facts = provenance(subject, config, state, step_folder)
-    evidence = evaluate(subject, config, folder, run_folder, facts)
-    curves = [
-        record for record in tracking.read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]
-    ]
-    write(folder, config, evidence, facts, curves)
+    facts = provenance(subject, config, state, step_folder / "ema.safetensors")
+    if not (folder / "parts").is_dir():  # nothing to go on from
+        shutil.rmtree(folder / "images", ignore_errors=True)
+    evidence = evaluate(subject, config, folder, run_folder, facts, state["step"])
+    write(folder, config, evidence, facts, curves_until(run_folder, state["step"]))
     shutil.rmtree(folder / "parts", ignore_errors=True)  # what they held is in the files now
     return folder, evidence
 
@@ -107,6 +106,7 @@ def evaluate(
     folder: Path,
     run_folder: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> Evidence:
     """Run the tests on ``subject``; pictures for the report go to ``folder/images``, everything else is returned.
 
@@ -114,8 +114,7 @@ def evaluate(
     an evaluation with the same identity are not computed again.
     """
     parts = Parts(folder / "parts" if identity else None, identity)
-    context = build_context(subject, config, run_folder)
-    context.step = (identity or {}).get("step")
+    context = build_context(subject, config, run_folder, step)
     tests = {name: importlib.import_module(f"evaluate.suite.{name}") for name in tests_of(config)}
     pictures, skipped = [], []
     for test in tests.values():
@@ -147,7 +146,9 @@ def tests_of(config: EvaluateConfig) -> list[str]:
     return [name for name in get_args(TestName) if name in config.tests and find_spec(f"evaluate.suite.{name}")]
 
 
-def build_context(subject: Subject, config: EvaluateConfig, run_folder: Path | None = None) -> Context:
+def build_context(
+    subject: Subject, config: EvaluateConfig, run_folder: Path | None = None, step: int | None = None
+) -> Context:
     """Open the judges and read the training images."""
     lpips = Lpips() if lpips_unavailable() is None else None
     detector, no_detector = open_detector(config, subject.dataset)
@@ -164,6 +165,7 @@ def build_context(subject: Subject, config: EvaluateConfig, run_folder: Path | N
         examiner=examiner,
         texts=Texts(subject.dataset, subject.device),
         run_folder=run_folder,
+        step=step,
     )
 
 
@@ -206,16 +208,23 @@ def pick_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def provenance(subject: Subject, config: EvaluateConfig, state: Mapping[str, Any], step_folder: Path) -> dict[str, Any]:
+def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl up to a step."""
+    return [record for record in tracking.read_metrics(run_folder / "metrics.jsonl") if record["step"] <= step]
+
+
+def provenance(
+    subject: Subject, config: EvaluateConfig, state: Mapping[str, Any], weights: Path | None
+) -> dict[str, Any]:
     """What the numbers depend on: weights, data, configs, code and packages; unknown where it cannot be told."""
     info = subject.dataset.info
     return {
-        "checkpoint": step_folder.name,
+        "checkpoint": f"step-{state['step']:06d}",
         "step": state["step"],
         "weights": "ema",
-        "weights_sha256": sha256_file(step_folder / "ema.safetensors"),
+        "weights_sha256": sha256_file(weights) if weights else "unknown",
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
-        "dataset": {name: info[name] for name in ("fingerprint", "encoders", "base", "counts")},
+        "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),
         "git": tracking.git_state(Path(tracking.__file__).parent),

@@ -12,7 +12,7 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
 
     Metrics with a bar, or one per test and condition: the breakdown by attribute and by t stays in the files.
     """
-    shown = [metric for metric in metrics if metric.needed is not None or _is_headline(metric.name)]
+    shown = [metric for metric in metrics if metric.needed is not None or is_headline(metric.name)]
     rows = [("metric", "value", "95 % interval", "n", "needed", "baselines")]
     rows += [_row(metric) for metric in shown]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -22,7 +22,8 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
     return "\n".join(lines)
 
 
-def _is_headline(name: str) -> bool:
+def is_headline(name: str) -> bool:
+    """Whether a metric is the one of its test and condition, and no breakdown of it."""
     return name.count("/") <= 1 and not name.startswith("heldout_mse")
 
 

@@ -97,12 +97,16 @@ class VisualDebugSection(Config):
 
 
 class ValidationSection(Config):
-    """The loss of holdout samples, measured while the run trains; ``every_steps`` 0 turns it off."""
+    """The loss of holdout samples, measured while the run trains; ``every_steps`` 0 turns it off.
+
+    ``tests`` of :mod:`evaluate` beside it draw pictures and write a report's files.
+    """
 
     every_steps: int = Field(default=0, ge=0)
     samples: int = Field(default=64, gt=0)  # of the holdout, at most
     # given conditions; those that the dropout table never trains are left out
     conditions: list[str] = Field(default=["all", "text"], min_length=1)
+    tests: list[str] = Field(default=[])  # of evaluate, at its tier pulse
 
 
 class TrainConfig(Config):

@@ -118,3 +118,24 @@ def test_without_baselines_the_model_is_scored_the_same(make_subject):
     alone, beside = (heldout_loss.measure(subject, everything, images, pulse.GRID) for images in (None, training))
     assert [row["mse"] for row in alone] == [row["mse"] for row in beside]
     assert alone[0].keys() == {"key", "condition", "bin", "mse", "loss"}
+
+
+def test_further_tests_write_what_a_report_is_made_of(dataset, tmp_path):
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    tests = "validation.tests=[heldout_loss, reconstruction]"
+    assert main(["run", "--config", str(config), "train.steps=2", "validation.every_steps=2", tests]) == 0
+    folder = tmp_path / "run" / "validation_outputs" / "step-000002"
+    report = json.loads((folder / "report.json").read_text())
+    metrics = {metric["name"]: metric["value"] for metric in report["metrics"]}
+    (_, last) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert last["validation/reconstruction/psnr"] == metrics["reconstruction/psnr"]
+    assert last["validation/heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=1e-6)
+    assert report["provenance"]["step"] == 2
+    assert (folder / "samples.parquet").is_file()
+    assert not (folder / "parts").exists()
+
+
+def test_unknown_tests_are_refused_before_the_run(dataset, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    assert main(["run", "--config", str(config), *ON, "validation.tests=[beauty]"]) == 2
+    assert "validation.tests: unknown beauty; known: heldout_loss" in capsys.readouterr().err

@@ -31,6 +31,7 @@ EVERYTHING: dict[str, Any] = {
     "checkpoint.every_steps": 3, "checkpoint.every_minutes": 60.0,
     "checkpoint.keep_last": 3, "checkpoint.keep_every": 4,
     "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",
+    "validation.tests": "[reconstruction]",
     "visual_debug.every_steps": 5, "visual_debug.count": 2, "visual_debug.steps": 1, "visual_debug.guidance": 1.5,
     "visual_debug.method": "euler",
 }  # fmt: skip
