@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluate.baselines import random_pairs
+from evaluate.baselines import load_training_images, random_pairs, round_trip
 from evaluate.config import EvaluateConfig
-from evaluate.subject import Subject
+from evaluate.context import Context, Rows
+from evaluate.examine import Examiner
+from evaluate.features import TrainFeatures
+from evaluate.judge import open_judge
+from evaluate.records import BASELINE, MODEL, REAL
+from evaluate.subject import Batch, Subject
 from prep.buckets import centre_crop, choose_bucket, crop_to_bucket
 from prep.dwpose import normalise
 from prep.figures import draw_figure
@@ -160,6 +165,75 @@ def models(figures) -> dict[str, nn.Module]:
         "noise": Constant(lambda z: z),
         "black": Constant(lambda z: torch.full_like(z, -1)),
         "broken": Constant(lambda z: torch.full_like(z, float("nan"))),
+    }
+
+
+class Judged:
+    """Rows and context as a run of the evaluation hands them to a test, for pictures given instead of drawn."""
+
+    def __init__(self, figures: FiguresInMemory):
+        self.figures = figures
+        self.judge, _ = open_judge(None, figures, "cpu")
+        self._examiner = Examiner(figures, None, None, self.judge)
+        table = ConditioningConfig(preset="quickstart").resolve()
+        self._subject = Subject(nn.Identity(), FlowConfig(), table, figures, tuple(figures.rows("holdout")))
+        self._training = load_training_images(figures, {row["bucket"] for row in self._subject.rows}, 40)
+        self._references: list[dict[str, Any]] = []
+        self._train_features: TrainFeatures | None = None
+
+    def context(self, run_folder: Path | None = None, step: int | None = None, **config: Any) -> Context:
+        config = EvaluateConfig.model_validate(config)
+        parts = (self._subject, config, self._training, self.judge, None, self._examiner, None)
+        context = Context(*parts, run_folder=run_folder, step=step)
+        self._train_features = self._train_features or context.train_features
+        context.train_features = self._train_features
+        return context
+
+    def rows(self, drawn: dict[tuple[str, int], dict[str, np.ndarray]]) -> Rows:
+        """``drawn`` maps condition and noise to the picture of each key, uint8 (H, W, 3)."""
+        self._references = self._references or [row for batch in self._subject.batches() for row in self._real(batch)]
+        rows = [dict(row) for row in self._references]
+        for batch in self._subject.batches():
+            for (condition, seed), pictures in drawn.items():
+                there = [place for place, key in enumerate(batch.keys) if key in pictures]
+                if there:
+                    images = np.stack([pictures[batch.keys[place]] for place in there])
+                    labels = {"kind": MODEL, "condition": condition, "seed": seed, "guidance": 1.0}
+                    rows += self._examiner.rows(batch.select(there), images, joints=[], **labels)
+        return Rows(sorted(rows, key=lambda row: row["key"]))
+
+    def _real(self, batch: Batch) -> list[dict[str, Any]]:
+        mean_image = np.rint(self._training.mean_image(batch.bucket)).astype(np.uint8)
+        stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
+        rows = self._examiner.rows(batch, batch.pixels, kind=REAL, condition="real", joints=[])
+        for name, images in stand_ins.items():
+            rows += self._examiner.rows(batch, images, kind=BASELINE, condition=name, joints=[])
+        return rows
+
+
+@pytest.fixture(scope="session")
+def judged(figures) -> Judged:
+    """Pictures of the holdout figures as rows, with the demo judge's features."""
+    return Judged(figures)
+
+
+@pytest.fixture(scope="session")
+def known_pictures(figures) -> dict[str, dict[str, np.ndarray]]:
+    """What known models draw for each holdout figure; ``copycat`` a training image, ``half`` one for every other."""
+    rows = figures.rows("holdout")
+    train: dict[str, list[np.ndarray]] = {}
+    for row in figures.rows("train"):
+        train.setdefault(row["bucket"], []).append(figures.pixels(row))
+    truth = {row["key"]: figures.pixels(row) for row in rows}
+    pairs, means = random_pairs(rows), {bucket: np.uint8(np.mean(images, 0)) for bucket, images in train.items()}
+    copies = {row["key"]: train[row["bucket"]][place % len(train[row["bucket"]])] for place, row in enumerate(rows)}
+    return {
+        "truth": truth,
+        "shuffled": {key: truth[pairs.get(key, key)] for key in truth},
+        "mean_image": {row["key"]: means[row["bucket"]] for row in rows},
+        "noise": {key: np.uint8(generator("noise", key).integers(0, 256, image.shape)) for key, image in truth.items()},
+        "copycat": copies,
+        "half": {key: copies[key] if place % 2 else truth[key] for place, key in enumerate(truth)},
     }
 
 
