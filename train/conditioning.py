@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -147,6 +148,12 @@ class Conditions:
         longest = int(result.text_mask[keep[:, 0]].sum(1).max())
         length = math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE
         return replace(result, text=result.text[:, :length], text_mask=result.text_mask[:, :length])
+
+
+def condition_shares(subsets: Sequence[Subset], table: dict[Subset, float]) -> dict[str, float]:
+    """Return each subset's share of the step's images."""
+    counts = Counter(subsets)
+    return {f"train/condition_share/{subset_name(subset)}": counts[subset] / len(subsets) for subset in table}
 
 
 def load_conditions(dataset: Any, rows: Sequence[dict[str, Any]], flips: Sequence[bool] | None = None) -> Conditions:

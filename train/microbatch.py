@@ -89,6 +89,25 @@ def _map_tensors(record: T, function: Callable[[Tensor], Tensor]) -> T:
     return replace(record, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
+    and REPA loss of each image, LPIPS and DINOv2's distance of those that they were computed of (the tensors on the
+    device), the image tokens a block saw, the images that were routed and those that were mirrored."""
+
+    keys: list[str]
+    subsets: list[Subset]
+    t: Tensor
+    losses: Tensor
+    velocities: Tensor
+    alignments: Tensor
+    lpips: Tensor
+    dino: Tensor
+    tokens: float
+    routed: int
+    flipped: int
+
+
 class MicroBatches:
     """All micro-batches of a run, by number; ``plan.numbers`` lists those of an optimiser step."""
 

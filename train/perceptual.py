@@ -137,6 +137,12 @@ def check_views(config: PerceptualConfig, sizes: Iterable[tuple[int, int]]) -> N
             )
 
 
+def lpips_values(total: float, images: int, of: int) -> dict[str, float]:
+    """Say what LPIPS was on average, unweighted, where it was computed at all, and of which share of the images."""
+    mean = {"train/lpips_loss": total / images} if images else {}
+    return {**mean, "train/lpips_share": images / of}
+
+
 def vgg_path() -> Path:
     """Where torch.hub keeps VGG-16's weights (the file may be absent)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / VGG_WEIGHTS

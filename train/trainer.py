@@ -11,26 +11,23 @@ import contextlib
 import copy
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prep.config import dump_config
 from prep.console import Progress, say
 from prep.errors import ConfigError, DataError, Interrupted
 from prep.faults import fault
-from prep.files import canonical_json, write_atomic
 from train.batch_plan import scale_of
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
 from train.compiling import FORESEEN_STEPS, allow_graphs, coming_shapes, describe, possible_shapes
-from train.conditioning import Subset, subset_name
+from train.conditioning import condition_shares
 from train.config import TrainConfig
 from train.data import TrainingSet, bucket_size, check_patch_size, prefetch, stalls_are_said
 from train.dino_loss import DinoLoss
@@ -38,13 +35,14 @@ from train.ema import EMA, PowerAverages, ema_decay
 from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
 from train.hardware import autocast, autocast_dtype, can_compile, peak_flops
+from train.health import clip_gradients, gradient_norms, report_non_finite
 from train.initial import Parent, init_weights
 from train.looks import finite, look
 from train.mfu import DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops
-from train.microbatch import MicroBatch, MicroBatches
+from train.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
-from train.perceptual import PerceptualLoss, check_views, vgg_path
+from train.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
 from train.posthoc import continue_snapshots, save_snapshot
 from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
 from train.resume import course_of
@@ -56,29 +54,6 @@ from train.visual import VisualDebug
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag
 Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
-    and REPA loss of each image, LPIPS and DINOv2's distance of those that they were computed of (the tensors on the
-    device), the image tokens a block saw, the images that were routed and those that were mirrored."""
-
-    keys: list[str]
-    subsets: list[Subset]
-    t: Tensor
-    losses: Tensor
-    velocities: Tensor
-    alignments: Tensor
-    lpips: Tensor
-    dino: Tensor
-    tokens: float
-    routed: int
-    flipped: int
-
-
-class NonFiniteError(DataError):
-    """A loss or gradient that is not a number; raised before the optimiser or the EMA was touched."""
 
 
 class Trainer:
@@ -314,7 +289,7 @@ class Trainer:
             loss += self.dino.weight * dino / len(accumulated.keys)
         by_group = dict(zip(norms, group_norms))
         if not (np.isfinite(loss) and np.isfinite(total)):
-            raise self._report_non_finite(accumulated, by_group)
+            raise report_non_finite(self.config.run_folder, self.step + 1, accumulated, by_group)
         clip_gradients(self.model, total_norm, config.grad_clip)
         shape = config.schedule, config.decay_share
         rate = learning_rate(*self.course.within(self.step), config.lr, config.lr_min, config.warmup, *shape)
@@ -466,48 +441,6 @@ class Trainer:
         if self.model.route:
             warn_of_few_tokens([f"{width}x{height}" for width, height in plan.sizes], config.model.patch_size)
 
-    def _report_non_finite(self, accumulated: Accumulated, norms: dict[str, float]) -> NonFiniteError:
-        step = self.step + 1
-        path = self.config.run_folder / f"non-finite-step-{step:06d}.json"
-        measured = accumulated.losses, accumulated.velocities.sqrt(), accumulated.alignments
-        columns = accumulated.keys, accumulated.t.tolist(), accumulated.subsets, *(m.tolist() for m in measured)
-        images = [
-            {"key": key, "t": t, "conditions": subset_name(subset), "loss": repr(loss), "velocity_norm": repr(velocity),
-             "repa_loss": repr(repa)}
-            for key, t, subset, loss, velocity, repa in zip(*columns)
-        ]  # fmt: skip
-        record = {
-            "step": step,
-            "images": images,
-            "lpips_losses": list(map(repr, accumulated.lpips.tolist())),
-            "dino_losses": list(map(repr, accumulated.dino.tolist())),
-            "grad_norms": {group: repr(norm) for group, norm in norms.items()},
-        }
-        write_atomic(path, canonical_json(record))
-        bad = [image["key"] for image in images if image["loss"] in ("nan", "inf")]
-        which = f"the loss of {len(bad)} images, {bad[0]} first" if bad else "the gradient's norm"
-        return NonFiniteError(
-            f"step {step}: {which}, is not finite. Optimiser and EMA were not touched; samples, t and norms are in "
-            f"{path}. Look at these samples, or lower train.lr; the last checkpoint is intact"
-        )
-
-
-def gradient_norms(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the gradient norms of each layer group (``blocks.NN`` or another part) and of all, on the device."""
-    groups: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            head, _, rest = name.partition(".")
-            group = f"blocks.{int(rest.split('.')[0]):02d}" if head == "blocks" else head
-            groups.setdefault(group, []).append(parameter.grad)
-    norms = {group: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g))) for group, g in groups.items()}
-    return norms, torch.linalg.vector_norm(torch.stack(list(norms.values())))
-
-
-def clip_gradients(model: nn.Module, total_norm: Tensor, limit: float) -> None:
-    """Scale all gradients by one factor so that their joint norm is at most ``limit``."""
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, total_norm, foreach=True)
-
 
 def warn_of_few_tokens(buckets: Iterable[str], patch_size: int) -> None:
     """Say which buckets have fewer tokens than routing is good for."""
@@ -519,18 +452,6 @@ def warn_of_few_tokens(buckets: Iterable[str], patch_size: int) -> None:
             f"warning: tread: routing costs quality below {MIN_TOKENS} tokens an image; buckets with fewer: "
             f"{', '.join(few)}. Lower model.patch_size, or set tread.enabled to false"
         )
-
-
-def condition_shares(subsets: Sequence[Subset], table: dict[Subset, float]) -> dict[str, float]:
-    """Return each subset's share of the step's images."""
-    counts = Counter(subsets)
-    return {f"train/condition_share/{subset_name(subset)}": counts[subset] / len(subsets) for subset in table}
-
-
-def lpips_values(total: float, images: int, of: int) -> dict[str, float]:
-    """Say what LPIPS was on average, unweighted, where it was computed at all, and of which share of the images."""
-    mean = {"train/lpips_loss": total / images} if images else {}
-    return {**mean, "train/lpips_share": images / of}
 
 
 def dataset_summary(info: dict[str, Any]) -> dict[str, Any]:

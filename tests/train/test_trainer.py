@@ -24,10 +24,11 @@ from train.checkpoint import load_checkpoint
 from train.conditioning import MODALITIES, ConditioningConfig
 from train.data import prefetch
 from train.flow import flow_loss, interpolate, to_x
+from train.health import NonFiniteError, clip_gradients, gradient_norms
 from train.microbatch import deal_subsets, split
 from train.noise import generator
 from train.tracking import read_metrics
-from train.trainer import NonFiniteError, Trainer, clip_gradients, gradient_norms
+from train.trainer import Trainer
 
 CPU = torch.device("cpu")
 TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)
