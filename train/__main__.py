@@ -162,8 +162,9 @@ def _run(options: argparse.Namespace) -> None:
     from train.remedies import explained
     from train.resume import check_same_run, choose_checkpoint
     from train.runfolder import lock_run_folder
+    from train.saving import dataset_summary
     from train.tracking import environment, write_provenance
-    from train.trainer import Trainer, dataset_summary
+    from train.trainer import Trainer
 
     if not options.max_hours > 0:
         raise ConfigError(f"--max-hours {options.max_hours:g}: must be more than 0")

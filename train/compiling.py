@@ -19,13 +19,34 @@ from train.batch_plan import scaled_size
 from train.conditioning import TEXT_MULTIPLE, Subset
 from train.config import TrainConfig
 from train.data import Row
+from train.hardware import can_compile
 from train.microbatch import MicroBatches, deal_subsets, part_sizes, split
-from train.model import pooled_grid
+from train.model import NanoDiT, pooled_grid
 from train.noise import generator
 
 FORESEEN_STEPS = 100  # whose shapes are counted before a run begins
 MANY_GRAPHS = 128  # at some seconds each they may take longer than they save; said, not refused
 Shape = tuple[int, int, int]  # of a block's input: images, image tokens, context tokens
+
+
+def compile_if_asked(model: NanoDiT, batches: MicroBatches, device: torch.device) -> None:
+    """Compile the model's blocks where ``train.compile`` says so; where it is auto, as far as this machine can."""
+    asked = batches.config.train.compile
+    if asked is True or (asked == "auto" and can_compile(device.type)):
+        # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
+        compile_blocks(model, batches, dynamic=device.type == "cpu")
+    elif asked == "auto":
+        say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
+
+
+def compile_blocks(model: NanoDiT, batches: MicroBatches, *, dynamic: bool) -> None:
+    """Compile the model's blocks, with room for a graph of each shape of the run unless one serves all shapes."""
+    if not dynamic:
+        steps, modalities = min(FORESEEN_STEPS, batches.config.train.steps), model.features.modalities
+        possible = len(possible_shapes(batches, modalities))
+        allow_graphs(possible)
+        say(describe(len(coming_shapes(batches, modalities, steps)), steps, possible))
+    model.compile_blocks(dynamic=dynamic)
 
 
 def possible_shapes(batches: MicroBatches, modalities: Sequence[str]) -> set[Shape]:

@@ -19,6 +19,7 @@ from prep.errors import ConfigError
 from train.config import TrainConfig
 from train.cost import folder_bytes
 from train.memory import meta_trainer
+from train.mfu import flop_counter
 from train.rehearsal import Shapes, changed, drawing_request, largest_batch
 from train.runfolder import StopRequest
 from train.sample import Sampling, sample
@@ -56,7 +57,7 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
     with temporary as output:
         two = {"train.batch_size": len(batch.keys), "train.grad_accumulation_steps": 2, "train.token_budget": None}
         trainer = Trainer(changed(config, {**two, "output": output}), dataset, device)
-        trainer.flops = trainer._flop_counter()
+        trainer.flops = flop_counter(trainer)
         for _ in range(2):
             with _timed(device) as forward:
                 accumulated = trainer.accumulate(repeat(batch), StopRequest())

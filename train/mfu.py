@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from train.dino_loss import PatchFeatures, patch_distance
 from train.model import Features, ModelConfig, NanoDiT
 from train.perceptual import PerceptualConfig, View, load_lpips, show
 from train.repa import RepaHead
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
 
 META = torch.device("meta")
 Argument = Tensor | Conditions | None
@@ -116,6 +119,19 @@ class FlopCounter:
         total = sum(self._flops[shape] * images for shape, images in self._noted.items())
         self._noted.clear()
         return total
+
+
+def flop_counter(trainer: Trainer) -> FlopCounter:
+    """Return the counter of everything that a run computes forwards and backwards."""
+    config, model = trainer.config, trainer.model
+    counts = {"model": ModelFlops(config.model, model.features, model.route)}
+    if trainer.perceptual:
+        counts["lpips"] = LpipsFlops(config.perceptual)
+    if trainer.dino:
+        counts["dino"] = DinoFlops(config.perceptual, trainer.dino.network)
+    if model.repa_head is not None:
+        counts["repa"] = HeadFlops(model.repa_head)
+    return FlopCounter(counts)
 
 
 def _shape(argument: Argument) -> Any:

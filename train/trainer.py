@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,32 +24,33 @@ from prep.config import dump_config
 from prep.console import Progress, say
 from prep.errors import ConfigError, DataError, Interrupted
 from prep.faults import fault
+from train.announce import announce
 from train.batch_plan import scale_of
 from train.checkpoint import Checkpoint, load_weights, save_checkpoint
-from train.compiling import FORESEEN_STEPS, allow_graphs, coming_shapes, describe, possible_shapes
+from train.compiling import compile_if_asked
 from train.conditioning import condition_shares
 from train.config import TrainConfig
-from train.data import TrainingSet, bucket_size, check_patch_size, prefetch, stalls_are_said
+from train.data import TrainingSet, check_patch_size, prefetch, stalls_are_said
 from train.dino_loss import DinoLoss
 from train.ema import EMA, PowerAverages, ema_decay
 from train.flip import check_flips
 from train.flow import flow_loss, interpolate, to_x, velocity
-from train.hardware import autocast, autocast_dtype, can_compile, peak_flops
+from train.hardware import autocast, autocast_dtype, peak_flops
 from train.health import clip_gradients, gradient_norms, report_non_finite
 from train.initial import Parent, init_weights
 from train.looks import finite, look
-from train.mfu import DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops
+from train.mfu import flop_counter
 from train.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.model import Features, NanoDiT, build_model
 from train.optim import build_optimizer
 from train.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
 from train.posthoc import continue_snapshots, save_snapshot
-from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment, counted_share
+from train.repa import RepaHead, alignment_loss, alignment_values, check_alignment
 from train.resume import course_of
 from train.runfolder import StopRequest
+from train.saving import Saver, run_state
 from train.schedule import Course, learning_rate
-from train.tracking import Rates, Tracker, environment, gpu_memory, memory_shown
-from train.tread import MIN_TOKENS
+from train.tracking import Rates, Tracker, gpu_memory, memory_shown
 from train.visual import VisualDebug
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag
@@ -65,7 +66,7 @@ class Trainer:
         self.config, self.device, self.validate = config, device, validate
         self.step = 0  # completed optimiser steps
         self.parent: dict[str, Any] | None = None  # of whose weights it began with
-        self._saved, self._saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was written
+        self.saver = Saver(config.checkpoint, self.save)
         features = Features.from_dataset(dataset.info)
         if not features.modalities:
             raise DataError(
@@ -93,12 +94,7 @@ class Trainer:
             check_views(config.perceptual, self.batches.plan.sizes)
             self.perceptual = PerceptualLoss(config.perceptual, device)
             self.dino = DinoLoss(config.perceptual, device) if config.perceptual.dino_weight else None
-        compiles = config.train.compile is True or (config.train.compile == "auto" and can_compile(device.type))
-        if compiles:
-            # on a CPU one graph for all shapes: buckets and dropped conditions make dozens, at seconds each
-            self.compile_blocks(dynamic=device.type == "cpu")
-        elif config.train.compile == "auto":
-            say("compile: no C++ compiler with Python's headers (or no Triton) here, so the blocks run uncompiled")
+        compile_if_asked(self.model, self.batches, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = EMA(self.model, self._ema_decay)
         self.power = PowerAverages(self.model, config.ema)
@@ -106,16 +102,7 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
-        self.flops = self._flop_counter() if self.peak_flops else None
-
-    def compile_blocks(self, *, dynamic: bool) -> None:
-        """Compile the model's blocks, with room for a graph of each shape of the run unless one serves all shapes."""
-        if not dynamic:
-            steps, modalities = min(FORESEEN_STEPS, self.config.train.steps), self.model.features.modalities
-            possible = len(possible_shapes(self.batches, modalities))
-            allow_graphs(possible)
-            say(describe(len(coming_shapes(self.batches, modalities, steps)), steps, possible))
-        self.model.compile_blocks(dynamic=dynamic)
+        self.flops = flop_counter(self) if self.peak_flops else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
@@ -133,7 +120,7 @@ class Trainer:
             self.optimizer.load_tensors(checkpoint.optimizer)
         except ValueError as error:
             raise DataError(f"{checkpoint.path}: {error}; it is the checkpoint of another model") from None
-        self.step = self._saved = checkpoint.state["step"]
+        self.step = self.saver.saved = checkpoint.state["step"]
         self.parent = checkpoint.state.get("parent")
         self._take_course(course_of(checkpoint.state, self.config))
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
@@ -143,14 +130,14 @@ class Trainer:
         for line in init_weights(self.model, parent, self.config, self.data.info["layers"]):
             say(line)
         self.ema = EMA(self.model, self._ema_decay)
-        self.parent, self._saved = parent.record, -1  # to be saved at once: to continue takes no parent
+        self.parent, self.saver.saved = parent.record, -1  # to be saved at once: to continue takes no parent
 
     def run(self, stop_at: float = math.inf) -> None:
         """Train up to ``train.steps``, saving on the way and at the end.
 
         From ``stop_at`` (time.monotonic()) on it stops as after a signal, but not before a step is done. Raises
         :class:`Interrupted` then and after SIGTERM or SIGINT, with the last completed step saved, and
-        :class:`NonFiniteError`.
+        :class:`train.health.NonFiniteError`.
         """
         if self.config.validation.every_steps and self.validate is None:
             raise ConfigError("validation.every_steps: nothing was handed in that validates; set it to 0")
@@ -158,8 +145,8 @@ class Trainer:
             self._run(stop, stop_at)
 
     def _run(self, stop: StopRequest, stop_at: float) -> None:
-        config, steps = self.config, self.config.train.steps
-        self._announce()
+        config, steps, saver = self.config, self.config.train.steps, self.saver
+        announce(self)
         numbers = self.batches.numbers(self.step)
         batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
@@ -169,14 +156,14 @@ class Trainer:
         watching = stalls_are_said(self.data)
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
             tracker.text(self.step, "config", dump_config(config))
-            self._save_rest(tracker)
-            self._saved_at = time.monotonic()
+            saver.save_rest(self.step, tracker)
+            saver.saved_at = time.monotonic()
             while self.step < steps:
                 started = time.perf_counter()
-                with self._nothing_lost(tracker):
+                with saver.nothing_lost(self.step, tracker):
                     accumulated = self.accumulate(batches, stop)
                 if accumulated is None:
-                    self._save_rest(tracker)
+                    saver.save_rest(self.step, tracker)
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
                 seconds = time.perf_counter() - started
@@ -189,14 +176,9 @@ class Trainer:
                 progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown(), **memory_shown(values))
                 if self.step in self.snapshot_steps:
                     save_snapshot(config.run_folder, self.step, self.power)
-                minutes = (time.monotonic() - self._saved_at) / 60
-                if (
-                    self._due(config.checkpoint.every_steps)
-                    or minutes >= (config.checkpoint.every_minutes or math.inf)
-                    or self.step == steps
-                ):
-                    self._save_rest(tracker)
-                with self._nothing_lost(tracker):
+                if saver.is_due(self.step) or self.step == steps:
+                    saver.save_rest(self.step, tracker)
+                with saver.nothing_lost(self.step, tracker):
                     self._look_on(tracker, progress, stop)
                 if time.monotonic() >= stop_at:
                     stop.requested = True
@@ -341,23 +323,6 @@ class Trainer:
             if values:
                 tracker.log(step, values)
 
-    def _save_rest(self, tracker: Tracker) -> None:
-        """Save the last completed step, unless the last checkpoint is of it."""
-        if self._saved < self.step:
-            tracker.sync()  # a checkpoint promises the records up to its step
-            self.save()
-            self._saved, self._saved_at = self.step, time.monotonic()
-
-    @contextlib.contextmanager
-    def _nothing_lost(self, tracker: Tracker) -> Iterator[None]:
-        """Where something in this context, which touches no weight, fails, save the steps before it."""
-        try:
-            yield
-        except Exception:
-            with contextlib.suppress(Exception):  # the first failure is the one to report
-                self._save_rest(tracker)
-            raise
-
     def save(self) -> Path:
         """Write a checkpoint of the last completed step."""
         tensors = {
@@ -368,35 +333,11 @@ class Trainer:
         if power := self.power.tensors():
             tensors["power"] = power
         kept = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-        return save_checkpoint(self.config.run_folder, self.step, tensors, self.state(), *kept)
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint says beside its tensors."""
-        return {
-            "slots": self.step * self.batches.plan.slots,  # the position in the data
-            "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
-            "totals": list(self.course.totals),  # train.steps, and what it was before it grew
-            "parent": self.parent,
-            "config": self.config.model_dump(mode="json"),
-            "dataset": dataset_summary(self.data.info),
-            "environment": environment(self.device),
-            "perceptual": self.perceptual.sha256 if self.perceptual else None,
-            "perceptual_dino": self.dino.sha256 if self.dino else None,
-        }
+        return save_checkpoint(self.config.run_folder, self.step, tensors, run_state(self), *kept)
 
     def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
         if self.flops:
             self.flops.note(name, images, *arguments)
-
-    def _flop_counter(self) -> FlopCounter:
-        counts = {"model": ModelFlops(self.config.model, self.model.features, self.model.route)}
-        if self.perceptual:
-            counts["lpips"] = LpipsFlops(self.config.perceptual)
-        if self.dino:
-            counts["dino"] = DinoFlops(self.config.perceptual, self.dino.network)
-        if self.model.repa_head is not None:
-            counts["repa"] = HeadFlops(self.model.repa_head)
-        return FlopCounter(counts)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -407,54 +348,3 @@ class Trainer:
     def _take_course(self, course: Course) -> None:
         self.course = self.batches.course = course
         self.snapshot_steps = course.snapshot_steps(self.config.ema.snapshots)
-
-    def _announce(self) -> None:
-        config, sizes, plan = self.config, self.data.sizes, self.batches.plan
-        epochs = config.train.steps * plan.images / sum(sizes.values())
-        say(
-            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters on {self.device}, "
-            f"{sum(sizes.values())} training samples in {len(sizes)} buckets, {epochs:.1f} epochs, "
-            f"{plan.order.unseen(config.train.steps * plan.slots)} samples never shown"
-        )
-        if len(self.course.totals) > 1:
-            first, last = self.course.totals[-2:]
-            say(
-                f"continuing a run of {first} steps to {last}: on the steps after {first} the learning rate is warmed "
-                f"up again to {config.train.lr:g}, and goes down to {config.train.lr_min:g}"
-            )
-        if self.perceptual and not self.perceptual.published:
-            say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
-        if self.dino and self.dino.is_condition(self.data.info["layers"]):
-            say(
-                "perceptual: the dataset's DINO features are of the DINOv2 that the loss compares with, so images that "
-                "keep them are told what it measures"
-            )
-        for line in plan.describe(config.train.steps):
-            say(line)
-        if config.repa.enabled:
-            share, last = counted_share(self.table), config.repa.until * config.train.steps
-            say(
-                f"repa: weight {config.repa.weight:g} on the {share:.0%} of the images whose patches are dropped, so "
-                f"{config.repa.weight * share:.3f} an image, falling to 0 at step {last:.0f}"
-            )
-        say(self.optimizer.describe())
-        if self.model.route:
-            warn_of_few_tokens([f"{width}x{height}" for width, height in plan.sizes], config.model.patch_size)
-
-
-def warn_of_few_tokens(buckets: Iterable[str], patch_size: int) -> None:
-    """Say which buckets have fewer tokens than routing is good for."""
-    tokens = {bucket: math.prod(side // patch_size for side in bucket_size(bucket)) for bucket in buckets}
-    # the other buckets of a base have up to a tenth fewer than the square
-    few = [f"{bucket} ({count})" for bucket, count in tokens.items() if count < 0.9 * MIN_TOKENS]
-    if few:
-        say(
-            f"warning: tread: routing costs quality below {MIN_TOKENS} tokens an image; buckets with fewer: "
-            f"{', '.join(few)}. Lower model.patch_size, or set tread.enabled to false"
-        )
-
-
-def dataset_summary(info: dict[str, Any]) -> dict[str, Any]:
-    """Return what of dataset.json rebuilds the model and names the data."""
-    named = {name: info[name] for name in ("fingerprint", "base", "encoders", "layers")}
-    return named | {name: info[name] for name in ("counts",) if name in info}

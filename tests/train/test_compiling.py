@@ -11,7 +11,7 @@ import torch
 
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config
-from train.compiling import MANY_GRAPHS, allow_graphs, coming_shapes, describe, possible_shapes, unions
+from train.compiling import MANY_GRAPHS, allow_graphs, coming_shapes, compile_blocks, describe, possible_shapes, unions
 from train.microbatch import MIN_GROUP, part_sizes, split
 from train.trainer import Trainer
 
@@ -89,7 +89,7 @@ def dynamo(monkeypatch):
 def test_every_static_shape_is_compiled_and_its_number_said(tiny_dataset, tmp_path, dynamo, capsys):
     options = (*OPTIONS["everything"], "train.gradient_checkpointing=2")
     trainer = make(tiny_dataset, tmp_path, *options)
-    trainer.compile_blocks(dynamic=False)
+    compile_blocks(trainer.model, trainer.batches, dynamic=False)
     for number in chain.from_iterable(map(trainer.batches.plan.numbers, range(2))):
         trainer.micro_step(trainer.batches.make(number))
     coming = coming_shapes(trainer.batches, trainer.model.features.modalities, 2)

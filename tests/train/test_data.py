@@ -19,6 +19,7 @@ from prep.shards import Dataset
 from tests.train.tiny import tiny_config
 from train.conditioning import load_conditions
 from train.data import Order, TrainingSet, bucket_size, check_patch_size, load_pixels, prefetch
+from train.saving import run_state
 from train.trainer import Trainer
 
 
@@ -108,7 +109,7 @@ def test_the_position_in_the_data_is_one_integer(tiny_dataset, tmp_path):
     with contextlib.closing(prefetch(trainer.batches.make, trainer.batches.numbers(0), 3)) as batches:
         seen = [[next(batches).keys for _ in trainer.batches.plan.numbers(step)] for step in range(6)]
     trainer.step = 4
-    state = trainer.state()
+    state = run_state(trainer)
     assert state["slots"] == 4 * trainer.batches.plan.slots
     own = {name: value for name, value in state.items() if name not in ("config", "dataset", "environment")}
     assert len(json.dumps(own)) < 1000, "a few integers and hashes, however large the dataset"

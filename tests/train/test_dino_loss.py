@@ -18,6 +18,7 @@ from train.checkpoint import load_checkpoint
 from train.dino_loss import MODEL, DinoLoss, dino_folder
 from train.flow import interpolate, to_x
 from train.perceptual import PerceptualConfig, View
+from train.saving import run_state
 from train.tracking import read_metrics
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def test_off_nothing_is_loaded(vgg_home, tiny_dataset, tmp_path, monkeypatch):
     trainer = make(tiny_dataset, tmp_path / "run", *ON, "perceptual.dino_weight=0", "train.steps=1")
     trainer.run()
     assert "train/dino_loss" not in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert trainer.state()["perceptual_dino"] is None
+    assert run_state(trainer)["perceptual_dino"] is None
 
 
 def test_missing_weights_are_named_with_what_to_do(vgg_home, tiny_dataset, tmp_path, monkeypatch):

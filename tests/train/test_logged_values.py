@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config
+from train.announce import announce
 from train.conditioning import subset_name
 from train.ema import ema_decay
 from train.flow import interpolate
@@ -85,5 +86,5 @@ def test_tensorboard_shows_every_value(run):
 
 
 def test_the_start_says_what_each_optimiser_has(run, capsys):
-    run[0]._announce()
+    announce(run[0])
     assert run[0].optimizer.describe() in capsys.readouterr().out.splitlines()
