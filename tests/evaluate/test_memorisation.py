@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluate import statistics
+from evaluate.drawing import show
 from evaluate.records import MODEL
 from evaluate.suite import memorisation
 from evaluate.suite.memorisation import QUANTILE, Nearness, nearness, share_of_copies
@@ -76,6 +78,14 @@ def test_the_closest_pairs_name_what_was_copied(verdicts, known_pictures, figure
         assert pair["distance"]["feature_pixels"] == pytest.approx(0, abs=1e-6)
         assert context.shown_training[pair["training_key"]] == pair["training_image"]
         assert (MODEL, "all", pair["key"], 0) in context.shown
+
+
+def test_training_images_are_kept_for_the_report(judged, figures, tmp_path):
+    context = judged.context()
+    row = figures.rows("train")[3]
+    path = context.show_training(row["key"])
+    show(context, [], [], tmp_path)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / path)), figures.pixels(row))
 
 
 def test_pairs_are_listed_once_nearest_first(judged, known_pictures):
