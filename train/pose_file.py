@@ -33,6 +33,7 @@ OPENPOSE_BODY = {
 OPENPOSE_PARTS = {
     "face_keypoints_2d": (23, 68), "hand_left_keypoints_2d": (91, 21), "hand_right_keypoints_2d": (112, 21),
 }  # fmt: skip
+MAX_BYTES = 1 << 24  # a crowd is less than a tenth of it
 LARGEST_FRACTION = 2.0  # coordinates up to here are fractions of the canvas: joints may lie beyond its edge
 
 
@@ -55,6 +56,8 @@ class Skeleton:
 
 def read_skeleton(data: bytes, name: str) -> Skeleton:
     """Read a JSON file of one of the two formats; ``name`` is what messages call it. Raises :class:`DataError`."""
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{name}: not a pose: it has {len(data) / 1e6:.0f} MB, and one person's joints are a few kB")
     try:
         content = json.loads(data)
         if isinstance(content, list) and len(content) == 1:  # ComfyUI saves a list of frames
@@ -67,7 +70,7 @@ def read_skeleton(data: bytes, name: str) -> Skeleton:
         else:
             people = [_openpose(person, width, height) for person in content["people"]]
             keypoints = max(people, key=_extent, default=np.zeros((JOINTS, 3)))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{name}: not a pose: {error}. Give COCO-WholeBody's 133 joints as {{width, height, keypoints: [[x, y, "
             "confidence], ...]}}, or what OpenPose and DWPose exporters write, with canvas_width and canvas_height"

@@ -264,12 +264,15 @@ def sample(
 ) -> Tensor:
     """Generate images of one size from ``noise`` (B, 3, H, W) at t = 1; returns float32 (B, 3, H, W), about [-1, 1].
 
-    Self-guidance needs ``keep_ids`` (B, k) of :func:`trajectory_keep_ids`; :class:`ConfigError` for a model that never
-    routed. Whether training saw the conditions is :meth:`Sampling.check`'s. ``on_step(t, z)`` is called after every
-    step. The conditions may be on the CPU; everything runs where the model is, in evaluation mode.
+    Self-guidance needs ``keep_ids`` (B, k) of :func:`trajectory_keep_ids`: ValueError without them, and
+    :class:`ConfigError` for a model that never routed. Whether training saw the conditions is :meth:`Sampling.check`'s.
+    ``on_step(t, z)`` is called after every step. The conditions may be on the CPU; everything runs where the model is,
+    in evaluation mode.
     """
     if sampling.self_guidance != 1:
         check_routed(model)
+        if keep_ids is None:  # both networks would be the dense one
+            raise ValueError("self-guidance: keep_ids of trajectory_keep_ids are missing")
     height, width = noise.shape[2:]
     device = next(model.parameters()).device
     training = model.training

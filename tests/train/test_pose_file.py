@@ -104,6 +104,8 @@ def test_comfyuis_list_of_one_frame_and_parts_left_out_are_read():
         (b'{"width": 5, "height": 0, "keypoints": []}', "does not say the height"),
         (b'{"width": 5, "height": 5, "keypoints": [[1, 2, 3]]}', "holds 3 numbers, expected 3 for each of 133"),
         (b'{"width": 5, "height": 5, "keypoints": [["a", 2, 3]]}', "not a pose"),
+        (b'{"width": 5, "height": 5, "keypoints": [[1%s, 2, 3]]}' % (b"0" * 400), "not a pose: int too large"),
+        (b'{"width": 5, "height": 5, "people": [[%s]]}' % (b"1," * 9_000_000 + b"1"), "not a pose: it has 18 MB"),
         (b'{"width": 5, "height": 5, "people": [{"pose_keypoints_2d": [1, 2]}]}', "expected 3 for each of 18 or 25"),
         (b'{"width": 5, "height": 5, "people": 3}', "not a pose"),
         (b'{"width": 5, "height": 5, "people": []}', "holds no joint"),

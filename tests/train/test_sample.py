@@ -371,6 +371,8 @@ def test_self_guidance_is_refused_where_there_is_no_weaker_self(model_and_condit
     arguments = {"flow": FlowConfig(), "sampling": Sampling(steps=1, self_guidance=3.0)}
     with pytest.raises(ConfigError, match="trained without routing"):
         sample(model, conditions, torch.randn(3, 3, 32, 24), **arguments)
+    with pytest.raises(ValueError, match="keep_ids of trajectory_keep_ids are missing"):
+        sample(routed, conditions, torch.randn(3, 3, 32, 24), **arguments)
     table = {parse_subset("all"): 1.0}
     arguments["sampling"].check(parse_subset("all"), table, routed)
     with pytest.raises(ConfigError, match="trained without routing"):
