@@ -161,6 +161,17 @@ def test_trap_13_joints_carry_fourier_features_of_their_place():
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_trap_13_a_joint_lies_on_the_image_tokens_axes():
+    rows, columns = 4, 6
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, columns)), indexing="ij")
+    batch = conditions(1)
+    pose = batch.pose.clone()
+    pose[0, : rows * columns] = torch.stack((x, y, torch.ones_like(x)), -1).flatten(0, 1)  # one in each cell's centre
+    encode = make_model(context_joints=rows * columns).context
+    _, _, positions, _ = encode(replace(batch, pose=pose), rows, columns, 8.0)
+    torch.testing.assert_close(positions[0, -rows * columns :], grid_positions(rows, columns, 8.0))
+
+
 def test_context_grid_lies_on_the_image_tokens_axes():
     same = _cells((4, 6), 4, 6, 8.0, torch.device("cpu"))
     torch.testing.assert_close(same, grid_positions(4, 6, 8.0))
