@@ -12,8 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prep.errors import DataError
+from prep.shards import Dataset
+from tests.train.tiny import tiny_config
 from train import tracking
 from train.tracking import Rates, Tracker, git_state, gpu_memory, read_metrics, truncate_metrics, write_provenance
+from train.trainer import Trainer
 
 
 def test_a_record_goes_to_both_places(tmp_path):
@@ -114,6 +117,26 @@ def test_trap_33_rates_leave_out_warm_up_and_compilation(monkeypatch):
     rates.add(8, 1.0)
     assert rates.take()["sys/iter_per_sec"] == 1.0
     assert tracking.Rates.WARM_UP_STEPS == 2
+
+
+def test_trap_33_a_step_takes_the_time_of_training_alone(tiny_dataset, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def taking(seconds, function=lambda *_: {}):
+        return lambda *arguments: (now.__setitem__(0, now[0] + seconds), function(*arguments))[1]
+
+    others = ("visual_debug.every_steps=1", "validation.every_steps=1", "checkpoint.every_steps=1")
+    config = tiny_config(tiny_dataset, tmp_path / "run", "train.steps=4", *others)
+    config.run_folder.mkdir()
+    trainer = Trainer(config, Dataset(tiny_dataset), torch.device("cpu"), validate=taking(100))
+    trainer.update = taking(2, trainer.update)
+    trainer.save, trainer.visual.draw = taking(100), taking(100, lambda *_: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer.run()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert now[0] == 4 * (2 + 3 * 100)
+    assert [record.get("sys/iter_per_sec") for record in records] == [None, None, 0.5, 0.5]  # trap 33
+    assert [record.get("sys/images_per_sec") for record in records] == [None, None, 4.0, 4.0]
 
 
 def test_mfu_is_of_the_time_that_is_counted():
