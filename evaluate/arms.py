@@ -83,7 +83,7 @@ def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
     """Why a picture given ``subset`` would mean nothing, or None."""
     needs = [subset] if guidance == 1 else [subset, frozenset()]
     lacking = [need for need in needs if need not in subject.table]
-    return f"subset {subset_name(lacking[0], subject.modalities)} never trained" if lacking else None
+    return f"subset {_label(lacking[0], subject)} never trained" if lacking else None
 
 
 def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:

@@ -30,15 +30,20 @@ DEMO_LABEL = "demo network of another seed; not a quality claim"
 
 @dataclass(frozen=True)
 class Judge:
-    """An encoder of images: ``label`` is what reports call it, ``fingerprint`` identifies weights and preprocessing."""
+    """An encoder of images: ``label`` is what reports call it, ``fingerprint`` identifies weights and preprocessing.
+
+    Features are counted from ``origin`` (width,), if there is one.
+    """
 
     encoder: DINOv3Encoder
     label: str
+    origin: np.ndarray | None = None
 
     @property
     def fingerprint(self) -> str:
         """Names everything that the features depend on beside the picture."""
-        return sha256_bytes(canonical_json(self.encoder.fingerprint()).encode())[:16]
+        facts = {**self.encoder.fingerprint(), "from_grey": self.origin is not None}
+        return sha256_bytes(canonical_json(facts).encode())[:16]
 
     @property
     def width(self) -> int:
@@ -47,7 +52,8 @@ class Judge:
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
         """The class token of each picture, uint8 (B, H, W, 3) to float32 (B, width)."""
-        return self.encoder.encode(pictures)[0]
+        features = self.encoder.encode(pictures)[0]
+        return features if self.origin is None else features - self.origin
 
 
 def open_judge(model: str | None, dataset: Dataset, device: str) -> tuple[Judge | None, str | None]:
@@ -58,7 +64,10 @@ def open_judge(model: str | None, dataset: Dataset, device: str) -> tuple[Judge 
     """
     recorded = dataset.info["layers"].get("dino", {}).get("encoder", {})
     if model is None and dataset.info["encoders"] == "demo":
-        return Judge(DINOv3Encoder(demo_judge(), device=device, input_scale=1.0), DEMO_LABEL), None
+        encoder = DINOv3Encoder(demo_judge(), device=device, input_scale=1.0)
+        # what all its features share is most of each, so that any two pictures would be alike: count from plain grey
+        grey = encoder.encode(np.full((1, 64, 64, 3), 128, np.uint8))[0][0]
+        return Judge(encoder, DEMO_LABEL, grey), None
     name = model or (DINOV3 if _is_dinov2(recorded) else DINOV2)
     try:
         folder = local_folder(name)

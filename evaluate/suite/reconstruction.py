@@ -174,7 +174,7 @@ def _skill(
     if reason:
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]
-    ways = {key: random[key][column] - floor[key][column] for key in set(keys)}
+    ways = {key: random[key][column] - floor[key][column] for key in dict.fromkeys(keys)}  # sums in one order
     for label in ("mean_image", "nearest_train"):
         if all(key in others[label] for key in keys):
             gained = sum(random[key][column] - others[label][key][column] for key in ways)

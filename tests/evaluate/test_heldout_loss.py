@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluate.arms import choose_subsets
 from evaluate.baselines import load_training_images
 from evaluate.suite import heldout_loss
 from evaluate.suite.heldout_loss import HeldoutLossConfig, grid_times
@@ -105,3 +106,36 @@ def test_batches_and_order_change_nothing(make_subject, training, figures):
     singly, _ = measured(make_subject("mean_image", rows=rows, batch_size=1), training)
     assert [row["key"] for row in together] == [row["key"] for row in singly]
     assert [row["mse"] for row in together] == pytest.approx([row["mse"] for row in singly], abs=1e-6)
+
+
+def test_the_gap_is_what_the_training_images_are_known_better():
+    def rows(split, loss):
+        return [
+            {"key": f"{split}{image:02d}", "condition": "all", "bin": index, "mse": 0.1, "loss": loss + 0.01 * image}
+            for image in range(20)
+            for index in range(10)
+        ]
+
+    (gap,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.3), CONFIG, {"weights": "ema"})
+    assert gap.name == "heldout_gap"
+    assert gap.value == pytest.approx(-0.2)
+    assert gap.low < -0.2 < gap.high < 0
+    assert gap.settings["weights"] == "ema"
+    assert "strata" in gap.settings["t_law"]
+    (none,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.5), CONFIG, {})
+    assert none.low < 0 < none.high
+    broken = [row | {"mse": float("nan")} for row in rows("train", 0.3)]
+    (null,) = heldout_loss.gaps(rows("holdout", 0.5), broken, CONFIG, {})
+    assert null.value is None
+    assert "non-finite" in null.reason
+
+
+def test_every_subset_that_was_trained_is_measured_unless_some_are_named(make_subject):
+    subject = make_subject("truth")
+    subsets, skipped = choose_subsets(["trained"], subject)
+    assert subsets == [ALL, frozenset({"text", "pose"}), frozenset({"text"}), frozenset()]
+    assert set(subsets) == set(subject.table)
+    assert skipped == []
+    named, skipped = choose_subsets(["text", "pose"], subject)
+    assert named == [frozenset({"text"})]
+    assert [one.name for one in skipped] == ["heldout_loss/pose"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,7 @@ def trained(figures_dataset, tmp_path_factory) -> Path:
     return folder
 
 
+FILES = ("report.json", "samples.parquet", "heldout_loss.parquet", "extras.json", "training.jsonl")
 FAST = ["--config", "configs/evaluate/quickstart.yaml", "sampler.steps=2", "sampler.method=euler", "samples=12"]
 
 
@@ -243,10 +245,39 @@ def test_trap_26_what_is_evaluated_is_what_sampling_draws(evaluated, trained, fi
 
 @pytest.mark.slow
 def test_running_again_gives_the_same_bytes(trained, evaluated, tmp_path):
-    names = ("report.json", "samples.parquet", "heldout_loss.parquet", "training.jsonl")
     assert main(["run", "--checkpoint", str(trained), "--output", str(tmp_path), *FAST]) == 0
-    for name in names:
+    for name in FILES:
         assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(trained, evaluated, tmp_path):  # fault E06
+    output, parts = tmp_path / "out", tmp_path / "out" / "parts"
+    command = ["run", "--checkpoint", str(trained), "--output", str(output), *FAST]
+    process = subprocess.Popen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(parts.glob("nothing-*.parquet")):
+        time.sleep(0.01)
+    process.kill()  # SIGKILL, when one condition is drawn and the next one begun
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
+    assert any(path.name.startswith("holdout_loss-") for path in done)
+    assert not list(parts.glob("text*"))
+    assert not (output / "report.json").exists()
+
+    process = subprocess.Popen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
+    kept = {}
+    while process.poll() is None:  # what was done is not done again
+        kept |= {path: path.stat().st_mtime_ns for path in done if path.exists()}
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert kept == done
+    assert not parts.exists()
+    for name in FILES:
+        assert (output / name).read_bytes() == (evaluated / name).read_bytes(), name
+    assert {path.name for path in (output / "images").iterdir()} == {
+        path.name for path in (evaluated / "images").iterdir()
+    }
 
 
 @pytest.mark.slow

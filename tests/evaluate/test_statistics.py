@@ -115,3 +115,31 @@ def test_the_interval_over_seeds_is_students():
     assert interval.value == pytest.approx(7 / 3)
     assert (interval.low, interval.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
     assert statistics.paired_t([1.0], [0.5]) == Interval(0.5, None, None, 1)
+
+
+def test_the_difference_of_two_sets_of_images_covers_the_truth(monkeypatch):
+    """Sets of unlike spread and size; pairing nothing."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    random = np.random.default_rng(5)
+    names = ([f"a{index}" for index in range(64)], [f"b{index}" for index in range(48)])
+    covered = 0
+    for _ in range(300):
+        a, b = random.normal(1, 1, 64), random.normal(0, 2, 48)
+        interval = statistics.difference(a, names[0], b, names[1])
+        covered += interval.low <= 1 <= interval.high
+    assert interval.n == 48
+    assert 0.92 <= covered / 300 <= 0.98
+
+
+def test_a_difference_of_few_images_has_no_bounds():
+    interval = statistics.difference([1.0] * 20, [str(i) for i in range(20)], [0.5] * 5, [str(i) for i in range(5)])
+    assert (interval.value, interval.low, interval.n) == (0.5, None, 5)
+
+
+def test_a_quotient_counts_images_whose_denominator_is_negative():
+    keys = [f"{index:02d}" for index in range(20)]
+    denominators = [2.0] * 19 + [-1.0]
+    interval = statistics.quotient([1.0] * 20, denominators, keys)
+    assert interval.value == pytest.approx(20 / 37)
+    assert interval.n == 20
+    assert interval.low < interval.value < interval.high
