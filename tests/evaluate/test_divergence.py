@@ -130,9 +130,11 @@ def test_diversity_that_falls_from_checkpoint_to_checkpoint_raises_the_alarm(jud
     metrics, skipped, fired = summarise(rows["deaf"], judged.context(tmp_path, 300, **CONFIG))
     assert skipped == []
     assert fired == {"collapse": True, "collapsing": True, "drift": False}
+    first, _, _ = summarise(rows["varied"], judged.context(**CONFIG))
     for end in ("/text", "_pixels/text"):
         change = metrics[f"divergence/diversity_change{end}"]
         assert change.high < 0
+        assert change.value == pytest.approx(-first[f"divergence/diversity{end}"].value, rel=1e-4)  # at equal steps
         assert (change.settings["from_step"], change.settings["to_step"]) == (100, 300)
         assert metrics[f"divergence/error_change{end}"].high < 0  # the truth is nearer to the truth
     again = judged.context(tmp_path, 300, **CONFIG)
@@ -145,6 +147,12 @@ def test_pictures_that_move_away_from_the_real_ones_raise_the_alarm(judged, rows
     past(judged, rows["deaf"], tmp_path, 100)
     metrics, _, fired = summarise(rows["noisy"], judged.context(tmp_path, 200, **CONFIG))
     assert metrics["divergence/error_change/text"].low > 0
+    drawn = [row for row in rows["noisy"] if row["kind"] == MODEL]
+    real = rows["noisy"].real
+    errors = [np.linalg.norm(row["feature_pixels"] - real[row["key"]]["feature_pixels"]) for row in drawn]
+    assert metrics["divergence/error_change_pixels/text"].value == pytest.approx(
+        np.mean(errors) / np.sqrt(768), rel=1e-4
+    )
     assert (fired["drift"], fired["collapsing"]) == (True, False)
 
 
@@ -206,7 +214,7 @@ def test_error_and_diversity_of_a_prompt():
 def test_real_figures_that_are_alike_are_a_baseline(judged, rows, models):
     own = judged.rows(models["deaf"])
     for place, row in enumerate(own.real.values()):
-        row |= {f"{name}_true": str(place // 6 if index < 3 else place) for index, name in enumerate(ATTRIBUTES)}
+        row |= {f"{name}_true": str(place // 6) if index < 3 else "same" for index, name in enumerate(ATTRIBUTES)}
     metrics, _, _ = summarise(own, judged.context(**CONFIG))
     points = {row["key"]: row["feature_pixels"] / np.sqrt(768) for row in own.real.values()}
     groups = [sorted(points)[start : start + 6] for start in range(0, 24, 6)]
@@ -228,8 +236,10 @@ def test_what_was_never_trained_or_is_too_small_is_skipped(judged):
     pictures, (skipped,) = divergence.pictures(context)
     assert (pictures, skipped.reason) == ([], "inconclusive, about 1 more samples")
     assert divergence.summarise(judged.rows({}), context) == ([], [])
-    context.subject = replace(context.subject, table={frozenset({"text", "pose"}): 1.0})
     context.config = judged.context(**CONFIG).config
+    context.subject = replace(context.subject, table={frozenset(): 1.0})
+    assert {one.condition for one in divergence.pictures(context)[0]} == {"nothing", "noises/nothing"}
+    context.subject = replace(context.subject, table={frozenset({"text", "pose"}): 1.0})
     pictures, (skipped,) = divergence.pictures(context)
     assert pictures == []
     assert skipped.name == "divergence/text"
