@@ -118,8 +118,8 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     command = f"python -m train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
     lines = [
         "## Use",
-        "The code is the package nanodit: `pip install 'nanodit[export]'`, or from a clone of its source "
-        "`pip install -e '.[export]'`.",
+        "The code is the package nanodit, which is not on PyPI: `pip install -e '.[export]'` in a clone of its source, "
+        "or `pip install 'nanodit[export] @ git+URL'` with the URL of its repository.",
         "```python\n"
         "from diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)\n'

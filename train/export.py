@@ -60,8 +60,8 @@ try:
     {name} = importlib.import_module("train.pipeline").{name}
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"this model needs nanodit and diffusers ({{error}}): pip install 'nanodit[export]', or from a clone of its "
-        "source, pip install -e '.[export]'"
+        f"this model needs nanodit and diffusers ({{error}}): run pip install -e '.[export]' in a clone of nanodit's "
+        "source, or pip install 'nanodit[export] @ git+URL' with the URL of its repository; it is not on PyPI"
     ) from error
 '''
 

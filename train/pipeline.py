@@ -1,7 +1,7 @@
 """An exported model for diffusers: what its pipeline draws is what ``train sample`` draws.
 
 ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`` comes here through the loaders that
-:func:`train.export.write_loaders` puts into the folder. Needs diffusers: ``pip install 'nanodit[export]'``.
+:func:`train.export.write_loaders` puts into the folder. Needs diffusers: ``pip install -e '.[export]'``.
 """
 
 from __future__ import annotations

@@ -383,7 +383,8 @@ def test_the_card_is_one_for_the_hub(exported):
     assert "| text + pose | 0.40 |" in card.text
     assert "Not evaluated." in card.text
     assert "TREAD routing" in card.text
-    assert "pip install 'nanodit[export]'" in card.text
+    assert "not on PyPI: `pip install -e '.[export]'` in a clone" in card.text
+    assert "pip install 'nanodit[export]'" not in card.text, "PyPI's nanodit is not this one"
 
 
 def test_the_cards_code_runs(exported, monkeypatch):
