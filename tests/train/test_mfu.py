@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from prep.shards import Dataset
 from tests.train.tiny import tiny_config
@@ -115,6 +116,23 @@ def test_the_patch_distance_costs_the_prediction_twice_as_much_as_the_image(dino
 def test_the_head_of_repa_counts():
     head = RepaHead(RepaConfig(enabled=True, width=32), 4, 64, 16)
     assert HeadFlops(head)(torch.empty(2, 48, 16)) == 3 * 2 * 48 * (64 * 32 + 32 * 32 + 32 * 16)
+
+
+def test_a_micro_step_is_said_to_cost_what_torch_counts(tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home):
+    monkeypatch.setattr(trainer_module, "peak_flops", lambda device, dtype: 1e12)
+    options = ("conditioning.preset=default", "train.batch_size=24", "model.depth=3", "tread.enabled=true")
+    options += ("repa.enabled=true", "perceptual.every=1", "perceptual.size=16", "perceptual.dino_weight=0.01")
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path / "run", *options), Dataset(tiny_dataset), torch.device("cpu"))
+    trainer.device = META  # where torch counts attention as the formula does
+    for network in (trainer.model, trainer.perceptual.network, trainer.dino.network):
+        network.to(META)
+    batch = trainer.batches.make(0).to(META)
+    assert batch.keep_ids is not None
+    assert any(part.views for part in batch.parts)
+    assert any(part.teacher is not None for part in batch.parts)
+    with FlopCounterMode(display=False) as counter:
+        trainer.micro_step(batch)
+    assert trainer.flops.take() == counter.get_total_flops()
 
 
 def test_a_run_reports_its_share_of_the_peak(tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home):
