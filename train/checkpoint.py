@@ -70,22 +70,11 @@ def save_checkpoint(
     temporary = parent / f".{target.name}.tmp"
     remove_leftovers(run_folder)
     temporary.mkdir(parents=True)
-    parts = [*PARTS, *(part for part in OPTIONAL_PARTS if part in tensors)]
-    for part in parts:
-        write_tensors(temporary / f"{part}.safetensors", tensors[part])
-        fault(f"checkpoint.after_{part}")
-    (temporary / "state.json").write_text(canonical_json({"schema": SCHEMA, "step": step, **state}), encoding="utf-8")
-    names = [*(f"{part}.safetensors" for part in parts), "state.json"]
-    for name in names:
-        sync_file(temporary / name)
-    fault("checkpoint.after_state")
-    files = {
-        name: {"sha256": sha256_file(temporary / name), "bytes": os.path.getsize(temporary / name)} for name in names
-    }
-    manifest = temporary / "manifest.json"
-    manifest.write_text(canonical_json({"schema": SCHEMA, "step": step, "files": files}), encoding="utf-8")
-    sync_file(manifest)
-    sync_folder(temporary)
+    try:
+        _fill(temporary, step, tensors, state)
+    except Exception:  # a full disk, say, which half a checkpoint would keep full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     fault("checkpoint.after_tmp")
     if target.exists():  # a damaged one that the run fell back from, or the same step once more
         target.rename(parent / f".{target.name}.old")
@@ -98,19 +87,37 @@ def save_checkpoint(
     return target
 
 
+def _fill(folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
+    """Write the files of a checkpoint durably, the manifest last."""
+    parts = [*PARTS, *(part for part in OPTIONAL_PARTS if part in tensors)]
+    for part in parts:
+        write_tensors(folder / f"{part}.safetensors", tensors[part])
+        fault(f"checkpoint.after_{part}")
+    (folder / "state.json").write_text(canonical_json({"schema": SCHEMA, "step": step, **state}), encoding="utf-8")
+    names = [*(f"{part}.safetensors" for part in parts), "state.json"]
+    for name in names:
+        sync_file(folder / name)
+    fault("checkpoint.after_state")
+    files = {name: {"sha256": sha256_file(folder / name), "bytes": os.path.getsize(folder / name)} for name in names}
+    manifest = folder / "manifest.json"
+    manifest.write_text(canonical_json({"schema": SCHEMA, "step": step, "files": files}), encoding="utf-8")
+    sync_file(manifest)
+    sync_folder(folder)
+
+
 def prune(run_folder: Path, keep_last: int | None, keep_every: int | None) -> None:
     """Remove all checkpoints but the ``keep_last`` newest (None: keep all) and those of multiples of ``keep_every``."""
     for path in checkpoint_steps(run_folder)[keep_last:] if keep_last else ():
         step = int(path.name[5:])
         if not keep_every or step % keep_every or step == 0:  # 0: the beginning of a run from other weights
             hidden = path.rename(path.with_name(f".{path.name}.old"))  # whole or absent, also when killed here
-            shutil.rmtree(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)  # what a mounted volume keeps for another reader goes later
 
 
 def set_aside_after(run_folder: Path, step: int) -> None:
     """Take the checkpoints after ``step``, from which the run falls back as they are damaged, out of the way.
 
-    Else they would count as the newest, and retention would remove a good one for them. The next save deletes them.
+    Else they would count as the newest, and retention would remove a good one for them. They are deleted as leftovers.
     """
     for path in checkpoint_steps(run_folder):
         if int(path.name[5:]) > step:
@@ -122,7 +129,7 @@ def set_aside_after(run_folder: Path, step: int) -> None:
 def remove_leftovers(run_folder: Path) -> None:
     """Delete what a kill left half-written; only the holder of the run's lock may call it."""
     for leftover in checkpoints_folder(run_folder).glob(".step-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that is still read; the next call tries again
     for leftover in run_folder.glob(".*.tmp-*"):  # of prep.files.write_atomic
         leftover.unlink()
 

@@ -14,7 +14,6 @@ from train.checkpoint import (
     load_checkpoint,
     remove_leftovers,
     resolve_checkpoint,
-    set_aside_after,
 )
 from train.config import TrainConfig
 from train.ema import ema_decay
@@ -39,9 +38,7 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
         latest = find_latest(run_folder)
         if latest is None:
             return None
-        checkpoint = load_checkpoint(latest)
-        set_aside_after(run_folder, checkpoint.state["step"])
-        return checkpoint
+        return load_checkpoint(latest)
     steps = checkpoint_steps(run_folder)
     if resume == "never":
         if steps or (run_folder / "metrics.jsonl").exists():
@@ -54,7 +51,7 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
     if later:
         raise ConfigError(
             f"{run_folder} has checkpoints after step {checkpoint.state['step']} ({later[-1]} to {later[0]}); "
-            "remove them, or choose another `output` for the branch"
+            "leave out --resume to continue from the newest, or choose another `output` for the branch"
         )
     return checkpoint
 

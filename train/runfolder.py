@@ -46,18 +46,20 @@ class StopRequest:
     """Turns the first SIGTERM or SIGINT into ``requested``; the second ends the process at once, which is safe.
 
     A context manager: the handlers are those of before again afterwards. What may be given up at any moment runs under
-    :meth:`interrupting`.
+    :meth:`interrupting`. Whoever else wants an end sets ``requested``, which makes no signal the second one.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
+        self._signalled = False
         self._interrupting = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        self.requested = self.requested or sigterm_came()
+        if sigterm_came():
+            self.requested = self._signalled = True
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -74,9 +76,9 @@ class StopRequest:
             self._interrupting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signalled:
             os._exit(Interrupted.exit_code)  # checkpoints are whole or absent, so nothing has to be tidied
-        self.requested = True
+        self.requested = self._signalled = True
         # os.write, because the signal may have come in the middle of a print
         os.write(
             2, f"\n{signal.Signals(number).name}: saving the last completed step; once more to stop at once\n".encode()

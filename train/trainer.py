@@ -26,7 +26,7 @@ from prep.errors import ConfigError, DataError, Interrupted
 from prep.faults import fault
 from train.announce import announce
 from train.batch_plan import scale_of
-from train.checkpoint import Checkpoint, load_weights, save_checkpoint
+from train.checkpoint import Checkpoint, load_weights, save_checkpoint, set_aside_after
 from train.compiling import compile_if_asked
 from train.conditioning import condition_shares
 from train.config import TrainConfig
@@ -123,6 +123,7 @@ class Trainer:
         self.step = self.saver.saved = checkpoint.state["step"]
         self.parent = checkpoint.state.get("parent")
         self._take_course(course_of(checkpoint.state, self.config))
+        set_aside_after(self.config.run_folder, self.step)
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
     def begin_with(self, parent: Parent) -> None:

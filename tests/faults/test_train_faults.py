@@ -337,6 +337,7 @@ def test_T10_a_disk_that_takes_no_more_is_a_resource_error_and_costs_no_checkpoi
 
     assert in_child(save) == 0
     assert find_latest(tmp_path).name == "step-000001"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"], "no half files"
 
 
 def test_T11_a_signal_before_the_first_step_gives_75(config, tmp_path, monkeypatch, capsys):
@@ -373,6 +374,16 @@ def test_T11_the_second_signal_ends_at_once(number):
     started = time.monotonic()
     assert in_child(busy) == 75
     assert time.monotonic() - started < 10
+
+
+def test_T11_a_signal_after_the_limit_of_hours_does_not_cut_off_the_save():
+    def save():
+        with StopRequest() as stop:
+            stop.requested = True  # as --max-hours does, often just before the machine is taken away
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+
+    assert in_child(save) == 0
 
 
 @pytest.mark.parametrize("damage", ["deleted", "short", "flipped"])

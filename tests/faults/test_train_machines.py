@@ -21,7 +21,7 @@ from tests.train.tiny import write_config, write_dataset
 from train import checkpoint as checkpoints
 from train import data, trainer
 from train.__main__ import main
-from train.checkpoint import checkpoint_steps, find_latest, save_checkpoint, verify
+from train.checkpoint import checkpoint_steps, find_latest, save_checkpoint, set_aside_after, verify
 from train.resume import choose_checkpoint
 from train.tracking import read_metrics
 from train.trainer import Trainer
@@ -86,10 +86,41 @@ def test_T02_a_damaged_newest_one_does_not_cost_a_good_one(tmp_path):
     for step in (6, 9):
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "model.safetensors").write_bytes(b"")
     assert choose_checkpoint(tmp_path, "auto").state["step"] == 3
+    assert saved(tmp_path) == [3, 6, 9], "nothing is moved before it is clear that the run goes on"
+    set_aside_after(tmp_path, 3)
     save_checkpoint(tmp_path, 4, tensors, {}, keep_last=1)  # by time, or as the machine was taken away
     assert saved(tmp_path) == [4]
     assert not list((tmp_path / "checkpoints").glob(".*"))
     verify(find_latest(tmp_path))
+
+
+def test_T06_a_refused_start_leaves_a_checkpoint_that_cannot_be_read_just_now(config, straight, tmp_path):
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    newest = run / "checkpoints" / "step-000012" / "model.safetensors"
+    newest.rename(aside := tmp_path / "aside")
+    for arguments, code in ((["train.lr=1e-5"], 2), ([], 0)):
+        assert train(config, *arguments) == code
+        assert newest.exists() == (code == 0)
+        assert 12 in saved(run)
+    assert newest.read_bytes() == aside.read_bytes()
+    assert saved(run) == saved(straight)
+
+
+def test_T02_a_volume_that_keeps_what_is_still_read_does_not_end_the_run(config, straight, tmp_path, monkeypatch):
+    """NFS renames a removed file that somebody has open, so that its folder is not empty."""
+    real, kept = os.rmdir, []
+
+    def rmdir(path, *arguments, **options):
+        if len(kept) < 3:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", kept.append(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert train(config, "checkpoint.keep_last=1") == 0
+    assert len(kept) == 3
+    assert saved(tmp_path / "run") == [12]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert_same_run(tmp_path / "run", straight)
 
 
 def test_T02_a_checkpoint_that_the_disk_cannot_read_is_passed_over(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,8 @@ def test_a_branch_continues_another_run_elsewhere(config, run, tmp_path, capsys)
         assert ours.read_bytes() == theirs.read_bytes()
     assert json.loads((tmp_path / "branch" / "provenance.json").read_text())["started_at_steps"] == [3]
     assert main([*arguments, "--resume", str(run / "checkpoints" / "step-000003")]) == 2
-    assert "has checkpoints after step 3 (step-000006 to step-000006)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has checkpoints after step 3 (step-000006 to step-000006); leave out --resume to continue from" in error
 
 
 def test_a_listed_change_is_allowed(config, run, tmp_path, capsys):
