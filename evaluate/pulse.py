@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -25,6 +27,7 @@ from prep.files import canonical_json, write_atomic
 from prep.shards import Dataset
 from train.conditioning import subset_name
 from train.config import TrainConfig
+from train.data import bucket_size
 from train.trainer import Validate
 
 GRID = HeldoutLossConfig()
@@ -88,12 +91,22 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
 
 def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:
     device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    rows = select_holdout(dataset, config.validation.samples)
     return Subject(
         model=model,
         flow=config.flow,
         table=config.conditioning.resolve(dataset_modalities(dataset)),
         dataset=dataset,
-        rows=select_holdout(dataset, config.validation.samples),
-        batch_size=config.train.batch_size,
+        rows=rows,
+        batch_size=_batch_size(config, {row["bucket"] for row in rows}),
         device=device,
     )
+
+
+def _batch_size(config: TrainConfig, buckets: Iterable[str]) -> int:
+    """As many images as a micro-batch of the largest bucket has, so that looking needs no more memory than training."""
+    train, patch_size = config.train, config.model.patch_size
+    if train.token_budget is None:
+        return train.batch_size
+    tokens = max(math.prod(side // patch_size for side in bucket_size(bucket)) for bucket in buckets)
+    return max(1, min(train.token_budget // tokens, train.batch_size * train.grad_accumulation_steps))

@@ -110,6 +110,13 @@ def test_a_model_that_predicts_no_numbers_is_a_warning(dataset, tmp_path, capsys
     assert len((tmp_path / "run" / "warnings.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(("budget", "images"), [("null", 3), ("300", 4), ("70", 1)])
+def test_with_a_token_budget_as_many_images_as_it_allows_are_measured_together(dataset, tmp_path, budget, images):
+    """Of this dataset an image has 64 to 70 tokens."""
+    config = tiny_config(dataset, tmp_path / "run", "train.batch_size=3", f"train.token_budget={budget}")
+    assert pulse._subject(torch.nn.Identity(), config, Dataset(dataset)).batch_size == images
+
+
 def test_without_baselines_the_model_is_scored_the_same(make_subject):
     subject = make_subject("mean_image")
     subject = replace(subject, rows=subject.rows[:3])
