@@ -41,7 +41,7 @@ def announce(trainer: Trainer) -> None:
     for line in plan.describe(config.train.steps):
         say(line)
     if config.repa.enabled:
-        share, last = counted_share(trainer.table), config.repa.until * config.train.steps
+        share, last = counted_share(trainer.table), config.repa.until * trainer.course.totals[0]
         say(
             f"repa: weight {config.repa.weight:g} on the {share:.0%} of the images whose patches are dropped, so "
             f"{config.repa.weight * share:.3f} an image, falling to 0 at step {last:.0f}"
