@@ -1,7 +1,5 @@
 """A picture is asked for by name and drawn once, from what it was to be given and nothing else."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch

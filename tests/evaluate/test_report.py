@@ -54,7 +54,9 @@ def folder(models, figures, tmp_path_factory) -> Path:
     """An evaluation of a model that draws other people, with hostile captions and curves."""
     config = EvaluateConfig.model_validate(
         {
+            "tests": ["heldout_loss", "reconstruction", "attributes", "pose"],
             "conditions": {"all": 1.0, "text+pose": 2.0, "text": 2.0},
+            "reconstruction": {"conditions": ["all"]},
             "sampler": {"method": "euler", "steps": 2},
             "grid_images": 3,
             "needed": {"attribute_accuracy/text": 0.5, "heldout_ratio/all": 0.5, "pose_pck/text": 0.5},

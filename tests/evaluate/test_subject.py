@@ -121,6 +121,6 @@ def test_named_conditions_that_the_dataset_lacks_are_skipped(make_subject, figur
     assert [arm.name for arm in arms] == expected
     assert {one.name: one.reason for one in skipped} == {f"samples/{name}": why for name, why in left_out.items()}
     assert arms[0].subset == frozenset(dataset_modalities(smaller))
-    subsets, skipped = choose_subsets(config.heldout_loss.conditions, subject)
+    subsets, skipped = choose_subsets(list(config.conditions), subject)
     assert len(subsets) == len(expected)
     assert {one.name: one.reason for one in skipped} == {f"heldout_loss/{name}": why for name, why in left_out.items()}
