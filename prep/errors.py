@@ -103,7 +103,7 @@ _sigterm_came = False
 
 
 def sigterm_came() -> bool:
-    """Whether SIGTERM came since :func:`run_command` began.
+    """Whether SIGTERM came since :func:`run_command` began; false outside it.
 
     It raised KeyboardInterrupt then, which is lost where it meets a C extension that is being imported, say.
     """
@@ -132,3 +132,4 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        _sigterm_came = False

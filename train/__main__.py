@@ -1,4 +1,4 @@
-"""Command line: ``python -m train run | sample | export``.
+"""Command line: ``python -m train run | plan | sample | export``.
 
 What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
 """
@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = verbs.add_parser("sample", help="draw images from a checkpoint", allow_abbrev=False)
     sample.set_defaults(verb=_sample)
-    sample.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
+    sample.add_argument(
+        "--checkpoint", type=Path, required=True,
+        help="a step folder, a run folder for its newest, or what `train export` wrote",
+    )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
     sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO")
@@ -252,7 +255,7 @@ def _prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
         raise ConfigError(f"--prompts {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -284,7 +287,7 @@ def _pairs(option: str, values: list[str], what: str) -> dict[str, str]:
 
 def _size(text: str) -> tuple[int, int]:
     width, cross, height = text.partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
+    if not (cross and width.isdecimal() and height.isdecimal()):
         raise ConfigError(f"--size {text!r} is not of the form WIDTHxHEIGHT, e.g. 832x1216")
     return int(width), int(height)
 

@@ -18,6 +18,7 @@ from train.model import NanoDiT
 
 REPORT_SCHEMA = 1
 _FIELDS = {"name", "value", "low", "high", "n", "baselines", "settings"}
+COMPARED = ("heldout_gap", "memorisation", "distribution")  # tests that hold pictures against training images
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Report:
             content = json.loads(data)
             report = cls(path, sha256_bytes(data), content["metrics"], content["skipped"], content["provenance"])
             known = content["schema"] == REPORT_SCHEMA and all(metric.keys() >= _FIELDS for metric in report.metrics)
+            known &= all(one.keys() >= {"name", "reason"} for one in report.skipped)
+            known &= isinstance(report.provenance["dataset"], Mapping)
         except (ValueError, TypeError, KeyError, AttributeError):
             known = False
         if not known:
@@ -93,7 +96,7 @@ def model_card(
         _data(data, report),
         _training(model, config, described),
         _evaluation(report, rounding),
-        _limits(described),
+        _limits(described, report),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -151,7 +154,7 @@ def _conditions(described: Mapping[str, Any]) -> str:
 def _data(data: Mapping[str, Any], report: Report | None) -> str:
     counts = data.get("counts") or (report and report.provenance["dataset"].get("counts"))
     samples = "not recorded"
-    if counts:
+    if isinstance(counts, Mapping):  # a report may say "unknown"
         samples = f"{counts['train']} for training, {counts['holdout']} held out"
     rows = [
         ("fingerprint", f"`{data['fingerprint']}`"),
@@ -208,9 +211,12 @@ def _evaluation(report: Report | None, rounding: str | None) -> str:
         lines.append("Not evaluated.")
     else:
         rows = [_metric(metric) for metric in report.metrics if _is_headline(metric)]
+        tests = {metric["name"].split("/")[0] for metric in report.metrics}
+        compared = " and ".join(f"`{name}`" for name in COMPARED if name in tests)
+        against = f"; {compared} compare with training images" if compared else ""
         lines += [
-            "On pictures that training never saw. 95 % intervals over pictures; one training seed, whose luck they do "
-            "not hold.",
+            f"On samples that training never saw{against}. 95 % intervals over pictures, where nothing else is said; "
+            "one training seed, whose luck they do not hold.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],
             f"From `report.json` of `evaluate run`, SHA-256 `{report.sha256}`, which names these weights by theirs; it "
@@ -223,10 +229,10 @@ def _evaluation(report: Report | None, rounding: str | None) -> str:
 
 
 def _is_headline(metric: Mapping[str, Any]) -> bool:
-    """Whether the card shows a metric: one per test and condition, and those with a bar; not the breakdowns."""
-    return metric.get("needed") is not None or (
-        metric["name"].count("/") <= 1 and not metric["name"].startswith("heldout_mse")
-    )
+    """Whether the card shows a metric: one per test, those with a bar, and all likely copies; not the breakdowns."""
+    name = metric["name"]
+    headline = name.count("/") <= 1 and not name.startswith("heldout_mse")
+    return headline or metric.get("needed") is not None or name.startswith("memorisation/copies")
 
 
 def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
@@ -237,6 +243,8 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
     interval = "none" if metric["low"] is None else f"[{number(metric['low'])}, {number(metric['high'])}]"
     baselines = ", ".join(f"{name} {number(value)}" for name, value in metric["baselines"].items())
     settings = metric["settings"]
+    if metric["low"] is not None and "interval_by" in settings:
+        interval += f", {settings['interval_by']}"
     drawn = [f"{settings[key]} {label}".strip() for key, label in _DRAWN.items() if key in settings]
     if settings.get("guidance", 1) != 1:
         drawn.append(f"guidance {settings['guidance']:g}")
@@ -246,13 +254,19 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
 _DRAWN = {"sampler": "", "steps": "steps", "seeds": "seed(s)"}
 
 
-def _limits(described: Mapping[str, Any]) -> str:
+def _limits(described: Mapping[str, Any], report: Report | None) -> str:
     base, data = described["dataset"]["base"], described["dataset"]
+    searched = report is not None and any(
+        metric["name"].startswith("memorisation/copies") and metric["value"] is not None for metric in report.metrics
+    )
     lines = [
         "## Limits",
         f"- It draws what its training images show, and only that: one kind of image, at about {base}x{base} pixels.",
         "- Whatever bias the images and their captions have, it has. Nothing filters prompts or pictures.",
-        "- Nothing here tests whether it repeats training images; look before you publish any.",
+        "- Whether it repeats training images is only indicated: `memorisation` counts what is near to one of them, "
+        "which is no proof; look before you publish any."
+        if searched
+        else "- Nothing here tests whether it repeats training images; look before you publish any.",
         "- No licence is stated: whoever publishes this model chooses it, with an eye to the images it was trained on, "
         "and writes it as `license:` into the block at the top of this file.",
     ]

@@ -23,7 +23,7 @@ from train.ema import averaged
 from train.flow import shift, timesteps
 from train.hardware import PEAK_TFLOPS
 from train.memory import tensor_bytes
-from train.mfu import META, HeadFlops, LpipsFlops, ModelFlops
+from train.mfu import META, DinoFlops, HeadFlops, LpipsFlops, ModelFlops
 from train.noise import generator
 from train.rehearsal import Shapes, only
 from train.repa import counted_share
@@ -45,7 +45,7 @@ class PhaseCost:
     first_step: int
     last_step: int
     scale: float
-    flops: dict[str, float]  # of a step, by what they are for: model, repa, lpips
+    flops: dict[str, float]  # of a step, by what they are for: model, repa, lpips, dino
     recomputed: float  # FLOPs of a step that activation checkpointing computes a second time
 
     @property
@@ -90,7 +90,9 @@ class _StepFlops:
         model = trainer.model
         self.model = ModelFlops(self.config.model, shapes.features, model.route)
         self.head = HeadFlops(model.repa_head) if model.repa_head is not None else None
-        self.lpips = LpipsFlops(self.config.perceptual) if trainer.perceptual else None
+        self.views = {"lpips": LpipsFlops(self.config.perceptual)} if trainer.perceptual else {}
+        if trainer.dino:
+            self.views["dino"] = DinoFlops(self.config.perceptual, trainer.dino.network)
         self._known: dict[Any, float] = {}
 
     def __call__(self, bucket: str, scale: float, start: int, end: int) -> dict[str, float]:
@@ -111,10 +113,11 @@ class _StepFlops:
             shown = dense * tokens + (1 - dense) * (kept if routed else tokens)
             each = self._once(("head",), lambda: self.head(torch.empty(1, 1, 1, device=META)))
             flops["repa"] = seen * counted_share(self.trainer.table) * shown * each
-        if self.lpips is not None:
-            image = torch.empty(1, 3, size[1], size[0], device=META)
-            each = self._once(("lpips", *sorted(size)), lambda: self.lpips(image.clone().requires_grad_(), image))
-            flops["lpips"] = each * self._gate_share(size) / config.perceptual.every
+        image = torch.empty(1, 3, size[1], size[0], device=META)
+        for name, count in self.views.items():
+            # on a prediction, to which gradients flow
+            each = self._once((name, *sorted(size)), lambda count=count: count(image.clone().requires_grad_(), image))
+            flops[name] = each * self._gate_share(size) / config.perceptual.every
         return flops
 
     def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> float:

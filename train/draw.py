@@ -69,9 +69,10 @@ class DrawRequest:
 def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[Path]:
     """Draw ``count`` images of seeds ``seed``, ``seed + 1``, ... of each prompt; returns the PNG files, grid last.
 
-    Each file holds its settings (iTXt ``nanodit``, JSON): the same settings give the same file. Raises
-    :class:`ConfigError` for a request that makes no sense, and for conditions that the dataset lacks or training never
-    saw; :class:`DataError` for another dataset, other encoders, or files without what they should show.
+    Each file holds its settings (iTXt ``nanodit``, JSON): the same request gives the same files, and in a batch of
+    other pictures a pixel may differ by 1/255. Raises :class:`ConfigError` for a request that makes no sense, and for
+    conditions that the dataset lacks or training never saw; :class:`DataError` for another dataset, other encoders, or
+    files without what they should show.
     """
     check_request(request)
     given = Given.read(request.prompts, request.reference, request.pose)
@@ -92,10 +93,11 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     else:
         conditions = stored.keeping(subset)
 
+    weights = state["source"]["weights"] if is_exported(folder) else request.weights  # of an export, what it holds
     settings = {
-        "checkpoint": f"step {state['step']} ({request.weights}) on dataset {state['dataset']['fingerprint']}",
+        "checkpoint": f"step {state['step']} ({weights}) on dataset {state['dataset']['fingerprint']}",
         "checkpoint_sha256": sha256_file(folder / (WEIGHTS if is_exported(folder) else "manifest.json")),
-        "weights": request.weights,
+        "weights": weights,
         "key": request.key, **given.files, "conditions": subset_name(subset, modalities), "size": f"{width}x{height}",
         **request.sampling.settings(),
         "torch": torch.__version__,
@@ -111,8 +113,9 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
     model = model.to(device)
     tokens = (width // config.model.patch_size) * (height // config.model.patch_size)
     pictures: list[np.ndarray] = []
-    with Progress("drawing", len(jobs), "images") as progress:
-        for start in range(0, len(jobs), request.batch_size):
+    starts = range(0, len(jobs), request.batch_size)
+    with Progress("drawing", len(starts) * request.sampling.steps, "steps") as progress:
+        for start in starts:
             batch = jobs[start : start + request.batch_size]
             seeds = [seed for _, _, seed, _ in batch]
             images = sample(
@@ -122,12 +125,12 @@ def draw(checkpoint: Path, request: DrawRequest, device: torch.device) -> list[P
                 flow=config.flow,
                 sampling=request.sampling,
                 keep_ids=trajectory_keep_ids(config.tread, [(noise_key, seed) for seed in seeds], tokens),
+                on_step=lambda t, z: progress.advance(),
             )
             for (_, prompt, seed, file), image in zip(batch, to_uint8(images)):
                 _save(file, image, {**settings, "prompt": prompt, "seed": seed})
                 if request.grid:
                     pictures.append(image)
-            progress.advance(len(batch))
     files = [file for *_, file in jobs]
     if request.grid:
         rows = [pictures[start : start + request.count] for start in range(0, len(pictures), request.count)]

@@ -7,7 +7,9 @@ and freed before the next one.
 from __future__ import annotations
 
 import gc
+import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from prep.errors import ConfigError, DataError
 from prep.files import sha256_bytes
 from prep.quantise import dequantise, quantise
 from prep.settings import ImageConfig, PrepConfig
-from prep.sources import BadImage, decode
+from prep.sources import BadImage, canonical_pixels, decode, read_orientation
 from train.conditioning import MODALITIES, Conditions, Subset, collate
 
 if TYPE_CHECKING:  # onnxruntime, which a prompt does not need, takes a while to import
@@ -66,7 +68,9 @@ class Given:
             else:
                 read = _decode
             decoded[name] = read(data[name], f"--{name} {path}")
-        files = {name: {"name": path.name, "sha256": sha256_bytes(data[name])} for name, path in paths.items()}
+        # a name that is not UTF-8 would not go into a PNG's text
+        shown = {name: os.fsencode(path.name).decode("utf-8", "backslashreplace") for name, path in paths.items()}
+        files = {name: {"name": shown[name], "sha256": sha256_bytes(data[name])} for name in paths}
         return cls(tuple(prompts), **decoded, files=files)
 
     @property
@@ -79,6 +83,20 @@ class Given:
         """The bucket that ``prep`` would choose for the pose's picture, else for the reference, else the square."""
         picture = self.pose or self.reference
         return choose_bucket(*picture.size, base) if picture else buckets_for(base)[0]
+
+
+def canonical(image: Any, name: str) -> Image.Image:
+    """An image in memory as :meth:`Given.read` decodes a file: upright, sRGB, transparency over white.
+
+    Raises :class:`ConfigError` for what is no Pillow image, :class:`DataError` for one without a meaning as a picture.
+    """
+    if not isinstance(image, Image.Image):
+        raise ConfigError(f"{name}: is a {type(image).__name__}; give a Pillow image")
+    image.load()
+    try:
+        return canonical_pixels(image, read_orientation(image, io.BytesIO()))
+    except BadImage as bad:
+        raise DataError(f"{name}: {bad.detail}") from None
 
 
 def _read(name: str, path: Path) -> bytes:

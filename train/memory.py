@@ -151,7 +151,7 @@ class Memory:
     averages: int  # EMA and power averages
     frozen: int  # networks of the perceptual loss
     gradients: int
-    activations: int  # the most that lives in a micro-step beside gradients
+    activations: int  # the most that lives in a micro-step beside gradients, its images and conditions included
     update: int  # the most that Muon's step needs beside gradients
     drawing: int  # the averaged copy, and the most that lives while it draws
     largest: str  # what the micro-batch with the most activations is
@@ -184,8 +184,8 @@ class Memory:
 def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
     """Return what the run of a trainer of :func:`meta_trainer` takes on a GPU; a second or two, no data is read."""
     config, model = trainer.config, trainer.model
-    batch = largest_batch(trainer, shapes, META)
     with LiveBytes() as live, LikeGpu(config.train.precision != "fp32"):
+        batch = largest_batch(trainer, shapes, META)
         for _ in range(2):  # the gradients of the first are there in the second
             trainer.micro_step(batch)
     activations = live.peak - tensor_bytes(p.grad for p in model.parameters() if p.grad is not None)
@@ -200,10 +200,10 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
         update = live.peak
     drawing = 0
     if config.visual_debug.every_steps:
-        conditions, noise = drawing_request(trainer, shapes, META)
-        arms = [conditions] if config.visual_debug.guidance == 1 else [conditions, only(conditions, frozenset())]
-        height, width = noise.shape[2:]
         with LiveBytes() as live, LikeGpu(bf16=False), torch.no_grad():
+            conditions, noise = drawing_request(trainer, shapes, META)
+            arms = [conditions] if config.visual_debug.guidance == 1 else [conditions, only(conditions, frozenset())]
+            height, width = noise.shape[2:]
             average = trainer.ema_model()
             contexts = [average.encode_context(arm, height, width, cache=True) for arm in arms]
             for context in contexts:

@@ -23,7 +23,7 @@ from prep.errors import ConfigError
 from train.conditioning import MODALITIES, Conditions
 from train.draw import PROMPT_NOISE_KEY
 from train.export import build, write_loaders
-from train.given import Given, encode
+from train.given import Given, canonical, encode
 from train.hardware import autocast
 from train.model import NanoDiT
 from train.noise import noise
@@ -100,7 +100,7 @@ class NanoDiTPipeline(DiffusionPipeline):
         if latents is not None:
             height, width = latents.shape[2:]
         if conditions is None:
-            given = Given((prompt,) if isinstance(prompt, str) else tuple(prompt or ()), reference, pose)
+            given = self._given((prompt,) if isinstance(prompt, str) else tuple(prompt or ()), reference, pose)
             bucket = given.bucket(state["dataset"]["base"])
             height, width = height or bucket.height, width or bucket.width
             self._check(model, height, width)
@@ -116,6 +116,8 @@ class NanoDiTPipeline(DiffusionPipeline):
         conditions = conditions.select(torch.arange(len(conditions)).repeat_interleave(num_images_per_prompt))
 
         count, device = len(conditions), self._execution_device
+        if isinstance(generator, list) and len(generator) not in (1, count):
+            raise ConfigError(f"generator: a list of {len(generator)}, for {count} images; give one for each")
         seeds = [(seed or 0) + i % num_images_per_prompt for i in range(count)]
         if seed is not None:
             latents = torch.from_numpy(np.stack([noise(PROMPT_NOISE_KEY, each, height, width) for each in seeds]))
@@ -149,6 +151,15 @@ class NanoDiTPipeline(DiffusionPipeline):
     @property
     def _table(self) -> Mapping[frozenset[str], float]:
         return self.transformer.settings.conditioning.resolve(self.transformer.network.features.modalities)
+
+    @staticmethod
+    def _given(prompts: tuple[str, ...], reference: Any, pose: Any) -> Given:
+        if any(not text.strip() for text in prompts):
+            raise ConfigError("prompt: is empty; leave it out for a picture without text")
+        reference = None if reference is None else canonical(reference, "reference")
+        if pose is not None and not hasattr(pose, "keypoints"):  # a Skeleton has them
+            pose = canonical(pose, "pose")
+        return Given(prompts, reference, pose)
 
     def _check(self, model: NanoDiT, height: int, width: int) -> None:
         patch = model.config.patch_size

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prep.config import load_config_with_origins
-from prep.console import duration, say
+from prep.console import duration, say, waiting
 from prep.errors import PROBLEM_BREAK, ConfigError, ResourceError
 from prep.shards import Dataset
 from train.batch_plan import Plan, scaled_size
@@ -39,7 +42,7 @@ from train.hardware import PEAK_TFLOPS
 from train.measure import Measured, measure
 from train.memory import CONTEXT, FRAGMENTATION, Memory, estimate_memory, meta_trainer
 from train.perceptual import vgg_path
-from train.rehearsal import Shapes, StandIn, open_dataset, sample_sizes
+from train.rehearsal import Shapes, StandIn, cache_bytes, open_dataset, sample_sizes
 from train.remedies import shortage
 
 UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
@@ -101,7 +104,10 @@ def plan(
     as_json: bool = False,
 ) -> None:
     """Print what a run needs; raises :class:`ResourceError` with ranked remedies where it cannot fit."""
-    report = look_ahead(file, overrides, memory=memory, measured=measured, base=base)
+    # of JSON's output nothing else may be part: what is said on the way goes to stderr
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with aside, waiting("plan: counting and measuring", at_once=False):
+        report = look_ahead(file, overrides, memory=memory, measured=measured, base=base)
     if as_json:
         print(report.as_json(), flush=True)
     else:
@@ -110,8 +116,7 @@ def plan(
     if report.problems:
         raise ResourceError(PROBLEM_BREAK.join(report.problems))
     if not as_json:
-        where = f" in {gb(report.limit)}" if report.limit else ""
-        say(f"plan: wrote nothing; the run fits{where} and on the disk")
+        say(f"plan: wrote nothing; the run fits {f'in {gb(report.limit)} and ' if report.limit else ''}on the disk")
 
 
 def look_ahead(
@@ -129,8 +134,8 @@ def look_ahead(
     if limit is None and on_gpu:
         limit, measured = torch.cuda.get_device_properties(device).total_memory, True
     dataset, what = open_dataset(config, file, base)
+    trainer = meta_trainer(config, dataset)  # which refuses a dataset without training samples
     shapes = Shapes.of(dataset.info, dataset.rows("train"))
-    trainer = meta_trainer(config, dataset)
     estimate = estimate_memory(trainer, shapes)
     problems, found = [], None
     if measured:
@@ -222,11 +227,13 @@ def _notes(trainer: Any, dataset: Any) -> list[str]:
 
 
 def _reading(config: TrainConfig, dataset: Any) -> dict[str, Any]:
-    """Bytes of a sample by layer, those of all, and how fast the disk is."""
+    """Bytes of a sample by layer, those of all, stored and decoded, and how fast the disk is."""
     sizes = sample_sizes(dataset)
     found: dict[str, Any] = {"sample": sizes, "all": None, "disk_rate": None, "cache": config.data.cache_gb * 1e9}
+    found["decoded"] = None
     if not isinstance(dataset, StandIn):
         found["all"] = sum(sizes.values()) * len(dataset.rows("train"))
+        found["decoded"] = cache_bytes(dataset, config.data.flip > 0)
         if isinstance(dataset.root, Path):
             found["disk_rate"] = read_rate(sorted(dataset.root.glob("bucket_*/*.tar"), key=lambda f: -f.stat().st_size))
     return found
@@ -306,7 +313,8 @@ def _time_lines(report: Report) -> list[str]:
     seconds = report.measured_seconds
     if seconds is not None:
         found.append(
-            f"time here (from two measured steps): {1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all; "
+            f"time here (from two measured steps): {1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
+            f"begun now until {datetime.now() + timedelta(seconds=seconds):%a %d %b %H:%M}; "
             f"a checkpoint takes {report.measured.save_seconds:.1f} s"
         )
     found.append(f"time (estimate: {MFU:.0%} of the card's bfloat16 peak, assumed):")
@@ -327,8 +335,9 @@ def _disk_lines(report: Report) -> list[str]:
     rate = sample * report.samples["images_per_step"] * steps / seconds
     read = f"reading: {gb(sample)} a sample ({layers}), {gb(rate)}/s {where}"
     if reading["all"] is not None:
-        cached = min(1.0, reading["cache"] / max(reading["all"], 1))
-        read += f" in the first epoch; {cached:.0%} of {gb(reading['all'])} then stays in memory (data.cache_gb)"
+        cached = min(1.0, reading["cache"] / max(reading["decoded"], 1))
+        read += f" in the first epoch; {cached:.0%} of {gb(reading['all'])}, {gb(reading['decoded'])} decoded, then "
+        read += "stays in memory (data.cache_gb)"
     read += "" if reading["disk_rate"] is None else f"; the disk delivers {gb(reading['disk_rate'])}/s (measured)"
     return [f"disk: {disk_text(report.disk)}", read]
 

@@ -25,6 +25,7 @@ from prep.encoders import INPUT_SCALE
 from prep.errors import ConfigError
 from prep.settings import PrepConfig
 from prep.shards import Dataset
+from prep.storage import open_storage
 from train.batch_plan import scaled_size
 from train.conditioning import MODALITIES, TEXT_MULTIPLE, Conditions, Subset
 from train.config import TrainConfig
@@ -67,15 +68,16 @@ def open_dataset(config: TrainConfig, config_file: Path, base: int | None) -> tu
     dataset; with ``base``, or without such a config, it has the full-size encoders. Raises :class:`ConfigError` for a
     base without buckets.
     """
-    if base is None and (Path(config.dataset) / "dataset.json").exists():
+    if base is None and open_storage(config.dataset).exists("dataset.json"):
         dataset = Dataset(config.dataset)
         return dataset, f"{dataset.root}: base {dataset.info['base']}, {dataset.info['encoders']} encoders"
-    known = None if base else _prep_config(config.dataset, config_file)
-    prep = known or load_config(PrepConfig, None, ["source=.", f"output={config.dataset}", f"base={base or 1024}"])
-    like = "--base" if base else "the default"
+    known = _prep_config(config.dataset, config_file) if base is None else None
+    side = f"base={1024 if base is None else base}"
+    prep = known or load_config(PrepConfig, None, ["source=.", f"output={config.dataset}", side])
+    like = "the default" if base is None else "--base"
     if known:
         like = "the config of prep that writes it"
-    missing = "set aside" if base else "does not exist yet"
+    missing = "does not exist yet" if base is None else "set aside"
     what = f"{config.dataset} {missing}: seven equal buckets of base {prep.base}, {prep.encoders} encoders ({like})"
     return StandIn(prep), what
 
@@ -160,6 +162,20 @@ def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
             if member.endswith("/length") and layer != "text" and "flip" not in member and "json" not in member:
                 sizes[layer] = sizes.get(layer, 0.0) + value / len(rows)
     return sizes
+
+
+def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
+    """Return the bytes that all training samples take in memory, decoded as :class:`train.data.TrainingSet` keeps them.
+
+    With ``flip`` the features of mirrored images come on top.
+    """
+    features, total = Features.from_dataset(dataset.info), 0
+    for row in dataset.rows("train"):
+        pixels, joints = 3 * math.prod(bucket_size(row["bucket"])), 3 * 4 * JOINTS if features.pose else 0
+        text = 2 * row["t5_tokens"] * features.text_width if features.text_width else 0
+        dino = 4 * (row["dino_h"] * row["dino_w"] + 1) * features.dino_width if features.dino_width else 0
+        total += pixels + joints + (text + dino) * (2 if flip else 1)
+    return total
 
 
 def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBatch:

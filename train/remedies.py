@@ -20,7 +20,7 @@ from train.rehearsal import Shapes, changed
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the config, the peak that it leads to, and whether the weights stay what they would have been."""
+    """A change of the config, the peak that it leads to, and whether network and loss stay as they are."""
 
     overrides: dict[str, Any]
     peak: int
@@ -40,6 +40,8 @@ def shortage(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, lim
     phase = max(now.phases, key=now.phases.get)
     room = f"the GPU has {gb(limit)}" if limit else "the GPU has less"
     first = f"out of memory: the run takes about {gb(now.peak)} (estimate; most in {phase}, {now.largest}), {room}"
+    if limit is not None and now.peak <= limit:  # as was tried, so what "fits" below is too hopeful as well
+        first += ", which ran out all the same: the estimate is too low, or another program holds some of it"
     found = memory_remedies(config, dataset, shapes, now, limit)
     if not found:
         return f"{first}. Choose a smaller model, a larger model.patch_size or a dataset of a smaller base"
@@ -47,7 +49,7 @@ def shortage(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, lim
 
 
 def memory_remedies(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, limit: int | None) -> list[Remedy]:
-    """Return the changes that take less memory: first those that leave the result as it is, then by what they save."""
+    """Return the changes that take less memory: those that leave network and loss alone first, by what they save."""
     found = []
     for overrides, same in _candidates(config, dataset):
         try:
@@ -62,7 +64,10 @@ def memory_remedies(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memo
 
 
 def _candidates(config: TrainConfig, dataset: Any) -> list[tuple[dict[str, Any], bool]]:
-    """Return changes to try, and of each whether weights stay the same but for rounding."""
+    """Return changes to try, and of each whether network and loss stay as they are.
+
+    With other micro-batches a step has the same images, times and noises, but other ones of them drop a condition.
+    """
     micro = meta_trainer(config, dataset).batches.plan
     kinds = [(bucket, scale) for scale in micro.scales for bucket in micro.order.sizes]
     tokens = [micro.tokens(scaled_size(*kind)) for kind in kinds]

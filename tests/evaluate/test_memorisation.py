@@ -161,3 +161,14 @@ def test_all_noises_of_an_image_are_one_observation():
     once = share_of_copies(Nearness(np.zeros(40), copied, copied), keys, holdout, keys)
     thrice = share_of_copies(Nearness(np.zeros(120), *[np.tile(copied, 3)] * 2), keys * 3, holdout, keys)
     assert (once.value, once.low, once.high) == (thrice.value, thrice.low, thrice.high)
+    assert (once.low, once.high) == pytest.approx((0.5 - 0.16, 0.5 + 0.16), abs=0.02)  # of 40 images
+
+
+def test_a_likely_copy_is_both_near_and_alone_in_it():
+    """What stands out among training images but is far from them is no copy, and what is near to many is none."""
+    keys = [f"{index:03d}" for index in range(40)]
+    holdout = Nearness(np.zeros(40), np.linspace(1, 2, 40), np.linspace(0.5, 1, 40))
+    near, far = np.full(40, 0.1), np.full(40, 3.0)
+    assert share_of_copies(Nearness(np.zeros(40), near, near), keys, holdout, keys).value == 1
+    assert share_of_copies(Nearness(np.zeros(40), far, near), keys, holdout, keys).value == 0
+    assert share_of_copies(Nearness(np.zeros(40), near, far), keys, holdout, keys).value == 0

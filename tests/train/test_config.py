@@ -22,13 +22,14 @@ from train.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("vgg_home", "dinov2_home")
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
 TINY = [
-    "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
+    "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "model.patch_size=4",
     "train.steps=2", "train.batch_size=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1",
     "visual_debug.every_steps=2", "visual_debug.count=2", "visual_debug.steps=1", "train.device=cpu",
     "validation.every_steps=2",
     "train.compile=false", "ema.snapshots=8",
     "tread.enabled=true", "tread.start=0", "tread.end=-1", "repa.enabled=true",
     "perceptual.every=1", "perceptual.size=16", "perceptual.dino_weight=0.01",
+    "optimizer.type=muon", "train.grad_accumulation_steps=2",
 ]  # fmt: skip
 
 # another value for every key that is part of a run's identity; it must change the weights or their average in 3 steps
@@ -96,7 +97,7 @@ def test_the_base_shows_every_key_with_its_default():
     assert len(undocumented) < 15, "most keys carry a comment"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if not p.stem.endswith("gb")], ids=lambda path: path.stem)
 def test_trap_29_a_run_reads_every_key(path, tiny_dataset, tmp_path, monkeypatch):
     read: set[tuple[str, str]] = set()
     plain = Config.__getattribute__

@@ -320,7 +320,7 @@ def test_the_shape_is_that_of_what_is_given(run, figure, tmp_path, rows):
 
 def test_prompts_and_seeds_in_batches_and_on_a_sheet(run, figure, tmp_path, capsys):
     prompts = [PROMPT, "A man in a long blue coat, seen from the side, holds a green umbrella.", "A child."]
-    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n\n" for prompt in prompts[1:]))
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n\n" for prompt in prompts[1:]), "utf-8-sig")  # with a BOM
     shared = ["--pose", figure, "--guidance", "60"]  # so strong that the words of a prompt show after six steps
     many = ["--prompt", PROMPT, "--prompts", tmp_path / "prompts.txt", *shared, "--count", "2", "--seed", "5"]
     out = tmp_path / "out"
@@ -404,6 +404,7 @@ def test_the_flags_say_how_to_sample(arguments, sampling, tmp_path, monkeypatch)
         (["--size", "60x64"], "multiples of the patch size, 8"),
         (["--size", "0x64"], "multiples of the patch size, 8"),
         (["--size", "big"], "not of the form WIDTHxHEIGHT"),
+        (["--size", "6\u00b2x64"], "not of the form WIDTHxHEIGHT"),
         (["--bucket", "64x96"], "--bucket 64x96: base 64 has 64x64, 80x56, 56x80"),
         (["--steps", "0"], "steps 0: must be at least 1"),
         (["--count", "0"], "--count 0: must be at least 1"),

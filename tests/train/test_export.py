@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 
 from prep.demo import build_demo_encoders, demo_folder
@@ -30,6 +30,7 @@ from train.checkpoint import load_model, save_checkpoint
 from train.conditioning import Conditions, collate
 from train.ema import join_averages
 from train.export import export, load_exported
+from train.given import Given
 from train.model import Features, build_model
 from train.sample import Sampling, sample, to_uint8
 
@@ -173,6 +174,30 @@ def test_train_sample_draws_from_an_exported_folder(run, exported, tmp_path):
     assert np.array_equal(pixels(tmp_path / "run.png"), pixels(tmp_path / "export.png"))
 
 
+def test_a_picture_says_which_weights_an_export_holds(run, tmp_path):
+    folder = export(run, tmp_path / "x", weights="model")
+    arguments = ["--output", str(tmp_path / "x.png"), "--prompt", PROMPT, "--steps", "1"]
+    assert main(["sample", "--checkpoint", str(folder), *arguments]) == 0
+    settings = json.loads(Image.open(tmp_path / "x.png").text["nanodit"])
+    assert settings["weights"] == "model"
+    assert settings["checkpoint"].startswith("step 12 (model) ")
+
+
+def test_a_picture_in_memory_is_the_reference_that_its_file_is(exported, tmp_path):
+    """Turned by EXIF, and with transparency, which is white."""
+    pixels_ = np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels_).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels_[..., 0]).save(tmp_path / "grey.png")
+    pipeline = pipeline_of(exported)
+    for name, upright in (("turned.png", (24, 40)), ("grey.png", (40, 24))):
+        as_file = Given.read(reference=tmp_path / name)
+        in_memory = pipeline._given((), Image.open(tmp_path / name), None)
+        assert as_file.reference.size == in_memory.reference.size == upright
+        assert np.array_equal(pixels(as_file.reference), pixels(in_memory.reference))
+
+
 def test_weights_that_a_folder_does_not_hold_are_refused(exported, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "x.png"), "--prompt", PROMPT, "--weights", "model"]
     assert main(["sample", "--checkpoint", str(exported), *arguments]) == 2
@@ -217,6 +242,10 @@ def test_a_generator_draws_the_noise(exported):
         ({"prompt": PROMPT, "seed": 1, "latents": torch.zeros(1, 3, 64, 64)}, "give one of them"),
         ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise of 1 images"),
         ({"prompt": PROMPT, "output_type": "jpeg"}, "use pil, np or pt"),
+        ({"prompt": ["", PROMPT]}, "prompt: is empty"),
+        ({"reference": np.zeros((8, 8, 3))}, "reference: is a ndarray; give a Pillow image"),
+        ({"prompt": PROMPT, "pose": "pose.json"}, "pose: is a str; give a Pillow image"),
+        ({"conditions": conditions_of(2), "generator": [torch.Generator()] * 3}, "a list of 3, for 2 images"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(exported, request_, message):
@@ -254,7 +283,7 @@ def test_who_lacks_nanodit_is_told_its_name(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "train.pipeline", None)
     for name in ("pipeline.py", export_module.LOADER):
         assert "import train" not in (exported / name).read_text(), "diffusers would say: pip install train"
-        with pytest.raises(ImportError, match=r"pip install 'nanodit\[export\]'"):
+        with pytest.raises(ImportError, match=r"needs nanodit .*pip install -e '\.\[export\]' in a clone"):
             exec((exported / name).read_text(), {})
 
 
@@ -408,6 +437,24 @@ def test_the_cards_figures_are_the_reports(run, tmp_path):
     assert "Not measured: reconstruction/lpips (no backbone)." in text
     assert sha256_file(report) in text
     assert "Not evaluated" not in text
+
+
+def test_the_card_says_what_was_held_against_training_images(run, tmp_path):
+    report = report_for(run)
+    metric = report["metrics"][0] | {"needed": None}
+    copies = {**metric, "name": "memorisation/copies/text", "settings": {**metric["settings"], "quantile": 0.05}}
+    distance = {**metric, "name": "distribution/kid", "settings": {"interval_by": "jackknife over images"}}
+    report["metrics"] += [copies, distance]
+    cards = {}
+    for name, content in (("with", report), ("without", report_for(run))):
+        written = write_report(tmp_path / f"{name}.json", content)
+        cards[name] = (export(run, tmp_path / name, report=written) / "README.md").read_text()
+    assert "never saw; `memorisation` and `distribution` compare with training images." in cards["with"]
+    assert "| memorisation/copies/text | 0.817 |" in cards["with"], "also where no metric of all conditions is"
+    assert "[0.765, 0.863], jackknife over images |" in cards["with"]
+    assert "repeats training images is only indicated" in cards["with"]
+    assert "On samples that training never saw. 95 %" in cards["without"]
+    assert "Nothing here tests whether it repeats training images" in cards["without"]
 
 
 @pytest.mark.parametrize(

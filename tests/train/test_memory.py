@@ -160,6 +160,20 @@ def test_what_always_stays_is_the_trainers_tensors(dataset, tiny_dataset, tmp_pa
     assert memory.peak > max(memory.phases.values()) > memory.standing > 0
 
 
+def test_the_micro_batch_itself_takes_memory(dataset, tiny_dataset, tmp_path):
+    trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", "repa.enabled=true"), dataset)
+    batch = largest_batch(trainer, shapes_of(dataset), META)
+    (part,) = batch.parts
+    given = [value for value in vars(part.conditions).values() if isinstance(value, torch.Tensor)]
+    size = tensor_bytes([batch.x, batch.noise, batch.t, part.teacher, *given])
+    with LiveBytes() as live, LikeGpu(bf16=False):
+        for _ in range(2):
+            trainer.micro_step(batch)
+    gradients = tensor_bytes(p.grad for p in trainer.model.parameters() if p.grad is not None)
+    memory = estimate(changed(trainer.config, {"train.precision": "fp32"}), dataset)
+    assert memory.activations == live.peak - gradients + size
+
+
 def test_what_saves_memory_is_seen_to_save_it(dataset, tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, tmp_path / "run", "model.depth=6", "train.batch_size=8", "train.precision=bf16")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections import namedtuple
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from prep.config import load_config_with_origins
+from prep.console import say
 from prep.errors import ConfigError, ResourceError
 from prep.files import sha256_file
 from prep.shards import Dataset
@@ -21,7 +23,7 @@ from train.config import TrainConfig
 from train.cost import check_disk, disk_of, folder_bytes, most_checkpoints, phase_costs
 from train.memory import meta_trainer
 from train.mfu import flop_counter
-from train.plan import look_ahead, parse_size
+from train.plan import lines, look_ahead, parse_size
 from train.rehearsal import Shapes, StandIn, changed, open_dataset, probe
 from train.remedies import explained
 from train.trainer import Trainer
@@ -118,6 +120,43 @@ def test_phases_checkpointing_and_routing_change_the_flops(tiny_dataset, tmp_pat
     assert routed.flops["model"] < 0.8 * plain.flops["model"]
 
 
+def test_json_is_one_document(config, capsys):
+    assert main(["plan", "--config", str(config), "--memory", "16GiB", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["limit"] == 16 << 30
+    assert report["memory"]["peak"] > sum(report["memory"][name] for name in ("weights", "optimizer", "gradients"))
+    assert report["reading"]["disk_rate"] is None, "tars of some kB tell nothing"
+    assert {"key": "seed", "value": 0, "origin": "default"} in report["config"]
+    assert report["seconds"]["measured"] is None
+    assert report["problems"] == []
+
+
+def test_what_is_said_on_the_way_is_no_part_of_json(config, capsys, monkeypatch):
+    monkeypatch.setattr("train.plan.measure", lambda *_: say("compile: 12 shapes"))
+    assert main(["plan", "--config", str(config), "--measure", "--json"]) == 0
+    out, err = capsys.readouterr()
+    json.loads(out)
+    assert "compile: 12 shapes" in err
+
+
+def test_without_a_gpu_to_fit_only_the_disk_is_spoken_of(config, capsys):
+    assert main(["plan", "--config", str(config)]) == 0
+    out = capsys.readouterr().out.rstrip().splitlines()
+    assert out[-1] == "plan: wrote nothing; the run fits on the disk"
+    assert "  for a GPU of 8 GB or more" in out
+
+
+def test_the_patch_distance_of_the_perceptual_loss_costs_flops(tiny_dataset, tmp_path):
+    overrides = ("perceptual.every=2", "perceptual.size=32", "perceptual.t_max=1.0", "flow.shift=1",
+                 "perceptual.dino_weight=0.01")  # fmt: skip
+    trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", *overrides), Dataset(tiny_dataset))
+    (cost,) = phase_costs(trainer, shapes_of(Dataset(tiny_dataset)))
+    view = torch.empty(1, 3, 32, 32, device="meta")
+    count = flop_counter(trainer)._counts["dino"]
+    assert cost.flops["dino"] == pytest.approx(trainer.images_per_step / 2 * count(view.clone().requires_grad_(), view))
+    assert cost.flops["lpips"] > 0
+
+
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24", 24e9), ("8 GiB", 8 << 30), ("500mb", 5e8)])
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
@@ -153,6 +192,26 @@ def test_a_base_can_be_named(config, capsys):
 
 
 # What cannot fit
+
+
+def test_too_little_memory_ends_with_4_and_what_would_help_the_best_first(config, capsys):
+    overrides = ["model.depth=8", "train.batch_size=16"]
+    enough = look_ahead(config, overrides, memory="8GB").memory.peak
+    arguments = ["plan", "--config", str(config), "--memory", f"{enough // 10**6 - 1}MB", *overrides]
+    assert main(arguments) == 4
+    error = capsys.readouterr().err
+    assert "out of memory: the run takes about" in error
+    assert "(estimate; most in micro-step, 16 images of" in error
+    units = {"MB": 1e6, "kB": 1e3}
+    saved = [float(number) * units[unit] for number, unit in re.findall(r"saves ([\d.]+) (MB|kB)", error)]
+    same = [line for line in error.splitlines() if "saves" in line and "another network" not in line]
+    assert len(same) >= 4
+    assert saved[: len(same)] == sorted(saved[: len(same)], reverse=True)
+    assert 'train.token_budget=70 train.gradient_checkpointing="all": saves' in same[0]
+    assert same[0].endswith("fits")
+    key = dict(item.split("=") for item in same[0].strip().split(":")[0].split(" "))
+    fixed = [f"{name}={value}" for name, value in key.items()]
+    assert main([*arguments, *fixed]) == 0, "the first remedy is one"
 
 
 def test_a_remedy_shows_the_same_images(config, tiny_dataset, tmp_path):
@@ -225,6 +284,7 @@ def test_measured_here_and_nothing_left(config, capsys):
     assert measured.batch == "4 images of 88x48"
     assert report.disk.checkpoint < measured.checkpoint < 1.5 * report.disk.checkpoint
     assert 0 < report.measured_seconds < 60
+    assert any(re.search(r" in all, begun now until \w{3} \d\d \w{3} \d\d:\d\d; ", line) for line in lines(report))
     assert report.limit is None
     assert report.peak == report.memory.peak, "a process on a CPU says nothing about a GPU"
 

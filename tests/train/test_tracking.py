@@ -130,7 +130,7 @@ def test_trap_33_a_step_takes_the_time_of_training_alone(tiny_dataset, tmp_path,
     config.run_folder.mkdir()
     trainer = Trainer(config, Dataset(tiny_dataset), torch.device("cpu"), validate=taking(100))
     trainer.update = taking(2, trainer.update)
-    trainer.save, trainer.visual.draw = taking(100), taking(100, lambda *_: None)
+    trainer.saver.save, trainer.visual.draw = taking(100), taking(100, lambda *_: None)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     trainer.run()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
