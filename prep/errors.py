@@ -75,7 +75,12 @@ def run_command(main: Callable[[], int | None]) -> int:
     """
     try:
         with _sigterm_as_interrupt():
-            return main() or 0
+            try:
+                return main() or 0
+            except Exception as error:
+                if _sigterm_came and not isinstance(error, NanoditError):
+                    raise KeyboardInterrupt from error  # which became this error where a C extension was being imported
+                raise
     except NanoditError as error:
         return _report(error)
     except KeyboardInterrupt:
