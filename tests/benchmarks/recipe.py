@@ -289,7 +289,7 @@ def table(options: argparse.Namespace) -> None:
                 rows.append(_row(options.seeds, records, group, arm, steps, basis, pace))
     _print(rows)
     spent = sum(record["cpu_seconds"] for record in records)
-    say(f"\n{len(records)} trainings, {spent / 3600:.2f} h of CPU time")
+    say(f"{len(records)} trainings, {spent / 3600:.2f} h of CPU time")
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
