@@ -11,7 +11,6 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jinja2
 import pyarrow as pa
 
 from prep import report_facts as facts
@@ -19,6 +18,7 @@ from prep import report_views as views
 from prep.console import Progress
 from prep.errors import DataError
 from prep.files import write_atomic
+from prep.pages import open_template
 from prep.publish import REJECTS, warn
 from prep.report_pictures import RejectPictures, Thumbnails
 from prep.shards import LAYERS, Dataset, read_parquet
@@ -66,7 +66,8 @@ def render(storage: Storage) -> str:
         for name, make in sections.items():
             shown[name] = make()
             progress.advance()
-    return _template().render(
+    filters = {"size": size, "percent": percent, "count": lambda number: f"{number:,}", "moment": moment}
+    return open_template(Path(__file__).with_name(REPORT), filters).render(
         **shown,
         info=info,
         fingerprint=dataset.fingerprint,
@@ -75,18 +76,6 @@ def render(storage: Storage) -> str:
         rejects_known=rejects is not None,
         stages=json.dumps(info.get("stages", {}), indent=2, ensure_ascii=False, sort_keys=True),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": size, "percent": percent, "count": lambda number: f"{number:,}", "moment": moment}
-    return environment.get_template(REPORT)
 
 
 def read_rejects(storage: Storage) -> pa.Table | None:
