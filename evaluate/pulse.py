@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from torch import nn
@@ -28,7 +29,7 @@ from prep.shards import Dataset
 from train.conditioning import subset_name
 from train.config import TrainConfig
 from train.data import bucket_size
-from train.trainer import Validate
+from train.trainer import VALIDATED, Validate
 
 GRID = HeldoutLossConfig()
 
@@ -69,9 +70,11 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
             raise DataError(f"given {condition}, the model predicts what is not a number")
         record[condition] = {"loss": loss, "mse": errors}
         values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
+    if config.validation.tests:
+        values |= _tests(subject, config, step, folder)
     settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
-    write_atomic(folder / "heldout.json", canonical_json({"schema": 1, **settings, "conditions": record}))
-    return values | (_tests(subject, config, step, folder) if config.validation.tests else {})
+    write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "conditions": record}))
+    return values
 
 
 def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
@@ -82,11 +85,24 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
     state = {"step": step, "config": config.model_dump(mode="json")}
     weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
     facts = provenance(subject, tier, state, weights if weights.is_file() else None)
-    (folder / "report.json").unlink(missing_ok=True)
-    evidence = evaluate(subject, tier, folder, config.run_folder, step=step)
-    write(folder, tier, evidence, facts, curves_until(config.run_folder, step))
-    found = {metric.name: metric.value for metric in evidence.metrics if is_headline(metric.name)}
+    metrics = _known(folder / "report.json", facts)
+    if metrics is None:
+        (folder / "report.json").unlink(missing_ok=True)
+        evidence = evaluate(subject, tier, folder, config.run_folder, step=step)
+        write(folder, tier, evidence, facts, curves_until(config.run_folder, step))
+        metrics = [metric.to_dict() for metric in evidence.metrics]
+    found = {metric["name"]: metric["value"] for metric in metrics if is_headline(metric["name"])}
     return {f"validation/{name}": value for name, value in found.items() if value is not None}
+
+
+def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
+    try:
+        report = json.loads(file.read_bytes())
+        same = report["provenance"]["weights_sha256"] == facts["weights_sha256"] != "unknown"
+        return report["metrics"] if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:

@@ -76,7 +76,7 @@ def _candidates(config: TrainConfig, dataset: Any) -> list[tuple[dict[str, Any],
     blocks = {"train.gradient_checkpointing": "all"}
     candidates: list[tuple[dict[str, Any], bool]] = []
     if most > image:
-        candidates += [(half, True), (one, True)]
+        candidates += [(half, True)] * (half != one) + [(one, True)]
     if config.train.checkpoint_every != 1:
         candidates += [(blocks, True)]
         candidates += [(one | blocks, True)] if most > image else []

@@ -55,6 +55,7 @@ from train.visual import VisualDebug
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag
 Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
+VALIDATED = "heldout.json"  # what a validation writes last
 
 
 class Trainer:
@@ -159,6 +160,8 @@ class Trainer:
             tracker.text(self.step, "config", dump_config(config))
             saver.save_rest(self.step, tracker)
             saver.saved_at = time.monotonic()
+            if self.step:  # what a signal or a kill gave up after the checkpoint
+                self._look_on(tracker, progress, stop)
             while self.step < steps:
                 started = time.perf_counter()
                 with saver.nothing_lost(self.step, tracker):
@@ -178,10 +181,10 @@ class Trainer:
                     save_snapshot(config.run_folder, self.step, self.power)
                 if saver.is_due(self.step) or self.step == steps:
                     saver.save_rest(self.step, tracker)
+                if time.monotonic() >= stop_at and self.step < steps:
+                    stop.requested = True
                 with saver.nothing_lost(self.step, tracker):
                     self._look_on(tracker, progress, stop)
-                if time.monotonic() >= stop_at:
-                    stop.requested = True
 
     def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
@@ -307,17 +310,18 @@ class Trainer:
         return model.eval()
 
     def _look_on(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
-        """Draw and validate, where it is time for that; after saving, because it may take long."""
+        """Draw and validate, where it is time for that and not done; after saving, because it may take long."""
         config, step = self.config, self.step
-        if self._due(config.visual_debug.every_steps):
+        picture = self.visual.folder(config.run_folder, step) / "grid.png"
+        if self._due(config.visual_debug.every_steps) and not picture.exists():
             draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
             grid = look("visual_debug", step, config.run_folder, stop, draw)
             if grid is not None:
                 tracker.image(step, "visual_debug", grid)
                 tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
-                progress.update(step, image=self.visual.folder(config.run_folder, step) / "grid.png")
-        if self._due(config.validation.every_steps):
-            folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
+                progress.update(step, image=picture)
+        folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
+        if self._due(config.validation.every_steps) and not (folder / VALIDATED).exists():
             validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
             values = look("validation", step, config.run_folder, stop, validate)
             if values:
@@ -340,7 +344,7 @@ class Trainer:
             self.flops.note(name, images, *arguments)
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def _ema_decay(self, step: int) -> float:
         return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay)

@@ -142,6 +142,23 @@ def test_further_tests_write_what_a_report_is_made_of(dataset, tmp_path):
     assert not (folder / "parts").exists()
 
 
+def test_a_fuller_report_of_the_same_weights_stays(dataset, tmp_path):
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    on = ["validation.every_steps=2", "validation.tests=[reconstruction]"]
+    assert main(["run", "--config", str(config), "train.steps=2", *on]) == 0
+    folder = tmp_path / "run" / "validation_outputs" / "step-000002"
+    report = json.loads((folder / "report.json").read_text())
+    fuller = json.dumps(report | {"skipped": [{"name": "from `evaluate run`", "reason": "of this test"}]})
+    (folder / "report.json").write_text(fuller)
+    for changed, kept in ((fuller, True), (fuller.replace(report["provenance"]["weights_sha256"], "other"), False)):
+        (folder / "report.json").write_text(changed)
+        (folder / "heldout.json").unlink()  # as where a kill came before the validation's end
+        model, trained, _ = load_model(tmp_path / "run")
+        values = pulse.validate(model, trained, Dataset(dataset), 2, folder)
+        assert values["validation/reconstruction/psnr"] is not None
+        assert ((folder / "report.json").read_text() == fuller) == kept
+
+
 def test_unknown_tests_are_refused_before_the_run(dataset, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     assert main(["run", "--config", str(config), *ON, "validation.tests=[beauty]"]) == 2

@@ -221,8 +221,20 @@ def test_T11_a_signal_does_not_wait_for_a_picture(config, straight, tmp_path, mo
         assert train(config, "visual_debug.every_steps=5") == 75
     assert time.monotonic() - started < 30
     assert saved(tmp_path / "run") == [3, 5]
-    assert train(config) == 0
+    assert train(config, "visual_debug.every_steps=5") == 0
     assert_same_run(tmp_path / "run", straight)
+    pictures = sorted(path.parent.name for path in (tmp_path / "run").glob("visual_debug/*/grid.png"))
+    assert pictures == ["step-000005", "step-000010", "step-000012"], "the one that was given up, and of the end"
+
+
+def test_a_limit_of_hours_does_not_wait_for_pictures_either(config, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(VisualDebug, "draw", lambda self, model, step, folder: drawn.append(step))
+    arguments = ["visual_debug.every_steps=1", "train.steps=3"]
+    assert train(config, "--max-hours", "1e-9", *arguments) == 75
+    assert drawn == [], "of step 1"
+    assert train(config, *arguments) == 0
+    assert drawn == [1, 2, 3]
 
 
 # The storage
