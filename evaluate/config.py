@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from evaluate.suite.divergence import DivergenceConfig
 from evaluate.suite.heldout_loss import HeldoutLossConfig
+from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
 from prep.config import Config
 from train.sample import Method, Sampling
@@ -59,6 +60,7 @@ class EvaluateConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    pose: PoseConfig = PoseConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with

@@ -9,11 +9,12 @@ import numpy as np
 
 from evaluate.config import EvaluateConfig
 from evaluate.judge import Judge, cosine, pixel_features
+from evaluate.keypoints import CONFIDENCE, Box
 from evaluate.metrics import Lpips, lpips_unavailable
 from evaluate.records import REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
 from evaluate.suite import attributes, pose, reconstruction
-from prep.dwpose import DWPose, denormalise
+from prep.dwpose import JOINTS, DWPose, Pose, denormalise
 from prep.shards import Dataset
 
 Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
@@ -65,14 +66,18 @@ class Examiner:
         columns: list[dict[str, Any]] = [{} for _ in pictures]
         if scored:
             samples = [batch.rows[index] for index in scored]
+            poses: list[Pose] = []
             if joints is None:
-                joints = self.detect(pictures[scored])
+                poses = self.detect(pictures[scored])
+                joints = [pose.keypoints if pose.persons else None for pose in poses]
             elif joints:
                 joints = [joints[index] for index in scored]
             given = [posed[index] for index in scored] if posed else None
             parts = self._score(batch, samples, pictures[scored], batch.pixels[scored], kind, joints, given)
             for index, part in zip(scored, parts):
                 columns[index] = part
+            for index, found in zip(scored, poses):
+                columns[index]["persons"] = found.persons
         return [
             {
                 **dict.fromkeys(SAMPLES_SCHEMA.names),
@@ -95,11 +100,9 @@ class Examiner:
         """Take the judge's features of real images from their rows."""
         self._real |= {row["key"]: row["feature"] for row in rows if row["kind"] == REAL and row["feature"] is not None}
 
-    def detect(self, pictures: np.ndarray) -> list[np.ndarray | None]:
-        """Joints (133, 3) found in each picture, None where there is no person; an empty list without a detector."""
-        if self._detector is None:
-            return []
-        return [found.keypoints if found.persons else None for found in self._detector.detect(pictures)]
+    def detect(self, pictures: np.ndarray) -> list[Pose]:
+        """The people found in each picture and the joints of the largest; an empty list without a detector."""
+        return [] if self._detector is None else self._detector.detect(pictures)
 
     def stored_joints(self, rows: Sequence[Row], width: int, height: int) -> list[np.ndarray | None]:
         """The joints that prep found in these samples, in pixels; an empty list for a dataset without poses."""
@@ -120,9 +123,9 @@ class Examiner:
         parts = [reconstruction.score(pictures, truths, self._lpips) if kind != REAL else [{}] * len(pictures)]
         parts.append(self._features(samples, pictures, truths, kind))
         if joints:
-            targets, sides = self._targets(samples, batch, kind, posed)
+            targets, boxes = self._targets(samples, batch, kind, posed)
             if targets:
-                parts.append(pose.score(joints, targets, sides))
+                parts.append(pose.score(joints, targets, boxes, batch.width, batch.height))
             if self.figures:
                 parts.append(attributes.score(pictures, joints, [self._truth[row["key"]] for row in samples]))
             parts.append([{"figure_found": found is not None} for found in joints])
@@ -148,41 +151,30 @@ class Examiner:
 
     def _targets(
         self, samples: Sequence[Row], batch: Batch, kind: str, posed: Sequence[Posed] | None
-    ) -> tuple[list[np.ndarray], list[float]]:
-        """The joints to be met and the longer side of the person's box, in pixels.
+    ) -> tuple[list[np.ndarray], list[Box]]:
+        """The joints to be met and the person's box, in pixels.
 
         A drawn picture has to meet the pose that it was given; the real one, which shows how good the detector is, the
         true joints (or, without a truth, what prep found).
         """
         if posed:
             given = [denormalise(joints, batch.width, batch.height) for _, joints in posed]
-            return given, [
-                self._side(key) if self.figures else longer_side(_confident(j)) for (key, _), j in zip(posed, given)
-            ]
+            return given, [self._box(key, joints) for (key, _), joints in zip(posed, given)]
         stored = self.stored_joints(samples, batch.width, batch.height)
-        if self.figures:
-            truths = [self._truth[row["key"]] for row in samples]
-            sides = [self._side(row["key"]) for row in samples]
-            if kind == REAL:
-                return [np.reshape(truth["keypoints"], (-1, 3)) for truth in truths], sides
-        if not stored:
+        if self.figures and kind == REAL:
+            targets = [np.reshape(self._truth[row["key"]]["keypoints"], (-1, 3)) for row in samples]
+        elif stored:
+            nobody = np.zeros((JOINTS, 3), np.float32)
+            targets = [nobody if found is None else found for found in stored]
+        else:
             return [], []
-        nobody = np.zeros((133, 3), np.float32)
-        stored = [nobody if found is None else found for found in stored]
-        return stored, sides if self.figures else [longer_side(_confident(found)) for found in stored]
+        return targets, [self._box(row["key"], joints) for row, joints in zip(samples, targets)]
 
-    def _side(self, key: str) -> float:
-        """The longer side of a figure's true box, in pixels."""
-        return longer_side(np.reshape(self._truth[key]["box"], (2, 2)))
-
-
-def longer_side(corners: np.ndarray) -> float:
-    """The longer side of the box around points (n, 2), in their unit; 0 without points."""
-    return float(np.ptp(corners, axis=0).max()) if len(corners) else 0.0
-
-
-def _confident(joints: np.ndarray) -> np.ndarray:
-    return joints[joints[:, 2] >= pose.CONFIDENCE, :2]
+    def _box(self, key: str, joints: np.ndarray) -> Box:
+        """A figure's true box, otherwise the one around the confident ones of a person's joints."""
+        if self.figures:
+            return Box.around(np.reshape(self._truth[key]["box"], (2, 2)))
+        return Box.around(joints[joints[:, 2] >= CONFIDENCE, :2])
 
 
 def open_detector(config: EvaluateConfig, dataset: Dataset) -> tuple[DWPose | None, str | None]:

@@ -40,10 +40,12 @@ SAMPLES_SCHEMA = pa.schema(
         ("donor", pa.string()),  # key of the sample that gave a condition, or whose image stands here
         ("text", pa.string()),  # what was given in place of the caption
         ("figure_found", pa.bool_()),  # null: not looked for
-        ("joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) re-detected, pixels
-        ("target_joints", pa.list_(pa.float32())),  # 17 x (x, y, confidence) asked for, pixels
+        ("persons", pa.int32()),  # how many were found, the largest of whom has ``joints``; null: not looked for
+        ("joints", pa.list_(pa.float32())),  # 133 x (x, y, confidence) re-detected, pixels
+        ("target_joints", pa.list_(pa.float32())),  # 133 x (x, y, confidence) asked for, pixels
         ("box_side", pa.float32()),  # longer side of the person's box, pixels: what PCK is relative to
-        ("pose_hits", pa.int32()),
+        ("box_area", pa.float32()),  # of the person, square pixels: what OKS is relative to
+        ("pose_hits", pa.int32()),  # of the body
         ("pose_joints", pa.int32()),
         *((f"{name}_true", pa.string()) for name in ATTRIBUTES),
         *((f"{name}_judged", pa.string()) for name in ATTRIBUTES),  # null: no figure found

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from evaluate.charts import Axes, Series, line_chart, smooth, thin
+from evaluate.keypoints import PARTS
 from evaluate.records import AGAIN, ATTRIBUTES, MODEL, REAL
 from evaluate.suite.attributes import PALETTES
 from evaluate.suite.heldout_loss import PREDICTORS, RATIO_FROM
@@ -138,6 +139,7 @@ def gallery(samples: Sequence[Row], folder: Path) -> list[Row]:
         if real["kind"] != REAL:
             continue
         drawn = [row for row in kept if row["kind"] == MODEL and row["key"] == real["key"]]
+        drawn = [row for row in drawn if "/" not in row["condition"]]  # no variants, which single tests draw
         drawn.sort(key=lambda row: condition_order(row["condition"]))
         posed = [row for row in drawn if "pose" in row["condition"].split("+") and row["target_joints"]]
         caption = real["caption"] or ""
@@ -173,8 +175,10 @@ def picture(row: Row, folder: Path) -> Row:
 
 def skeleton(row: Row) -> Row:
     """The joints that a picture was asked for, as lines and dots in its pixels, and which of them were found there."""
-    target = np.reshape(row["target_joints"], (-1, 3))
-    found = np.zeros_like(target) if row["joints"] is None else np.reshape(row["joints"], (-1, 3))
+    target, found = (
+        np.zeros((17, 3)) if joints is None else np.reshape(joints, (-1, 3))[PARTS["body"]]
+        for joints in (row["target_joints"], row["joints"])
+    )
     asked, detected = target[:, 2] >= CONFIDENCE, found[:, 2] >= CONFIDENCE
     distance = np.hypot(*(found - target)[:, :2].T)
     hit = detected & (distance <= ALPHA * row["box_side"])

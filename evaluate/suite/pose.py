@@ -1,89 +1,356 @@
-"""Are the joints where they were asked for? PCK of the 17 body joints, re-detected in the picture drawn."""
+"""Are the joints where they were asked for? PCK and OKS of the joints re-detected in the picture drawn.
+
+By part of the body, between another sample's joints (floor) and the detector on the real image (ceiling). A pose and
+its mirror image tell whether the model looks at it: a picture has to meet the pose that it was given better than the
+mirror image of that, and a picture drawn from the mirror image has to miss the pose itself. Pictures without a person,
+or with several, are counted; a person who was not found misses all joints.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from evaluate import statistics
-from evaluate.metrics import BODY_JOINTS, keypoint_hits
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.distances import more_samples
+from evaluate.keypoints import ALPHA, AREA_OF_BOX, CONFIDENCE, PARTS, Box, Joints
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.statistics import MIN_CLUSTERS, Interval
+from prep.config import Config
 
 if TYPE_CHECKING:
+    from evaluate.arms import Arm
     from evaluate.context import Context, Rows
     from evaluate.pictures import Picture
 
-ALPHA = 0.1  # of the longer side of the person's box
-CONFIDENCE = 0.3
 # where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
 TRUE_BOX, JOINTS_BOX = "true box", "box around the confident joints that prep found"
+HEADLINE = "body"  # the part that a condition is quoted by
+MIRRORED = "mirrored"  # what follows the name of a condition in that of pictures from the pose's mirror image
+FLOOR, CEILING = "random_pair", "detector_on_real"
+OVERLAYS = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures shown, by their quantile of the body's OKS
+NOBODY_ASKED = "no sample has a pose to ask for"
+
+
+class PoseConfig(Config):
+    """What is drawn for this test alone."""
+
+    conditions: list[str] = Field(default=["pose"])  # without guidance, beside the configured ones
+    mirrored: int = Field(default=64, ge=0)  # samples drawn from the mirror image of their pose too, one noise each
 
 
 def score(
-    joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], longer_sides: Sequence[float]
+    joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], boxes: Sequence[Box], width: int, height: int
 ) -> list[dict[str, Any]]:
-    """Columns joints, target_joints, box_side, pose_hits and pose_joints for each picture.
+    """Columns joints, target_joints, box_side, box_area, pose_hits and pose_joints (of the body) for each picture.
 
-    ``joints`` are those found in it, float (17 or more, 3) in pixels, None where no figure was found: then all that
-    were asked for are missed. ``targets`` are those asked for, in the same pixels.
+    ``joints`` are those found in it, float (133, 3) in pixels, None where nobody was found: then all that were asked
+    for are missed. ``targets`` are those asked for, in the same pixels.
     """
-    rows = []
-    for found, target, side in zip(joints, targets, longer_sides):
-        target = target[:BODY_JOINTS]
-        detected = np.zeros_like(target) if found is None else found[:BODY_JOINTS]
-        hits, asked = keypoint_hits(detected, target, side, ALPHA, CONFIDENCE)
-        rows.append(
-            {
-                "joints": None if found is None else detected.astype(np.float32).ravel().tolist(),
-                "target_joints": target.astype(np.float32).ravel().tolist(),
-                "box_side": float(side),
-                "pose_hits": hits,
-                "pose_joints": asked,
-            }
-        )
-    return rows
+    rows = [
+        {
+            "joints": None if found is None else found.astype(np.float32).ravel().tolist(),
+            "target_joints": target.astype(np.float32).ravel().tolist(),
+            "box_side": float(np.float32(box.longer_side)),  # as it is stored, so that it gives the same hits again
+            "box_area": float(np.float32(box.area)),
+        }
+        for found, target, box in zip(joints, targets, boxes)
+    ]
+    read = Joints.read([row | {"key": "", "width": width, "height": height} for row in rows])
+    hits, asked = (each[:, PARTS[HEADLINE]].sum(1).tolist() for each in (read.hit, read.asked))
+    return [row | {"pose_hits": hit, "pose_joints": count} for row, hit, count in zip(rows, hits, asked)]
 
 
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each of the configured conditions."""
-    return context.configured()
+    """Every sample under each condition with a pose, and some from the mirror image of their pose."""
+    drawn, skipped = context.configured()
+    if context.examiner.blind:
+        return drawn, skipped
+    arms, left_out = _arms(context)
+    drawn += [picture for arm in arms if arm not in context.arms for picture in context.of_all(arm)]
+    return drawn + _mirrored(context, arms), skipped + left_out
+
+
+def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
+    """The configured conditions with a pose, then those of this test."""
+    arms = {arm.name: arm for arm in context.arms if "pose" in arm.subset}
+    skipped = []
+    for conditions in context.config.pose.conditions:
+        arm = context.arm(conditions, 1.0, test="pose")
+        if isinstance(arm, Skipped):
+            skipped.append(arm)
+        elif "pose" not in arm.subset:
+            skipped.append(Skipped(f"pose/{conditions}", "it gives no pose"))
+        else:
+            arms.setdefault(arm.name, arm)
+    return list(arms.values()), skipped
+
+
+def _mirrored(context: Context, arms: Sequence[Arm]) -> list[Picture]:
+    """Some samples with a person, given the mirror image of their pose and as little beside it as any condition."""
+    from evaluate.pictures import Picture
+
+    keys = [key for key in context.keys if context.rows[key]["persons"]][: context.config.pose.mirrored]
+    arm = min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)
+    return [Picture(key, _turned(arm), arm.subset, arm.guidance, mirrored_pose=True) for key in keys] if arm else []
+
+
+def _turned(arm: Arm) -> str:
+    """The label of an arm's pictures from the mirror image of the pose."""
+    return f"{arm.name}/{MIRRORED}"
 
 
 def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
-    """``pose_pck/CONDITION`` of every configured condition with a pose, see :func:`pck`."""
+    """``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, ``.../PART`` of other parts and of the whole.
+
+    ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
+    found. ``pose_mirror/CONDITION``: PCK against the pose given, less that of the same pictures against its mirror
+    image. ``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures drawn from its mirror
+    image. Both are above zero for a model that looks at the pose. Baselines: another sample's joints in their place
+    (floor), and the detector on the real image (ceiling), against the truth where there is one.
+    """
     if context.examiner.blind:
         return [], [Skipped("pose_pck", context.examiner.blind)]
-    arms = [arm for arm in context.arms if "pose" in arm.subset]
-    return pck(rows.all, [arm.name for arm in arms], context.settings_of(arms), context.examiner.box), []
+    arms, _ = _arms(context)
+    if not arms:
+        return [], [Skipped("pose_pck", "no condition with a pose can be drawn")]
+    references = {FLOOR: rows.select(BASELINE, "random_pair"), CEILING: rows.select(REAL, "real")}
+    metrics: list[Metric] = []
+    counts, overlays = {}, []
+    for arm in arms:
+        drawn = Drawn(arm.name, rows.select(MODEL, arm.name), references, _settings(context, arm))
+        turned = Drawn(_turned(arm), rows.select(MODEL, _turned(arm)), references, _settings(context, arm, turned=True))
+        metrics += [*accuracy(drawn), *persons(drawn), margin(drawn)]
+        if turned.rows:
+            metrics += [*accuracy(turned, [HEADLINE]), *persons(turned), drop(drawn, turned)]
+        for one in (drawn, turned):
+            if one.rows:
+                counts[one.name] = count(one.rows, context.rows)
+                overlays += _overlays(one)
+    for one in overlays:
+        context.show(MODEL, one["condition"], one["key"], one["seed"])
+    context.extras["pose"] = {
+        "rule": "of each condition the worst, the median and the best picture by the body's OKS, all noises together",
+        "box": context.examiner.box,
+        "alpha": ALPHA,
+        **_judged(context),
+        "parts": {name: [part.start, part.stop] for name, part in PARTS.items()},
+        "counts": counts,
+        "overlays": overlays,
+    }
+    return metrics, []
 
 
-def pck(
-    samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]], box: str
-) -> list[Metric]:
-    """``pose_pck/CONDITION``: joints found where they were asked for, over joints asked for, pooled over images.
+def _settings(context: Context, arm: Arm, turned: bool = False) -> dict[str, Any]:
+    more = {"pose": MIRRORED, "seeds": 1} if turned else {}
+    return context.settings(arm.name, arm.guidance, **_judged(context), box=context.examiner.box, **more)
 
-    Baselines: another sample's joints in their place (floor), and the detector on the real image against the truth,
-    where there is one (ceiling). Samples in which no joint was asked for do not count. ``box`` is TRUE_BOX or
-    JOINTS_BOX, for the settings.
+
+def _judged(context: Context) -> dict[str, Any]:
+    """Settings of what finds the joints."""
+    models = context.config.pose_models
+    label = "demo networks, not a quality claim" if models is None else ", ".join(file.name for file in models.files)
+    return {"detector": label, "confidence": CONFIDENCE}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The rows of one condition, the rows of all samples that stand for floor and ceiling, and the settings."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    references: Mapping[str, Sequence[Mapping[str, Any]]]
+    settings: Mapping[str, Any]
+
+    @cached_property
+    def keys(self) -> set[str]:
+        """The samples of these pictures."""
+        return {row["key"] for row in self.rows}
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why these pictures give no number, or None."""
+        return degenerate_reason(self.rows) or (None if self.joints.asked.any() else NOBODY_ASKED)
+
+    @cached_property
+    def joints(self) -> Joints:
+        """Against the pose that was given."""
+        return Joints.read(self.rows)
+
+    @cached_property
+    def turned(self) -> Joints:
+        """Against the mirror image of what was given."""
+        return Joints.read(self.rows, mirrored=True)
+
+    @cached_property
+    def baselines(self) -> dict[str, Drawn]:
+        """Floor and ceiling on the same samples, where there are any."""
+        members = {
+            label: [row for row in rows if row["key"] in self.keys and row["target_joints"] is not None]
+            for label, rows in self.references.items()
+        }
+        return {label: Drawn(label, rows, {}, {}) for label, rows in members.items() if rows}
+
+    def metric(
+        self, name: str, share: Share, pool: Pool = statistics.proportion, better: str = "higher", **settings: Any
+    ) -> Metric:
+        """A share pooled over these pictures, and over those of the baselines; a reason where there is none.
+
+        ``pool`` is :func:`statistics.ratio` for differences, which may be below zero.
+        """
+        found = {label: share(other) for label, other in self.baselines.items() if not other.reason}
+        baselines = {label: float(tops.sum() / whole) for label, (tops, of) in found.items() if (whole := of.sum())}
+        details = {"baselines": baselines, "settings": {**self.settings, **settings}, "better": better}
+        tops, of = (np.zeros(1), np.zeros(1)) if self.reason else share(self)
+        if not of.any():
+            return Metric(name, None, n=len(self.keys), reason=self.reason or "none of these was asked for", **details)
+        metric = Metric.of(name, pool(tops, of, self.joints.keys), **details)
+        if metric.low is None:
+            return replace(metric, reason=f"inconclusive, about {MIN_CLUSTERS - metric.n} more samples")
+        return metric
+
+
+Share = Callable[[Drawn], tuple[np.ndarray, np.ndarray]]  # of each picture: how much of how much, (n,) and (n,)
+Pool = Callable[[np.ndarray, np.ndarray, Sequence[str]], Interval]
+
+
+def accuracy(drawn: Drawn, parts: Sequence[str] = tuple(PARTS)) -> list[Metric]:
+    """``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition, by part of the body."""
+    box = drawn.settings["box"]
+    scales = {
+        "pck": {"alpha": ALPHA, "of": f"longer side of the {box}"},
+        "oks": {"sigmas": "COCO-WholeBody", "area": f"{AREA_OF_BOX:g} x that of the {box}"},
+    }
+    return [
+        drawn.metric(
+            f"pose_{measure}/{drawn.name}{'' if part == HEADLINE else f'/{part}'}",
+            partial(_pck if measure == "pck" else _oks, part=PARTS[part]),
+            joints=part,
+            **scale,
+        )
+        for measure, scale in scales.items()
+        for part in parts
+    ]
+
+
+def _pck(drawn: Drawn, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    return drawn.joints.hit[:, part].sum(1), drawn.joints.asked[:, part].sum(1)
+
+
+def _oks(drawn: Drawn, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    values = drawn.joints.oks(part)
+    there = np.isfinite(values)
+    return np.where(there, values, 0), there
+
+
+def persons(drawn: Drawn) -> list[Metric]:
+    """``pose_persons/CONDITION/nobody`` and ``/several``, of the pictures that were asked for a person."""
+    return [
+        drawn.metric(f"pose_persons/{drawn.name}/{label}", partial(_share, few=few, many=many), better="lower")
+        for label, few, many in (("nobody", 0, 0), ("several", 2, np.inf))
+    ]
+
+
+def _share(drawn: Drawn, few: float, many: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures in which ``few`` to ``many`` were found, of those asked for a person; where they were looked for."""
+    looked = drawn.joints.asked.any(1) & [row["persons"] is not None for row in drawn.rows]
+    return looked & [few <= (row["persons"] or 0) <= many for row in drawn.rows], looked
+
+
+def margin(drawn: Drawn) -> Metric:
+    """``pose_mirror/CONDITION``: PCK against the pose given, less that of the same picture against its mirror image."""
+    return _clear(drawn.metric(f"pose_mirror/{drawn.name}", _margin, statistics.ratio, joints=HEADLINE, alpha=ALPHA))
+
+
+def _margin(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    body = PARTS[HEADLINE]
+    gained = drawn.joints.hit[:, body].sum(1) - drawn.turned.hit[:, body].sum(1)
+    return gained, drawn.joints.asked[:, body].sum(1)
+
+
+def drop(straight: Drawn, turned: Drawn) -> Metric:
+    """``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures from its mirror image.
+
+    The same samples and noises, in pairs.
     """
-    metrics = []
-    for condition in conditions:
-        drawn = select(samples, MODEL, condition)
-        name = f"pose_pck/{condition}"
-        baselines = {}
-        for label, kind, arm in (("random_pair", BASELINE, "random_pair"), ("detector_on_real", REAL, "real")):
-            other = [row for row in select(samples, kind, arm) if row["pose_joints"]]
-            if other:
-                baselines[label] = sum(row["pose_hits"] for row in other) / sum(row["pose_joints"] for row in other)
-        own = {**settings[condition], "alpha": ALPHA, "of": f"longer side of the {box}", "confidence": CONFIDENCE}
-        details = {"baselines": baselines, "settings": own}
-        rows = [row for row in drawn if row["pose_joints"]]
-        reason = degenerate_reason(drawn) or (None if rows else "no sample has a pose to ask for")
-        if reason:
-            metrics.append(Metric(name, None, n=len({row["key"] for row in drawn}), reason=reason, **details))
-            continue
-        hits, asked = [row["pose_hits"] for row in rows], [row["pose_joints"] for row in rows]
-        metrics.append(Metric.of(name, statistics.proportion(hits, asked, [row["key"] for row in rows]), **details))
-    return metrics
+    names = {(row["key"], row["seed"]) for row in turned.rows}
+    rows = [row for row in straight.rows if (row["key"], row["seed"]) in names]
+    pairs = Drawn(turned.name, sorted(rows, key=_name), {}, turned.settings)
+    other = replace(turned, rows=sorted(turned.rows, key=_name), references={})
+
+    def lost(pairs: Drawn) -> tuple[np.ndarray, np.ndarray]:
+        body = PARTS[HEADLINE]
+        return pairs.joints.hit[:, body].sum(1) - other.turned.hit[:, body].sum(1), pairs.joints.asked[:, body].sum(1)
+
+    one = other if other.reason else pairs  # either without a number leaves none
+    metric = one.metric(f"pose_mirror/{turned.name}", lost, statistics.ratio, joints=HEADLINE, alpha=ALPHA)
+    return _clear(replace(metric, baselines={"pose_ignored": 0.0}))
+
+
+def _clear(metric: Metric) -> Metric:
+    """Of a difference that should be above zero: where it may be nothing, how many samples would tell."""
+    if metric.low is None or metric.value <= 0:
+        return metric
+    more = more_samples(Interval(metric.value, metric.low, metric.high, metric.n))
+    return metric if more is None else replace(metric, reason=f"inconclusive, about {more} more samples")
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["key"], row["seed"]
+
+
+def count(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many pictures of one condition were asked for a person, and what was found: every picture is in it.
+
+    ``sources`` are the index rows by key: how many people prep found in the image whose pose was given.
+    """
+    seen = [row for row in rows if not row["degenerate"]]
+    joints = Joints.read(seen)
+    asked = joints.asked.any(1)
+    wanted = [row for row, there in zip(seen, asked) if there]
+    unasked = [row for row, there in zip(seen, asked) if not there]
+    return {
+        "pictures": len(rows),
+        "degenerate": len(rows) - len(seen),
+        "asked": len(wanted),
+        "nobody_asked": len(unasked),
+        "several_in_source": sum(sources[row["key"]]["persons"] > 1 for row in wanted),
+        "nobody_found": sum(row["joints"] is None for row in wanted),
+        "several_found": sum((row["persons"] or 0) > 1 for row in wanted),
+        "found_unasked": sum(row["joints"] is not None for row in unasked),
+        "outside": int(joints.outside.sum()),
+    }
+
+
+def _overlays(drawn: Drawn) -> list[dict[str, Any]]:
+    """The joints asked for and found in the pictures at OVERLAYS of the body's OKS, ties in the order of keys."""
+    if drawn.reason:
+        return []
+    values = drawn.joints.oks(PARTS[HEADLINE])
+    order = sorted(np.flatnonzero(np.isfinite(values)), key=lambda place: (values[place], _name(drawn.rows[place])))
+    overlays = []
+    for label, quantile in OVERLAYS.items() if order else ():
+        place = order[round(quantile * (len(order) - 1))]
+        row, asked, body = drawn.rows[place], drawn.joints.asked[place], PARTS[HEADLINE]
+        overlays.append(
+            {
+                **{name: row[name] for name in ("condition", "key", "seed", "width", "height", "persons")},
+                "label": label,
+                "quantile": quantile,
+                "oks": round(float(values[place]), 4),
+                "hits": int(drawn.joints.hit[place, body].sum()),
+                "joints": int(asked[body].sum()),
+                "given": _places(drawn.joints.target[place] * asked[:, None]),
+                "found": None if row["joints"] is None else _places(drawn.joints.found[place]),
+            }
+        )
+    return overlays
+
+
+def _places(joints: np.ndarray) -> list[list[float]]:
+    return np.round(joints.astype(np.float64), 2).tolist()
