@@ -139,6 +139,8 @@ def test_several_people_and_none_are_counted():  # fault E09
     )
     assert (nobody.n, nobody.better) == (20, "lower")
     assert nobody.low < 0.25 < nobody.high
+    unasked = rows([None], np.zeros((1, 133, 3), np.float32))[0] | {"key": "99"}
+    assert pose.persons(drawn([*own, unasked]))[0].value == 0.25
     sources = {row["key"]: {"persons": 2 if row["key"] < "04" else 1} for row in own}
     assert pose.count(own, sources) == {
         **{"pictures": 20, "degenerate": 0, "asked": 20, "nobody_asked": 0, "several_in_source": 4},
