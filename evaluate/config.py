@@ -8,9 +8,11 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from evaluate.suite.divergence import DivergenceConfig
+from evaluate.suite.edit import EditConfig
 from evaluate.suite.heldout_loss import HeldoutLossConfig
 from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
+from evaluate.suite.swap import SwapConfig
 from prep.config import Config
 from train.sample import Method, Sampling
 
@@ -59,12 +61,15 @@ class EvaluateConfig(Config):
     conditions: dict[str, float] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
     sampler: SamplerConfig = SamplerConfig()
     heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
+    swap: SwapConfig = SwapConfig()
+    edit: EditConfig = EditConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     pose: PoseConfig = PoseConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
     judge: str | None = None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/judge.py
+    probe: str | None = None  # CLIP model that is asked for what an edit names, a folder or in the hub's cache
     # DWPose's files; null: the demo networks for datasets made with demo encoders, otherwise no judging of joints
     pose_models: PoseModelsConfig | None = None
     needed: dict[str, float] = Field(default={})  # metric name -> the bar it is held against in the report

@@ -15,6 +15,7 @@ from evaluate.examine import Examiner
 from evaluate.features import TrainFeatures, load_train_features
 from evaluate.judge import Judge
 from evaluate.pictures import Picture
+from evaluate.probe import ClipProbe
 from evaluate.records import REAL, Metric, Skipped, select
 from evaluate.subject import Row, Subject
 from evaluate.texts import Texts
@@ -65,6 +66,8 @@ class Context:
     texts: Texts
     run_folder: Path | None = None
     step: int | None = None  # of the checkpoint
+    probe: ClipProbe | None = None  # CLIP; ``no_probe`` says why there is none
+    no_probe: str | None = None
     heldout: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
     shown: dict[tuple[str, str, str, int], None] = field(default_factory=dict)

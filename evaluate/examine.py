@@ -11,7 +11,8 @@ from evaluate.config import EvaluateConfig
 from evaluate.judge import Judge, cosine, pixel_features
 from evaluate.keypoints import CONFIDENCE, Box
 from evaluate.metrics import Lpips, lpips_unavailable
-from evaluate.records import REAL, SAMPLES_SCHEMA
+from evaluate.probe import ClipProbe
+from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
 from evaluate.suite import attributes, pose, reconstruction
 from prep.dwpose import JOINTS, DWPose, Pose, denormalise
@@ -23,12 +24,21 @@ Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (13
 class Examiner:
     """Scores pictures against their samples with whatever this dataset and machine allow.
 
-    ``lpips``, ``detector`` and ``judge`` may be None: their columns stay null, and the caller says why. ``figures``
-    tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is relative to.
+    ``lpips``, ``detector``, ``judge`` and ``probe`` may be None: their columns stay null, and the caller says why.
+    ``figures`` tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is
+    relative to.
     """
 
-    def __init__(self, dataset: Dataset, lpips: Lpips | None, detector: DWPose | None, judge: Judge | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        lpips: Lpips | None,
+        detector: DWPose | None,
+        judge: Judge | None = None,
+        probe: ClipProbe | None = None,
+    ):
         self._dataset, self._lpips, self._detector, self._judge = dataset, lpips, detector, judge
+        self._probe = probe
         self.no_lpips: str | None = None if lpips else lpips_unavailable()
         self.blind: str | None = None  # why joints are not judged, or None when they are
         self._real: dict[str, np.ndarray] = {}  # the judge's feature of each real image seen
@@ -135,7 +145,11 @@ class Examiner:
         self, samples: Sequence[Row], pictures: np.ndarray, truths: np.ndarray, kind: str
     ) -> list[dict[str, Any]]:
         """Both features of each picture, and how like the real image the judge finds it."""
-        columns = [{"feature_pixels": pixels} for pixels in pixel_features(pictures)]
+        columns: list[dict[str, Any]] = [{"feature_pixels": pixels} for pixels in pixel_features(pictures)]
+        if self._probe is not None and kind == MODEL:
+            columns = [
+                column | {"feature_probe": seen} for column, seen in zip(columns, self._probe.features(pictures))
+            ]
         if self._judge is None:
             return columns
         features = self._judge.features(pictures)

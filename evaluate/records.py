@@ -16,7 +16,7 @@ ATTRIBUTES = ("top", "trousers", "background", "hair")  # judged on figures, in 
 
 # what a row of samples.parquet is: a picture of the model, a baseline in its place, or the holdout image itself
 MODEL, BASELINE, REAL = "model", "baseline", "real"
-FEATURES = ("feature", "feature_pixels")
+FEATURES = ("feature", "feature_pixels", "feature_probe")
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -37,6 +37,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("dino_similarity", pa.float64()),  # cosine of ``feature`` with the real image's
         ("feature", pa.list_(pa.float32())),  # the judge's class token; null without a judge
         ("feature_pixels", pa.list_(pa.float32())),  # 16 x 16 x 3 mean colours in [0, 1]
+        ("feature_probe", pa.list_(pa.float32())),  # CLIP's embedding of drawn pictures; null without a probe
         ("donor", pa.string()),  # key of the sample that gave a condition, or whose image stands here
         ("text", pa.string()),  # what was given in place of the caption
         ("figure_found", pa.bool_()),  # null: not looked for

@@ -32,6 +32,7 @@ from evaluate.judge import open_judge
 from evaluate.metrics import Lpips, lpips_unavailable
 from evaluate.parts import Parts
 from evaluate.pictures import once
+from evaluate.probe import open_probe
 from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
 from evaluate.subject import Row, Subject, chunks, dataset_modalities, read_batch, select_holdout
 from evaluate.suite import heldout_loss
@@ -153,7 +154,8 @@ def build_context(
     lpips = Lpips() if lpips_unavailable() is None else None
     detector, no_detector = open_detector(config, subject.dataset)
     judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
-    examiner = Examiner(subject.dataset, lpips, detector, judge)
+    probe, no_probe = open_probe(config.probe, subject.device)
+    examiner = Examiner(subject.dataset, lpips, detector, judge, probe)
     examiner.blind = no_detector
     buckets = {row["bucket"] for row in subject.rows}
     return Context(
@@ -166,6 +168,8 @@ def build_context(
         texts=Texts(subject.dataset, subject.device),
         run_folder=run_folder,
         step=step,
+        probe=probe,
+        no_probe=no_probe,
     )
 
 

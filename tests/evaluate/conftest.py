@@ -178,7 +178,7 @@ class Judged:
         table = ConditioningConfig(preset="quickstart").resolve()
         self._subject = Subject(nn.Identity(), FlowConfig(), table, figures, tuple(figures.rows("holdout")))
         self._training = load_training_images(figures, {row["bucket"] for row in self._subject.rows}, 40)
-        self._references: list[dict[str, Any]] = []
+        self._references: dict[bool, list[dict[str, Any]]] = {}
         self._train_features: TrainFeatures | None = None
 
     def context(self, run_folder: Path | None = None, step: int | None = None, **config: Any) -> Context:
@@ -189,23 +189,36 @@ class Judged:
         context.train_features = self._train_features
         return context
 
-    def rows(self, drawn: dict[tuple[str, int], dict[str, np.ndarray]]) -> Rows:
-        """``drawn`` maps condition and noise to the picture of each key, uint8 (H, W, 3)."""
-        self._references = self._references or [row for batch in self._subject.batches() for row in self._real(batch)]
-        rows = [dict(row) for row in self._references]
+    def rows(self, drawn: dict[tuple[str, int], dict[str, np.ndarray]], detected: bool = False) -> Rows:
+        """``drawn`` maps condition and noise to the picture of each key, uint8 (H, W, 3).
+
+        ``detected``: as if the figure's true joints had been found in each.
+        """
+        if detected not in self._references:
+            batches = self._subject.batches()
+            self._references[detected] = [row for batch in batches for row in self._real(batch, detected)]
+        rows = [dict(row) for row in self._references[detected]]
         for batch in self._subject.batches():
             for (condition, seed), pictures in drawn.items():
                 there = [place for place, key in enumerate(batch.keys) if key in pictures]
                 if there:
                     images = np.stack([pictures[batch.keys[place]] for place in there])
                     labels = {"kind": MODEL, "condition": condition, "seed": seed, "guidance": 1.0}
-                    rows += self._examiner.rows(batch.select(there), images, joints=[], **labels)
+                    own = batch.select(there)
+                    rows += self._examiner.rows(own, images, joints=self._joints(own) if detected else [], **labels)
         return Rows(sorted(rows, key=lambda row: row["key"]))
 
-    def _real(self, batch: Batch) -> list[dict[str, Any]]:
+    def _joints(self, batch: Batch) -> list[np.ndarray]:
+        """The true joints, found with certainty."""
+        truth = self.figures.truth()
+        joints = [np.reshape(truth[key]["keypoints"], (-1, 3)).astype(np.float32) for key in batch.keys]
+        return [np.concatenate([one[:, :2], one[:, 2:] > 0], axis=1) for one in joints]
+
+    def _real(self, batch: Batch, detected: bool) -> list[dict[str, Any]]:
         mean_image = np.rint(self._training.mean_image(batch.bucket)).astype(np.uint8)
         stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
-        rows = self._examiner.rows(batch, batch.pixels, kind=REAL, condition="real", joints=[])
+        joints = self._joints(batch) if detected else []
+        rows = self._examiner.rows(batch, batch.pixels, kind=REAL, condition="real", joints=joints)
         for name, images in stand_ins.items():
             rows += self._examiner.rows(batch, images, kind=BASELINE, condition=name, joints=[])
         return rows
