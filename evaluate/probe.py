@@ -61,7 +61,7 @@ class ClipProbe:
         index = {phrase: place for place, phrase in enumerate(dict.fromkeys(one for pair in phrases for one in pair))}
         texts = self.texts(list(index)).astype(np.float64)
         old, new = (texts[[index[pair[side]] for pair in phrases]] for side in (0, 1))
-        scale = float(self._model.logit_scale.exp())
+        scale = float(self._model.logit_scale.detach().exp())
         return 1 / (1 + np.exp(-scale * np.einsum("bd,bd->b", features.astype(np.float64), new - old)))
 
 
