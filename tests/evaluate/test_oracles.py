@@ -1,13 +1,23 @@
 """Models whose answers are known come out in the known order, on every metric; alarms go off for those they are for."""
 
+from copy import copy
+
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from evaluate.config import EvaluateConfig
+from evaluate.edits import choose
 from evaluate.run import evaluate
 from evaluate.subject import Subject
-from tests.evaluate.conftest import Oracle
+from evaluate.texts import Texts
+from prep.encoders import build_encoder
+from tests.evaluate.conftest import FiguresInMemory, Oracle, to_tensor
+from tests.evaluate.test_edit import picture
 from train.conditioning import ConditioningConfig
 from train.flow import FlowConfig
+from train.given import encoder_config
 
 # what else known models must score, degenerate ones among them, is in test_run.py
 CONFIG = {
@@ -77,3 +87,94 @@ def test_only_the_copy_cat_sets_off_the_alarm_of_memorisation(evidence):  # faul
         model: [alarm["fired"] for alarm in found.extras["memorisation"]["alarms"]] for model, found in evidence.items()
     }
     assert fired == {model: [model == "copy_cat"] for model in evidence}
+
+
+# --- models that do, or do not, what they are told
+
+
+class Obedient(nn.Module):
+    """Draws the image that its features are of: the class token, else the patches, else the text; else grey."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self._images = images  # bytes of float32 features -> uint8 (H, W, 3)
+
+    def encode_context(self, conditions, height: int, width: int, *, cache: bool = False):
+        grey = np.full((height, width, 3), 128, np.uint8)
+        given = [self._given(conditions, index) for index in range(len(conditions))]
+        return torch.stack([to_tensor(self._images.get(features, grey)) for features in given])
+
+    def forward(self, z, t, context):
+        return context
+
+    @staticmethod
+    def _given(conditions, index):
+        for name in ("cls", "patches"):
+            if getattr(conditions, name) is not None:
+                return getattr(conditions, name)[index].numpy().tobytes()
+        if conditions.text is None:
+            return b""
+        return conditions.text[index][conditions.text_mask[index]].numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What the swap and the edit test find of a model that obeys and of one that ignores both features and text."""
+    figures = copy(FiguresInMemory(12, 28))
+    t5 = build_encoder(encoder_config(figures.info, {}), "t5", "cpu").fingerprint()  # as a dataset records it
+    figures.info = {**figures.info, "layers": {**figures.info["layers"], "t5": {"width": 8, "encoder": t5}}}
+    texts, images = Texts(figures), {}
+    figures.t5 = lambda row, flipped=False: texts.embed(row["caption"])
+    rows = figures.rows("holdout")
+    for row in rows:
+        key, own = row["key"], figures.pixels(row)
+        change, null = (choose(row["caption"], type, key) for type in ("attribute", "paraphrase"))
+        edited = picture(key, **{change.attribute: change.words[0][1]})
+        for features, image in (
+            (figures.cls(row), own),
+            (figures.patches(row), own),
+            (texts.embed(row["caption"]), own),
+            (texts.embed(null.text), own),
+            (texts.embed(change.text), edited),
+        ):
+            images[features.astype(np.float32).tobytes()] = image
+    truth = {row["key"]: figures.pixels(row) for row in rows}
+    return figures, {"obedient": Obedient(images), "ignoring": Oracle(figures, truth, noises=1)}
+
+
+@pytest.fixture(scope="module")
+def obeyed(told, tmp_path_factory):
+    """Metrics by name of each of the two models."""
+    figures, models = told
+    settings = {"tests": ["swap", "edit"], "conditions": {"text": 1.0}, "edit": {"types": ["attribute"]}}
+    config = EvaluateConfig.model_validate({**CONFIG, **settings})
+    table = ConditioningConfig(preset="default").resolve()
+    found = {}
+    for name, model in models.items():
+        subject = Subject(model, FlowConfig(), table, figures, tuple(figures.rows("holdout")))
+        evidence = evaluate(subject, config, tmp_path_factory.mktemp(name))
+        assert not evidence.skipped
+        found[name] = {metric.name: metric for metric in evidence.metrics}
+    return found
+
+
+@pytest.mark.parametrize("mode", ["", "/cls", "/patches"])
+def test_the_donor_is_told_from_a_model_that_obeys_and_by_chance_from_one_that_ignores_it(obeyed, mode):  # fault E08
+    for space in ("", "_pixels"):
+        right, chance = (obeyed[model][f"swap/identified{space}{mode}"] for model in ("obedient", "ignoring"))
+        assert right.value == 1
+        assert chance.low <= chance.baselines["chance"] <= chance.high < 1
+        assert obeyed["obedient"][f"swap/gain{space}{mode}"].low > 0
+        assert obeyed["ignoring"][f"swap/gain{space}{mode}"].value == pytest.approx(0, abs=1e-6)
+    assert obeyed["ignoring"][f"swap/text_kept{mode}"].value > 0.9 > obeyed["obedient"][f"swap/text_kept{mode}"].high
+
+
+def test_edits_show_where_the_text_is_obeyed_alone(obeyed):  # fault E08
+    obedient, ignoring = obeyed["obedient"], obeyed["ignoring"]
+    for name in ("effect", "effect_pixels", "direction_gain"):
+        assert obedient[f"edit/{name}"].low > 0
+        assert ignoring[f"edit/{name}"].value == pytest.approx(0, abs=1e-6)
+    assert obedient["edit/direction"].value > 0.9
+    assert obedient["edit/preserved"].value > 0.95 > 0.6 > obedient["edit/preserved"].baselines["random_pair"]
+    assert obedient["edit/pose_kept"].value > 0.95
