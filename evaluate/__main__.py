@@ -38,11 +38,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     report = verbs.add_parser(
-        "report", help="turn the files of a run of `evaluate run` into one HTML page and a CSV", allow_abbrev=False
+        "report",
+        help="show evaluations, one or several side by side, as one HTML page, with JSON and CSV",
+        allow_abbrev=False,
     )
     report.set_defaults(verb=_report)
-    report.add_argument("folder", type=Path, help="an output folder, or a run folder for its newest")
-    report.add_argument("--output", type=Path, help="HTML file (default: report.html in the output folder)")
+    report.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN", help="an output folder, or a run folder for its newest"
+    )
+    report.add_argument(
+        "--output", type=Path, help="HTML file (default: report.html in the output folder; of several: here)"
+    )
     return parser
 
 
@@ -66,8 +72,8 @@ def _run(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from evaluate.report import write_report
 
-    page, table = write_report(options.folder, options.output)
-    say(f"wrote {page} and {table}")
+    page, record, table = write_report(options.folders, options.output)
+    say(f"wrote {page}, {record.name} and {table.name} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

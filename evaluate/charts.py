@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no library, no script; colours are CSS classes, so that one drawing suits light and dark."""
+"""Charts as SVG text: no library, no script; colours are CSS classes, so that one drawing suits light and dark."""
 
 from __future__ import annotations
 
@@ -95,6 +95,31 @@ def line_chart(series: Sequence[Series], axes: Axes) -> Markup:
             parts += [f'<circle class="dot {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
     parts.append("</svg>")
     return Markup("".join(parts))
+
+
+def joints_overlay(
+    given: Sequence[Sequence[float]],
+    found: Sequence[Sequence[float]],
+    links: Sequence[Sequence[int]],
+    size: tuple[int, int],
+) -> Markup:
+    """Joints to lay over a picture of ``size`` (width, height): the pose given, and over it the joints found.
+
+    Joints are (x, y, confidence) in pixels; those of confidence 0 are left out, as are bones with one of them.
+    """
+    width, height = size
+    unit = math.sqrt(width * height) / 100
+    parts = [f'<svg class="overlay" viewBox="0 0 {width} {height}" aria-hidden="true" style="--unit:{unit:.2f}px">']
+    for style, joints in (("given", given), ("found", found)):
+        there = {index: f"{x:.1f} {y:.1f}" for index, (x, y, confidence) in enumerate(joints) if confidence > 0}
+        bones = "".join(f"M{there[a]}L{there[b]}" for a, b in links if a in there and b in there)
+        linked = {joint for link in links for joint in link}
+        dots = "".join(f"M{place}h0" for index, place in there.items() if index in linked)
+        specks = "".join(f"M{place}h0" for index, place in there.items() if index not in linked)
+        parts += [f'<path class="halo" d="{bones}"/>'] if bones else []
+        shapes = (("bone", bones), ("dot", dots), ("speck", specks))
+        parts += [f'<path class="{kind} {style}" d="{path}"/>' for kind, path in shapes if path]
+    return Markup("".join([*parts, "</svg>"]))
 
 
 def smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:

@@ -1,7 +1,8 @@
-"""One HTML page, and a CSV, from the files of an evaluation: a pure function of them, offline, without a script.
+"""``evaluate report``: one HTML page about one evaluation, or several side by side, with JSON and CSV beside it.
 
-The template ``report.html`` gets plain values from :mod:`evaluate.views`. jinja2 escapes every string, and the page's
-Content-Security-Policy forbids it to load or run anything.
+A pure function of the files, offline and without a script. The template ``report.html`` gets plain values from
+:mod:`evaluate.report_metrics`, ``report_curves``, ``report_pictures`` and ``report_sections``. jinja2 escapes every
+string, and the page's Content-Security-Policy forbids it to load or run anything.
 """
 
 from __future__ import annotations
@@ -9,164 +10,210 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import pyarrow as pa
-
-from evaluate import views
-from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric
-from evaluate.suite.attributes import ATTRIBUTES, PALETTES
+from evaluate import report_curves as curves
+from evaluate import report_metrics as numbers
+from evaluate.compare import Difference
+from evaluate.records import SCHEMA_VERSION
+from evaluate.report_files import OUTPUTS, UNKNOWN, Files, Run, find_output, name_runs
+from evaluate.report_metrics import number
+from evaluate.report_pictures import SIDES, Thumbnails, gallery
+from evaluate.report_sections import colour, sections
+from evaluate.suite.attributes import ATTRIBUTES
 from evaluate.suite.heldout_loss import RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
-from prep.errors import ConfigError, DataError
-from prep.files import write_atomic
-from prep.shards import read_parquet
-from train.tracking import read_metrics
+from prep.errors import ConfigError, ResourceError
+from prep.files import canonical_json, write_atomic
+from prep.pages import open_template
 
-METRIC_FIELDS = tuple(Metric("", None).to_dict())
+__all__ = ["Files", "find_output", "metrics_csv", "number", "render", "report_json", "write_report"]
 
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one evaluation, read."""
-
-    folder: Path
-    report: dict[str, Any]
-    samples: list[dict[str, Any]]
-    curves: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path) -> Files:
-        """Read an output folder, or the newest one of a run.
-
-        Raises :class:`ConfigError` when there is none and :class:`DataError` for files that are missing, damaged or of
-        another version.
-        """
-        folder = find_output(folder)
-        report = _read_report(folder / "report.json")
-        return cls(folder, report, _read_samples(folder / "samples.parquet"), _read_curves(folder / "training.jsonl"))
+LIMIT = 10_000_000  # bytes of the page
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
-    if not isinstance(report, dict):
-        raise DataError(f"{path} is damaged (not a JSON object). {AGAIN}")
-    if report.get("schema") != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. {AGAIN}")
-    lacking = {"metrics", "skipped", "provenance"} - set(report)
-    if not lacking:
-        lacking = {name for metric in report["metrics"] for name in METRIC_FIELDS if name not in metric}
-    if lacking:
-        raise DataError(f"{path} is damaged (it lacks {', '.join(sorted(lacking))}). {AGAIN}")
-    return report
+def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> list[Path]:
+    """Write the page, and the metrics as JSON and CSV beside it; returns the three.
+
+    The page of one evaluation is ``report.html`` among its files unless ``output`` says otherwise, of several
+    ``report.html`` in the working directory. Raises :class:`ConfigError` where the JSON would replace an evaluation's.
+    """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    files = [Files.read(folder) for folder in folders]
+    page = output or (files[0].folder if len(files) == 1 else Path()) / "report.html"
+    record, table = page.with_suffix(".json"), page.with_suffix(".csv")
+    own = len(files) == 1 and record.absolute() == (files[0].folder / "report.json").absolute()
+    if not own and record.name == "report.json" and (record.parent / "samples.parquet").is_file():
+        raise ConfigError(f"{record} is the evidence of another evaluation; give --output another name or folder")
+    html = render(files)
+    write_atomic(page, html)
+    if not own:  # among its files it is there already
+        write_atomic(record, canonical_json(report_json(files)))
+    write_atomic(table, metrics_csv(files))
+    return [page, record, table]
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    try:
-        table = read_parquet(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist. {AGAIN}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
-    lacking = [name for name in SAMPLES_SCHEMA.names if name not in table.column_names]
-    if lacking:
-        raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
-    return table.to_pylist()
+def render(files: Files | Sequence[Files]) -> str:
+    """The page as text, of at most LIMIT bytes: pictures are made smaller until it is.
+
+    Raises :class:`ResourceError` where the smallest do not help.
+    """
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    for side, lossless in ((SIDES[0], True), *((side, False) for side in SIDES)):
+        html = _render(runs, Thumbnails(side, lossless))
+        if len(html.encode()) <= LIMIT:
+            return html
+    raise ResourceError(f"the page would be larger than {LIMIT / 1e6:.0f} MB; give fewer runs")
 
 
-def _read_curves(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():  # a run without curves has an empty one
-        raise DataError(f"{path} does not exist. {AGAIN}")
-    try:
-        return read_metrics(path)
-    except DataError as error:
-        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
-
-
-def find_output(folder: Path) -> Path:
-    """The evaluation's folder that is meant: itself, or the newest of a run folder."""
-    if (folder / "report.json").is_file():
-        return folder
-    outputs = [path.parent for path in folder.glob("validation_outputs/step-*/report.json")]
-    outputs = [path for path in outputs if path.name.removeprefix("step-").isdecimal()]
-    if not outputs:
-        raise ConfigError(f"{folder}: no report.json here or in validation_outputs. Run python -m evaluate run first")
-    return max(outputs, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def write_report(folder: Path, output: Path | None = None) -> list[Path]:
-    """Write the page (default: ``report.html`` among the files) and the metrics as CSV beside it; returns both."""
-    files = Files.read(folder)
-    page = output or files.folder / "report.html"
-    table = page.with_suffix(".csv")
-    write_atomic(page, render(files))
-    write_atomic(table, metrics_csv(files.report["metrics"]))
-    return [page, table]
-
-
-def render(files: Files) -> str:
-    """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "percent": lambda share: f"{100 * share:.2f}%"}
-    environment.globals |= {"colour": views.colour}
-    metrics, provenance = files.report["metrics"], files.report["provenance"]
-    return environment.get_template("report.html").render(
-        provenance=provenance,
-        headlines=views.headlines(metrics),
-        groups=views.metric_groups(metrics),
-        gallery=views.gallery(files.samples, files.folder),
-        heldout=views.heldout_charts(metrics),
-        confusions=views.confusions(files.samples),
-        training=views.training_charts(files.curves),
-        skipped=files.report["skipped"],
-        unscored=[metric for metric in metrics if metric["reason"]],
-        images=len({row["key"] for row in files.samples}),
-        configs={name: _pretty(provenance[name]) for name in ("training", "evaluation")},
+def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
+    filters = {
+        "number": number,
+        "signed": numbers.signed,
+        "percent": lambda share: f"{100 * share:.2f}%",
+        "count": lambda value: f"{value:,}" if isinstance(value, int) else str(value),
+    }
+    template = open_template(Path(__file__).with_name("report.html"), filters)
+    return template.render(
+        runs=[facts(run) for run in runs],
+        several=len(runs) > 1,
+        headlines=[{"run": run, "metrics": numbers.headlines(run.files.metrics)} for run in runs],
+        tallies=[{"run": run, **tally(run)} for run in runs],
+        alarms=numbers.alarms(runs),
+        comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
+        groups=[{"run": run, "groups": numbers.metric_groups(run.files.metrics)} for run in runs],
+        gallery=gallery(runs, thumbnails),
+        heldout=curves.heldout_charts(runs),
+        training=curves.training_charts(runs),
+        history=curves.history_charts(runs),
+        sections=sections(runs, thumbnails),
+        missing=[{"run": run, **missing(run)} for run in runs],
+        scaled=None if thumbnails.lossless else thumbnails.side,
+        colour=colour,
         attributes=ATTRIBUTES,
-        palettes=PALETTES,
         alpha=ALPHA,
         confidence=CONFIDENCE,
         ratio_from=RATIO_FROM,
     )
 
 
-def metrics_csv(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The metrics of report.json as CSV; baselines and settings as JSON in their cells."""
+def facts(run: Run) -> dict[str, Any]:
+    """What a run's numbers depend on, and how to make them again; what is not known is called unknown."""
+    given = run.files.provenance
+    dataset, training, git = (given.get(name) or {} for name in ("dataset", "training", "git"))
+    counts = dataset.get("counts") if isinstance(dataset.get("counts"), Mapping) else {}
+    commit, dirty = git.get("commit", UNKNOWN), git.get("dirty", UNKNOWN)
+    state = {False: "nothing changed since", True: "with uncommitted changes"}.get(dirty, "changes unknown")
+    weights, fingerprint = given.get("weights_sha256", UNKNOWN), dataset.get("fingerprint", UNKNOWN)
+    doubts = [
+        f"the {name} is unknown"
+        for name, value in (
+            ("commit", commit),
+            ("hash of the weights", weights),
+            ("dataset's fingerprint", fingerprint),
+        )
+        if value in (UNKNOWN, None)
+    ]
+    if dirty is not False:
+        doubts.append(
+            "the code had uncommitted changes" if dirty is True else "whether the code was changed is unknown"
+        )
+    place = training.get("output", UNKNOWN)
+    step = given.get("checkpoint", UNKNOWN)
+    config = f"{place}/{OUTPUTS}/{step}/config.yaml"
+    command = ["python", "-m", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
+    return {
+        "letter": run.letter,
+        "style": run.style,
+        "title": run.title,
+        "checkpoint": step,
+        "parameters": given.get("parameters"),
+        "weights": given.get("weights", UNKNOWN),
+        "weights_sha256": weights or UNKNOWN,
+        "encoders": dataset.get("encoders", UNKNOWN),
+        "base": dataset.get("base", UNKNOWN),
+        "fingerprint": fingerprint or UNKNOWN,
+        "train": counts.get("train", UNKNOWN),
+        "holdout": counts.get("holdout", UNKNOWN),
+        "images": len({row["key"] for row in run.files.samples}),
+        "commit": commit,
+        "state": state,
+        "packages": given.get("packages") or {},
+        "python": given.get("python", UNKNOWN),
+        "machine": given.get("machine", UNKNOWN),
+        "doubts": doubts,
+        "checkout": commit if commit != UNKNOWN else None,
+        "command": shlex.join(command),
+        "unfinished": run.files.unfinished,
+        "configs": {name: _pretty(given.get(name, UNKNOWN)) for name in ("training", "evaluation")},
+    }
+
+
+def tally(run: Run) -> dict[str, int]:
+    """How many headline metrics are better or worse than their floor, or inconclusive."""
+    groups = numbers.metric_groups(run.files.metrics)
+    verdicts = [row["floor"]["verdict"] for group in groups for row in group["headline"] if row["floor"]]
+    return {name: verdicts.count(name) for name in ("better", "worse", "inconclusive")} | {"total": len(verdicts)}
+
+
+def missing(run: Run) -> dict[str, Any]:
+    """What was skipped and which metrics have no value or no interval, with the reasons."""
+    unscored: dict[str, list[str]] = {}
+    for metric in run.files.metrics:
+        if metric["reason"]:
+            unscored.setdefault(metric["reason"], []).append(metric["name"])
+    return {"skipped": run.files.report["skipped"], "unscored": unscored}
+
+
+def report_json(files: Files | Sequence[Files]) -> dict[str, Any]:
+    """What the page says as JSON: the report.json of one evaluation, or all of several with what was compared.
+
+    Of several, ``metrics`` and ``skipped`` name their ``run``, ``provenance`` is by run, and ``comparisons`` hold what
+    each has over the first: ``difference``, ``low``, ``high``, ``n`` (images) and ``verdict``, or ``not_compared``.
+    """
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    if len(runs) == 1:
+        return runs[0].files.report
+    compared = numbers.comparisons(runs)
+    entries = []
+    for row in compared["rows"]:
+        for run, difference in zip(runs[1:], row["differences"][1:]):
+            entry = {"name": row["name"], "run": run.letter, "against": runs[0].letter}
+            reasons = compared["objections"].get(run.letter) or row["differing"].get(run.letter)
+            entries.append(entry | ({"not_compared": reasons} if reasons else _difference(difference)))
+    return {
+        "schema": SCHEMA_VERSION,
+        "metrics": [{"run": run.letter, **metric} for run in runs for metric in run.files.metrics],
+        "skipped": [{"run": run.letter, **one} for run in runs for one in run.files.report["skipped"]],
+        "provenance": {run.letter: run.files.provenance for run in runs},
+        "comparisons": entries,
+    }
+
+
+def _difference(difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {"not_compared": ["no values that could be paired"]}
+    own = difference.interval
+    bounds = {"difference": own.value, "low": own.low, "high": own.high, "n": own.n}
+    return {**bounds, "verdict": difference.verdict, "more": difference.more}
+
+
+def metrics_csv(files: Files | Sequence[Files]) -> str:
+    """The metrics of report.json as CSV; baselines and settings as JSON in their cells. Of several runs, by run."""
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
     columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "baselines", "settings"])
-    for metric in metrics:
-        nested = [json.dumps(metric[name], sort_keys=True) for name in ("baselines", "settings")]
-        writer.writerow([*("" if metric[name] is None else metric[name] for name in columns), *nested])
+    writer.writerow([*(["run"] if len(runs) > 1 else []), *columns, "baselines", "settings"])
+    for run in runs:
+        for metric in run.files.metrics:
+            nested = [json.dumps(metric[name], sort_keys=True) for name in ("baselines", "settings")]
+            cells = ["" if metric[name] is None else metric[name] for name in columns]
+            writer.writerow([*([run.letter] if len(runs) > 1 else []), *cells, *nested])
     return text.getvalue()
-
-
-def number(value: float | None, metric: Mapping[str, Any]) -> str:
-    """A number of a metric (its value, a bound, a baseline) as people read it, a dash for null.
-
-    dB get one decimal, shares and similarities two, losses and distances three significant digits.
-    """
-    if value is None:
-        return "–"
-    if metric["unit"] == "dB":
-        text = f"{value:.1f}"
-    else:
-        text = f"{value:.2f}" if metric["better"] == "higher" else f"{value:#.3g}".rstrip(".")
-    return text.replace("-", "−")
 
 
 def _pretty(value: Any) -> str:

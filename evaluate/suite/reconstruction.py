@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from evaluate import metrics, statistics
-from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from prep.config import Config
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ MEASURES = {
     "dino_similarity": ("higher", ""),
 }
 SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
+QUANTILES = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures kept for the report, by their rank
 # What the predecessor called LPIPS values below these: a reference for readers, never a verdict.
 LPIPS_SCALE = {"excellent": 0.3, "good": 0.5, "blurry": 0.7}
 
@@ -83,9 +84,31 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     arms, _ = _arms(context)
     names, settings = [arm.name for arm in arms], context.settings_of(arms, **context.judged)
     found = likeness(rows.all, names, settings, measures) + skills(rows.all, names, settings, measures)
-    if "lpips" in measures:
-        context.extras["reconstruction"] = {"lpips_scale": LPIPS_SCALE}
+    extras = {"lpips_scale": LPIPS_SCALE} if "lpips" in measures else {}
+    ranked = quantiles(rows.select(MODEL, names[0], 0)) if names else []
+    if ranked:
+        given = "all conditions" if names[0] == "all" else names[0]
+        rule = f"worst, median and best PSNR of the {len(context.keys)} pictures given {given} with the first noise"
+        extras["quantiles"] = {"condition": names[0], "rule": rule, "samples": ranked}
+        for one in ranked:
+            context.show(REAL, "real", one["key"])
+            for arm in context.arms:
+                context.show(MODEL, arm.name, one["key"], 0)
+    if extras:
+        context.extras["reconstruction"] = extras
     return found, skipped
+
+
+def quantiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures at QUANTILES of PSNR, ties in the order of their keys; empty where any cannot be scored."""
+    if not rows or any(row["psnr"] is None for row in rows):
+        return []
+    ranked = sorted(rows, key=lambda row: (row["psnr"], row["key"]))
+    places = {label: round(quantile * (len(ranked) - 1)) for label, quantile in QUANTILES.items()}
+    return [
+        {"label": label, "quantile": QUANTILES[label], "key": ranked[place]["key"], "value": ranked[place]["psnr"]}
+        for label, place in places.items()
+    ]
 
 
 def likeness(

@@ -57,8 +57,9 @@ def test_the_same_pictures_are_compared_one_by_one():
     assert interval.n == 20
 
 
-def test_other_pictures_are_not_compared():
+def test_only_pictures_that_both_have_are_compared():
     values = [20.0] * 40
-    assert paired(rows(values), rows(values[:38]), "all", "psnr") is None
+    assert paired(rows(values), rows(values[:38]), "all", "psnr").n == 19
+    assert paired(rows(values), [], "all", "psnr") is None
     assert paired(rows(values), rows(values, condition="text"), "all", "psnr") is None
     assert paired(rows(values), rows([None, *values[1:]]), "all", "psnr") is None

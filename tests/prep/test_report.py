@@ -1,19 +1,14 @@
 """The dataset report says what the files say, trusts no string, loads nothing and fits a phone."""
 
-import asyncio
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import tarfile
-import time
 from collections import Counter, defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +31,7 @@ from prep.run import current_parts
 from prep.settings import PrepConfig
 from prep.shards import LAYERS, Dataset, parquet_bytes
 from prep.storage import open_storage
+from tests.browser import chromium, look
 
 HOSTILE = '<script>document.title="owned"</script><img src="https://example.org/x.png" onerror="alert(1)">'
 RTL = "امرأة ترتدي قميصا أحمر 👩🏽‍🦰 \u202e reversed"
@@ -422,86 +418,23 @@ def test_numbers_read_well():
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-MEASURE = """(() => {
-  const wide = [...document.querySelectorAll('body *')].filter(one => {
-    const box = one.getBoundingClientRect();
-    return box.right > innerWidth + 1 && !one.closest('pre') && !one.closest('svg');
-  });
-  return {title: document.title, pictures: document.images.length,
-          broken: [...document.images].filter(one => !one.naturalWidth).length, inner: innerWidth,
-          scroll: document.documentElement.scrollWidth, wide: wide.slice(0, 5).map(one => one.outerHTML.slice(0, 200)),
-          paper: getComputedStyle(document.body).backgroundColor};
-})()"""
-
-
-async def look(port: str, page: Path, width: int, scheme: str) -> tuple[dict, list[str]]:
-    """Open a page with the browser at ``port``; returns what MEASURE says, and every URL that was asked for."""
-    requested = []
-    async with aiohttp.ClientSession() as session:
-        async with session.put(f"http://127.0.0.1:{port}/json/new?about:blank") as answer:
-            target = await answer.json()
-        async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=1 << 26) as socket:
-            number = 0
-
-            async def call(method: str, wait: str = "", **parameters) -> dict:
-                nonlocal number
-                number += 1
-                await socket.send_json({"id": number, "method": method, "params": parameters})
-                result = None
-                while result is None or wait:
-                    message = await asyncio.wait_for(socket.receive_json(), 60)
-                    if message.get("method") == "Network.requestWillBeSent":
-                        requested.append(message["params"]["request"]["url"])
-                    if message.get("id") == number:
-                        result = message["result"]
-                    if message.get("method") == wait:
-                        wait = ""
-                return result
-
-            for domain in ("Page", "Network", "Runtime"):
-                await call(f"{domain}.enable")
-            await call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
-            await call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            await call("Page.navigate", wait="Page.loadEventFired", url=page.as_uri())
-            await call(
-                "Runtime.evaluate", expression="document.querySelectorAll('details').forEach(d => d.open = true)"
-            )
-            measured = await call("Runtime.evaluate", expression=MEASURE, returnByValue=True)
-            return measured["result"]["value"], requested
-
 
 @pytest.mark.slow
 def test_a_browser_opens_it_from_disk_and_on_a_phone(html, tmp_path):
     """Chromium renders every picture without another request, in light and dark, and nothing is wider than a phone."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("Chromium is not installed; CI must have it")
-        pytest.skip("Chromium is not installed")
-    page, profile = tmp_path / "report.html", tmp_path / "profile"
+    page = tmp_path / "report.html"
     page.write_text(html)
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--remote-debugging-port=0",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not (profile / "DevToolsActivePort").exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            port = (profile / "DevToolsActivePort").read_text().split()[0]
-            papers = set()
-            for width, scheme in ((1280, "light"), (390, "light"), (390, "dark")):
-                seen, requested = asyncio.run(look(port, page, width, scheme))
-                assert re.fullmatch(r"\d+ samples · [0-9a-f]{12} · nanodit dataset", seen["title"])  # no script ran
-                assert seen["pictures"] > 60
-                assert seen["broken"] == 0
-                assert seen["inner"] == width
-                assert seen["scroll"] <= width, seen["wide"]
-                assert not seen["wide"]
-                assert {url.partition(":")[0] for url in requested} <= {"file", "data"}
-                assert [url for url in requested if url.startswith("file:")] == [page.as_uri()]
-                papers.add(seen["paper"])
-            assert len(papers) == 2
-        finally:
-            process.terminate()
+    papers = set()
+    with chromium(tmp_path / "profile") as port:
+        for width, scheme in ((1280, "light"), (390, "light"), (390, "dark")):
+            seen = look(port, page, width, scheme)
+            assert re.fullmatch(r"\d+ samples · [0-9a-f]{12} · nanodit dataset", seen["title"])  # no script ran
+            assert seen["pictures"] > 60
+            assert seen["broken"] == 0
+            assert seen["inner"] == width
+            assert seen["scroll"] <= width, seen["wide"]
+            assert not seen["wide"]
+            assert {url.partition(":")[0] for url in seen["requested"]} <= {"file", "data"}
+            assert [url for url in seen["requested"] if url.startswith("file:")] == [page.as_uri()]
+            papers.add(seen["paper"])
+    assert len(papers) == 2
