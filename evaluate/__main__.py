@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prep.config import load_config
 from prep.console import say
-from prep.errors import SkippedError, run_command
+from prep.errors import ConfigError, SkippedError, run_command
 
 TIERS = ("pulse", "table", "full")
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(verb=_report)
     report.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN", help="an output folder, or a run folder for its newest"
+        "folders", type=Path, nargs="+", metavar="RUN", help="an output folder, a run folder for its newest, or a sweep"
     )
     report.add_argument(
         "--output", type=Path, help="HTML file (default: report.html in the output folder; of several: here)"
@@ -71,7 +71,14 @@ def _run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from evaluate.report import write_report
+    from evaluate.sweep_report import is_sweep, write_sweep_report
 
+    if any(map(is_sweep, options.folders)):
+        if len(options.folders) > 1:
+            raise ConfigError("a sweep has a page of its own; give its folder alone")
+        page, record, table = write_sweep_report(options.folders[0], options.output)
+        say(f"wrote {page}, {record.name} and {table.name} ({page.stat().st_size / 1e6:.1f} MB)")
+        return
     page, record, table = write_report(options.folders, options.output)
     say(f"wrote {page}, {record.name} and {table.name} ({page.stat().st_size / 1e6:.1f} MB)")
 

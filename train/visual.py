@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from prep.console import say
 from prep.errors import ConfigError
@@ -63,7 +65,7 @@ class VisualDebug:
         return run_folder / "visual_debug" / f"step-{step:06d}"
 
     def draw(self, model: NanoDiT, step: int, run_folder: Path) -> np.ndarray | None:
-        """Write ``visual_debug/step-NNNNNN/grid.png`` and captions.txt.
+        """Write ``visual_debug/step-NNNNNN/grid.png``, for :func:`cut_out` too, and captions.txt.
 
         Returns the grid, uint8 (H, W, 3); None where the dataset has no holdout.
         """
@@ -74,10 +76,13 @@ class VisualDebug:
             rows = [row for row in self.rows if row["bucket"] == bucket]
             columns.update(zip((row["key"] for row in rows), self._columns(model, rows)))
         labels = ["real", *(subset_name(arm, self._modalities) for arm in self.arms)]
-        grid = lay_out([columns[row["key"]] for row in self.rows], labels)
+        shown = [columns[row["key"]] for row in self.rows]
+        grid = lay_out(shown, labels)
         folder = self.folder(run_folder, step)
-        png = io.BytesIO()
-        Image.fromarray(grid).save(png, "PNG")
+        info, png = PngInfo(), io.BytesIO()
+        sizes = [[column[0].shape[1], column[0].shape[0]] for column in shown]
+        info.add_text("layout", json.dumps({"rows": labels, "keys": [row["key"] for row in self.rows], "sizes": sizes}))
+        Image.fromarray(grid).save(png, "PNG", pnginfo=info)
         write_atomic(folder / "captions.txt", "\n".join(self.captions) + "\n")
         write_atomic(folder / "grid.png", png.getvalue())
         say(f"step {step}: {folder / 'grid.png'}")
@@ -128,3 +133,24 @@ def lay_out(columns: Sequence[Sequence[np.ndarray]], labels: Sequence[str], head
             top = above + GAP + row * cell_height + (cell_height - GAP - image.height) // 2
             sheet.paste(image, (left, top))
     return np.asarray(sheet)
+
+
+def cut_out(sheet: Image.Image) -> dict[str, dict[str, Image.Image]]:
+    """The pictures of a grid.png again: label of the row -> key of the sample -> picture as it is shown there.
+
+    Empty for a sheet that does not say how it is laid out.
+    """
+    layout = json.loads(sheet.info.get("layout", "{}"))
+    if not layout:
+        return {}
+    sizes = layout["sizes"]
+    factor = max(1, round(CELL / max(map(max, sizes))))
+    cell_width, cell_height = (max(size[axis] for size in sizes) * factor + GAP for axis in (0, 1))
+    found: dict[str, dict[str, Image.Image]] = {}
+    for row, label in enumerate(layout["rows"]):
+        for column, (key, size) in enumerate(zip(layout["keys"], sizes)):
+            width, height = (side * factor for side in size)
+            left = GAP + LABEL_WIDTH + column * cell_width + (cell_width - GAP - width) // 2
+            top = GAP + row * cell_height + (cell_height - GAP - height) // 2
+            found.setdefault(label, {})[key] = sheet.crop((left, top, left + width, top + height))
+    return found
