@@ -57,10 +57,13 @@ def swap(run: Run, thumbnails: Thumbnails) -> Section:
             taken = example.get("nearest", {}).get(mode, {})
             right = sum(found == donor for found in taken.values())
             note = f"donor told in {right} of {len(taken)} spaces" if taken else ""
-            drawn.append(picture(run, (MODEL, condition, key, seed), thumbnails, f"B's {_mode(mode)}", note))
+            drawn.append(picture(run, (MODEL, condition, key, seed), thumbnails, f"donor's {_mode(mode)}", note))
         before = next((unswapped[mode] for mode in example["pictures"] if mode in unswapped), None)
-        own = [picture(run, (MODEL, before, key, seed), thumbnails, "unswapped", "A's own DINO")] if before else []
-        sides = [real_of(run, key, thumbnails, "A", "gives the text"), real_of(run, donor, thumbnails, "B", "donor")]
+        own = [picture(run, (MODEL, before, key, seed), thumbnails, "unswapped", "own DINO")] if before else []
+        sides = [
+            real_of(run, key, thumbnails, "real", "gives the text"),
+            real_of(run, donor, thumbnails, "donor", "gives DINO"),
+        ]
         pictures = [one | {"judged": []} for one in (*sides, *own, *drawn)]
         result["examples"].append({"caption": _caption(run, key), "pictures": pictures})
     return result

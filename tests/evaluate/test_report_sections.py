@@ -62,7 +62,12 @@ def test_the_swap_matrix_has_texts_in_rows_and_features_in_columns(files):
     rows = found["matrix"]["rows"]
     assert [[cell["own"] for cell in row["cells"]] for row in rows] == [[True, False], [False, True]]
     assert rows[0]["cells"][1]["data"] == Thumbnails().make(files.folder / "images/a-swap_both.png")
-    assert [one["title"] for one in found["examples"][0]["pictures"]] == ["A", "B", "unswapped", "B's CLS and patches"]
+    assert [one["title"] for one in found["examples"][0]["pictures"]] == [
+        "real",
+        "donor",
+        "unswapped",
+        "donor's CLS and patches",
+    ]
     assert found["examples"][0]["pictures"][-1]["note"] == "donor told in 1 of 2 spaces"
 
 
