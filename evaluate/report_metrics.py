@@ -290,7 +290,7 @@ def number(value: float | None, metric: Metric) -> str:
         text = f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3f}"
     else:
         text = "0" if value == 0 else f"{value:#.3g}".rstrip(".")
-    return text.replace("-", "−")
+    return (text if text.strip("-0.") else text.lstrip("-")).replace("-", "−")  # no negative zero
 
 
 def signed(value: float, metric: Metric) -> str:

@@ -274,6 +274,7 @@ def test_numbers_carry_no_more_digits_than_they_deserve():
     assert number(100.4, loss) == "100"
     assert number(12.3456, loss) == "12.3"
     assert number(-1.04, {"unit": "dB", "better": "higher"}) == "−1.0"
+    assert number(-0.0002, accuracy) == "0.000"
     assert number(None, accuracy) == "–"
 
 
