@@ -237,7 +237,7 @@ def factorial(sweep: Sweep, cohort: Cohort) -> Factorial:
     if missing:
         return Factorial(
             reason=f"{len(cells)} of the {2 ** len(factors)} combinations of {', '.join(factors)} are arms: "
-            "in a chain each effect is measured on top of the earlier ones, and no interaction can be told"
+            "each effect is known on top of the arm it was compared with alone, and no interaction can be told"
         )
     settings = {name: _settings(sweep, sweep.arms[name]) for name in levels}
     for factor in factors:

@@ -41,9 +41,13 @@ def curve_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
                 axes = Axes(words, title, log=True, width=NARROW)
                 smoothed = ", smoothed" if noisy else ""
                 charts.append({"title": f"{title} over {words}{smoothed}", "svg": line_chart(series, axes)})
-            elif not noisy:
-                missing = "images per step are not known" if axis == "images" else "no trial logged its validation"
-                why.append(f"Held-out loss over {words}: {missing} (validation.every_steps is 0, or nothing finished).")
+            elif axis == "step":
+                missing = (
+                    "no finished trial logged a validation" if tag == VALIDATION else "no finished trial logged one"
+                )
+                why.append(f"{title[0].upper()}{title[1:]}: {missing}.")
+            elif not noisy and charts:
+                why.append(f"Held-out loss over {words}: not recorded.")
     return {"charts": charts, "why": why}
 
 
@@ -101,7 +105,7 @@ def pareto_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
                 ranges = ((min(xs), max(xs)), (min(ys), max(ys)))
                 points.append(Point(arm, style, math.fsum(xs) / len(xs), math.fsum(ys) / len(ys), *ranges))
         if not points:
-            why.append(f"{words.capitalize()}: not recorded by any finished trial.")
+            why.append(f"{words[0].upper()}{words[1:]}: not recorded by any finished trial.")
             continue
         best = front({point.name: (point.x, point.y) for point in points}, sweep.mode)
         title = metric_title(sweep.primary)
@@ -154,6 +158,7 @@ def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
                 "attempts": trial.record.get("attempts"),
                 "steps": trial.number("steps"),
                 "wall": wall,
+                "trained_by": trial.record.get("trained_by"),
                 "bar": bar,
             }
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from evaluate.statistics import Interval
-from evaluate.sweep_analysis import Cohort, Contrast, measure_of
+from evaluate.sweep_analysis import Cohort, Contrast, flatten, measure_of
 from evaluate.sweep_charts import seed_points
 from evaluate.sweep_files import Sweep
 from evaluate.sweep_words import digits, metric_title, more_words, p_words, plural, setting, words_of
@@ -147,12 +147,11 @@ def doubts_of(cohort: Cohort) -> list[str]:
     record = cohort.trials[0].record.get("cohort") or {}
     if not record:
         return ["the trials did not record them"]
-    git = record.get("git") if isinstance(record.get("git"), Mapping) else record
-    found = [name for name, value in record.items() if value in UNKNOWN_COHORT]
-    found = [f"{name.replace('_', ' ')} is unknown" for name in found]
-    if git.get("commit") in UNKNOWN_COHORT and "commit is unknown" not in found:
-        found.append("the commit is unknown")
-    if git.get("dirty") is True:
+    facts = flatten(record)
+    found = [f"{name.replace('_', ' ')} is unknown" for name, value in facts.items() if value in UNKNOWN_COHORT]
+    if not any(name.endswith(("code", "commit")) for name in facts):
+        found.append("the code is unknown")
+    if any(name.endswith("dirty") and value is True for name, value in facts.items()):
         found.append("the code had uncommitted changes")
     return found
 
@@ -232,7 +231,7 @@ def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
         every = [value for own in values.values() for value in own.values()]
         if not every:
             continue
-        like = (max(every) - min(every)) / 4 if max(every) > min(every) else None
+        like = max((max(every) - min(every)) / 4, 1e-3 * max(map(abs, every)))
         cells = []
         for arm in sweep.arms.values():
             own = values[arm.name]
