@@ -5,7 +5,7 @@ time, and ``POINT@SUBJECT:ACTION`` whenever it passes the point with that subjec
 Several faults are separated by commas. Without the variable :func:`fault` does nothing.
 
 Actions: ``kill`` (SIGKILL to this process), ``segfault``, ``hang`` (for ever), ``allocate`` (40 GB at once), ``delay``
-(a tenth of a second).
+(a tenth of a second), ``raise`` (RuntimeError), ``memory`` (MemoryError).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from prep.errors import ConfigError
 
 FORM = re.compile(
-    r"(?P<point>[\w.]+)(@(?P<subject>[^:@,]+))?:(?P<action>kill|segfault|hang|allocate|delay)(:(?P<nth>\d+))?"
+    r"(?P<point>[\w.]+)(@(?P<subject>[^:@,]+))?:(?P<action>kill|segfault|hang|allocate|delay|raise|memory)(:(?P<nth>\d+))?"
 )
 ALLOCATION = 40 << 30  # bytes
 DELAY = 0.1  # seconds
@@ -53,5 +53,9 @@ def _act(action: str) -> None:
         bytearray(ALLOCATION)
     elif action == "delay":
         time.sleep(DELAY)
+    elif action == "raise":
+        raise RuntimeError("a fault was asked for")
+    elif action == "memory":
+        raise MemoryError("a fault was asked for")
     while action == "hang":
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Command line: ``python -m train run | plan | sample | export``.
+"""Command line: ``python -m train run | plan | sample | sweep | export``.
 
 What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SELF_GUIDANCE = 3.0  # train.sample.SELF_GUIDANCE
+SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.sample.DRAWING
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,10 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         help="pixels (default: the bucket of the sample, of the pose or of the reference, or the base square)",
     )  # fmt: skip
     size.add_argument("--bucket", metavar="WxH", help="one of the sizes of training")
-    sample.add_argument("--sampler", choices=("heun", "euler", "dpm++2m"), default="heun")
-    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--sampler", choices=("heun", "euler", "dpm++2m"), default=SAMPLER)
+    sample.add_argument("--steps", type=int, default=STEPS)
     sample.add_argument(
-        "--time-grid", choices=("uniform", "cosine"), default="uniform",
+        "--time-grid", choices=("uniform", "cosine"), default=GRID,
         help="where the steps lie; cosine: closer together near the image, for few steps",
     )  # fmt: skip
     sample.add_argument(
@@ -137,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument("--output", type=Path, required=True, help="PNG file; of several, -PROMPT-SEED is added")
+
+    sweep = verbs.add_parser("sweep", help="train the arms of an ablation, each with several seeds", allow_abbrev=False)
+    sweep.set_defaults(verb=_sweep)
+    sweep.add_argument("--config", type=Path, required=True, help="see configs/sweep")
+    sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was killed; finished trials stay")
+    sweep.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again too")
+    sweep.add_argument(
+        "--new-cohort", action="store_true", help="with --resume: go on although code, data or torch changed since"
+    )
+    sweep.add_argument("--trial", metavar="ARM-seedN", help="run this one trial here, by hand, without Ray")
+    sweep.add_argument("--owned", action="store_true", help=argparse.SUPPRESS)  # ends with the process that started it
+    sweep.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     export = verbs.add_parser("export", help="write a model as a folder that diffusers loads", allow_abbrev=False)
     export.set_defaults(verb=_export)
@@ -290,6 +303,32 @@ def _size(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise ConfigError(f"--size {text!r} is not of the form WIDTHxHEIGHT, e.g. 832x1216")
     return int(width), int(height)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from train.sweep_process import end_with_parent
+
+    if options.owned:
+        end_with_parent()
+    from evaluate import trial as measuring
+    from train.sweep_trial import Work, run_trial
+
+    def train(file: Path) -> None:
+        _run(_parser().parse_args(["run", "--config", str(file)]))
+
+    work = Work(train, measuring.measure, measuring.resolve, measuring.check)
+    if options.trial:
+        from train.sweep_plan import prepare
+
+        folder = prepare(options.config, options.overrides, options.trial, work)
+        run_trial(folder, options.trial, work)
+        say(f"wrote {folder / 'trials' / options.trial}")
+        return
+    from train.sweep import run_sweep
+    from train.sweep_config import load_sweep
+
+    sweep = load_sweep(options.config, options.overrides)
+    run_sweep(sweep, work, resume=options.resume, retry_failed=options.retry_failed, new_cohort=options.new_cohort)
 
 
 def _export(options: argparse.Namespace) -> None:
