@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from train.given import Given, canonical, encode
 from train.hardware import autocast
 from train.model import NanoDiT
 from train.noise import noise
-from train.sample import Sampling, sample, to_uint8, trajectory_keep_ids
+from train.sample import DRAWING, Sampling, sample, to_uint8, trajectory_keep_ids
 
 
 class NanoDiTTransformer(ModelMixin, ConfigMixin):
@@ -72,7 +73,7 @@ class NanoDiTPipeline(DiffusionPipeline):
         conditions: Conditions | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = DRAWING.steps,
         guidance_scale: float = 1.0,
         sampling: Sampling | None = None,
         num_images_per_prompt: int = 1,
@@ -86,13 +87,13 @@ class NanoDiTPipeline(DiffusionPipeline):
 
         ``pose`` is a PIL image of a person or a :class:`train.pose_file.Skeleton`. ``height`` and ``width`` are pixels
         (default: the bucket of pose or reference, else the base square). ``sampling`` says how to draw, in place of
-        ``num_inference_steps`` (of Heun) and ``guidance_scale`` (1: none). The noise is that of ``train sample --seed``
-        for ``seed``, ``seed + 1``, ...; or ``latents`` (B, 3, H, W), standard normal; or drawn by ``generator``.
-        ``output_type`` is ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), the latter two float32 in [0, 1]. Raises
-        :class:`ConfigError` for a request that makes no sense or that the model was never trained for.
+        ``num_inference_steps`` (of train.sample.DRAWING) and ``guidance_scale`` (1: none). The noise is that of ``train
+        sample --seed`` for ``seed``, ``seed + 1``, ...; or ``latents`` (B, 3, H, W), standard normal; or drawn by
+        ``generator``. ``output_type`` is ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), the latter two float32 in
+        [0, 1]. Raises :class:`ConfigError` for a request that makes no sense or that the model was never trained for.
         """
         model, config, state = self.transformer.network, self.transformer.settings, self.transformer.state
-        sampling = sampling or Sampling(steps=num_inference_steps, guidance=guidance_scale)
+        sampling = sampling or replace(DRAWING, steps=num_inference_steps, guidance=guidance_scale)
         if output_type not in ("pil", "np", "pt"):
             raise ConfigError(f"output_type {output_type!r}: unknown; use pil, np or pt")
         if sum(given is not None for given in (seed, generator, latents)) > 1:

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from train.conditioning import load_conditions
 from train.draw import DrawRequest
 from train.given import Given, check_encoder, encode, encoding_size
 from train.noise import noise
-from train.sample import Sampling
+from train.sample import DRAWING, Sampling
 
 # text + DINO without a pose, and a pose without text, are never trained
 TABLE = "{nothing: 0.2, text: 0.2, text+pose: 0.2, cls+patches: 0.2, all: 0.2}"
@@ -254,7 +255,7 @@ def test_a_prompt_becomes_an_image_with_its_settings(run, tmp_path, capsys):
     assert f"wrote {tmp_path / 'a.png'}" in capsys.readouterr().out.splitlines()[-1]
     assert Image.open(tmp_path / "a.png").size == (64, 64)
     settings = settings_of(tmp_path / "a.png")
-    expected = {"prompt": PROMPT, "seed": 3, "sampler": "heun", "steps": 2, "conditions": "text", "size": "64x64"}
+    expected = {"prompt": PROMPT, "seed": 3, "sampler": "dpm++2m", "steps": 2, "conditions": "text", "size": "64x64"}
     assert settings | expected == settings
     assert "step 6 (ema)" in settings["checkpoint"]
     sample(run, tmp_path / "b.png", "--prompt", PROMPT, "--seed", "3")
@@ -276,7 +277,8 @@ def test_the_settings_in_a_file_draw_it_again(run, figure, figures_folder, tmp_p
         tmp_path / "b.png", (is_["prompt"],), files[is_["reference"]["sha256"]], files[is_["pose"]["sha256"]],
         conditions=is_["conditions"], seed=is_["seed"], size=tuple(map(int, is_["size"].split("x"))),
         sampling=Sampling(
-            is_["sampler"], is_["steps"], is_["guidance"], is_["scales"], is_["self_guidance"], tuple(is_["interval"])
+            is_["sampler"], is_["steps"], is_["guidance"], is_["scales"], is_["self_guidance"], tuple(is_["interval"]),
+            is_["grid"],
         ),
         weights=is_["weights"],
     )  # fmt: skip
@@ -376,15 +378,18 @@ def test_trap_22_the_noise_is_keyed_by_sample_and_seed(run, rows, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "sampling"),
     [
-        ([], Sampling()),
-        (["--sampler", "dpm++2m", "--steps", "9", "--guidance", "3"], Sampling("dpm++2m", 9, 3.0)),
+        ([], DRAWING),
+        (
+            ["--sampler", "heun", "--steps", "9", "--guidance", "3"],
+            replace(DRAWING, method="heun", steps=9, guidance=3.0),
+        ),
         (
             ["--scale", "text=3", "--scale", "dino=1.5", "--guidance-interval", "0.1", "0.8"],
-            Sampling(scales={"text": 3.0, "dino": 1.5}, interval=(0.1, 0.8)),
+            replace(DRAWING, scales={"text": 3.0, "dino": 1.5}, interval=(0.1, 0.8)),
         ),
-        (["--self-guidance", "2"], Sampling(self_guidance=2.0)),
-        (["--steps", "10", "--time-grid", "cosine"], Sampling(steps=10, grid="cosine")),
-        (["--self-guidance", "--sampler", "euler"], Sampling("euler", self_guidance=3.0)),
+        (["--self-guidance", "2"], replace(DRAWING, self_guidance=2.0)),
+        (["--steps", "10", "--time-grid", "uniform"], replace(DRAWING, steps=10, grid="uniform")),
+        (["--self-guidance", "--sampler", "euler"], replace(DRAWING, method="euler", self_guidance=3.0)),
     ],
 )
 def test_the_flags_say_how_to_sample(arguments, sampling, tmp_path, monkeypatch):
