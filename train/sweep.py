@@ -1,9 +1,9 @@
 """The ablation grid on Ray Tune: every trial in a process of its own, retried, isolated, and resumable after a kill.
 
 With ``sweep_actor.py`` all of ``train`` that imports Ray. Tune decides when and on what a trial runs, how often one
-that died is tried again, and (``early_stopping: asha``) which one ends early. What is finished is decided by the trials' own
-``trial.json``: ``--resume`` gives Tune the trials that are not, so that its state under ``tune/`` may be lost, and no
-pickle is ever read back.
+that died is tried again, and (``early_stopping: asha``) which one ends early. What is finished is decided by the
+trials' own ``trial.json``: ``--resume`` gives Tune the trials that are not, so that its state under ``tune/`` may be
+lost, and no pickle is ever read back.
 """
 
 from __future__ import annotations
