@@ -14,14 +14,15 @@ from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
 from evaluate.suite.swap import SwapConfig
 from prep.config import Config
-from train.sample import Method, Sampling
+from train.sample import DRAWING, Grid, Method, Sampling
 
 
 class SamplerConfig(Config):
     """How pictures are drawn; the same for every condition."""
 
-    method: Method = "heun"
-    steps: int = Field(default=16, gt=0)
+    method: Method = DRAWING.method
+    steps: int = Field(default=DRAWING.steps, gt=0)
+    grid: Grid = DRAWING.grid  # of the steps' times
     interval: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)  # unshifted t in which guidance acts
 
     @model_validator(mode="after")
@@ -31,7 +32,7 @@ class SamplerConfig(Config):
 
     def sampling(self, guidance: float) -> Sampling:
         """Return how pictures with this scale of guidance are drawn."""
-        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval))
+        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval), grid=self.grid)
 
 
 class PoseModelsConfig(Config):

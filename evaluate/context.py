@@ -135,7 +135,7 @@ class Context:
         Only metrics whose settings are equal may be compared.
         """
         sampler = self.config.sampler
-        drawn = {"sampler": sampler.method, "steps": sampler.steps, "seeds": self.config.seeds}
+        drawn = {"sampler": sampler.method, "steps": sampler.steps, "grid": sampler.grid, "seeds": self.config.seeds}
         if guidance != 1:
             drawn["interval"] = list(sampler.interval)
         if self.examiner.lpips_label:

@@ -122,10 +122,10 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of samples.parquet; FEATURES are float32 arrays, which a list of numbers is slow and large for."""
+    """The rows of samples.parquet, or some of its columns; FEATURES are float32 arrays, as lists are slow and large."""
     columns = [name for name in table.column_names if name not in FEATURES]
     rows = table.select(columns).to_pylist()
-    for name in FEATURES:
+    for name in [name for name in FEATURES if name in table.column_names]:
         for row, value in zip(rows, table[name]):
             row[name] = value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
     return [{name: row[name] for name in table.column_names} for row in rows]

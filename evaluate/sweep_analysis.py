@@ -27,6 +27,7 @@ EVALUATED_WITH = (
     "interval",
     "conditions",
     "sampler",
+    "grid",
 )  # what an arm may declare to change
 SLOPE_FROM = 0.1  # share of the steps from which on the slope of the loss is taken: past the warm-up
 

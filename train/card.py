@@ -251,7 +251,7 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
     return metric["name"], value, interval, str(metric["n"]), baselines, ", ".join(drawn)
 
 
-_DRAWN = {"sampler": "", "steps": "steps", "seeds": "seed(s)"}
+_DRAWN = {"sampler": "", "steps": "steps", "grid": "grid", "seeds": "seed(s)"}
 
 
 def _limits(described: Mapping[str, Any], report: Report | None) -> str:
