@@ -45,11 +45,11 @@ class SupervisedTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the end of the child, or for the next value that early stopping is to look at."""
         while True:
+            if self.watch and (point := self._next_point()):
+                return point
             code = self.child.wait(LOOK if self.watch else None)
             if code is not None:
                 return self._ended(code)
-            if self.watch and (point := self._next_point()):
-                return point
 
     def cleanup(self) -> None:
         """End the child, if it still runs."""
