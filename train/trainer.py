@@ -172,7 +172,7 @@ class Trainer:
                 values = self.update(accumulated)
                 seconds = time.perf_counter() - started
                 rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0)
-                fault("train.step")
+                fault("train.step", config.run_folder.name)
                 if self.step % config.log_every == 0 or self.step == steps:
                     values |= rates.take() | gpu_memory(self.device)
                     tracker.log(self.step, values)

@@ -85,13 +85,15 @@ def test_S01_a_trial_that_was_killed_goes_on_from_its_checkpoint(dataset, tmp_pa
 def test_S02_a_sweep_whose_driver_is_killed_goes_on(dataset, tmp_path, ray_session):
     """Its final table is that of a sweep that nothing disturbed, and no trial is trained twice."""
     arms = {"A": {"overrides": {"optimizer.type": "adamw"}}, "B": {}, "C": {"overrides": {"train.lr": 1e-3}}}
-    # one after another, and the second for so long that it is killed in its middle
-    changes = {"arms": arms, "concurrent": 1, "budget": {"steps": 60}}
+    overrides = {"checkpoint.every_steps": 10, "train.batch_size": 2}
+    changes = {"arms": arms, "overrides": overrides, "concurrent": 1, "budget": {"steps": 120}}
     straight = write_sweep(tmp_path / "straight", dataset, **changes)
     assert main(["sweep", "--config", str(straight)]) == 0
     file = write_sweep(tmp_path / "killed", dataset, **changes)
     command = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    # so slow that it cannot finish while the driver's death spreads
+    environment = os.environ | {"NANODIT_FAULT": "train.step@B-seed0:delay"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     second = load_sweep(file).trials_folder / "B-seed0" / "checkpoints"
     deadline = time.monotonic() + 180
     while not list(second.glob("step-*")):
