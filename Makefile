@@ -3,19 +3,28 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 STAMP := $(abspath $(VENV))/.built-from-pyproject
+# the versions that the suite was run with; `make install CONSTRAINTS=` takes the newest ones instead
+CONSTRAINTS ?= constraints.txt
 Q := quickstart
 
-.PHONY: install quickstart test lint
+.PHONY: install constraints quickstart test lint
 install: $(STAMP)
 	@# an environment that several clones share follows the clone it was last used from
 	@cd / && $(BIN)/python -c "import prep, sys; sys.exit(not prep.__path__[0].startswith('$(CURDIR)/'))" 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --no-deps --editable '$(CURDIR)'
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[test]'
 	touch $(STAMP)
+
+# take the newest versions that go together, as names and versions; run the suite with them before committing
+constraints:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-newest/bin/python -m pip install --quiet --editable '.[export,s3,test]'
+	$(VENV)-newest/bin/python -m pip freeze --exclude-editable > constraints.txt
 
 # figures -> shards -> a trained model -> a report, without any download
 quickstart: install

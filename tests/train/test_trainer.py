@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluate.pulse import build_validation
@@ -150,8 +151,28 @@ def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
     assert everything.keep.all()
 
 
+class NoCopies(TorchFunctionMode):
+    """Refuse tensors made of numbers on another device than the CPU, which some torch versions do not dispatch."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        assert function not in self.MAKERS or made.device.type == "cpu", function
+        return made
+
+
 class NoSync(TorchDispatchMode):
     """Refuse what makes the host wait for a GPU, and meta tensors do not refuse by themselves."""
+
+    def __enter__(self):
+        self.copies = NoCopies()
+        self.copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.copies.__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket
@@ -192,7 +213,8 @@ def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_
 @pytest.mark.parametrize(
     "wait",
     [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: x.cpu(), lambda x: x[x > 0], torch.nonzero,
-     lambda x: x.new_tensor([1.0, 2.0]), lambda x: x + torch.ones(4).to("meta"), lambda x: x[torch.tensor([0, 2])]],
+     lambda x: x.new_tensor([1.0, 2.0]), lambda x: torch.tensor([1.0, 2.0], device=x.device),
+     lambda x: x + torch.ones(4).to("meta"), lambda x: x[torch.tensor([0, 2])]],
 )  # fmt: skip
 def test_trap_20_what_waits_is_noticed(tiny_dataset, tmp_path, wait):
     trainer = make(tiny_dataset, tmp_path / "run")
