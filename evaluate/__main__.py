@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from prep.config import load_config
-from prep.console import say
-from prep.errors import ConfigError, SkippedError, run_command
+from nanodit.config import load_config
+from nanodit.console import say
+from nanodit.errors import ConfigError, SkippedError, run_command
 
 TIERS = ("pulse", "table", "full")
 
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from evaluate.config import EvaluateConfig, tier_file  # imports torch: --help should not wait for it
+    from evaluate.report.summary import summary
     from evaluate.run import run
-    from evaluate.summary import summary
 
     file = options.config or (options.tier and tier_file(options.tier))
     chosen = [f"tests=[{options.tests}]"] if options.tests else []
@@ -70,8 +70,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from evaluate.report import write_report
-    from evaluate.sweep_report import is_sweep, write_sweep_report
+    from evaluate.report.report import write_report
+    from evaluate.sweep.report import is_sweep, write_sweep_report
 
     if any(map(is_sweep, options.folders)):
         if len(options.folders) > 1:

@@ -13,8 +13,8 @@ from evaluate.suite.heldout_loss import HeldoutLossConfig
 from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
 from evaluate.suite.swap import SwapConfig
-from prep.config import Config
-from train.sample import DRAWING, Grid, Method, Sampling
+from nanodit.config import Config
+from train.method.sampling import DRAWING, Grid, Method, Sampling
 
 
 class SamplerConfig(Config):
@@ -69,7 +69,9 @@ class EvaluateConfig(Config):
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
-    judge: str | None = None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/judge.py
+    judge: str | None = (
+        None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/metrics/likeness.py
+    )
     probe: str | None = None  # CLIP model that is asked for what an edit names, a folder or in the hub's cache
     # DWPose's files; null: the demo networks for datasets made with demo encoders, otherwise no judging of joints
     pose_models: PoseModelsConfig | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evaluate.statistics import Interval
+from evaluate.statistics.intervals import Interval
 
 SCHEMA_VERSION = 1
 AGAIN = "Run python -m evaluate run again"  # what mends files that are missing or damaged

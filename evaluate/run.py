@@ -22,30 +22,30 @@ from typing import Any, get_args
 import pyarrow as pa
 import torch
 
-from evaluate.arms import choose_subsets
-from evaluate.baselines import load_training_images
 from evaluate.config import EvaluateConfig, TestName
-from evaluate.context import Context, Rows
-from evaluate.drawing import draw_and_examine, show
-from evaluate.examine import Examiner, open_detector
-from evaluate.judge import open_judge
-from evaluate.metrics import Lpips, lpips_unavailable
-from evaluate.parts import Parts
-from evaluate.pictures import once
-from evaluate.probe import open_probe
+from evaluate.drawing.arms import choose_subsets
+from evaluate.drawing.baselines import load_training_images
+from evaluate.drawing.context import Context, Rows
+from evaluate.drawing.draw import draw_and_examine, show
+from evaluate.drawing.finished import Parts
+from evaluate.drawing.pictures import once
+from evaluate.drawing.texts import Texts
+from evaluate.metrics.clip import open_probe
+from evaluate.metrics.examiner import Examiner, open_detector
+from evaluate.metrics.likeness import open_judge
+from evaluate.metrics.pixels import Lpips, lpips_unavailable
 from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
 from evaluate.subject import Row, Subject, chunks, dataset_modalities, read_batch, select_holdout
 from evaluate.suite import heldout_loss
-from evaluate.texts import Texts
-from prep.config import dump_config
-from prep.console import Progress
-from prep.errors import ConfigError, DataError
-from prep.files import canonical_json, sha256_file, write_atomic
-from prep.shards import Dataset, parquet_bytes
-from train import tracking
-from train.checkpoint import load_model, resolve_checkpoint
-from train.conditioning import Subset
+from nanodit.config import dump_config
+from nanodit.console import Progress
+from nanodit.errors import ConfigError, DataError
+from nanodit.files import canonical_json, sha256_file, write_atomic
+from prep.dataset.layout import Dataset, parquet_bytes
+from train.checkpoint.checkpoint import load_model, resolve_checkpoint
 from train.config import TrainConfig
+from train.loop import tracking
+from train.model.conditions import Subset
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
 CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same training gives again

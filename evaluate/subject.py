@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluate.baselines import random_pairs
-from prep.errors import PROBLEM_BREAK, DataError
-from prep.shards import Dataset
-from train.conditioning import Conditions, Subset, load_conditions
-from train.flow import FlowConfig
-from train.noise import noise
+from evaluate.drawing.baselines import random_pairs
+from nanodit.errors import PROBLEM_BREAK, DataError
+from nanodit.rng import noise
+from prep.dataset.layout import Dataset
+from train.method.flow import FlowConfig
+from train.model.conditions import Conditions, Subset, load_conditions
 
 Row = Mapping[str, Any]
 

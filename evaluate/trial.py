@@ -9,15 +9,15 @@ from pathlib import Path
 
 from evaluate.config import EvaluateConfig
 from evaluate.records import Metric
+from evaluate.report.summary import is_headline, summary
 from evaluate.run import evaluate, perceptual_losses, run
 from evaluate.subject import Subject, dataset_modalities, select_holdout
-from evaluate.summary import is_headline, summary
-from prep.config import dump_config, load_config, parse_yaml
-from prep.console import say, waiting
-from prep.errors import ConfigError
-from prep.shards import Dataset
+from nanodit.config import dump_config, load_config, parse_yaml
+from nanodit.console import say, waiting
+from nanodit.errors import ConfigError
+from prep.dataset.layout import Dataset
 from train.config import TrainConfig
-from train.model import Features, build_model
+from train.model.network import Features, build_model
 
 FEW = 4  # samples that show which metrics there are
 

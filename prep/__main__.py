@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prep.config import load_config
-from prep.console import say
-from prep.errors import ConfigError, run_command
-from prep.settings import PrepConfig
+from nanodit.config import load_config
+from nanodit.console import say
+from nanodit.errors import ConfigError, run_command
+from prep.config import PrepConfig
 
 CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from prep.figures import write_figures
+    from prep.figures.figures import write_figures
 
     write_figures(options.out, options.count, options.size, options.seed, options.short_captions)
     say(f"wrote {options.count} figures to {options.out}")
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from prep.doctor import doctor
+    from prep.doctor.doctor import doctor
 
     # a machine may be looked at before there is anything to prepare
     given = options.overrides if options.config else [f"{name}=." for name in ("source", "output")] + options.overrides
@@ -86,13 +86,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from prep.report import write_report
+    from prep.report.report import write_report
 
     say(f"wrote {write_report(_dataset(options), options.output)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from prep.verify import verify
+    from prep.verify.verify import verify
 
     verify(_dataset(options), repair=options.repair)
 

@@ -1,275 +1,144 @@
-"""The strict config loader of all three packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
-
-A file may inherit with ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a
-mapping whose keys the user chooses.
-Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and,
-for an unknown one, the nearest key that exists.
-"""
+"""The configuration of ``prep run``; every key is explained in ``configs/prep/base.yaml``."""
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-import types
-import typing
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import Field, field_validator, model_validator
 
-from prep.errors import PROBLEM_BREAK, ConfigError
+from nanodit.config import Config, Place
+from nanodit.errors import ConfigError
+from prep.captions.sidecar import CaptionConfig
+from prep.dataset.buckets import buckets_for
 
 
-class Config(BaseModel):
-    """Base of every config section: immutable, and an unknown key is an error."""
+class ImageConfig(Config):
+    """Limits on source images, and how the crops are stored."""
 
-    # strict: "false" is not a bool and "3" is not a number; YAML has its own types
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
-
-
-# a file, folder or URL; shells leave the ~ in output=~/datasets alone, and nobody wants a folder of that name
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
-
-T = TypeVar("T", bound=Config)
+    max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
+    max_upscale: float = Field(1.3334, gt=0)  # 4/3 with room for rounding
+    format: Literal["webp", "jpeg"] = "webp"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2 (``3e-4`` is a number, ``on`` is text), no tags and no duplicate keys."""
+class FilterConfig(Config):
+    """Which images are wanted; None switches a rule off. The rules are in ``prep/images/filters.py``."""
+
+    min_side: int | None = Field(None, ge=1)  # pixels
+    min_pixels: int | None = Field(None, ge=1)
+    max_aspect: float | None = Field(None, ge=1)
+    min_sharpness: float | None = Field(None, ge=0)
+    min_persons: int | None = Field(None, ge=0)
+    max_persons: int | None = Field(None, ge=0)
+
+    @property
+    def counts_persons(self) -> bool:
+        """Whether the number of people decides about a sample."""
+        return self.min_persons is not None or self.max_persons is not None
+
+    @model_validator(mode="after")
+    def _some_number_is_allowed(self) -> Self:
+        if None not in (self.min_persons, self.max_persons) and self.min_persons > self.max_persons:
+            raise ValueError(f"min_persons {self.min_persons} is above max_persons {self.max_persons}")
+        return self
 
 
-_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# the core schema of YAML 1.2.2, section 10.3.2
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-# YAML 1.1 reads 010 as 8 and 1:30 as 90; with the core schema both are plain
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+class DuplicateConfig(Config):
+    """When two samples are near duplicates besides their perceptual hash; None means what ``encoders`` stands for."""
+
+    cls_cosine: float | None = Field(None, gt=0, le=1)
 
 
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        where = f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}"
-        if not isinstance(key, str):
-            raise ConfigError(f"{where}: key {key!r} is not text; quote it")
-        if key in mapping:
-            raise ConfigError(f"{where}: duplicate key {key!r}; remove one of the two")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
+class T5Config(Config):
+    """The text encoder; ``model`` None means the one that ``encoders`` names."""
+
+    model: str | None = None
+    revision: str | None = None
+    sha256: dict[str, str] | None = None  # of every file of the model at ``revision``, a commit
+    max_tokens: int = Field(512, ge=2, le=512)  # T5 was trained on 512, and so many are all that training accepts
+    batch_size: int = Field(16, ge=1)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+class DINOv3Config(Config):
+    """The image encoder; None means what ``encoders`` stands for."""
+
+    model: str | None = None
+    revision: str | None = None
+    sha256: dict[str, str] | None = None  # as in T5Config
+    input_scale: float | None = Field(None, gt=0)
+    batch_size: int = Field(16, ge=1)
 
 
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse one YAML document strictly; ``name`` is what errors call it. Raises :class:`ConfigError`."""
-    loader = _Loader(text)
-    loader.name = name
-    try:
-        return loader.get_single_data()
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(f"{name}:{error.problem_mark.line + 1}: {error.problem}; only plain YAML is read") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    finally:
-        loader.dispose()
+class PoseConfig(Config):
+    """The two networks of DWPose as ONNX files; None means the ones that ``encoders`` names."""
+
+    detector: str | None = None
+    pose: str | None = None
+    sha256: dict[Literal["detector", "pose"], str] | None = None
+    batch_size: int = Field(16, ge=1)
 
 
-def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the merged mapping of ``path`` and, for each dotted key, the file that set it."""
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
-    data = parse_yaml(text, str(path))
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, this is a {type(data).__name__}")
-    parent = data.pop("extends", None)
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    if parent is not None:
-        if not isinstance(parent, str):
-            raise ConfigError(f"{path}: extends must name one file")
-        values, origins = _read_file(path.parent / parent, model, (*chain, path.resolve()))
-    _merge(values, data, origins, str(path), model)
-    return values, origins
+class PlacementConfig(Config):
+    """Where layers are computed; ``vram_gb`` replaces the built-in estimates of what a layer takes on a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    vram_gb: dict[Literal["captions", "t5", "dino", "pose"], Annotated[float, Field(ge=0)]] = Field({})
+    actors_per_gpu: int = Field(2, ge=1)
 
 
-def _merge(
-    into: dict[str, Any],
-    update: dict[str, Any],
-    origins: dict[str, str],
-    origin: str,
-    model: type[Config],
-    prefix: str = "",
-) -> None:
-    for key, value in update.items():
-        dotted = prefix + key
-        section = section_model(model, [key])
-        if section and isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, origins, origin, section, dotted + ".")
-        else:
-            into[key] = value
-            for replaced in [other for other in origins if other.startswith(dotted + ".")]:
-                del origins[replaced]
-            origins[dotted] = origin
+class PrepConfig(Config):
+    """Everything ``prep run`` can be told."""
 
+    source: Place
+    output: Place
+    seed: int = Field(0, ge=0)
+    base: int = 1024
+    encoders: Literal["demo", "production"] = "production"
+    layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"], min_length=1)
+    flips: bool = False
+    image: ImageConfig = ImageConfig()
+    filters: FilterConfig = FilterConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
+    captions: CaptionConfig = CaptionConfig()
+    t5: T5Config = T5Config()
+    dino: DINOv3Config = DINOv3Config()
+    pose: PoseConfig = PoseConfig()
+    placement: PlacementConfig = PlacementConfig()
+    shard_size: int = Field(128, ge=1)
+    holdout: float = Field(0.02, ge=0, lt=1)
+    holdout_min: int = Field(64, ge=0)
+    max_reject_rate: float = Field(0.5, ge=0, le=1)
+    sample_timeout: float = Field(120, gt=0)
+    memory_limit_gb: float | None = Field(None, gt=0)
+    workers: int | None = Field(None, ge=1)
 
-def _apply_override(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form dotted.path=value")
-    node = values
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
-    node[keys[-1]] = parse_yaml(text, f"override {path.strip()}")
-    origins[path.strip()] = "command line"
+    @field_validator("base")
+    @classmethod
+    def _has_buckets(cls, base: int) -> int:
+        try:
+            buckets_for(base)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None  # what pydantic reports with the key's path
+        return base
 
+    @model_validator(mode="after")
+    def _filters_have_their_layer(self) -> Self:
+        if self.filters.counts_persons and "pose" not in self.layers:
+            raise ValueError("filters.min_persons and filters.max_persons need the pose layer: add it to layers")
+        return self
 
-def load_config(model: type[T], file: Path | str | None, overrides: Sequence[str] = ()) -> T:
-    """Read ``file`` with what it extends, apply the overrides and validate.
+    @property
+    def active_layers(self) -> tuple[str, ...]:
+        """The layers of the dataset in the order of the data flow: px always, text brings t5 with it."""
+        wanted = {"px", *self.layers} | ({"t5"} if "text" in self.layers else set())
+        flow = ("px", "text", "t5", "dino", "pose")
+        if self.filters.counts_persons:
+            flow = ("px", "dino", "pose", "text", "t5")
+        return tuple(layer for layer in flow if layer in wanted)
 
-    Raises :class:`ConfigError` that lists every problem with its file, its dotted path and, for an unknown key, the
-    nearest one that exists.
-    """
-    return load_config_with_origins(model, file, overrides)[0]
+    def upstream(self, layer: str) -> str:
+        """The layer that ``layer`` is made from (px is made from the sources).
 
-
-def load_config_with_origins(
-    model: type[T], file: Path | str | None, overrides: Sequence[str] = ()
-) -> tuple[T, dict[str, str]]:
-    """Return what :func:`load_config` does and, for every key, what set it: a file, "command line" or "default"."""
-    values, origins = ({}, {}) if file is None else _read_file(Path(file), model)
-    for override in overrides:
-        _apply_override(values, override, origins)
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(problem, model, origins, file) for problem in error.errors()]
-        raise ConfigError(PROBLEM_BREAK.join(problems)) from None
-    paths = {key: key.split(".") for key in walk_keys(model)}
-    return config, {key: _origin(path, origins) if _has(values, path) else "default" for key, path in paths.items()}
-
-
-def _has(values: Any, path: Sequence[str]) -> bool:
-    for key in path:
-        if not isinstance(values, dict) or key not in values:
-            return False
-        values = values[key]
-    return True
-
-
-def _origin(path: Sequence[str], origins: dict[str, str]) -> str | None:
-    """Return what set a key, or the nearest of its sections that was set as a whole."""
-    dotted = (".".join(path[:end]) for end in range(len(path), 0, -1))
-    return next((origins[key] for key in dotted if key in origins), None)
-
-
-def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: Path | str | None) -> str:
-    # drop the parts that pydantic adds for members of a union; they are no keys
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
-    dotted = ".".join(path)
-    origin = _origin(path, origins) or next(
-        # a missing key, or a section: whatever file set something inside it
-        (where for key, where in origins.items() if key.startswith(dotted + ".")),
-        str(file or "defaults"),
-    )
-    if problem["type"] == "extra_forbidden":
-        return f"{origin}: unknown key `{dotted}`{_nearest(path, model)}"
-    if problem["type"] == "missing":
-        return f"{origin}: `{dotted}` is required"
-    given = problem.get("input")
-    return f"{origin}: `{dotted}`: {problem['msg']}, got {given!r} ({type(given).__name__})"
-
-
-def _nearest(path: list[str], model: type[Config]) -> str:
-    section = section_model(model, path[:-1])
-    if section is None:
-        return ""
-    near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean `{'.'.join([*path[:-1], near[0]])}`?"
-    elsewhere = [key for key in walk_keys(model) if key.rsplit(".", 1)[-1] == path[-1]]
-    if elsewhere:
-        return f"; did you mean `{elsewhere[0]}`?"
-    return f"; known here: {', '.join(section.model_fields)}"
-
-
-def section_model(model: type[Config], path: Sequence[str]) -> type[Config] | None:
-    """Return the config class that a path of sections leads to, or None where there is no such section."""
-    for key in path:
-        field = model.model_fields.get(key)
-        nested = _nested_config(field.annotation) if field else None
-        if nested is None:
-            return None
-        model = nested
-    return model
-
-
-def _nested_config(annotation: Any) -> type[Config] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(filter(None, map(_nested_config, typing.get_args(annotation))), None)
-    return None
-
-
-def walk_keys(model: type[Config], prefix: str = "") -> list[str]:
-    """List the dotted path of every key of ``model``, sections expanded."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        nested = _nested_config(field.annotation)
-        keys += walk_keys(nested, f"{prefix}{name}.") if nested else [prefix + name]
-    return keys
-
-
-def dump_config(config: Config) -> str:
-    """Return the resolved config as YAML text in the order of its fields; :func:`load_config` reads it back equal."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes floats so that YAML 1.2 readers see floats."""
-
-
-_Dumper.add_representer(float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", repr(value)))
-# YAML reads an unescaped next-line character as a line feed; only double quotes escape it
-_Dumper.add_representer(
-    str,
-    lambda dumper, value: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", value, style='"' if "\x85" in value else None
-    ),
-)
-# quote what the loader above would otherwise read as something else than text
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-}
+        Where the number of people decides about a sample, only what the pose layer accepted is captioned.
+        """
+        text = "pose" if self.filters.counts_persons else "px"
+        return {"text": text, "t5": "text", "dino": "px", "pose": "px"}[layer]

@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from prep.buckets import Bucket
-from prep.console import Progress, say
-from prep.errors import ConfigError, DataError, ResourceError
-from prep.files import canonical_json
-from prep.report_pictures import source_folder
-from prep.shards import Dataset, npy_bytes
-from prep.storage import LocalFolder, Storage, open_storage
-from prep.verify import TEMPORARY
+from nanodit.console import Progress, say
+from nanodit.errors import ConfigError, DataError, ResourceError
+from nanodit.files import canonical_json
+from nanodit.storage import LocalFolder, Storage, open_storage
+from prep.dataset.buckets import Bucket
+from prep.dataset.layout import Dataset, npy_bytes
+from prep.report.pictures import source_folder
+from prep.verify.verify import TEMPORARY
 
 TEXT_TOKENS = 512
 MARKER = "flat.json"  # says which dataset the tars are made from

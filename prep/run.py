@@ -15,21 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prep import cost
-from prep.caption_cache import forget_rejects
-from prep.config import dump_config
-from prep.console import Progress, duration, say, waiting
-from prep.errors import DataError, Interrupted
-from prep.lock import locked
-from prep.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
-from prep.placement import Node, local_node, plan_passes
-from prep.plan import Plan, check_folders, make_plan, remaining, write_manifest
-from prep.preflight import preflight
-from prep.publish import Published, gate, publish
-from prep.settings import PrepConfig
-from prep.shards import Part, Unit, fingerprint_of, read_part
-from prep.sources import Reject
-from prep.storage import LocalFolder, Storage, open_storage
+from nanodit.config import dump_config
+from nanodit.console import Progress, duration, say, waiting
+from nanodit.errors import DataError, Interrupted
+from nanodit.lock import locked
+from nanodit.storage import LocalFolder, Storage, open_storage
+from prep.captions.cache import forget_rejects
+from prep.config import PrepConfig
+from prep.dataset.layout import Part, Unit, fingerprint_of, read_part
+from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
+from prep.images.sources import Reject
+from prep.passes import cost
+from prep.passes.placement import Node, local_node, plan_passes
+from prep.passes.plan import Plan, check_folders, make_plan, remaining, write_manifest
+from prep.passes.preflight import preflight
+from prep.passes.publish import Published, gate, publish
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
 TAR_FILE = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d+)\.(?P<layer>\w+)\.tar")
@@ -92,7 +92,7 @@ def known_nodes() -> list[Node]:
     if not os.environ.get("RAY_ADDRESS"):
         return [local_node()]
     with waiting("loading Ray"):
-        from prep.pipeline import cluster_nodes, ray_session
+        from prep.passes.ray_passes import cluster_nodes, ray_session
 
     with ray_session():
         return cluster_nodes()
@@ -175,7 +175,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
     turned out to be unusable.
     """
     with waiting("loading Ray"):  # which takes seconds
-        from prep.pipeline import cluster_nodes, on_every_node, ray_session, run_pass
+        from prep.passes.ray_passes import cluster_nodes, on_every_node, ray_session, run_pass
 
     config = plan.config
     for line in other_networks(config):
@@ -195,7 +195,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
             with Progress("+".join(layers), total, unit="samples x layers") as progress:
                 asked, rejected = step.device == "captions", 0
                 if asked:
-                    from prep.captioner import caption_units
+                    from prep.passes.captions import caption_units
 
                     results = caption_units(
                         config, tasks, lambda counts: progress.update(counts.pop("samples"), **counts)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from prep.figures import write_figures
-from prep.settings import PrepConfig
+from prep.config import PrepConfig
+from prep.figures.figures import write_figures
 
 FIGURES = 80  # 64 for training, 16 held out
 
@@ -27,7 +27,7 @@ def shared_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def ray_session():
     """A local Ray for everything this test worker runs (starting one takes seconds)."""
-    from prep.pipeline import ray_session
+    from prep.passes.ray_passes import ray_session
 
     with ray_session():
         yield

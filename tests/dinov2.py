@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from train.dino_loss import MODEL, REVISION
+from train.method.dino_loss import MODEL, REVISION
 
 
 def write_random_dinov2(cache: Path) -> Path:

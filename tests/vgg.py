@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from train.perceptual import VGG_WEIGHTS
+from train.method.perceptual import VGG_WEIGHTS
 
 
 def write_random_vgg(home: Path) -> Path:

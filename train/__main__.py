@@ -12,21 +12,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prep.config import dump_config, load_config
-from prep.console import say
-from prep.errors import ConfigError, run_command
-from prep.files import write_atomic
+from nanodit.config import dump_config, load_config
+from nanodit.console import say
+from nanodit.errors import ConfigError, run_command
+from nanodit.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
 
-    from prep.shards import Dataset
+    from prep.dataset.layout import Dataset
     from train.config import TrainConfig
-    from train.trainer import Validate
+    from train.loop.trainer import Validate
 
 STARTED = time.monotonic()
-SELF_GUIDANCE = 3.0  # train.sample.SELF_GUIDANCE
-SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.sample.DRAWING
+SELF_GUIDANCE = 3.0  # train.method.sampling.SELF_GUIDANCE
+SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.method.sampling.DRAWING
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO")
     sample.add_argument(
         "--pose", type=Path, metavar="IMAGE|JSON",
-        help="a picture of a person, or joints: COCO-WholeBody's 133 (train/pose_file.py), or OpenPose's",
+        help="a picture of a person, or joints: COCO-WholeBody's 133 (train/draw/pose_file.py), or OpenPose's",
     )  # fmt: skip
     sample.add_argument("--key", help="instead: draw from the stored conditions of this holdout sample")
     sample.add_argument("--dataset", help="where --key is (default: the dataset of the run's config)")
@@ -170,17 +170,17 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
-    from prep.shards import Dataset
+    from prep.dataset.layout import Dataset
+    from train.checkpoint.initial import check_same_parent, load_parent
+    from train.checkpoint.resume import check_same_run, choose_checkpoint
+    from train.checkpoint.run_folder import lock_run_folder
     from train.config import TrainConfig
-    from train.cost import check_disk
-    from train.initial import check_same_parent, load_parent
-    from train.rehearsal import probe
-    from train.remedies import explained
-    from train.resume import check_same_run, choose_checkpoint
-    from train.runfolder import lock_run_folder
-    from train.saving import dataset_summary
-    from train.tracking import environment, write_provenance
-    from train.trainer import Trainer
+    from train.loop.saving import dataset_summary
+    from train.loop.tracking import environment, write_provenance
+    from train.loop.trainer import Trainer
+    from train.plan.cost import check_disk
+    from train.plan.rehearsal import probe
+    from train.plan.remedies import explained
 
     if not options.max_hours > 0:
         raise ConfigError(f"--max-hours {options.max_hours:g}: must be more than 0")
@@ -227,13 +227,13 @@ def _validation(config: TrainConfig, dataset: Dataset) -> Validate | None:
     """Return what the trainer calls to validate: it imports nothing of ``evaluate`` itself."""
     if not config.validation.every_steps:
         return None
-    from evaluate.pulse import build_validation
+    from evaluate.validation import build_validation
 
     return build_validation(config, dataset)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from train.plan import plan
+    from train.plan.plan import plan
 
     plan(
         options.config, options.overrides,
@@ -242,8 +242,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from train.draw import DrawRequest, draw
-    from train.sample import INTERVAL, Sampling
+    from train.draw.draw import DrawRequest, draw
+    from train.method.sampling import INTERVAL, Sampling
 
     names = (
         "reference", "pose", "key", "dataset", "seed", "count", "batch_size", "grid", "bucket", "weights", "output",
@@ -306,33 +306,33 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from train.sweep_process import end_with_parent
+    from train.sweep.process import end_with_parent
 
     if options.owned:
         end_with_parent()
     from evaluate import trial as measuring
-    from train.sweep_trial import Work, run_trial
+    from train.sweep.trial import Work, run_trial
 
     def train(file: Path) -> None:
         _run(_parser().parse_args(["run", "--config", str(file)]))
 
     work = Work(train, measuring.measure, measuring.resolve, measuring.check)
     if options.trial:
-        from train.sweep_plan import prepare
+        from train.sweep.plan import prepare
 
         folder = prepare(options.config, options.overrides, options.trial, work)
         run_trial(folder, options.trial, work)
         say(f"wrote {folder / 'trials' / options.trial}")
         return
-    from train.sweep import run_sweep
-    from train.sweep_config import load_sweep
+    from train.sweep.config import load_sweep
+    from train.sweep.sweep import run_sweep
 
     sweep = load_sweep(options.config, options.overrides)
     run_sweep(sweep, work, resume=options.resume, retry_failed=options.retry_failed, new_cohort=options.new_cohort)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from train.export import export
+    from train.draw.export import export
 
     folder = export(
         options.checkpoint, options.output, weights=options.weights, half=options.half, report=options.report,

@@ -7,18 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prep.config import Config, Place
-from train.batch_plan import Phase
-from train.conditioning import ConditioningConfig
-from train.ema import EmaConfig
-from train.flow import FlowConfig
-from train.model import ModelConfig
-from train.optim import OptimizerConfig
-from train.perceptual import PerceptualConfig
-from train.repa import RepaConfig
-from train.sample import Method
-from train.schedule import Schedule
-from train.tread import TreadConfig
+from nanodit.config import Config, Place
+from train.data.batch_plan import Phase
+from train.method.ema import EmaConfig
+from train.method.flow import FlowConfig
+from train.method.optim import OptimizerConfig
+from train.method.perceptual import PerceptualConfig
+from train.method.repa import RepaConfig
+from train.method.sampling import Method
+from train.method.schedule import Schedule
+from train.model.conditions import ConditioningConfig
+from train.model.network import ModelConfig
+from train.model.tread import TreadConfig
 
 
 class TrainSection(Config):

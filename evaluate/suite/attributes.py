@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluate import statistics
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from prep.figures import BACKGROUND_COLOURS, HAIR_COLOURS, TOP_COLOURS, TROUSERS_COLOURS
+from evaluate.statistics import intervals as statistics
+from prep.figures.figures import BACKGROUND_COLOURS, HAIR_COLOURS, TOP_COLOURS, TROUSERS_COLOURS
 
 if TYPE_CHECKING:
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 PALETTES = {
     "top": TOP_COLOURS,

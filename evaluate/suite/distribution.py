@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluate.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid, more_samples
+from evaluate.metrics.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid, more_samples
 from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import MIN_CLUSTERS
+from evaluate.statistics.intervals import MIN_CLUSTERS
 
 if TYPE_CHECKING:
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 ESTIMATORS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Distance], str]] = {
     "fd": (frechet, "Frechet distance of fitted Gaussians, biased upwards at every n"),

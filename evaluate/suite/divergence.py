@@ -21,15 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from evaluate.distances import SPACES, as_points, jackknife, spread
+from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, Metric, Skipped, degenerate_reason, from_table
-from evaluate.statistics import MIN_CLUSTERS, Interval
-from prep.config import Config
+from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from nanodit.config import Config
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 GIVEN = ("text", "nothing")  # the first of these that was trained
 ALIKE = 3  # real figures are much alike where they share this many of ATTRIBUTES
@@ -97,7 +97,7 @@ def trend(steps: Sequence[int], values: np.ndarray) -> np.ndarray:
 
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     """Some prompts, each from several noises; those that other tests draw too are the same pictures."""
-    from evaluate.pictures import Picture
+    from evaluate.drawing.pictures import Picture
 
     asked = _ask(context)
     if isinstance(asked, Skipped):
@@ -258,7 +258,7 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
 
 def _read_rows(path: Path, asked: _Asked) -> Rows | None:
     """The rows of the prompts' real and drawn pictures; None where any is missing or cannot be scored."""
-    from evaluate.context import Rows
+    from evaluate.drawing.context import Rows
 
     try:
         table = pq.read_table(path, columns=list(COLUMNS), filters=[("condition", "in", ["real", *asked.labels])])

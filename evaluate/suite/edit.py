@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate import statistics
-from evaluate.distances import SPACES, as_points
-from evaluate.edits import ChangeType, Edit, EditType, choose
-from evaluate.garments import UNCHANGED, garment, unchanged
-from evaluate.keypoints import ALPHA, CONFIDENCE, PARTS, Box, hits
+from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
+from evaluate.metrics.distances import SPACES, as_points
+from evaluate.metrics.garments import UNCHANGED, garment, unchanged
+from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.statistics import intervals as statistics
 from evaluate.suite.attributes import CHANCE
-from prep.config import Config
+from nanodit.config import Config
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
@@ -45,7 +45,7 @@ class EditConfig(Config):
 
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     """Some samples with their own text, with each edit of it, and with the paraphrase."""
-    from evaluate.pictures import Picture
+    from evaluate.drawing.pictures import Picture
 
     asked = _ask(context)
     if isinstance(asked, Skipped):
@@ -71,8 +71,8 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
 
     ``effect``: distance to the unedited picture less that of the paraphrase's picture. ``direction``: share of figures
     whose garment has the new colour; ``direction_gain``: less the share of the unedited pictures; ``direction_probe``:
-    how much more probable CLIP finds the new words than the old (:mod:`evaluate.probe`). ``preserved``: share of cells
-    of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do.
+    how much more probable CLIP finds the new words than the old (:mod:`evaluate.metrics.clip`). ``preserved``: share of
+    cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do.
     """
     asked = _ask(context)
     if isinstance(asked, Skipped):

@@ -15,18 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from evaluate import statistics
-from evaluate.baselines import TrainingImages
+from evaluate.drawing.baselines import TrainingImages
 from evaluate.records import Metric, Skipped
+from evaluate.statistics import intervals as statistics
 from evaluate.subject import Batch, Subject, to_float
-from prep.config import Config
-from train.conditioning import Subset, subset_name
-from train.flow import flow_loss, interpolate, shift, to_x
-from train.noise import generator
+from nanodit.config import Config
+from nanodit.rng import generator
+from train.method.flow import flow_loss, interpolate, shift, to_x
+from train.model.conditions import Subset, subset_name
 
 if TYPE_CHECKING:
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 PREDICTORS = ("mean_image", "identity", "affine")
 TRAINED = "trained"  # in place of names: every subset that training drew

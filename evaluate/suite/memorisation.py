@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluate import statistics
-from evaluate.distances import SPACES, as_points, nearest
+from evaluate.metrics.distances import SPACES, as_points, nearest
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import MIN_CLUSTERS, Interval
+from evaluate.statistics import intervals as statistics
+from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper

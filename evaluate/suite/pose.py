@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate import statistics
-from evaluate.distances import more_samples
-from evaluate.keypoints import ALPHA, AREA_OF_BOX, CONFIDENCE, PARTS, Box, Joints
+from evaluate.metrics.distances import more_samples
+from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, PARTS, Box, Joints
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import MIN_CLUSTERS, Interval
-from prep.config import Config
+from evaluate.statistics import intervals as statistics
+from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from nanodit.config import Config
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 # where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
 TRUE_BOX, JOINTS_BOX = "true box", "box around the confident joints that prep found"
@@ -93,7 +93,7 @@ def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
 
 def _mirrored(context: Context, arms: Sequence[Arm]) -> list[Picture]:
     """Some samples with a person, given the mirror image of their pose and as little beside it as any condition."""
-    from evaluate.pictures import Picture
+    from evaluate.drawing.pictures import Picture
 
     keys = [key for key in context.keys if context.rows[key]["persons"]][: context.config.pose.mirrored]
     arm = min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate import metrics, statistics
+from evaluate.metrics import pixels as metrics
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from prep.config import Config
+from evaluate.statistics import intervals as statistics
+from nanodit.config import Config
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
 PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate import statistics
-from evaluate.distances import SPACES, as_points, unit
+from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
-from evaluate.statistics import MIN_CLUSTERS
+from evaluate.statistics import intervals as statistics
+from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.attributes import CHANCE
-from prep.config import Config
-from train.noise import generator
+from nanodit.config import Config
+from nanodit.rng import generator
 
 if TYPE_CHECKING:
-    from evaluate.arms import Arm
-    from evaluate.context import Context, Rows
-    from evaluate.pictures import Picture
+    from evaluate.drawing.arms import Arm
+    from evaluate.drawing.context import Context, Rows
+    from evaluate.drawing.pictures import Picture
 
 # what the donor gives -> what the model is given, the first that was trained
 GIVEN = {
@@ -69,7 +69,7 @@ def choose_donor(key: str, others: Sequence[str], likeness: Sequence[float], cou
 
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     """Each sample with its own and with the donor's features, and the matrix."""
-    from evaluate.pictures import Picture
+    from evaluate.drawing.pictures import Picture
 
     asked = _ask(context)
     if isinstance(asked, Skipped):

@@ -1,4 +1,5 @@
-"""Forward and backward of attention on a CPU: PyTorch's fused kernel against the explicit form of train/model.py.
+"""Forward and backward of attention on a CPU: PyTorch's fused kernel against the explicit form of
+train/model/network.py.
 
     python tests/benchmarks/attention.py
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prep.config import dump_config
-from prep.files import canonical_json, write_atomic
-from prep.layers import LayerWorker
-from prep.plan import make_plan, write_manifest
-from prep.publish import publish
-from prep.report import write_report
+from nanodit.config import dump_config
+from nanodit.files import canonical_json, write_atomic
+from prep.config import PrepConfig
+from prep.dataset.layout import LayerWriter, Unit, npy_bytes, read_part
+from prep.passes.layers import LayerWorker
+from prep.passes.plan import make_plan, write_manifest
+from prep.passes.publish import publish
+from prep.report.report import write_report
 from prep.run import current_parts
-from prep.settings import PrepConfig
-from prep.shards import LayerWriter, Unit, npy_bytes, read_part
 
 SECONDS, MEGABYTES = 30, 15
 ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16), (2, 1), (1, 2))

@@ -15,8 +15,8 @@ import sys
 
 import numpy as np
 
-from prep.shards import Dataset
-from train.flip import flip_pixels
+from prep.dataset.layout import Dataset
+from train.data.flip import flip_pixels
 
 SAMPLES = 256
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.conditioning import MODALITIES, PRESETS, ConditioningConfig, Conditions, Subset, deal, subset_name
-from train.microbatch import split
-from train.model import Features, ModelConfig, build_model
-from train.noise import generator
-from train.tread import TreadConfig
+from nanodit.rng import generator
+from train.loop.microbatch import split
+from train.model.conditions import MODALITIES, PRESETS, ConditioningConfig, Conditions, Subset, deal, subset_name
+from train.model.network import Features, ModelConfig, build_model
+from train.model.tread import TreadConfig
 
 SIDE, PATCH, TEXT, GRID, WIDTH = 512, 16, 256, 64, 1024
 TOKENS = (SIDE // PATCH) ** 2

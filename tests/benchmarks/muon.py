@@ -1,4 +1,5 @@
-"""One Muon step on a CPU: the batched form of train/optim.py against torch.optim.Muon and against itself written out.
+"""One Muon step on a CPU: the batched form of train/method/optim.py against torch.optim.Muon and against itself written
+out.
 
     PYTHONPATH=. python tests/benchmarks/muon.py
 
@@ -16,9 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from train import optim
-from train.model import Features, ModelConfig, build_model
-from train.optim import NS_COEFFICIENTS, NS_STEPS, Muon, OptimizerConfig, parameter_groups
+from train.method import optim
+from train.method.optim import NS_COEFFICIENTS, NS_STEPS, Muon, OptimizerConfig, parameter_groups
+from train.model.network import Features, ModelConfig, build_model
 
 REPEATS = 5
 LR = 1e-3

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from prep import dedup, scan_cache
-from prep.plan import Plan, make_plan, write_manifest
-from prep.settings import PrepConfig
-from prep.shards import LayerWriter, part_schema, read_part
+from prep.config import PrepConfig
+from prep.dataset.layout import LayerWriter, part_schema, read_part
+from prep.images import duplicates as dedup
+from prep.images import scan_cache
+from prep.passes.plan import Plan, make_plan, write_manifest
 
 WIDTH = 1024
 

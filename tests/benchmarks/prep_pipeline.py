@@ -28,15 +28,15 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from prep import sources
-from prep.layers import LayerWorker
-from prep.plan import make_plan
-from prep.quantise import quantise
-from prep.settings import PrepConfig
-from prep.shards import TAR_BLOCK, npy_bytes
+from prep.config import PrepConfig
+from prep.dataset.layout import TAR_BLOCK, npy_bytes
+from prep.dataset.quantise import quantise
+from prep.images import sources
+from prep.passes.layers import LayerWorker
+from prep.passes.plan import make_plan
 from tests.local_cluster import LocalCluster
 from tests.prep.caption_server import CaptionServer
-from tests.prep.test_plan import write_images
+from tests.prep.passes.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]
 PATCH = 256

@@ -30,23 +30,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluate import statistics
-from evaluate.arms import Arm, draw
-from evaluate.baselines import TrainingImages, load_training_images
 from evaluate.config import SamplerConfig
-from evaluate.metrics import psnr
+from evaluate.drawing.arms import Arm, draw
+from evaluate.drawing.baselines import TrainingImages, load_training_images
+from evaluate.metrics.pixels import psnr
+from evaluate.statistics import intervals as statistics
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import heldout_loss
-from prep.config import load_config
-from prep.console import say
-from prep.files import write_atomic
-from prep.shards import Dataset
+from nanodit.config import load_config
+from nanodit.console import say
+from nanodit.files import write_atomic
+from prep.dataset.layout import Dataset
 from tests.vgg import write_random_vgg
-from train.checkpoint import load_model
-from train.conditioning import parse_subset
+from train.checkpoint.checkpoint import load_model
+from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
-from train.runfolder import StopRequest
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
+from train.model.conditions import parse_subset
 
 ROOT = Path(__file__).parents[2]
 COMMON = (

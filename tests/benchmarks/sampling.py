@@ -26,17 +26,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from evaluate import statistics
+from evaluate.statistics import intervals as statistics
 from evaluate.subject import Batch, read_batches, select_holdout, to_float
-from prep.console import say
-from prep.shards import Dataset
+from nanodit.console import say
+from prep.dataset.layout import Dataset
 from tests.benchmarks.curves import Curve, Panel, draw_panels
-from train.checkpoint import load_model
-from train.conditioning import Conditions, collate
-from train.flow import FlowConfig
-from train.model import Features, ModelConfig, NanoDiT, build_model
-from train.sample import Grid, Method, Sampling, sample, trajectory_keep_ids
-from train.tread import TreadConfig
+from train.checkpoint.checkpoint import load_model
+from train.method.flow import FlowConfig
+from train.method.sampling import Grid, Method, Sampling, sample, trajectory_keep_ids
+from train.model.conditions import Conditions, collate
+from train.model.network import Features, ModelConfig, NanoDiT, build_model
+from train.model.tread import TreadConfig
 
 ALWAYS, INTERVAL, MIDDLE = (0.0, 1.0), (0.0, 0.9), (0.25, 0.9)
 CFG = {"guidance": 2.0}

@@ -11,25 +11,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluate.baselines import load_training_images, random_pairs, round_trip
 from evaluate.config import EvaluateConfig
-from evaluate.context import Context, Rows
-from evaluate.examine import Examiner
-from evaluate.features import TrainFeatures
-from evaluate.judge import open_judge
+from evaluate.drawing.baselines import load_training_images, random_pairs, round_trip
+from evaluate.drawing.context import Context, Rows
+from evaluate.metrics.examiner import Examiner
+from evaluate.metrics.likeness import open_judge
+from evaluate.metrics.training_features import TrainFeatures
 from evaluate.records import BASELINE, MODEL, REAL
 from evaluate.subject import Batch, Subject
-from prep.buckets import centre_crop, choose_bucket, crop_to_bucket
-from prep.dwpose import normalise
-from prep.figures import draw_figure
-from prep.files import sha256_bytes
-from train.conditioning import ConditioningConfig
-from train.flow import FlowConfig
-from train.noise import generator, noise
+from nanodit.files import sha256_bytes
+from nanodit.rng import generator, noise
+from prep.dataset.buckets import centre_crop, choose_bucket, crop_to_bucket
+from prep.encoders.dwpose import normalise
+from prep.figures.figures import draw_figure
+from train.method.flow import FlowConfig
+from train.model.conditions import ConditioningConfig
 
 
 class FiguresInMemory:
-    """What a :class:`prep.shards.Dataset` of figures offers to the evaluation, without a disk; features are noise."""
+    """What a :class:`prep.dataset.layout.Dataset` of figures offers to the evaluation, without a disk; features are
+    noise."""
 
     def __init__(self, train: int, holdout: int):
         self.root = Path("figures-in-memory")

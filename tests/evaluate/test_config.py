@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from evaluate.config import EvaluateConfig
-from prep.config import load_config
-from prep.errors import ConfigError
+from nanodit.config import load_config
+from nanodit.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "evaluate"
 

@@ -17,22 +17,22 @@ import torch
 import torchvision
 from PIL import Image
 
-from evaluate import metrics
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
+from evaluate.metrics import pixels as metrics
 from evaluate.records import SAMPLES_SCHEMA
 from evaluate.run import evaluate, with_bars
 from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
-from prep.files import sha256_bytes
-from prep.shards import Dataset
-from train import tracking
+from nanodit.files import sha256_bytes
+from nanodit.rng import noise
+from prep.dataset.layout import Dataset
 from train.__main__ import main as train
-from train.checkpoint import find_latest, load_model
-from train.conditioning import ConditioningConfig, load_conditions, subset_name
-from train.flow import FlowConfig
-from train.noise import noise
-from train.sample import Sampling, sample
+from train.checkpoint.checkpoint import find_latest, load_model
+from train.loop import tracking
+from train.method.flow import FlowConfig
+from train.method.sampling import Sampling, sample
+from train.model.conditions import ConditioningConfig, load_conditions, subset_name
 
 HEADLINES = ("reconstruction/psnr", "reconstruction/ssim", "attribute_accuracy/all", "pose_pck/all")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from prep.settings import PrepConfig
-from prep.shards import Dataset
-from prep.sources import scan
+from prep.config import PrepConfig
+from prep.dataset.layout import Dataset
+from prep.images.sources import scan
 from tests.local_cluster import LocalCluster
+from tests.prep.passes.test_plan import write_images
 from tests.prep.runs import NETWORKS, files_of
-from tests.prep.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]
 IMAGES, SHARD = 300, 4

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from prep.shards import Dataset
-from tests.prep.test_plan import write_images
+from prep.dataset.layout import Dataset
+from tests.prep.passes.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]
 IMAGES = 40

@@ -15,9 +15,9 @@ import pytest
 from tests.train.sweeps import write_sweep
 from tests.train.tiny import write_dataset
 from train.__main__ import main
-from train.sweep_config import load_sweep
-from train.sweep_record import read_record
-from train.sweep_table import table
+from train.sweep.config import load_sweep
+from train.sweep.record import read_record
+from train.sweep.table import table
 
 SECRET = "hf_secret_of_the_tests"
 

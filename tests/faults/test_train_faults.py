@@ -22,17 +22,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prep.config import load_config, walk_keys
-from prep.errors import ConfigError, ResourceError
-from prep.shards import Dataset
+from nanodit.config import load_config, walk_keys
+from nanodit.errors import ConfigError, ResourceError
+from prep.dataset.layout import Dataset
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
-from train.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from train.checkpoint.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from train.checkpoint.resume import check_same_run
+from train.checkpoint.run_folder import StopRequest, lock_run_folder
 from train.config import TrainConfig
 from train.hardware import can_compile
-from train.resume import check_same_run
-from train.runfolder import StopRequest, lock_run_folder
-from train.tracking import read_metrics
+from train.loop.tracking import read_metrics
 
 PARTS = ("model", "ema", "optimizer")
 STEPS = 12
@@ -341,7 +341,7 @@ def test_T10_a_disk_that_takes_no_more_is_a_resource_error_and_costs_no_checkpoi
 
 
 def test_T11_a_signal_before_the_first_step_gives_75(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.trainer.Trainer", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("train.loop.trainer.Trainer", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
     assert train(config) == 75
     assert "error: stopped by a signal" in capsys.readouterr().err
 

@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from prep.shards import Dataset
+from prep.dataset.layout import Dataset
 from tests.faults.test_train_faults import STEPS, assert_same_run, deterministic, train, train_process, weights
 from tests.train.tiny import write_config, write_dataset
-from train import checkpoint as checkpoints
-from train import data, trainer
 from train.__main__ import main
-from train.checkpoint import checkpoint_steps, find_latest, save_checkpoint, set_aside_after, verify
-from train.resume import choose_checkpoint
-from train.tracking import read_metrics
-from train.trainer import Trainer
-from train.visual import VisualDebug
+from train.checkpoint import checkpoint as checkpoints
+from train.checkpoint.checkpoint import checkpoint_steps, find_latest, save_checkpoint, set_aside_after, verify
+from train.checkpoint.resume import choose_checkpoint
+from train.data import samples as data
+from train.loop import trainer
+from train.loop.tracking import read_metrics
+from train.loop.trainer import Trainer
+from train.loop.visual import VisualDebug
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +328,7 @@ def test_T15_a_storage_without_locks_is_said(config, tmp_path, monkeypatch, caps
 
 
 def test_T16_what_looks_on_may_fail_and_training_is_the_same(dataset, config, straight, tmp_path, capsys, monkeypatch):
-    from tests.train.test_looks import turn_everything_over
+    from tests.train.loop.test_observers import turn_everything_over
 
     steps = []
 
@@ -345,7 +346,7 @@ def test_T16_what_looks_on_may_fail_and_training_is_the_same(dataset, config, st
         turn_everything_over()
         raise RuntimeError("preview")
 
-    monkeypatch.setattr("evaluate.pulse.build_validation", lambda config, dataset: validate)
+    monkeypatch.setattr("evaluate.validation.build_validation", lambda config, dataset: validate)
     monkeypatch.setattr(VisualDebug, "draw", draw)
     assert train(config, "validation.every_steps=1", "visual_debug.every_steps=4") == 0
     printed = capsys.readouterr().out
@@ -367,7 +368,7 @@ def test_T10_a_disk_that_is_full_at_a_picture_stops_the_run_after_its_last_step(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.visual.write_atomic", full)
+        patch.setattr("train.loop.visual.write_atomic", full)
         assert train(config, "visual_debug.every_steps=5") == 4
     assert "visual_debug at step 5: " in (error := capsys.readouterr().err)
     assert "No space left on device" in error
@@ -381,7 +382,7 @@ def test_T09_too_little_memory_to_validate_costs_no_step(config, straight, tmp_p
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evaluate.pulse.build_validation", lambda config, dataset: validate)
+        patch.setattr("evaluate.validation.build_validation", lambda config, dataset: validate)
         assert train(config, "validation.every_steps=5") == 4
     assert "validation at step 5: out of memory: CUDA out of memory. Tried" in capsys.readouterr().err
     assert saved(tmp_path / "run") == [3, 5]

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prep.demo import ASSETS, DETECTOR, POSE
-from prep.dwpose import DWPose
-from prep.figures import draw_figure
+from prep.encoders.demo import ASSETS, DETECTOR, POSE
+from prep.encoders.dwpose import DWPose
+from prep.figures.figures import draw_figure
 
 ORACLE = Path(__file__).with_name("rtmlib_oracle.py")
 PACKAGES = ("numpy", "onnxruntime", "opencv-python-headless", "tqdm")  # of what rtmlib asks for, what is used here

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from prep.captioner import caption_recipe, caption_units
-from prep.files import sha256_bytes
-from prep.layers import ShardTask
-from prep.settings import PrepConfig
-from prep.shards import IMAGE_FORMATS, LayerWriter, Part, Unit, encode_pixels, read_part
-from prep.sources import Source
+from nanodit.files import sha256_bytes
+from prep.config import PrepConfig
+from prep.dataset.layout import IMAGE_FORMATS, LayerWriter, Part, Unit, encode_pixels, read_part
+from prep.images.sources import Source
+from prep.passes.captions import caption_recipe, caption_units
+from prep.passes.layers import ShardTask
 
 FAST = {"cool_down": 0.05, "patience": 2.0, "timeout": 5.0, "min_words": 30, "max_words": 200, "image_side": 64}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prep.layers import LayerWorker
-from prep.plan import Plan, make_plan, write_manifest
-from prep.publish import publish
+from prep.config import PrepConfig
+from prep.passes.layers import LayerWorker
+from prep.passes.plan import Plan, make_plan, write_manifest
+from prep.passes.publish import publish
 from prep.run import current_parts
-from prep.settings import PrepConfig
 
 
 def prepare(config: PrepConfig) -> Plan:

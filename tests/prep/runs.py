@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from prep.demo import ASSETS, DETECTOR, POSE
-from prep.files import sha256_file
-from prep.settings import PrepConfig
-from tests.prep.test_plan import config
+from nanodit.files import sha256_file
+from prep.config import PrepConfig
+from prep.encoders.demo import ASSETS, DETECTOR, POSE
+from tests.prep.passes.test_plan import config
 
 PROJECT = Path(__file__).parents[2]
 NETWORKS = {"detector": str(ASSETS / DETECTOR), "pose": str(ASSETS / POSE)}

@@ -5,15 +5,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prep.errors import DataError
+from nanodit.errors import DataError
+from prep.dataset.layout import Dataset
 from prep.run import run
-from prep.shards import Dataset
+from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import FINISHED, files_of, poses, rejects_of
-from tests.prep.test_plan import config, write_images
 
 
 def test_p01_p02_bad_files_become_rows_and_the_run_goes_on(tmp_path, ray_session):
-    from tests.prep.test_sources import animation, encoded, png_with_header
+    from tests.prep.images.test_sources import animation, encoded, png_with_header
 
     source = tmp_path / "source"
     write_images(source, 6)

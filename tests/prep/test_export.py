@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prep.buckets import Bucket
-from prep.errors import ConfigError, DataError, ResourceError
+from nanodit.errors import ConfigError, DataError, ResourceError
+from nanodit.files import sha256_bytes
+from prep.dataset.buckets import Bucket
+from prep.dataset.layout import Dataset
 from prep.export import export_flat, flat_pose, pad_text
-from prep.files import sha256_bytes
-from prep.shards import Dataset
+from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import prepare
-from tests.prep.test_plan import config, write_images
 
 PROJECT = Path(__file__).parents[2]
 MEMBERS = {"image.npy", "dinov3.npy", "dinov3_patches.npy", "t5h.npy", "t5m.npy", "pose.npy", "json"}

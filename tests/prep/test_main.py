@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nanodit.config import load_config, walk_keys
+from nanodit.errors import ConfigError, run_command
 from prep.__main__ import main
-from prep.config import load_config, walk_keys
-from prep.errors import ConfigError, run_command
-from prep.settings import PrepConfig
+from prep.config import PrepConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "prep"
 

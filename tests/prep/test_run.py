@@ -10,31 +10,31 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 
-from prep.errors import DataError, Interrupted, ResourceError
-from prep.layers import LayerWorker, ShardTask
-from prep.placement import Pass, local_node
-from prep.plan import make_plan, write_manifest
-from prep.publish import gate, publish
+from nanodit.errors import DataError, Interrupted, ResourceError
+from prep.config import PrepConfig
+from prep.dataset.layout import Dataset
+from prep.images.sources import Reject
+from prep.passes.layers import LayerWorker, ShardTask
+from prep.passes.placement import Pass, local_node
+from prep.passes.plan import make_plan, write_manifest
+from prep.passes.publish import gate, publish
 from prep.run import current_parts, explain, run
-from prep.settings import PrepConfig
-from prep.shards import Dataset
-from prep.sources import Reject
-from prep.verify import verify
+from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import FAST
+from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
-from tests.prep.test_plan import config, write_images
-from tests.prep.test_verify import publish_again
+from tests.prep.verify.test_verify import publish_again
 
 
 class LocalPipeline(ModuleType):
-    """What ``prep/pipeline.py`` offers, on one worker of this process.
+    """What ``prep/passes/ray_passes.py`` offers, on one worker of this process.
 
     ``before`` is called with the layers of every pass, before it begins.
     """
 
     def __init__(self) -> None:
-        super().__init__("prep.pipeline")
+        super().__init__("prep.passes.ray_passes")
         self.before = lambda layers: None
 
     @contextmanager
@@ -57,7 +57,7 @@ class LocalPipeline(ModuleType):
 @pytest.fixture
 def pipeline(monkeypatch) -> LocalPipeline:
     local = LocalPipeline()
-    monkeypatch.setitem(sys.modules, "prep.pipeline", local)
+    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", local)
     return local
 
 
@@ -288,11 +288,11 @@ def test_p11_a_tar_of_an_abandoned_base_does_not_stay_for_ever(folder, pipeline,
         if moment == "shards.before_part":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("prep.shards.fault", die)
+    monkeypatch.setattr("prep.dataset.layout.fault", die)
     with pytest.raises(Interrupted):
         run(settings.model_copy(update={"base": 128}))
     assert len(list(Path(settings.output).glob("bucket_*/*.px.tar"))) == 2
-    monkeypatch.setattr("prep.shards.fault", lambda moment, *more: None)
+    monkeypatch.setattr("prep.dataset.layout.fault", lambda moment, *more: None)
     run(settings)
     assert files_of(Path(settings.output)) == before
     verify(settings.output)
@@ -307,11 +307,11 @@ def test_p11_a_split_that_was_never_published_does_not_outlive_its_seed(folder, 
     def die(moment: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prep.publish.fault", die)
+    monkeypatch.setattr("prep.passes.publish.fault", die)
     with pytest.raises(Interrupted):
         run(first)
     assert [path.name for path in Path(first.output).glob("*.*")] != []
-    monkeypatch.setattr("prep.publish.fault", lambda moment: None)
+    monkeypatch.setattr("prep.passes.publish.fault", lambda moment: None)
     run(second)
     assert files_of(Path(second.output)) == files_of(Path(clean.output))
     published = {row["key"]: row["split"] for row in Dataset(second.output).rows()}

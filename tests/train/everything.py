@@ -1,6 +1,6 @@
 """A run with every option of the trainer on: what is exact alone must be exact together.
 
-A new config key goes into one of the two tables; tests/train/test_everything.py says when one is missing.
+A new config key goes into one of the two tables; tests/train/loop/test_everything.py says when one is missing.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.train.tiny import write_config
-from train.sweep_config import Sweep, load_sweep
+from train.sweep.config import Sweep, load_sweep
 
 SWEEP = """\
 base: base.yaml

@@ -10,14 +10,14 @@ import pytest
 import torch
 import yaml
 
-from prep.config import Config, dump_config, load_config, section_model, walk_keys
-from prep.errors import ConfigError
-from prep.shards import Dataset
+from nanodit.config import Config, dump_config, load_config, section_model, walk_keys
+from nanodit.errors import ConfigError
+from prep.dataset.layout import Dataset
 from tests.train.tiny import tiny_config
 from train import __main__ as command_line
+from train.checkpoint.resume import SAFE_TO_CHANGE
 from train.config import TrainConfig
-from train.resume import SAFE_TO_CHANGE
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("vgg_home", "dinov2_home")
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))

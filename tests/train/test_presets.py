@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from prep.config import load_config
+from nanodit.config import load_config
 from train.config import TrainConfig
-from train.memory import estimate_memory, meta_trainer
-from train.plan import look_ahead
-from train.rehearsal import Shapes, changed, open_dataset
+from train.plan.memory import estimate_memory, meta_trainer
+from train.plan.plan import look_ahead
+from train.plan.rehearsal import Shapes, changed, open_dataset
 
 FOLDER = Path("configs/train")
 PRESETS = ("figures-256", "baseline", "production", "production-p16")

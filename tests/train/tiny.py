@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from prep.config import load_config
-from prep.files import canonical_json, sha256_bytes, write_atomic
-from prep.flip_text import flip_caption
-from prep.quantise import quantise
-from prep.shards import FLIP_MEMBERS, LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
+from nanodit.config import load_config
+from nanodit.files import canonical_json, sha256_bytes, write_atomic
+from prep.captions.mirror import flip_caption
+from prep.dataset.layout import FLIP_MEMBERS, LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
+from prep.dataset.quantise import quantise
 from train.config import TrainConfig
 
 TEXT_WIDTH, DINO_WIDTH = 24, 16

@@ -1,0 +1,124 @@
+"""The ways of drawing that are compared, and the pictures each of them draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evaluate.config import EvaluateConfig, SamplerConfig
+from evaluate.metrics.pixels import degenerate
+from evaluate.records import Skipped
+from evaluate.subject import Batch, Subject, to_uint8
+from evaluate.suite.heldout_loss import TRAINED
+from train.method.sampling import sample
+from train.model.conditions import MODALITIES, Subset, parse_subset, subset_name
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to draw: the conditions kept and the guidance scale (1: none)."""
+
+    name: str
+    subset: Subset
+    guidance: float
+
+
+def choose_arms(config: EvaluateConfig, subject: Subject) -> tuple[list[Arm], list[Skipped]]:
+    """The arms that the dataset and the model's training allow; the others are named as skipped."""
+    chosen, skipped = _choose(config.conditions, subject, "samples")
+    arms = [Arm(_label(subset, subject), subset, config.conditions[name]) for name, subset in chosen.items()]
+    return arms, skipped
+
+
+def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset], list[Skipped]]:
+    """The condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
+    trained = [subset_name(subset, subject.modalities) for subset in sorted(subject.table, key=_size)]
+    names = [name for one in names for name in (trained if one == TRAINED else [one])]
+    chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
+    return list(chosen.values()), skipped
+
+
+def named_arm(
+    conditions: str, guidance: float | None, config: EvaluateConfig, subject: Subject, test: str
+) -> Arm | Skipped:
+    """How pictures given ``conditions`` are drawn, or why they are not; see
+    :meth:`evaluate.drawing.context.Context.arm`.
+
+    The name is that of the conditions, with ``@SCALE`` behind it where the configuration draws the same conditions with
+    another scale of guidance.
+    """
+    usual = {_label(_subset(name, subject), subject): scale for name, scale in config.conditions.items()}
+    label = _label(_subset(conditions, subject), subject)
+    scale = usual.get(label, 1.0) if guidance is None else guidance
+    chosen, skipped = _choose({conditions: scale}, subject, test)
+    if skipped:
+        return skipped[0]
+    (subset,) = chosen.values()
+    return Arm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
+
+
+def parse(name: str) -> Subset:
+    """As :func:`train.model.conditions.parse_subset`, where ``dino`` stands for its two parts."""
+    return parse_subset("+".join("cls+patches" if part == "dino" else part for part in name.split("+")))
+
+
+def _label(subset: Subset, subject: Subject) -> str:
+    """The name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
+    return subset_name(subset, subject.modalities).replace("cls+patches", "dino")
+
+
+def _size(subset: Subset) -> tuple[int, str]:
+    """Sorts subsets, the largest first."""
+    return -len(subset), subset_name(subset)
+
+
+def _subset(name: str, subject: Subject) -> Subset:
+    """What a name stands for: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
+    return frozenset(subject.modalities) if name == "all" else parse(name)
+
+
+def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
+    """Why a picture given ``subset`` would mean nothing, or None."""
+    needs = [subset] if guidance == 1 else [subset, frozenset()]
+    lacking = [need for need in needs if need not in subject.table]
+    return f"subset {_label(lacking[0], subject)} never trained" if lacking else None
+
+
+def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
+    """Read the names of conditions (name -> guidance): name -> subset of those to test, and the skipped ones."""
+    chosen: dict[str, Subset] = {}
+    skipped = []
+    for name, guidance in guidances.items():
+        subset = _subset(name, subject)
+        lacking = [part for part in MODALITIES if part in subset and part not in subject.modalities]
+        twins = [other for other, taken in chosen.items() if taken == subset]
+        if lacking:
+            skipped.append(Skipped(f"{test}/{name}", f"the dataset has no {' and no '.join(lacking)}"))
+        elif reason := untrained(subset, guidance, subject):
+            skipped.append(Skipped(f"{test}/{name}", reason))
+        elif twins:
+            skipped.append(Skipped(f"{test}/{name}", f"the same conditions as {twins[0]} on this dataset"))
+        else:
+            chosen[name] = subset
+    return chosen, skipped
+
+
+@torch.inference_mode()
+def draw(
+    subject: Subject, batch: Batch, arm: Arm, seed: int, sampler: SamplerConfig
+) -> tuple[np.ndarray, list[str | None]]:
+    """Draw one picture for each sample of ``batch``: uint8 (B, H, W, 3), and why any of them cannot be scored.
+
+    The noise is a function of (sample key, seed) alone, so it is the same for every arm, batch size and order.
+    """
+    images = sample(
+        subject.model,
+        batch.conditions.keeping(arm.subset).to(subject.device),
+        batch.noise(seed).to(subject.device),
+        flow=subject.flow,
+        sampling=sampler.sampling(arm.guidance),
+    ).cpu()
+    return to_uint8(images), [degenerate(image) for image in images.numpy()]

@@ -1,0 +1,125 @@
+"""What any number has to be compared with: predictors and pictures that know nothing of the model."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nanodit.console import Progress
+from nanodit.errors import DataError
+from nanodit.rng import generator
+from prep.dataset.layout import Dataset
+
+
+def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Pair every sample with another of the same bucket: sample key -> partner's key.
+
+    Within a bucket the keys, in an order shuffled once for all, form a ring and everybody gets the next one, so nobody
+    is paired with itself. Partners come from another duplicate group where there is one. A bucket of one has no pair.
+    """
+    buckets: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["key"]):
+        buckets[row["bucket"]].append(row)
+    pairs = {}
+    for bucket, members in buckets.items():
+        ring = [members[index] for index in generator("random pair", bucket).permutation(len(members))]
+        for index, row in enumerate(ring):
+            others = ring[index + 1 :] + ring[:index]
+            foreign = [other for other in others if other["duplicate_group"] != row["duplicate_group"]]
+            if others:
+                pairs[row["key"]] = (foreign or others)[0]["key"]
+    return pairs
+
+
+def round_trip(images: np.ndarray) -> np.ndarray:
+    """Each uint8 (B, H, W, 3) image through JPEG, quality 95, 4:4:4: as near as a lossy copy gets."""
+    copies = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
+        copies.append(np.asarray(Image.open(buffer).convert("RGB")))
+    return np.stack(copies)
+
+
+def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[str | None]:
+    """The key of the training image nearest to each image in mean colours, of the same bucket; None without one.
+
+    ``pixels`` float32 (B, 768) as :func:`evaluate.metrics.likeness.pixel_features`, ``features`` those of training
+    images.
+    """
+    found = []
+    for image, bucket in zip(pixels, buckets):
+        own = [index for index, other in enumerate(features.buckets) if other == bucket]
+        distances = np.square(features.feature_pixels[own] - image).sum(1)
+        found.append(features.keys[own[int(distances.argmin())]] if own else None)
+    return found
+
+
+class TrainingImages:
+    """What the training set alone can predict: a mean image per bucket and an affine map of z.
+
+    ``images`` maps bucket -> uint8 (n, H, W, 3) of training images, ``keys`` bucket -> their keys.
+    """
+
+    def __init__(self, images: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[str]]):
+        self.count = sum(map(len, images.values()))
+        if not self.count:
+            raise ValueError("the baselines need training images")
+        self._images, self._keys = images, keys
+        self._fits: dict[tuple[float, float], tuple[float, float]] = {}
+        self._means = {bucket: pixels.astype(np.float64).mean(0) for bucket, pixels in images.items() if len(pixels)}
+        colours = [pixels.astype(np.float64).mean((1, 2)) for pixels in images.values() if len(pixels)]
+        self._colour = np.concatenate(colours).mean(0)
+
+    def mean_image(self, bucket: str) -> np.ndarray:
+        """Mean training image of a bucket ``WxH``, float64 (H, W, 3) in [0, 255]; the mean colour where it has none."""
+        if bucket in self._means:
+            return self._means[bucket]
+        width, height = map(int, bucket.split("x"))
+        return np.broadcast_to(self._colour, (height, width, 3))
+
+    def affine(self, low: float, high: float) -> tuple[float, float]:
+        """Least squares (a, b) of ``x ~ a z + b`` over all training pixels, for t uniform in [low, high].
+
+        x in [-1, 1], ``z = (1 - t) x + t e``; t and e are functions of the image's key and the interval.
+        """
+        if (low, high) in self._fits:
+            return self._fits[low, high]
+        moments = np.zeros(5)  # n, sum z, sum x, sum z z, sum z x
+        for bucket in sorted(self._images):
+            for key, pixels in zip(self._keys[bucket], self._images[bucket]):
+                random = generator("affine", key, repr(low), repr(high))
+                t = random.uniform(low, high)
+                x = pixels.astype(np.float32) / 127.5 - 1
+                z = (1 - t) * x + t * random.standard_normal(x.shape, dtype=np.float32)
+                moments += [x.size, z.sum(), x.sum(), np.vdot(z, z), np.vdot(z, x)]
+        n, sum_z, sum_x, sum_zz, sum_zx = moments
+        slope = (n * sum_zx - sum_z * sum_x) / (n * sum_zz - sum_z**2)
+        self._fits[low, high] = float(slope), float((sum_x - slope * sum_z) / n)
+        return self._fits[low, high]
+
+
+def load_training_images(dataset: Dataset, buckets: Collection[str], count: int) -> TrainingImages:
+    """About ``count`` training images of ``buckets`` (of all where those have none), spread evenly over the keys."""
+    train = dataset.rows("train")
+    rows = [row for row in train if row["bucket"] in buckets] or train
+    if not rows:
+        raise DataError(f"{dataset.root}: the training split is empty, and the baselines are made from it")
+    rows = sorted(rows, key=lambda row: (row["bucket"], row["key"]))[:: max(1, len(rows) // count)]
+    members: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        members[row["bucket"]].append(row)
+    images = {}
+    with Progress("training images", len(rows), "images") as progress:
+        for bucket, own in members.items():
+            pixels = []
+            for row in own:
+                pixels.append(dataset.pixels(row))
+                progress.advance()
+            images[bucket] = np.stack(pixels)
+    return TrainingImages(images, {bucket: [row["key"] for row in own] for bucket, own in members.items()})

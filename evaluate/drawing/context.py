@@ -1,0 +1,178 @@
+"""What every test is told: the subject, the configuration, the judges, and what training images look like to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from evaluate.config import EvaluateConfig
+from evaluate.drawing.arms import Arm, choose_arms, choose_subsets, named_arm, untrained
+from evaluate.drawing.baselines import TrainingImages
+from evaluate.drawing.pictures import Picture
+from evaluate.drawing.texts import Texts
+from evaluate.metrics.clip import ClipProbe
+from evaluate.metrics.examiner import Examiner
+from evaluate.metrics.likeness import Judge
+from evaluate.metrics.training_features import TrainFeatures, load_train_features
+from evaluate.records import REAL, Metric, Skipped, select
+from evaluate.subject import Row, Subject
+from train.model.conditions import Subset
+
+RELATED = ", related to a loss of training"  # a judge that the model was trained to please
+
+
+class Rows:
+    """The rows of samples.parquet: dicts with the columns of ``records.SAMPLES_SCHEMA``.
+
+    ``feature`` and ``feature_pixels`` are float32 arrays, or None.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        self.all = list(rows)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def select(self, kind: str, condition: str, seed: int | None = None) -> list[Mapping[str, Any]]:
+        """The rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
+        return [row for row in select(self.all, kind, condition) if seed is None or row["seed"] == seed]
+
+    @cached_property
+    def real(self) -> dict[str, Mapping[str, Any]]:
+        """The row of each real image by key."""
+        return {row["key"]: row for row in self.all if row["kind"] == REAL}
+
+
+@dataclass
+class Context:
+    """What a test may use, and where it leaves what is no metric.
+
+    ``judge`` is None where its weights are missing, ``no_judge`` says why; ``texts`` encodes captions of one's own.
+    ``heldout`` are the rows of heldout_loss.parquet. ``extras`` is written to extras.json, a key for each test.
+    """
+
+    subject: Subject
+    config: EvaluateConfig
+    training: TrainingImages
+    judge: Judge | None
+    no_judge: str | None
+    examiner: Examiner
+    texts: Texts
+    run_folder: Path | None = None
+    step: int | None = None  # of the checkpoint
+    probe: ClipProbe | None = None  # CLIP; ``no_probe`` says why there is none
+    no_probe: str | None = None
+    heldout: list[dict[str, Any]] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)
+    shown: dict[tuple[str, str, str, int], None] = field(default_factory=dict)
+    shown_training: dict[str, str] = field(default_factory=dict)  # key -> path
+
+    @property
+    def figures(self) -> bool:
+        """Whether the dataset knows its true attributes and joints."""
+        return self.examiner.figures
+
+    @property
+    def keys(self) -> list[str]:
+        """The holdout samples under test, in key order."""
+        return sorted(row["key"] for row in self.subject.rows)
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """The configured conditions that the dataset and the model's training allow."""
+        return choose_arms(self.config, self.subject)[0]
+
+    @property
+    def subsets(self) -> tuple[list[Subset], list[Skipped]]:
+        """The condition subsets of the held-out loss, and those that are left out."""
+        return choose_subsets(self.config.heldout_loss.conditions, self.subject)
+
+    def configured(self) -> tuple[list[Picture], list[Skipped]]:
+        """Every sample and noise under each of the configured conditions, and the conditions that are left out."""
+        arms, skipped = choose_arms(self.config, self.subject)
+        return [picture for arm in arms for picture in self.of_all(arm)], skipped
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """Every row of the dataset's index by key: what donors are looked up in."""
+        return {row["key"]: row for row in self.subject.dataset.rows()}
+
+    @cached_property
+    def train_features(self) -> TrainFeatures:
+        """Features of up to ``config.training_features`` training images; ``feature`` is None without a judge."""
+        return load_train_features(self.subject.dataset, self.judge, self.config.training_features)
+
+    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> Arm | Skipped:
+        """How pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
+
+        ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
+        ``TEST/CONDITIONS``, where the dataset lacks them or training never saw them.
+        """
+        return named_arm(conditions, guidance, self.config, self.subject, test)
+
+    def untrained(self, subset: Subset, guidance: float = 1.0) -> str | None:
+        """Why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
+        return untrained(subset, guidance, self.subject)
+
+    def of_all(self, arm: Arm, label: str | None = None, **given: Any) -> list[Picture]:
+        """A picture of every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
+        label = label or arm.name
+        return [
+            Picture(key, label, arm.subset, arm.guidance, seed, **given)
+            for key in self.keys
+            for seed in range(self.config.seeds)
+        ]
+
+    def settings(self, conditions: str, guidance: float = 1.0, **more: Any) -> dict[str, Any]:
+        """What pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
+
+        Only metrics whose settings are equal may be compared.
+        """
+        sampler = self.config.sampler
+        drawn = {"sampler": sampler.method, "steps": sampler.steps, "grid": sampler.grid, "seeds": self.config.seeds}
+        if guidance != 1:
+            drawn["interval"] = list(sampler.interval)
+        if self.examiner.lpips_label:
+            drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
+        return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
+
+    def settings_of(self, arms: Iterable[Arm], **more: Any) -> dict[str, dict[str, Any]]:
+        """The settings of each arm by its name."""
+        return {arm.name: self.settings(arm.name, arm.guidance, **more) for arm in arms}
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Settings of every metric, also of those that need no picture."""
+        return {"weights": "ema", "base": self.subject.dataset.info["base"]}
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """Settings of what the judge of likeness sees; empty without one."""
+        if self.judge is None:
+            return {}
+        taught = "dinov2" in self.subject.losses and "dinov2" in self.judge.label
+        return {"judge": self.judge.label + (RELATED if taught else "")}
+
+    def show(self, kind: str, condition: str, key: str, seed: int | None = None) -> None:
+        """Keep a picture for the report: its row gets the path below the output folder as ``image``."""
+        self.shown[kind, condition, key, seed or 0] = None
+
+    def show_training(self, key: str) -> str:
+        """Keep a training image for the report; returns its path below the output folder."""
+        return self.shown_training.setdefault(key, f"images/train-{key}.png")
+
+
+class Test(Protocol):
+    """A module of ``evaluate/suite``: names its pictures, then reads the rows that came of them."""
+
+    def pictures(self, context: Context) -> tuple[list[Picture], list[Skipped]]:
+        """What to draw; a function of the configuration and the dataset alone."""
+
+    def summarise(self, rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+        """Metrics, their names beginning with the test's."""

@@ -1,0 +1,148 @@
+"""From pictures asked for to rows: every picture drawn once, in batches, and scored beside the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from evaluate.drawing.arms import Arm, draw
+from evaluate.drawing.baselines import nearest, round_trip
+from evaluate.drawing.context import Context
+from evaluate.drawing.finished import Parts
+from evaluate.drawing.pictures import Picture, PictureBatch, batches, compose
+from evaluate.metrics.likeness import pixel_features
+from evaluate.records import BASELINE, MODEL, REAL, from_table, to_table
+from evaluate.subject import Batch, Row, chunks, read_batch
+from nanodit.console import Progress
+
+ORDER = {REAL: 0, BASELINE: 1, MODEL: 2}
+
+
+@dataclass(frozen=True)
+class Album:
+    """The folder in which pictures are kept for the report, and the samples of which all are."""
+
+    folder: Path
+    keys: Collection[str]
+
+    def keep(self, rows: Sequence[dict[str, Any]], pictures: np.ndarray) -> None:
+        """Save the pictures of its samples as PNG and note their paths in the rows."""
+        for row, picture in zip(rows, pictures):
+            if row["key"] in self.keys:
+                self.save(row, picture)
+
+    def save(self, row: dict[str, Any], picture: np.ndarray) -> None:
+        """Save one picture."""
+        seed = "" if row["seed"] is None else f"-{row['seed']}"
+        row["image"] = f"images/{row['key']}-{row['condition'].replace('/', '_')}{seed}.png"
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / row["image"])
+
+
+def draw_and_examine(context: Context, pictures: Sequence[Picture], parts: Parts, folder: Path) -> list[dict[str, Any]]:
+    """Draw every picture and score it beside the real image and the baselines.
+
+    Returns the rows of samples.parquet, sorted; keeps the pictures of the first ``grid_images`` samples.
+    """
+    subject, config = context.subject, context.config
+    context.texts.encode(picture.text for picture in pictures if picture.text is not None)
+    _ = context.train_features  # read with a progress of its own
+    album = Album(folder, set(context.keys[: config.grid_images]))
+    buckets = {key: row["bucket"] for key, row in context.rows.items()}
+    size = subject.batch_size
+    rows: list[dict[str, Any]] = []
+    with Progress("pictures", len(subject.rows) + len(pictures), "pictures") as progress:
+        for bucket, number, members in chunks(subject.rows, size):
+            compute = partial(_references, context, members, album)
+            keys = [row["key"] for row in members]
+            own = from_table(parts.get(f"references-{bucket}-{number:04d}", keys, compute))
+            context.examiner.remember(own)  # so that the judge saw each in the same batch, resumed or not
+            rows += own
+            progress.advance(len(members))
+        for asked in batches(pictures, buckets, size):
+            content = [picture.to_dict() for picture in asked.pictures]
+            rows += from_table(parts.get(asked.name, content, partial(_drawn, context, asked, album)))
+            progress.advance(len(asked.pictures))
+    return sorted(rows, key=lambda row: (row["key"], ORDER[row["kind"]], row["condition"], row["seed"] or 0))
+
+
+def _drawn(context: Context, asked: PictureBatch, album: Album) -> pa.Table:
+    """Draw and score one batch."""
+    batch, images, reasons = _draw(context, asked)
+    first = asked.pictures[0]
+    labels = {"kind": MODEL, "condition": asked.condition, "seed": asked.seed, "guidance": first.guidance}
+    rows = context.examiner.rows(batch, images, degenerate=reasons, posed=_posed(asked, batch), **labels)
+    for row, picture in zip(rows, asked.pictures):
+        row["donor"], row["text"] = picture.donor, picture.text
+    album.keep(rows, images)
+    return to_table(rows)
+
+
+def _draw(context: Context, asked: PictureBatch) -> tuple[Batch, np.ndarray, list[str | None]]:
+    batch = compose(context.subject.dataset, context.rows, asked.pictures, context.texts.embed)
+    first = asked.pictures[0]
+    arm = Arm(asked.condition, first.subset, first.guidance)
+    return batch, *draw(context.subject, batch, arm, asked.seed, context.config.sampler)
+
+
+def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | None:
+    """The poses given, where any is not the sample's own."""
+    if not any("pose" in picture.donors or picture.mirrored_pose for picture in asked.pictures):
+        return None
+    if batch.conditions.pose is None:
+        return None
+    return [(picture.giver("pose"), pose.numpy()) for picture, pose in zip(asked.pictures, batch.conditions.pose)]
+
+
+def _references(context: Context, members: tuple[Row, ...], album: Album) -> pa.Table:
+    """The rows that need no model: the real images under the judges, and the baselines in their place."""
+    subject, examiner = context.subject, context.examiner
+    batch = read_batch(subject.dataset, members)
+    rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")
+    album.keep(rows, batch.pixels)
+    mean_image = np.rint(context.training.mean_image(batch.bucket)).astype(np.uint8)
+    stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
+    for name, pictures in stand_ins.items():
+        rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=[])
+    near = nearest(pixel_features(batch.pixels), [batch.bucket] * len(batch.rows), context.train_features)
+    donors = {
+        "random_pair": [subject.partners[key]["key"] if key in subject.partners else None for key in batch.keys],
+        "nearest_train": near,
+    }
+    for name, keys in donors.items():
+        there = [index for index, key in enumerate(keys) if key is not None]
+        if there:
+            others = [context.rows[keys[index]] for index in there]
+            pictures = np.stack([subject.dataset.pixels(row) for row in others])
+            joints = examiner.stored_joints(others, batch.width, batch.height) or None  # without poses: detected
+            stand_in = examiner.rows(batch.select(there), pictures, kind=BASELINE, condition=name, joints=joints)
+            rows += [row | {"donor": other["key"]} for row, other in zip(stand_in, others)]
+    return to_table(rows)
+
+
+def show(context: Context, pictures: Sequence[Picture], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Save the pictures that tests want shown (:meth:`Context.show`), drawn again where they were not kept."""
+    named = {(row["kind"], row["condition"], row["key"], row["seed"] or 0): row for row in rows}
+    wanted = [named[name] for name in sorted(context.shown) if named[name]["image"] is None]
+    album = Album(folder, ())
+    names = {(row["condition"], row["key"], row["seed"]): row for row in wanted if row["kind"] == MODEL}
+    again = [picture for picture in pictures if picture.name in names]
+    buckets = {key: row["bucket"] for key, row in context.rows.items()}
+    for asked in batches(again, buckets, context.subject.batch_size):
+        _, images, _ = _draw(context, asked)
+        for picture, image in zip(asked.pictures, images):
+            album.save(names[picture.name], image)
+    for row in wanted:
+        key = row["key"] if row["kind"] == REAL else row["donor"]
+        if row["kind"] != MODEL and key is not None:
+            album.save(row, context.subject.dataset.pixels(context.rows[key]))
+    for key, path in sorted(context.shown_training.items()):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(context.subject.dataset.pixels(context.rows[key])).save(folder / path)

@@ -1,0 +1,203 @@
+"""Turns pictures into rows of samples.parquet: every test looks at the same pictures, found joints included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluate.config import EvaluateConfig
+from evaluate.metrics.clip import ClipProbe
+from evaluate.metrics.joints import CONFIDENCE, Box
+from evaluate.metrics.likeness import Judge, cosine, pixel_features
+from evaluate.metrics.pixels import Lpips, lpips_unavailable
+from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
+from evaluate.subject import Batch, Row
+from evaluate.suite import attributes, pose, reconstruction
+from prep.dataset.layout import Dataset
+from prep.encoders.dwpose import JOINTS, DWPose, Pose, denormalise
+
+Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
+
+
+class Examiner:
+    """Scores pictures against their samples with whatever this dataset and machine allow.
+
+    ``lpips``, ``detector``, ``judge`` and ``probe`` may be None: their columns stay null, and the caller says why.
+    ``figures`` tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is
+    relative to.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        lpips: Lpips | None,
+        detector: DWPose | None,
+        judge: Judge | None = None,
+        probe: ClipProbe | None = None,
+    ):
+        self._dataset, self._lpips, self._detector, self._judge = dataset, lpips, detector, judge
+        self._probe = probe
+        self.no_lpips: str | None = None if lpips else lpips_unavailable()
+        self.blind: str | None = None  # why joints are not judged, or None when they are
+        self._real: dict[str, np.ndarray] = {}  # the judge's feature of each real image seen
+        self._truth = dataset.truth()
+        self.figures = self._truth is not None
+        self.box = pose.TRUE_BOX if self.figures else pose.JOINTS_BOX
+
+    @property
+    def lpips_label(self) -> str | None:
+        """What LPIPS is measured with; None without it."""
+        if self._lpips is None:
+            return None
+        return "AlexNet v0.1" + ("" if self._lpips.published else ", not the published weights: no meaning")
+
+    def rows(
+        self,
+        batch: Batch,
+        pictures: np.ndarray,
+        *,
+        kind: str,
+        condition: str,
+        seed: int | None = None,
+        guidance: float | None = None,
+        degenerate: Sequence[str | None] | None = None,
+        joints: Sequence[np.ndarray | None] | None = None,
+        posed: Sequence[Posed] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Score pictures uint8 (B, H, W, 3) drawn for the samples of ``batch``.
+
+        ``degenerate`` names what cannot be scored. ``joints`` are detected in the pictures unless given; an empty list
+        leaves them out. ``posed`` says of each which pose it was given, where that is not the sample's own.
+        """
+        degenerate = degenerate or [None] * len(pictures)
+        scored = [index for index, reason in enumerate(degenerate) if reason is None]
+        columns: list[dict[str, Any]] = [{} for _ in pictures]
+        if scored:
+            samples = [batch.rows[index] for index in scored]
+            poses: list[Pose] = []
+            if joints is None:
+                poses = self.detect(pictures[scored])
+                joints = [pose.keypoints if pose.persons else None for pose in poses]
+            elif joints:
+                joints = [joints[index] for index in scored]
+            given = [posed[index] for index in scored] if posed else None
+            parts = self._score(batch, samples, pictures[scored], batch.pixels[scored], kind, joints, given)
+            for index, part in zip(scored, parts):
+                columns[index] = part
+            for index, found in zip(scored, poses):
+                columns[index]["persons"] = found.persons
+        return [
+            {
+                **dict.fromkeys(SAMPLES_SCHEMA.names),
+                "key": row["key"],
+                "seed": seed,
+                "kind": kind,
+                "condition": condition,
+                "guidance": guidance,
+                "bucket": batch.bucket,
+                "width": batch.width,
+                "height": batch.height,
+                "caption": row.get("caption"),
+                "degenerate": reason,
+                **scores,
+            }
+            for row, reason, scores in zip(batch.rows, degenerate, columns)
+        ]
+
+    def remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the judge's features of real images from their rows."""
+        self._real |= {row["key"]: row["feature"] for row in rows if row["kind"] == REAL and row["feature"] is not None}
+
+    def detect(self, pictures: np.ndarray) -> list[Pose]:
+        """The people found in each picture and the joints of the largest; an empty list without a detector."""
+        return [] if self._detector is None else self._detector.detect(pictures)
+
+    def stored_joints(self, rows: Sequence[Row], width: int, height: int) -> list[np.ndarray | None]:
+        """The joints that prep found in these samples, in pixels; an empty list for a dataset without poses."""
+        if "pose" not in self._dataset.info["layers"]:
+            return []
+        return [denormalise(self._dataset.pose(row), width, height) if row["persons"] else None for row in rows]
+
+    def _score(
+        self,
+        batch: Batch,
+        samples: Sequence[Row],
+        pictures: np.ndarray,
+        truths: np.ndarray,
+        kind: str,
+        joints: Sequence[np.ndarray | None],
+        posed: Sequence[Posed] | None,
+    ) -> list[dict[str, Any]]:
+        parts = [reconstruction.score(pictures, truths, self._lpips) if kind != REAL else [{}] * len(pictures)]
+        parts.append(self._features(samples, pictures, truths, kind))
+        if joints:
+            targets, boxes = self._targets(samples, batch, kind, posed)
+            if targets:
+                parts.append(pose.score(joints, targets, boxes, batch.width, batch.height))
+            if self.figures:
+                parts.append(attributes.score(pictures, joints, [self._truth[row["key"]] for row in samples]))
+            parts.append([{"figure_found": found is not None} for found in joints])
+        return [{name: value for part in row for name, value in part.items()} for row in zip(*parts)]
+
+    def _features(
+        self, samples: Sequence[Row], pictures: np.ndarray, truths: np.ndarray, kind: str
+    ) -> list[dict[str, Any]]:
+        """Both features of each picture, and how like the real image the judge finds it."""
+        columns: list[dict[str, Any]] = [{"feature_pixels": pixels} for pixels in pixel_features(pictures)]
+        if self._probe is not None and kind == MODEL:
+            columns = [
+                column | {"feature_probe": seen} for column, seen in zip(columns, self._probe.features(pictures))
+            ]
+        if self._judge is None:
+            return columns
+        features = self._judge.features(pictures)
+        if kind == REAL:
+            self._real |= dict(zip((row["key"] for row in samples), features))
+            return [column | {"feature": feature} for column, feature in zip(columns, features)]
+        unseen = [index for index, row in enumerate(samples) if row["key"] not in self._real]
+        if unseen:
+            self._real |= dict(zip((samples[index]["key"] for index in unseen), self._judge.features(truths[unseen])))
+        likeness = cosine(features, np.stack([self._real[row["key"]] for row in samples]))
+        judged = [{"feature": feature, "dino_similarity": float(like)} for feature, like in zip(features, likeness)]
+        return [column | row for column, row in zip(columns, judged)]
+
+    def _targets(
+        self, samples: Sequence[Row], batch: Batch, kind: str, posed: Sequence[Posed] | None
+    ) -> tuple[list[np.ndarray], list[Box]]:
+        """The joints to be met and the person's box, in pixels.
+
+        A drawn picture has to meet the pose that it was given; the real one, which shows how good the detector is, the
+        true joints (or, without a truth, what prep found).
+        """
+        if posed:
+            given = [denormalise(joints, batch.width, batch.height) for _, joints in posed]
+            return given, [self._box(key, joints) for (key, _), joints in zip(posed, given)]
+        stored = self.stored_joints(samples, batch.width, batch.height)
+        if self.figures and kind == REAL:
+            targets = [np.reshape(self._truth[row["key"]]["keypoints"], (-1, 3)) for row in samples]
+        elif stored:
+            nobody = np.zeros((JOINTS, 3), np.float32)
+            targets = [nobody if found is None else found for found in stored]
+        else:
+            return [], []
+        return targets, [self._box(row["key"], joints) for row, joints in zip(samples, targets)]
+
+    def _box(self, key: str, joints: np.ndarray) -> Box:
+        """A figure's true box, otherwise the one around the confident ones of a person's joints."""
+        if self.figures:
+            return Box.around(np.reshape(self._truth[key]["box"], (2, 2)))
+        return Box.around(joints[joints[:, 2] >= CONFIDENCE, :2])
+
+
+def open_detector(config: EvaluateConfig, dataset: Dataset) -> tuple[DWPose | None, str | None]:
+    """The detector that judges joints, or None and the reason why there is none."""
+    if config.pose_models is not None:
+        return DWPose(*config.pose_models.files), None
+    if dataset.info["encoders"] == "demo":
+        from prep.encoders.demo import build_demo_encoders, demo_folder  # imports transformers, which takes seconds
+
+        demo = build_demo_encoders(demo_folder())
+        return DWPose(demo.detector, demo.pose), None
+    return None, "no detector: name DWPose's files in pose_models"

@@ -1,0 +1,158 @@
+"""Image and pose metrics as pure functions on arrays.
+
+Images are uint8 ``(B, H, W, 3)`` (one image is a batch of one), so that every method, baseline and reference is judged
+on the same quantised pixels. Every function returns one number per image: averages and intervals belong to
+:mod:`evaluate.statistics.intervals`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanodit.files import sha256_file
+
+SSIM_SIGMA = 1.5
+SSIM_RADIUS = 5  # an 11 x 11 window, as in the paper
+LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torch.hub's file name; the digits are the head of its SHA-256
+BODY_JOINTS = 17  # the first of DWPose's 133: COCO body order
+
+
+def mse(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Mean squared error per image, on pixels scaled to [0, 1].
+
+    ``images``, ``references``: uint8 (B, H, W, 3). Returns float64 (B,) in [0, 1].
+    """
+    _check_pair(images, references)
+    difference = (images.astype(np.float64) - references.astype(np.float64)) / 255
+    return np.mean(difference**2, axis=(1, 2, 3))
+
+
+def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio per image in dB; identical images give infinity.
+
+    ``images``, ``references``: uint8 (B, H, W, 3). Returns float64 (B,): ``-10 log10(mse)``.
+    """
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(mse(images, references))
+
+
+def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Structural similarity per image with the original settings: Gaussian 11 x 11, sigma 1.5, K = (.01, .03).
+
+    ``images``, ``references``: uint8 (B, H, W, 3), sides of at least 11. Returns float64 (B,) in [-1, 1], the mean
+    over windows that lie inside the image and over the three channels. Wang et al. 2004, eq. 13; equal to
+    scikit-image's ``structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    channel_axis=-1)``.
+    """
+    _check_pair(images, references)
+    if min(images.shape[1:3]) <= 2 * SSIM_RADIUS:
+        raise ValueError(f"SSIM needs sides of at least {2 * SSIM_RADIUS + 1} pixels, got {images.shape[1:3]}")
+    x = images.astype(np.float64) / 255
+    y = references.astype(np.float64) / 255
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x = _blur(x * x) - mean_x**2
+    variance_y = _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    denominator = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return np.mean(numerator / denominator, axis=(1, 2, 3))
+
+
+def _blur(images: np.ndarray) -> np.ndarray:
+    """Separable Gaussian of the SSIM window over (B, H, W, C), valid positions only: (B, H - 10, W - 10, C)."""
+    offsets = np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1)
+    kernel = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    kernel /= kernel.sum()
+    for axis in (1, 2):
+        size = images.shape[axis] - 2 * SSIM_RADIUS
+        images = sum(weight * images.take(range(start, start + size), axis=axis) for start, weight in enumerate(kernel))
+    return images
+
+
+def degenerate(image: np.ndarray) -> str | None:
+    """Why an image cannot be scored, or None: ``non-finite`` or ``constant``.
+
+    ``image``: float (3, H, W) as the sampler returned it, before rounding to 8 bits. Constant means that no channel
+    varies by more than one 8-bit level, which no photograph or drawing does and a collapsed model does.
+    """
+    if not np.isfinite(image).all():
+        return "non-finite"
+    flat = np.clip(image.reshape(image.shape[0], -1), -1, 1)
+    return "constant" if np.ptp(flat, axis=1).max() <= 2 / 255 else None
+
+
+def keypoint_hits(
+    found: np.ndarray, target: np.ndarray, longer_side: float, alpha: float = 0.1, confidence: float = 0.3
+) -> tuple[int, int]:
+    """Count the joints that are where they were asked for, and those that were asked for: ``(hits, joints)``.
+
+    ``found``, ``target``: float (J, 3) of x, y in pixels and confidence; ``longer_side``: of the person's true box, in
+    pixels. A joint counts when its target confidence is at least ``confidence`` and is hit when it was detected (found
+    confidence >= ``confidence``) at most ``alpha * longer_side`` away. PCK is hits / joints, pooled over people
+    (Yang & Ramanan 2013).
+    """
+    asked = target[:, 2] >= confidence
+    detected = found[:, 2] >= confidence
+    distance = np.hypot(found[:, 0] - target[:, 0], found[:, 1] - target[:, 1])
+    hits = asked & detected & (distance <= alpha * longer_side)
+    return int(hits.sum()), int(asked.sum())
+
+
+class Lpips:
+    """LPIPS v0.1 with the AlexNet backbone (Zhang et al. 2018); lower is closer, 0 is identical.
+
+    The backbone is read from torch.hub's cache and never downloaded; without the file the constructor raises
+    ``FileNotFoundError``, for which :func:`lpips_unavailable` gives the reason beforehand. The file is read with
+    ``weights_only`` and hashed: ``published`` tells whether these are the published weights, without which the values
+    mean nothing.
+    """
+
+    def __init__(self, backbone: Path | None = None):
+        import lpips  # pulls in torchvision: seconds that a run without the weights need not spend
+
+        backbone = backbone or lpips_backbone()
+        digest = sha256_file(backbone)
+        self.published = digest.startswith(LPIPS_BACKBONE.rsplit("-", 1)[1].split(".")[0])
+        self.backbone_sha256 = digest
+        # the random initialisation is overwritten below; the package still uses torchvision's old argument names
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            self._network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).requires_grad_(False)
+        weights = torch.load(backbone, map_location="cpu", weights_only=True)
+        slices = [getattr(self._network.net, f"slice{number}") for number in range(1, 6)]
+        for layers in slices:
+            for index, layer in layers.named_children():  # the children keep AlexNet's own indices
+                own = {name: weights[f"features.{index}.{name}"] for name in layer.state_dict()}
+                layer.load_state_dict(own)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """LPIPS per image of uint8 (B, H, W, 3) against uint8 (B, H, W, 3): float64 (B,), at least 0."""
+        _check_pair(images, references)
+        pair = [
+            torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
+            for array in (images, references)
+        ]
+        return self._network(*pair).flatten().double().numpy()
+
+
+def lpips_backbone() -> Path:
+    """Where torch.hub keeps AlexNet's weights (the file may be absent)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
+
+
+def lpips_unavailable() -> str | None:
+    """Why LPIPS cannot be computed here, or None when it can."""
+    return None if lpips_backbone().is_file() else f"no backbone weights: torch.hub's cache lacks {LPIPS_BACKBONE}"
+
+
+def _check_pair(images: np.ndarray, references: np.ndarray) -> None:
+    for array in (images, references):
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+            raise ValueError(f"expected uint8 (B, H, W, 3), got {array.dtype} {array.shape}")
+    if images.shape != references.shape:
+        raise ValueError(f"images {images.shape} and references {references.shape} differ in shape")

@@ -1,0 +1,149 @@
+"""Whether two numbers may be compared at all, and by how much they differ where they may.
+
+A metric of one evaluation is compared with the same metric of another only where everything that it depends on beside
+the model is equal: data, images, noises, sampler, guidance, size, judges and the metric's own version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from evaluate.metrics.distances import more_samples
+from evaluate.records import ATTRIBUTES, MODEL, select
+from evaluate.statistics import intervals as statistics
+from evaluate.statistics.intervals import Interval
+from evaluate.suite.reconstruction import MEASURES
+
+Values = Mapping[tuple[str, int], tuple[Any, int]]  # (key, noise or bin) -> numerator and weight
+FACTS = ("fingerprint", "base", "encoders")  # of the dataset, in a report's provenance
+
+
+class Evidence(Protocol):
+    """The rows of samples.parquet and heldout_loss.parquet."""
+
+    samples: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+
+
+def objections(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Why nothing of two reports (contents of report.json) may be compared; empty where metrics may be."""
+    found = []
+    if one["schema"] != other["schema"]:
+        found.append(f"schema {one['schema']} and {other['schema']}")
+    datasets = [report["provenance"]["dataset"] for report in (one, other)]
+    for name in FACTS:
+        here, there = (_short(dataset.get(name)) for dataset in datasets)
+        if here != there or here == "unknown":
+            found.append(f"dataset {name} {here} and {there}")
+    return found
+
+
+def differing(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How entries of report.json under one name differ in n or settings: ``steps 10, 16``; empty where they do not."""
+    return [
+        f"{name} {', '.join(dict.fromkeys(values))}"
+        for name, values in _columns(metrics).items()
+        if len(set(values)) > 1
+    ]
+
+
+def _columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    names = sorted({name for metric in metrics for name in metric["settings"]})
+    columns = {"n": [str(metric["n"]) for metric in metrics]}
+    return columns | {name: [_short(metric["settings"].get(name)) for metric in metrics] for name in names}
+
+
+def _short(value: Any) -> str:
+    """A setting as text; of a hash the beginning."""
+    text = "unknown" if value is None else str(value)
+    return text[:16] if len(text) == 64 else text
+
+
+def paired(
+    samples: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]], condition: str, column: str
+) -> Interval | None:
+    """Mean of ``column`` in ``samples`` less that in ``others``, picture by picture from the same noise.
+
+    Rows of two samples.parquet whose metrics are not :func:`differing`. Over the pictures, (sample, seed), that both
+    have; None where there are none, or any of them has no value.
+    """
+    sides = [
+        {(row["key"], row["seed"]): (row[column], 1) for row in select(rows, MODEL, condition)}
+        for rows in (samples, others)
+    ]
+    return _paired(*sides)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one evaluation has over another in a metric, picture by picture."""
+
+    interval: Interval
+    better: str
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` where the interval excludes zero, otherwise ``inconclusive``."""
+        if self.interval.low is None or self.interval.low <= 0 <= self.interval.high:
+            return "inconclusive"
+        return "better" if (self.interval.value > 0) == (self.better == "higher") else "worse"
+
+    @property
+    def more(self) -> int | None:
+        """About how many more samples would tell, were the difference the truth; None where that cannot be said."""
+        return more_samples(self.interval)
+
+
+def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Difference | None:
+    """What ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
+
+    None where the metric is no mean over pictures or grid points, or any of these has no value.
+    """
+    sides = [values_of(metric["name"], evidence) for evidence in (one, other)]
+    interval = _paired(*sides) if None not in sides else None
+    return interval and Difference(interval, metric["better"])
+
+
+def values_of(name: str, evidence: Evidence) -> Values | None:
+    """The pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
+    test, _, rest = name.partition("/")
+    if test in ("heldout_loss", "heldout_mse"):
+        condition, _, bounds = rest.partition("/")
+        column = test.removeprefix("heldout_")
+        rows = [row for row in evidence.heldout if row["split"] == "holdout"]
+        rows = [row for row in rows if row["condition"] == (condition or "all")]
+        bins = sorted({row["bin"] for row in rows})
+        low = float(bounds.partition("-")[0]) if bounds else None
+        rows = [row for row in rows if low is None or round(low * len(bins)) == row["bin"]]
+        return {(row["key"], row["bin"]): (row[column], 1) for row in rows}
+    measure, _, condition = rest.partition("/") if test == "reconstruction" else ("", "", rest)
+    condition, _, part = (
+        (condition or "all").partition("/") if test != "reconstruction" else (condition or "all", "", "")
+    )
+    rows = select(evidence.samples, MODEL, condition)
+    if test == "reconstruction" and measure in MEASURES:
+        return {(row["key"], row["seed"]): (row[measure], 1) for row in rows}
+    if test == "attribute_accuracy":
+        judged = (part,) if part else ATTRIBUTES
+        return {
+            (row["key"], row["seed"]): (sum(row[f"{one}_judged"] == row[f"{one}_true"] for one in judged), len(judged))
+            for row in rows
+        }
+    if test == "pose_pck" and not part:
+        return {(row["key"], row["seed"]): (row["pose_hits"], row["pose_joints"]) for row in rows if row["pose_joints"]}
+    return None
+
+
+def _paired(values: Values, others: Values) -> Interval | None:
+    common = sorted(values.keys() & others.keys())
+    pairs = [(values[name], others[name]) for name in common]
+    if not pairs or any(one[0] is None or other[0] is None or one[1] != other[1] for one, other in pairs):
+        return None
+    differences = np.array([one[0] - other[0] for one, other in pairs], np.float64)
+    if not np.isfinite(differences).all():
+        return None
+    return statistics.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])

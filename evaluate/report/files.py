@@ -1,0 +1,211 @@
+"""What a report is made of: the files of one evaluation, read and checked, and the run's own records beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, from_table
+from evaluate.report.compare import differing, objections
+from nanodit.errors import ConfigError, DataError
+from prep.dataset.layout import read_parquet
+from train.loop.tracking import read_metrics
+
+METRIC_FIELDS = tuple(Metric("", None).to_dict())
+OUTPUTS = "validation_outputs"
+UNKNOWN = "unknown"
+
+Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a row of samples.parquet
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """The files of one evaluation, read.
+
+    ``metrics_log`` holds the records of the run's metrics.jsonl up to the step, empty where the evaluation does not lie
+    in its run folder; ``earlier`` the metrics of its other evaluations up to then, by step. ``unfinished`` names newer
+    evaluations that were killed.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    samples: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    extras: dict[str, Any]
+    curves: list[dict[str, Any]]
+    metrics_log: list[dict[str, Any]] = field(default_factory=list)
+    earlier: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Files:
+        """Read an output folder, or the newest one of a run.
+
+        Raises :class:`ConfigError` when there is none and :class:`DataError` for files that are missing, damaged or of
+        another version.
+        """
+        given, folder = folder, find_output(folder)
+        report = _read_report(folder / "report.json")
+        found = cls(
+            folder,
+            report,
+            _read_samples(folder / "samples.parquet"),
+            _read_heldout(folder / "heldout_loss.parquet"),
+            _read_extras(folder / "extras.json"),
+            _read_curves(folder / "training.jsonl"),
+        )
+        if folder.parent.name != OUTPUTS:
+            return found
+        step = report["provenance"].get("step", 0)
+        log = [record for record in _read_curves(folder.parents[1] / "metrics.jsonl", False) if record["step"] <= step]
+        killed = unfinished(given) if given != folder else []
+        return cls(**(vars(found) | {"metrics_log": log, "earlier": _earlier(folder, report), "unfinished": killed}))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The entries of report.json."""
+        return self.report["metrics"]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return self.report["provenance"]
+
+    @cached_property
+    def rows(self) -> dict[Name, dict[str, Any]]:
+        """The rows of samples.parquet by kind, condition, key and seed."""
+        return {(row["kind"], row["condition"], row["key"], row["seed"] or 0): row for row in self.samples}
+
+
+def find_output(folder: Path) -> Path:
+    """The evaluation's folder that is meant: itself, or the newest of a run folder."""
+    if (folder / "report.json").is_file():
+        return folder
+    if (folder / "parts").is_dir():
+        raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it goes on from what is there")
+    outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if _step(path.parent) is not None]
+    if not outputs:
+        raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run python -m evaluate run first")
+    return max(outputs, key=_step)
+
+
+def unfinished(run_folder: Path) -> list[str]:
+    """The evaluations of a run that were begun and neither finished nor cleared away, by name."""
+    begun = {path.parent for path in run_folder.glob(f"{OUTPUTS}/step-*/parts")}
+    return sorted(path.name for path in begun if not (path / "report.json").is_file())
+
+
+def _step(folder: Path) -> int | None:
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else None
+
+
+def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """Metrics of the run's evaluations up to this one by step: those that it may be compared with."""
+    step, found = report["provenance"].get("step", 0), {}
+    now = {metric["name"]: metric for metric in report["metrics"]}
+    for path in sorted(folder.parent.glob("step-*/report.json")):
+        try:
+            other = _read_report(path)
+            if path.parent == folder or other["provenance"]["step"] >= step or objections(report, other):
+                continue
+        except (DataError, KeyError):
+            continue  # a note on the past: what cannot be read is no part of the curve
+        alike = [one for one in other["metrics"] if one["name"] in now and not differing([one, now[one["name"]]])]
+        found[other["provenance"]["step"]] = alike
+    return found
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = _read_json(path)
+    if report.get("schema") != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. {AGAIN}")
+    lacking = {"metrics", "skipped", "provenance"} - set(report)
+    if not lacking:
+        lacking = {name for metric in report["metrics"] for name in METRIC_FIELDS if name not in metric}
+    if lacking:
+        raise DataError(f"{path} is damaged (it lacks {', '.join(sorted(lacking))}). {AGAIN}")
+    return report
+
+
+def _read_extras(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. {AGAIN}")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged (not a JSON object). {AGAIN}")
+    return content
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    table = _read_table(path)
+    lacking = [name for name in SAMPLES_SCHEMA.names if name not in table.column_names]
+    if lacking:
+        raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
+    return from_table(table)
+
+
+def _read_heldout(path: Path) -> list[dict[str, Any]]:
+    return _read_table(path).to_pylist()
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return read_parquet(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist. {AGAIN}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+
+
+def _read_curves(path: Path, required: bool = True) -> list[dict[str, Any]]:
+    if required and not path.is_file():  # a run without curves has an empty one
+        raise DataError(f"{path} does not exist. {AGAIN}")
+    try:
+        return read_metrics(path)
+    except DataError as error:
+        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One evaluation on the page: its files, and how it is named where there are several."""
+
+    files: Files
+    letter: str  # A, B, ... ; empty where it is the only one
+    style: str  # CSS class of its lines
+
+    @property
+    def title(self) -> str:
+        """The run folder and the step."""
+        provenance = self.files.provenance
+        training = provenance.get("training") or {}
+        return f"{training.get('output', UNKNOWN)}, step {provenance.get('step', 0):,}"
+
+    @property
+    def name(self) -> str:
+        """A short name for legends."""
+        return self.letter or self.title
+
+
+def name_runs(files: Sequence[Files]) -> list[Run]:
+    """Letters and colours for several evaluations, in the order given."""
+    if len(files) == 1:
+        return [Run(files[0], "", "c1")]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    if len(files) > len(letters):
+        raise ConfigError(f"{len(files)} runs are too many for one page; give at most {len(letters)}")
+    return [Run(one, letter, f"c{index % 6 + 1}") for index, (one, letter) in enumerate(zip(files, letters))]

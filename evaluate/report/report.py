@@ -1,0 +1,220 @@
+"""``evaluate report``: one HTML page about one evaluation, or several side by side, with JSON and CSV beside it.
+
+A pure function of the files, offline and without a script. The template ``report.html`` gets plain values from
+:mod:`evaluate.report.metrics`, ``report_curves``, ``report_pictures`` and ``report_sections``. jinja2 escapes every
+string, and the page's Content-Security-Policy forbids it to load or run anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluate.records import SCHEMA_VERSION
+from evaluate.report import curves
+from evaluate.report import metrics as numbers
+from evaluate.report.compare import Difference
+from evaluate.report.files import OUTPUTS, UNKNOWN, Files, Run, find_output, name_runs
+from evaluate.report.metrics import number
+from evaluate.report.pictures import SIDES, Thumbnails, gallery
+from evaluate.report.sections import colour, sections
+from evaluate.suite.attributes import ATTRIBUTES
+from evaluate.suite.heldout_loss import RATIO_FROM
+from evaluate.suite.pose import ALPHA, CONFIDENCE
+from nanodit.errors import ConfigError, ResourceError
+from nanodit.files import canonical_json, write_atomic
+from nanodit.pages import open_template
+
+__all__ = ["Files", "find_output", "metrics_csv", "number", "render", "report_json", "write_report"]
+
+LIMIT = 10_000_000  # bytes of the page
+
+
+def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> list[Path]:
+    """Write the page, and the metrics as JSON and CSV beside it; returns the three.
+
+    The page of one evaluation is ``report.html`` among its files unless ``output`` says otherwise, of several
+    ``report.html`` in the working directory. Raises :class:`ConfigError` where the JSON would replace an evaluation's.
+    """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    files = [Files.read(folder) for folder in folders]
+    page = output or (files[0].folder if len(files) == 1 else Path()) / "report.html"
+    record, table = page.with_suffix(".json"), page.with_suffix(".csv")
+    own = len(files) == 1 and record.absolute() == (files[0].folder / "report.json").absolute()
+    if not own and record.name == "report.json" and (record.parent / "samples.parquet").is_file():
+        raise ConfigError(f"{record} is the evidence of another evaluation; give --output another name or folder")
+    html = render(files)
+    write_atomic(page, html)
+    if not own:  # among its files it is there already
+        write_atomic(record, canonical_json(report_json(files)))
+    write_atomic(table, metrics_csv(files))
+    return [page, record, table]
+
+
+def render(files: Files | Sequence[Files]) -> str:
+    """The page as text, of at most LIMIT bytes: pictures are made smaller until it is.
+
+    Raises :class:`ResourceError` where the smallest do not help.
+    """
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    for side, lossless in ((SIDES[0], True), *((side, False) for side in SIDES)):
+        html = _render(runs, Thumbnails(side, lossless))
+        if len(html.encode()) <= LIMIT:
+            return html
+    raise ResourceError(f"the page would be larger than {LIMIT / 1e6:.0f} MB; give fewer runs")
+
+
+def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
+    filters = {
+        "number": number,
+        "signed": numbers.signed,
+        "percent": lambda share: f"{100 * share:.2f}%",
+        "count": lambda value: f"{value:,}" if isinstance(value, int) else str(value),
+    }
+    template = open_template(Path(__file__).with_name("report.html"), filters)
+    return template.render(
+        runs=[facts(run) for run in runs],
+        several=len(runs) > 1,
+        headlines=[{"run": run, "metrics": numbers.headlines(run.files.metrics)} for run in runs],
+        tallies=[{"run": run, **tally(run)} for run in runs],
+        alarms=numbers.alarms(runs),
+        comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
+        groups=[{"run": run, "groups": numbers.metric_groups(run.files.metrics)} for run in runs],
+        gallery=gallery(runs, thumbnails),
+        heldout=curves.heldout_charts(runs),
+        training=curves.training_charts(runs),
+        history=curves.history_charts(runs),
+        sections=sections(runs, thumbnails),
+        missing=[{"run": run, **missing(run)} for run in runs],
+        scaled=None if thumbnails.lossless else thumbnails.side,
+        colour=colour,
+        attributes=ATTRIBUTES,
+        alpha=ALPHA,
+        confidence=CONFIDENCE,
+        ratio_from=RATIO_FROM,
+    )
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a run's numbers depend on, and how to make them again; what is not known is called unknown."""
+    given = run.files.provenance
+    dataset, training, git = (given.get(name) or {} for name in ("dataset", "training", "git"))
+    counts = dataset.get("counts") if isinstance(dataset.get("counts"), Mapping) else {}
+    commit, dirty = git.get("commit", UNKNOWN), git.get("dirty", UNKNOWN)
+    state = {False: "nothing changed since", True: "with uncommitted changes"}.get(dirty, "changes unknown")
+    weights, fingerprint = given.get("weights_sha256", UNKNOWN), dataset.get("fingerprint", UNKNOWN)
+    doubts = [
+        f"the {name} is unknown"
+        for name, value in (
+            ("commit", commit),
+            ("hash of the weights", weights),
+            ("dataset's fingerprint", fingerprint),
+        )
+        if value in (UNKNOWN, None)
+    ]
+    if dirty is not False:
+        doubts.append(
+            "the code had uncommitted changes" if dirty is True else "whether the code was changed is unknown"
+        )
+    place = training.get("output", UNKNOWN)
+    step = given.get("checkpoint", UNKNOWN)
+    config = f"{place}/{OUTPUTS}/{step}/config.yaml"
+    command = ["python", "-m", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
+    return {
+        "letter": run.letter,
+        "style": run.style,
+        "title": run.title,
+        "checkpoint": step,
+        "parameters": given.get("parameters"),
+        "weights": given.get("weights", UNKNOWN),
+        "weights_sha256": weights or UNKNOWN,
+        "encoders": dataset.get("encoders", UNKNOWN),
+        "base": dataset.get("base", UNKNOWN),
+        "fingerprint": fingerprint or UNKNOWN,
+        "train": counts.get("train", UNKNOWN),
+        "holdout": counts.get("holdout", UNKNOWN),
+        "images": len({row["key"] for row in run.files.samples}),
+        "commit": commit,
+        "state": state,
+        "packages": given.get("packages") or {},
+        "python": given.get("python", UNKNOWN),
+        "machine": given.get("machine", UNKNOWN),
+        "doubts": doubts,
+        "checkout": commit if commit != UNKNOWN else None,
+        "command": shlex.join(command),
+        "unfinished": run.files.unfinished,
+        "configs": {name: _pretty(given.get(name, UNKNOWN)) for name in ("training", "evaluation")},
+    }
+
+
+def tally(run: Run) -> dict[str, int]:
+    """How many headline metrics are better or worse than their floor, or inconclusive."""
+    groups = numbers.metric_groups(run.files.metrics)
+    verdicts = [row["floor"]["verdict"] for group in groups for row in group["headline"] if row["floor"]]
+    return {name: verdicts.count(name) for name in ("better", "worse", "inconclusive")} | {"total": len(verdicts)}
+
+
+def missing(run: Run) -> dict[str, Any]:
+    """What was skipped and which metrics have no value or no interval, with the reasons."""
+    unscored: dict[str, list[str]] = {}
+    for metric in run.files.metrics:
+        if metric["reason"]:
+            unscored.setdefault(metric["reason"], []).append(metric["name"])
+    return {"skipped": run.files.report["skipped"], "unscored": unscored}
+
+
+def report_json(files: Files | Sequence[Files]) -> dict[str, Any]:
+    """What the page says as JSON: the report.json of one evaluation, or all of several with what was compared.
+
+    Of several, ``metrics`` and ``skipped`` name their ``run``, ``provenance`` is by run, and ``comparisons`` hold what
+    each has over the first: ``difference``, ``low``, ``high``, ``n`` (images) and ``verdict``, or ``not_compared``.
+    """
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    if len(runs) == 1:
+        return runs[0].files.report
+    compared = numbers.comparisons(runs)
+    entries = []
+    for row in compared["rows"]:
+        for run, difference in zip(runs[1:], row["differences"][1:]):
+            entry = {"name": row["name"], "run": run.letter, "against": runs[0].letter}
+            reasons = compared["objections"].get(run.letter) or row["differing"].get(run.letter)
+            entries.append(entry | ({"not_compared": reasons} if reasons else _difference(difference)))
+    return {
+        "schema": SCHEMA_VERSION,
+        "metrics": [{"run": run.letter, **metric} for run in runs for metric in run.files.metrics],
+        "skipped": [{"run": run.letter, **one} for run in runs for one in run.files.report["skipped"]],
+        "provenance": {run.letter: run.files.provenance for run in runs},
+        "comparisons": entries,
+    }
+
+
+def _difference(difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {"not_compared": ["no values that could be paired"]}
+    own = difference.interval
+    bounds = {"difference": own.value, "low": own.low, "high": own.high, "n": own.n}
+    return {**bounds, "verdict": difference.verdict, "more": difference.more}
+
+
+def metrics_csv(files: Files | Sequence[Files]) -> str:
+    """The metrics of report.json as CSV; baselines and settings as JSON in their cells. Of several runs, by run."""
+    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*(["run"] if len(runs) > 1 else []), *columns, "baselines", "settings"])
+    for run in runs:
+        for metric in run.files.metrics:
+            nested = [json.dumps(metric[name], sort_keys=True) for name in ("baselines", "settings")]
+            cells = ["" if metric[name] is None else metric[name] for name in columns]
+            writer.writerow([*([run.letter] if len(runs) > 1 else []), *cells, *nested])
+    return text.getvalue()
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)

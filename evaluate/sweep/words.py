@@ -1,0 +1,80 @@
+"""How a sweep's page says its numbers: with as many digits as their intervals allow."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from evaluate.report.metrics import label
+from evaluate.statistics.intervals import Interval
+from evaluate.statistics.verdicts import MOST_SEEDS, Comparison, Verdict
+
+
+def metric_title(metric: str) -> str:
+    """How people say a metric: of report.json, of metrics.jsonl or of a trial's record."""
+    if metric.startswith(("validation/", "train/", "sys/", "memory/")):
+        return metric.partition("/")[2].replace("_", " ")
+    title, part, detail = label(metric)
+    title = title[:1].lower() + title[1:] if title[1:2].islower() else title  # within sentences; PSNR stays
+    return ", ".join([title, *([part] if part != "all conditions" else []), *([detail] if detail else [])])
+
+
+def digits(value: float | None, like: float | None = None, sign: bool = False) -> str:
+    """A number with as many decimals as leave ``like`` (an interval's half width, say) two significant digits.
+
+    Without it, or where it is rounding error, with three digits of its own.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    scale, wanted = (abs(like), 2) if like and abs(like) > 1e-6 * abs(value) else (abs(value), 3)
+    decimals = max(0, min(9, wanted - 1 - math.floor(math.log10(scale) + 1e-9))) if scale else 2
+    text = f"{value:{'+' if sign else ''},.{decimals}f}"
+    if not float(text.replace(",", "")):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def words_of(interval: Interval, sign: bool = True) -> str:
+    """A difference with its interval: ``−0.031 [−0.044, −0.018]``."""
+    if interval.low is None:
+        return digits(interval.value, sign=sign)
+    half = (interval.high - interval.low) / 2
+    low, high = digits(interval.low, half, sign), digits(interval.high, half, sign)
+    return f"{digits(interval.value, half, sign)} [{low}, {high}]"
+
+
+def p_words(p: float | None) -> str:
+    """A p-value as people write it."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def plural(count: int, word: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def more_words(verdict: Verdict, comparison: Comparison | None) -> str:
+    """What would settle an open verdict."""
+    if comparison is None or verdict.word in ("better", "worse", "equivalent"):
+        return ""
+    if verdict.more is None:
+        if comparison.interval.n < 2:
+            return "run at least three training seeds"
+        return f"not even {MOST_SEEDS:,} seeds would, were the mean and spread so far the truth"
+    end = {"different": "as different", "equivalent": "as equivalent"}.get(verdict.toward or "", "")
+    return f"about {plural(verdict.more, 'more seed')} would settle it{f', {end}' if end else ''}"
+
+
+def duration(seconds: float) -> str:
+    """A span of time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def setting(value: Any) -> str:
+    """A config's value as YAML would have it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,128 @@
+"""The few numbers that a run shows while it trains: the held-out loss of some samples, by what is given.
+
+``validation.tests`` adds tests of the evaluation at its tier pulse, with the files that ``evaluate report`` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from torch import nn
+
+from evaluate.config import EvaluateConfig, TestName, tier_file
+from evaluate.drawing.arms import choose_subsets
+from evaluate.report.summary import is_headline
+from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
+from evaluate.subject import Subject, dataset_modalities, select_holdout
+from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
+from nanodit.config import load_config
+from nanodit.console import waiting
+from nanodit.errors import ConfigError, DataError
+from nanodit.files import canonical_json, write_atomic
+from prep.dataset.layout import Dataset
+from train.config import TrainConfig
+from train.data.samples import bucket_size
+from train.loop.trainer import VALIDATED, Validate
+from train.model.conditions import subset_name
+
+GRID = HeldoutLossConfig()
+
+
+def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
+    """Return :func:`validate` as a run calls it.
+
+    Raises :class:`ConfigError` where the dropout table trains none of ``validation.conditions``, and
+    :class:`DataError` for a holdout that is empty or leaks into the training split.
+    """
+    subject = _subject(nn.Identity(), config, dataset)
+    subsets, skipped = choose_subsets(config.validation.conditions, subject)
+    if not subsets:
+        reasons = "; ".join(one.reason for one in skipped)
+        raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
+    if unknown := [name for name in config.validation.tests if name not in get_args(TestName)]:
+        raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(get_args(TestName))}")
+    return lambda model, step, folder: validate(model, config, dataset, step, folder)
+
+
+def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int, folder: Path) -> dict[str, float]:
+    """Measure ``model``: TensorBoard tag -> value, ``validation/heldout_loss`` for all conditions that there are.
+
+    The mean loss of ``validation.samples`` holdout images on the grid of :mod:`evaluate.suite.heldout_loss`, equal at
+    every step, so that its curve moves with the model alone. The errors by time go to ``folder/heldout.json``. Raises
+    :class:`DataError` where the model predicts what is not a number.
+    """
+    subject = _subject(model, config, dataset)
+    subsets, _ = choose_subsets(config.validation.conditions, subject)
+    with waiting(f"step {step}: validation on {len(subject.rows)} samples", at_once=False):
+        rows = measure(subject, subsets, None, GRID)
+    record, values = {}, {}
+    for condition in (subset_name(subset, subject.modalities) for subset in subsets):
+        own = [row for row in rows if row["condition"] == condition]
+        by_bin = [[row["mse"] for row in own if row["bin"] == index] for index in range(GRID.bins)]
+        loss, errors = float(np.mean([row["loss"] for row in own])), np.mean(by_bin, axis=1).tolist()
+        if not np.isfinite([loss, *errors]).all():
+            raise DataError(f"given {condition}, the model predicts what is not a number")
+        record[condition] = {"loss": loss, "mse": errors}
+        values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
+    if config.validation.tests:
+        values |= _tests(subject, config, step, folder)
+    settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
+    write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "conditions": record}))
+    return values
+
+
+def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
+    """Run ``validation.tests`` at tier pulse, write what ``evaluate run`` writes; headline metrics by tag."""
+    overrides = [f"samples={config.validation.samples}", f"tests=[{','.join(config.validation.tests)}]"]
+    tier = load_config(EvaluateConfig, tier_file("pulse"), [*overrides, f"batch_size={subject.batch_size}"])
+    subject = replace(subject, losses=perceptual_losses(config))
+    state = {"step": step, "config": config.model_dump(mode="json")}
+    weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
+    facts = provenance(subject, tier, state, weights if weights.is_file() else None)
+    metrics = _known(folder / "report.json", facts)
+    if metrics is None:
+        (folder / "report.json").unlink(missing_ok=True)
+        evidence = evaluate(subject, tier, folder, config.run_folder, step=step)
+        write(folder, tier, evidence, facts, curves_until(config.run_folder, step))
+        metrics = [metric.to_dict() for metric in evidence.metrics]
+    found = {metric["name"]: metric["value"] for metric in metrics if is_headline(metric["name"])}
+    return {f"validation/{name}": value for name, value in found.items() if value is not None}
+
+
+def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
+    try:
+        report = json.loads(file.read_bytes())
+        same = report["provenance"]["weights_sha256"] == facts["weights_sha256"] != "unknown"
+        return report["metrics"] if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:
+    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    rows = select_holdout(dataset, config.validation.samples)
+    return Subject(
+        model=model,
+        flow=config.flow,
+        table=config.conditioning.resolve(dataset_modalities(dataset)),
+        dataset=dataset,
+        rows=rows,
+        batch_size=_batch_size(config, {row["bucket"] for row in rows}),
+        device=device,
+    )
+
+
+def _batch_size(config: TrainConfig, buckets: Iterable[str]) -> int:
+    """As many images as a micro-batch of the largest bucket has, so that looking needs no more memory than training."""
+    train, patch_size = config.train, config.model.patch_size
+    if train.token_budget is None:
+        return train.batch_size
+    tokens = max(math.prod(side // patch_size for side in bucket_size(bucket)) for bucket in buckets)
+    return max(1, min(train.token_budget // tokens, train.batch_size * train.grad_accumulation_steps))

@@ -1,0 +1,140 @@
+"""Progress that never falls silent: a live bar on a terminal, a plain line at least every five seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from nanodit.errors import printable
+
+PLAIN_INTERVAL = 5.0  # seconds
+
+
+def say(text: str) -> None:
+    """Print one plain line to stdout, at once; see :func:`printable`."""
+    print(printable(text), flush=True)
+
+
+@contextmanager
+def waiting(what: str, at_once: bool = True) -> Iterator[None]:
+    """Say what is being waited for, if wanted ``at_once``, and every five seconds with the time it has taken."""
+    if at_once:
+        say(what)
+    start, over = time.monotonic(), threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(PLAIN_INTERVAL):
+            say(f"{what}: {duration(time.monotonic() - start)}")
+
+    thread = threading.Thread(target=repeat, daemon=True, name="waiting")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as ``42s``, ``3m 05s`` or ``2h 07m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Counts ``done`` of ``total`` and shows rate, time left and any extra fields.
+
+    Rate and time left are measured from the first update on, because workers may take a minute to start.
+    Without a terminal a thread prints a line every five seconds even while no update arrives, so that a long batch is
+    not taken for a hang. Use as a context manager or call :meth:`close`; both print the final count once.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "samples", done: int = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._initial = done
+        self._fields: dict[str, object] = {}
+        self._start = time.monotonic()
+        self._first: tuple[int, float] | None = None  # count and time of the first update that counted something
+        self._closed = threading.Event()
+        self._bar: RichProgress | None = None
+        if sys.stdout.isatty():
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                TextColumn("{task.fields[extra]}"), TimeRemainingColumn(), console=Console(),
+            )  # fmt: skip
+            self._task = self._bar.add_task(label, total=total, completed=done, extra="")
+            self._bar.start()
+        else:
+            self._thread = threading.Thread(target=self._print_regularly, daemon=True, name=f"progress-{label}")
+            self._thread.start()
+
+    def update(self, done: int, **fields: object) -> None:
+        """Set the count and the extra fields to show, e.g. ``loss=0.0421``."""
+        self.done = done
+        self._fields.update(fields)
+        if self._first is None and done > self._initial:
+            self._first = (done, time.monotonic())
+        if self._bar is not None:
+            rate = "" if (rate := self._rate()) is None else f"{rate:.4g}/s "
+            self._bar.update(self._task, completed=done, extra=rate + self._extra())
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Add ``n`` to the count."""
+        self.update(self.done + n, **fields)
+
+    def close(self) -> None:
+        """Stop and print the final count, rate and time taken."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._thread.join()
+        taken = time.monotonic() - self._start
+        rate = (self.done - self._initial) / max(taken, 1e-9)
+        say(f"{self.label}: {self.done} {self.unit} in {duration(taken)} ({rate:.4g}/s){self._extra()}")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rate(self) -> float | None:
+        """Per second since the first update; None before there was a second one."""
+        if self._first is None or self.done == self._first[0]:
+            return None
+        return (self.done - self._first[0]) / max(time.monotonic() - self._first[1], 1e-9)
+
+    def _extra(self) -> str:
+        return "".join(f"  {name} {value}" for name, value in self._fields.items())
+
+    def _print_regularly(self) -> None:
+        while not self._closed.wait(PLAIN_INTERVAL):
+            say(self.line())
+
+    def line(self) -> str:
+        """Where it stands now, for example ``px: 64/500 samples, 3.1/s, 2m 20s left  rejected 1``."""
+        of = "" if self.total is None else f"/{self.total}"
+        rate, pace = self._rate(), ""
+        if self._first is None:
+            pace = ", starting"
+        elif rate is not None:
+            left = "" if self.total is None else f", {duration((self.total - self.done) / rate)} left"
+            pace = f", {rate:.4g}/s{left}"
+        return f"{self.label}: {self.done}{of} {self.unit}{pace}{self._extra()}"

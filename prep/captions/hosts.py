@@ -1,0 +1,233 @@
+"""Several caption hosts behind one question: whichever has a free slot answers, those that fail are left alone a while.
+
+There is no queue per host: who asks waits for the next free slot anywhere, so that unequal hosts are busy to the end.
+A host that fails cools down, twice as long each time; then it is asked which weights it serves and gets one single
+question, and all its slots again when that is answered. All of it runs in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanodit.console import duration, say
+from nanodit.errors import ConfigError, ResourceError
+from prep.captions.quality import Answer
+from prep.captions.servers import HostFault, HostTimeout, OllamaServer, OpenAIServer, SampleFault, open_server
+from prep.captions.sidecar import CaptionConfig
+
+LONGEST_COOL_DOWN = 120.0  # seconds
+TICK = 0.1  # seconds between looks at hosts whose cool-down may be over
+SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often a server may fail on one image before that is the image's fault
+
+
+@dataclass
+class Host:
+    """One server and how it is doing; times are those of the monotonic clock."""
+
+    server: OllamaServer | OpenAIServer
+    slots: int
+    active: int = 0
+    admitted: bool = False  # it has said, since it last failed, that it serves the right weights
+    failures: int = 0  # in a row
+    failed_at: float = 0.0
+    resume_at: float = 0.0
+    down_since: float | None = None
+    fault: str = ""
+    pace: float = 0.0  # seconds per answer, as lately observed
+
+    @property
+    def url(self) -> str:
+        """How the config names the host."""
+        return self.server.url
+
+    def free(self, now: float) -> bool:
+        """Whether another question may be sent: one at a time to a host that has yet to prove itself."""
+        proven = self.admitted and not self.failures
+        return now >= self.resume_at and self.active < (self.slots if proven else 1)
+
+
+class CaptionHosts:
+    """Answers questions through the hosts of a config, all of which must serve the weights of ``digest``.
+
+    Use as an async context manager; :meth:`watch` must run beside the questions.
+    """
+
+    def __init__(self, config: CaptionConfig, digest: str) -> None:
+        self.config, self.digest = config, digest
+        self.hosts = [Host(open_server(host, config), host.slots) for host in config.servers]
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> CaptionHosts:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.gather(*(host.server.close() for host in self.hosts))
+
+    @property
+    def slots(self) -> int:
+        """How many questions all hosts together answer at a time."""
+        return sum(host.slots for host in self.hosts)
+
+    @property
+    def up(self) -> int:
+        """How many hosts are not known to be down."""
+        return sum(host.down_since is None for host in self.hosts)
+
+    async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> tuple[Answer, float]:
+        """The answer of some host, and the seconds that hosts spent on it.
+
+        It is a failed one after ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` that were the image's.
+
+        Waits as long as it takes: :meth:`watch` ends the wait when no host is left. Raises ConfigError.
+        """
+        faults = timeouts = 0
+        alive, spent = False, 0.0
+        last: Host | None = None
+        while True:
+            last = host = await self._take(avoid=last)
+            start = time.monotonic()
+            try:
+                alive = await self._admit(host) or not host.failures
+                answer = await host.server.caption(jpeg, prompt, options)
+            except SampleFault as fault:
+                faults += 1
+                self._failed(host, start, HostFault(f"failed (HTTP 500): {fault}".rstrip(": ")), patient=True)
+                if faults == SAMPLE_FAULTS:
+                    return Answer("", "failed", options), spent + time.monotonic() - start
+            except HostFault as fault:
+                # what times out on a host that was failing already says nothing about the image
+                timeouts += isinstance(fault, HostTimeout) and alive
+                self._failed(host, start, fault)
+                if timeouts == SAMPLE_TIMEOUTS:
+                    return Answer("", "timeout", options), spent + time.monotonic() - start
+            else:
+                self._answered(host, start)
+                return answer, spent + time.monotonic() - start
+            finally:
+                spent += time.monotonic() - start
+                host.active -= 1
+                await self._wake()
+
+    async def watch(self) -> None:
+        """Wake those who wait for a cool-down to end; raises ResourceError when all hosts were down for too long."""
+        while True:
+            await asyncio.sleep(TICK)
+            await self._wake()
+            since = [host.down_since for host in self.hosts]
+            if None in since or any(host.active for host in self.hosts):
+                continue
+            if time.monotonic() - max(since) > self.config.patience:
+                raise ResourceError(
+                    f"no caption host has answered for {duration(self.config.patience)} (captions.patience): "
+                    f"{describe((host.url, host.fault) for host in self.hosts)}. What was captioned is kept: repair "
+                    "them and run the same command again"
+                )
+
+    async def _take(self, avoid: Host | None) -> Host:
+        """Wait for a free slot; of several hosts the fastest, and the one to avoid only if there is no other."""
+        async with self._changed:
+            while True:
+                now = time.monotonic()
+                free = [host for host in self.hosts if host.free(now)]
+                others = [host for host in free if host is not avoid]
+                # the one to avoid may answer when all others are down
+                if others or (free and all(host is avoid or host.down_since is not None for host in self.hosts)):
+                    host = min(others or free, key=lambda host: host.pace)
+                    host.active += 1
+                    return host
+                await self._changed.wait()
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _admit(self, host: Host) -> bool:
+        """Make sure that a host serves the right weights, when it is first used and whenever it comes back.
+
+        Returns whether it was asked just now. Raises ConfigError for other weights, HostFault as the server does.
+        """
+        if host.admitted:
+            return False
+        try:
+            digest = await host.server.digest()
+        except HostTimeout as fault:  # not about the image
+            raise HostFault(str(fault)) from fault
+        if digest != self.digest:
+            raise mixed({host.url: digest}, self.digest)
+        host.admitted = True
+        await self._wake()
+        return True
+
+    def _answered(self, host: Host, start: float) -> None:
+        seconds = time.monotonic() - start
+        host.pace = 0.7 * host.pace + 0.3 * seconds if host.pace else seconds
+        if start < host.failed_at:  # it was under way when the host failed: not a sign that it is back
+            return
+        if host.down_since is not None:
+            say(f"caption host {host.url} answers again")
+        host.failures, host.down_since = 0, None
+
+    def _failed(self, host: Host, start: float, fault: HostFault, patient: bool = False) -> None:
+        """Let a host cool down; a ``patient`` failure only does so when it comes again and again."""
+        now = time.monotonic()
+        if start < host.failed_at:  # likewise
+            return
+        host.failures += 1
+        host.failed_at, host.fault = now, str(fault)
+        if patient and host.failures <= SAMPLE_FAULTS:
+            return
+        pause = min(self.config.cool_down * 2 ** (host.failures - 1), LONGEST_COOL_DOWN)
+        host.resume_at = now + max(pause, fault.wait)
+        host.admitted = False
+        if host.down_since is None:
+            host.down_since = now
+            say(f"caption host {host.url} {fault}; trying it again in {duration(host.resume_at - now)}")
+
+
+async def agreed_digest(config: CaptionConfig) -> str:
+    """The digest that all hosts that answer agree on.
+
+    Raises ConfigError when two differ or one lacks the model, ResourceError when none answers.
+    """
+    servers = [open_server(host, config) for host in config.servers]
+    try:
+        answers = await asyncio.gather(*(server.digest() for server in servers), return_exceptions=True)
+    finally:
+        await asyncio.gather(*(server.close() for server in servers))
+    digests, silent = {}, {}
+    for server, answer in zip(servers, answers):
+        if isinstance(answer, HostFault | SampleFault):
+            silent[server.url] = str(answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            digests[server.url] = answer
+    if not digests:
+        raise ResourceError(
+            f"no caption host answers: {describe(silent.items())}. Start them, correct captions.hosts, or set "
+            "captions.digest to plan without them"
+        )
+    if len(set(digests.values())) > 1:
+        raise mixed(digests, None)
+    for url, fault in silent.items():
+        say(f"warning: caption host {url} {fault}; the others do its work until it answers")
+    return next(iter(digests.values()))
+
+
+def describe(faults: Iterable[tuple[str, str]]) -> str:
+    """Hosts and what is wrong with each, for a message."""
+    return "; ".join(f"{url} {fault}" for url, fault in faults)
+
+
+def mixed(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
+    """The error for hosts that serve other weights under the same name."""
+    found = ", ".join(f"{url} has {digest}" for url, digest in digests.items())
+    rest = f", the captions are made with {wanted}" if wanted else ""
+    return ConfigError(
+        f"the caption hosts do not serve one and the same model: {found}{rest}. Pull the same version on all of them, "
+        "or take one out of captions.hosts"
+    )

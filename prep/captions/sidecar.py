@@ -1,0 +1,189 @@
+"""Captions: where the text of an image comes from: a ``.txt`` sidecar beside it, or a model
+(``prep/passes/captions.py``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from nanodit.config import Config
+from nanodit.files import canonical_json, sha256_bytes
+from prep.captions.mirror import flip_caption
+from prep.images.sources import SIDECAR_SUFFIX, leads_out
+
+CODE_VERSION = 1
+SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
+MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
+# .txt first, then .txT to .TXT: the scan takes them all for sidecars
+SUFFIXES = ["." + "".join(letters) for letters in product(*zip(SIDECAR_SUFFIX[1:], SIDECAR_SUFFIX[1:].upper()))]
+
+
+class CaptionHost(Config):
+    """A caption server and how many captions it makes at a time."""
+
+    url: str
+    slots: int = Field(ge=1)
+
+
+class CaptionOptions(Config):
+    """How the model is to write; the names are Ollama's. Part of what a caption is made from."""
+
+    num_ctx: int = Field(4096, ge=512)
+    num_predict: int = Field(400, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class CaptionConfig(Config):
+    """Where captions come from, and what happens to an image without a usable one."""
+
+    backend: Literal["sidecar", "ollama", "openai"] = "sidecar"
+    on_missing: Literal["error", "reject"] = "error"
+    model: str = Field("gemma3:27b", min_length=1)
+    digest: str | None = None
+    hosts: Annotated[list[str | CaptionHost], Field(min_length=1)] | None = None
+    slots: int = Field(1, ge=1)
+    api_key_variable: str | None = None
+    prompt: str | None = None
+    image_side: int = Field(896, ge=64)
+    options: CaptionOptions = CaptionOptions()
+    reask_temperature: float = Field(0.5, gt=0)
+    min_words: int = Field(60, ge=1)
+    max_words: int = Field(300, ge=1)
+    timeout: float = Field(300.0, gt=0)
+    cool_down: float = Field(5.0, gt=0)
+    patience: float = Field(600.0, ge=0)
+
+    @property
+    def generated(self) -> bool:
+        """Whether a model writes the captions."""
+        return self.backend != "sidecar"
+
+    @property
+    def servers(self) -> tuple[CaptionHost, ...]:
+        """The caption servers with their slots; without ``hosts`` the one of ``OLLAMA_HOST``, else the local one."""
+        hosts = self.hosts or [os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"]
+        return tuple(CaptionHost(url=host, slots=self.slots) if isinstance(host, str) else host for host in hosts)
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_urls(cls, hosts: list[str | CaptionHost] | None) -> list[str | CaptionHost] | None:
+        urls = [host if isinstance(host, str) else host.url for host in hosts or []]
+        for url in urls:
+            _check_url(url)
+        if len(set(urls)) < len(urls):
+            raise ValueError("a host is listed twice; give it more slots instead")
+        return hosts
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> CaptionConfig:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
+        if self.backend == "openai" and self.hosts is None:
+            raise ValueError("backend openai needs hosts, for example hosts: [http://127.0.0.1:8000/v1]")
+        return self
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is not the URL of a server, such as http://192.168.1.20:11434")
+    if parts.username or parts.password:  # configs are written into every run's folder
+        raise ValueError("a host's URL must not hold credentials; name a variable in api_key_variable")
+
+
+class BadCaption(Exception):
+    """A caption that cannot be used: ``reason`` is a short code, ``detail`` a sentence for the user."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def gone_without_caption(source: str) -> BadCaption:
+    """Why a sample has no caption whose image and sidecar are gone before one was committed."""
+    return BadCaption(SOURCE_GONE, f"{source} is gone, and its caption was not committed before")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption and where it came from (the content of the text layer's ``.json``)."""
+
+    text: str
+    provenance: dict[str, Any]
+
+
+def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Members and columns of a caption in the text layer; ``recipe`` says whether the flipped one goes with it.
+
+    That of a caption that cannot be flipped safely is empty, and null in the index.
+    """
+    members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
+    columns = {"caption": caption.text}
+    if "flip" not in recipe:
+        return members, columns
+    flipped = flip_caption(caption.text)
+    return members | {"flip.txt": (flipped or "").encode()}, columns | {"caption_flip": flipped}
+
+
+class SidecarCaptions:
+    """Reads ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark; any whitespace is one space.
+
+    The case of the suffix does not matter; of several files ``.txt`` is read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, source: str) -> str:
+        """Name of the sidecar of a source, below the folder; the usual name where there is none."""
+        names = [str(PurePosixPath(source).with_suffix(suffix)) for suffix in SUFFIXES]
+        return next((name for name in names if os.path.lexists(self.folder / name)), names[0])
+
+    def caption(self, source: str) -> Caption:
+        """The caption of a source. Raises BadCaption: a caption is text or an error, never an empty string."""
+        name = self.path(source)
+        data = self._read(name)
+        if len(data) > MAX_BYTES:
+            raise BadCaption("caption_too_long", f"{name} is larger than {MAX_BYTES} bytes")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadCaption("caption_not_utf8", f"{name}: {error.reason} at byte {error.start}") from error
+        if "\0" in text:
+            raise BadCaption("caption_nul", f"{name} holds a NUL character; is it UTF-16?")
+        text = " ".join(text.split())
+        if not text:
+            raise BadCaption("caption_empty", f"{name} has no text")
+        return Caption(text, {"backend": "sidecar", "sha256": sha256_bytes(data)})
+
+    def _read(self, name: str) -> bytes:
+        path = self.folder / name
+        # the text is published: a link must not bring in a file that nobody put into the folder
+        if leads_out(path, self.folder):
+            raise BadCaption("outside_source", f"{name}: the link leads out of the source folder")
+        try:
+            if path.exists() and not path.is_file():
+                raise BadCaption("caption_unreadable", f"{name}: not a regular file")
+            with open(path, "rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise BadCaption("caption_missing", f"{name}: {error.strerror}") from error
+
+    def fingerprint(self, source: str) -> str:
+        """What the text of a source depends on: the hash of its sidecar, or the reason why it has none."""
+        try:
+            return self.caption(source).provenance["sha256"]
+        except BadCaption as bad:
+            return bad.reason

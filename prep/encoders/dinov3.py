@@ -1,0 +1,119 @@
+"""DINOv3 image features: one pass gives the CLS vector and the grid of patch vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, DINOv3ViTModel
+
+from prep.encoders.halving import Halving
+from prep.encoders.weights import cannot_load, compute_dtype, model_identity, open_model, quiet_transformers
+
+CODE_VERSION = 1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CELL = 16  # pixels of the scaled image per side of a patch, whatever the encoder's own patch size
+MIN_GRID = 8  # patches per side: fewer say too little about layout, so small images are enlarged
+
+
+def fingerprint(
+    model: str | Path, revision: str | None = None, sha256: Mapping[str, str] | None = None, input_scale: float = 0.5
+) -> dict[str, str | int | float]:
+    """Everything that determines the features, without loading the weights; the device is not part of it.
+
+    The architecture follows from the model's files.
+    """
+    identity = model_identity(model, revision, sha256)
+    return {"encoder": "dino", "code": CODE_VERSION, "input_scale": input_scale, **identity}
+
+
+class DINOv3Encoder:
+    """A DINOv3 vision transformer: RGB images of one size in, final-norm CLS and patch features out.
+
+    CLS and patches come from the same forward pass at the same resolution. Computed in float32 on the CPU and in
+    bfloat16 on a GPU. The last bits depend on the shape of the batch, so callers that promise equal bytes must form
+    equal batches. A batch that does not fit into a GPU is halved, as ``memory`` remembers.
+
+    ``sha256`` maps the files of a hub model to the hashes that they must have. Raises :class:`ConfigError` when the
+    model cannot be had or loaded.
+    """
+
+    MODELS: ClassVar[dict[str, Any]] = {"dinov3_vit": DINOv3ViTModel}  # by the model_type of its config
+
+    def __init__(
+        self,
+        model: str | Path,
+        revision: str | None = None,
+        sha256: Mapping[str, str] | None = None,
+        device: str = "cpu",
+        input_scale: float = 0.5,
+    ) -> None:
+        folder, self._source = open_model(model, revision, sha256)
+        self.input_scale = input_scale
+        self.device = torch.device(device)
+        self.dtype = compute_dtype(self.device)
+        self.memory = Halving("DINO", device)
+        options = {"dtype": self.dtype, "local_files_only": True, "use_safetensors": True}
+        try:
+            architecture = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            if architecture not in self.MODELS:
+                raise ValueError(f"it is a {architecture}, and this encoder takes {' or '.join(self.MODELS)}")
+            with quiet_transformers():
+                self.model = self.MODELS[architecture].from_pretrained(folder, **options).to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise cannot_load("DINO encoder", model, error) from error
+        self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
+
+    @property
+    def width(self) -> int:
+        """Channels per token."""
+        return self.model.config.hidden_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of a patch, as the network sees it."""
+        return self.model.config.patch_size
+
+    @property
+    def registers(self) -> int:
+        """Register tokens between CLS and the patches."""
+        return getattr(self.model.config, "num_register_tokens", 0)
+
+    def fingerprint(self) -> dict[str, str | int | float]:
+        """See :func:`fingerprint`."""
+        return fingerprint(*self._source, self.input_scale)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (rows, columns) for an image of ``height`` x ``width`` pixels; at least eight a side."""
+        return tuple(max(MIN_GRID, math.floor(self.input_scale * side / CELL + 0.5)) for side in (height, width))
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode ``images``, (B, H, W, 3) uint8 RGB: CLS (B, D) and patches (B, h, w, D), both float32.
+
+        Raises :class:`ResourceError` when the GPU cannot hold one image.
+        """
+        cls, patches = zip(*self.memory.run(self._encode, images))
+        return np.concatenate(cls), np.concatenate(patches)
+
+    @torch.inference_mode()
+    def _encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        batch, height, width, _ = images.shape
+        rows, columns = self.grid(height, width)
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        if self.device.type == "cuda":  # from pinned memory the copy runs beside what the GPU still does
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 255
+        size = (rows * self.patch_size, columns * self.patch_size)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        pixels = ((pixels - self._mean) / self._std).to(self.dtype)
+        tokens_bnd = self.model(pixel_values=pixels).last_hidden_state.float().cpu()
+        # [CLS, registers, patches]: the registers hold nothing about a place and must not become patches.
+        patches_bnd = tokens_bnd[:, 1 + self.registers :]
+        return tokens_bnd[:, 0].numpy(), patches_bnd.reshape(batch, rows, columns, -1).numpy()

@@ -1,0 +1,75 @@
+"""Batches that do not fit into a GPU's memory: halved until they do, and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from nanodit.errors import ResourceError
+
+T = TypeVar("T")
+# onnxruntime has no class for it; torch's own is known by its name, so that nothing heavy is imported here
+_MESSAGES = ("Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUDNN_STATUS_ALLOC_FAILED", "out of memory")
+
+
+class Halving:
+    """Runs batches on ``device``, and where its memory is too small for one, halves of it.
+
+    The size that fitted is kept for later batches: a failed attempt costs as much as a batch. Results are those of
+    the whole batch up to the last bits, which depend on a batch's shape. Main memory is not watched here: there is
+    no telling what else needs it.
+    """
+
+    def __init__(self, what: str, device: str) -> None:
+        self.what, self.device = what, str(device)
+        self.limit: int | None = None  # the largest batch, once one did not fit
+        self._note = ""
+
+    def run(self, compute: Callable[[Any], T], batch: Sequence[Any]) -> Iterator[T]:
+        """Yield ``compute`` of ``batch``, or of its parts in order; a batch is anything with a length and slices.
+
+        Raises :class:`ResourceError` when a single item does not fit.
+        """
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + (self.limit or len(batch))]
+            fits, result = self._attempt(compute, part)
+            if fits:
+                yield result
+                start += len(part)
+            else:  # outside the handler: the error's traceback holds the tensors of the attempt
+                self._halve(len(part))
+
+    def take_note(self) -> str | None:
+        """What the user should know about the batches so far, once; None when there is nothing new."""
+        note, self._note = self._note, ""
+        return note or None
+
+    def _attempt(self, compute: Callable[[Any], T], part: Sequence[Any]) -> tuple[bool, T | None]:
+        try:
+            return True, compute(part)
+        except Exception as error:
+            if not self._is_out_of_memory(error):
+                raise
+            if len(part) > 1:
+                return False, None
+            raise ResourceError(
+                f"{self.what}: a single item does not fit into the free memory of {self.device}. Close what else uses "
+                "it (nvidia-smi), or take a smaller model, a smaller base or the device cpu"
+            ) from error
+
+    def _halve(self, tried: int) -> None:
+        self.limit = tried // 2
+        self._note = (
+            f"{self.what}: batches of {tried} do not fit into the free memory of {self.device}; continuing with "
+            f"{self.limit}. Set batch_size to it to save the failed attempts"
+        )
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _is_out_of_memory(self, error: Exception) -> bool:
+        if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+            return True
+        return self.device.startswith("cuda") and any(message in str(error) for message in _MESSAGES)

@@ -1,0 +1,215 @@
+"""Near duplicates and the split into train and holdout: by content, with every group on one side.
+
+Exact duplicates never come this far (``prep/images/sources.py`` refuses them). Two samples are near duplicates when
+their perceptual hashes differ in at most ``MAX_DISTANCE`` bits *and* their thumbnails confirm it: drawings and product
+shots on one background share a hash by the dozen and are still different pictures. They are also when the cosine of
+their DINO class tokens is above a threshold, which sees crops, mirrored copies and the next frame of a series. Groups
+are what either kind connects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+CODE_VERSION = 1
+HASH_SIDE = 8  # the 8x8 lowest frequencies of a 32x32 DCT: the usual "pHash", 64 bits
+DCT_SIDE = 32
+THUMBNAIL_SIDE = 16
+MAX_DISTANCE = 4  # JPEG q50 and half the size change 0 to 4 bits of a photograph
+MAX_DIFFERENCE = (
+    3.0  # mean absolute difference of thumbnails, 0-255: those edits stay below 2.5, two figures are above 10
+)
+BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits; see near_pairs
+# fastdup, which compares features by cosine too, calls images above .98 nearly identical
+CLS_COSINE = {"production": 0.98, "demo": 1.0}
+OFF = 1.0  # no cosine is above it
+PROJECTED = 96  # dimensions in which pairs are looked for before they are measured in all
+TILE = (2048, 8192)  # rows and columns compared at once: 64 MB
+MEASURED = 1 << 14  # pairs measured at once: 128 MB of float32 at width 1024
+SLACK = 1e-3  # of squared distances, for the rounding of float32
+HOLDOUT_CAP = 5  # the minimum never takes more than a fifth of a small set
+
+_DCT = np.cos(np.pi * np.outer(np.arange(HASH_SIDE), np.arange(DCT_SIDE) + 0.5) / DCT_SIDE)  # DCT-II, unscaled
+
+
+def perceptual_hash(pixels: np.ndarray) -> str:
+    """64 bits as 16 hexadecimal digits: which low frequencies of uint8 (H, W, 3) are above their median."""
+    grey = Image.fromarray(pixels).convert("L").resize((DCT_SIDE, DCT_SIDE), Image.Resampling.BOX)
+    frequencies = (_DCT @ np.asarray(grey, np.float64) @ _DCT.T).ravel()
+    bits = frequencies > np.median(frequencies[1:])  # the first is the mean brightness
+    return np.packbits(bits).tobytes().hex()
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """16x16 RGB bytes (768) of uint8 (H, W, 3), the aspect ratio not kept."""
+    return Image.fromarray(pixels).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+
+
+class Groups:
+    """Which of ``count`` items are connected (a disjoint-set forest)."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def root(self, index: int) -> int:
+        """The item that stands for all that ``index`` is connected with."""
+        parent = self._parent
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    def join(self, a: int, b: int) -> None:
+        """Connect two items."""
+        self._parent[self.root(b)] = self.root(a)
+
+    def roots(self) -> np.ndarray:
+        """The root of every item, int64 (count,)."""
+        return np.array([self.root(index) for index in range(len(self._parent))], np.int64)
+
+
+def near_pairs(hashes: Sequence[str], thumbnails: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the index pairs of near duplicates by hash and thumbnail (some more than once).
+
+    Hashes that differ in four bits agree in at least one of five bands, so only those that do are compared.
+    """
+    if not len(hashes):
+        return
+    bits = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
+    small = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(hashes), -1).astype(np.int16)
+    for first, width in BANDS:
+        band = (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.r_[True, band[order][1:] != band[order][:-1]])
+        for run in np.split(order, starts[1:]):
+            for position, index in enumerate(run[:-1]):
+                others = run[position + 1 :]
+                others = others[np.bitwise_count(bits[others] ^ bits[index]) <= MAX_DISTANCE]
+                if len(others):
+                    close = np.abs(small[others] - small[index]).mean(axis=1) <= MAX_DIFFERENCE
+                    yield from ((int(index), int(other)) for other in others[close])
+
+
+def join_by_cosine(groups: Groups, vectors: np.ndarray, threshold: float) -> None:
+    """Connect in ``groups`` all rows of ``vectors``, float (N, D), whose cosine is above ``threshold``.
+
+    Exact and without an N x N matrix. Unit vectors with cosine c are at squared distance 2 - 2c, and no orthogonal
+    projection makes distances longer: so pairs are looked for, tile by tile, in the few dimensions that hold most of
+    the variance, and only those that are close there are measured in all. The last word is a sum of its own per pair,
+    so that the answer depends neither on the tiles nor on the threads of the matrix product.
+    """
+    if threshold >= OFF or len(vectors) < 2:
+        return
+    unit = np.asarray(vectors, np.float32)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    flat = _projection(unit)
+    half = (flat * flat).sum(axis=1, keepdims=True) / 2
+    one = np.ones_like(half)
+    # left @ right.T is minus half of the squared distance
+    left, right = np.hstack([flat, -half, one]), np.hstack([flat, one, -half])
+    limit = threshold - 1 - SLACK
+    rows, columns = TILE
+    for top in range(0, len(unit), rows):
+        for start in range(top, len(unit), columns):
+            above = np.argwhere(left[top : top + rows] @ right[start : start + columns].T >= limit)
+            pairs = above[above[:, 0] + top < above[:, 1] + start] + (top, start)
+            _join_measured(groups, unit, pairs, threshold)
+
+
+def _projection(unit: np.ndarray) -> np.ndarray:
+    """Rows in the directions of the largest variance, float32 (N, at most PROJECTED); a sample of rows is enough."""
+    if unit.shape[1] <= PROJECTED:
+        return unit
+    sample = unit[:: 1 + len(unit) // 8192].astype(np.float64)
+    centred = sample - sample.mean(axis=0)
+    _, directions = np.linalg.eigh(centred.T @ centred)  # in the order of rising variance
+    return (unit - sample.mean(axis=0).astype(np.float32)) @ directions[:, -PROJECTED:].astype(np.float32)
+
+
+def _join_measured(groups: Groups, unit: np.ndarray, pairs: np.ndarray, threshold: float) -> None:
+    while len(pairs):
+        now, pairs = pairs[:MEASURED], pairs[MEASURED:]
+        products = unit[now[:, 0]].astype(np.float64) * unit[now[:, 1]]
+        for a, b in now[products.sum(axis=1) > threshold].tolist():
+            groups.join(a, b)
+        if len(pairs):  # in a large group most of the others are connected by now
+            roots = groups.roots()
+            pairs = pairs[roots[pairs[:, 0]] != roots[pairs[:, 1]]]
+
+
+def duplicate_groups(
+    keys: Sequence[str],
+    hashes: Sequence[str],
+    thumbnails: Sequence[bytes],
+    vectors: np.ndarray | None = None,
+    cosine: float = OFF,
+) -> dict[str, str]:
+    """Map every key to its group's name, the smallest key that near duplicates connect it with (itself when alone).
+
+    ``vectors``, float (N, D), are the DINO class tokens in the order of the keys, where there are any.
+    """
+    groups = Groups(len(keys))
+    for a, b in near_pairs(hashes, thumbnails):
+        groups.join(a, b)
+    if vectors is not None:
+        join_by_cosine(groups, vectors, cosine)
+    members = defaultdict(list)
+    for index, key in enumerate(keys):
+        members[groups.root(index)].append(key)
+    return {key: min(group) for group in members.values() for key in group}
+
+
+@dataclass(frozen=True)
+class Split:
+    """``sides`` maps keys to "train" or "holdout"; ``linking`` lists the new keys that would connect both sides."""
+
+    sides: dict[str, str]
+    linking: list[str]
+
+
+def holdout_size(count: int, fraction: float, minimum: int) -> int:
+    """How many of ``count`` samples to hold out: the fraction, or the minimum where a fifth of the set allows it."""
+    return max(math.floor(count * fraction + 0.5), min(minimum, count // HOLDOUT_CAP))
+
+
+def assign_splits(
+    groups: Mapping[str, str], published: Mapping[str, str], seed: int, fraction: float, minimum: int
+) -> Split:
+    """Split samples by the hash of their key, whole groups at a time.
+
+    ``groups`` maps keys to group names, ``published`` the keys of an earlier index to their side: those never change
+    it. A new sample follows its group; one whose group has published members on both sides is left out and reported.
+    """
+    members = defaultdict(list)
+    for key, name in groups.items():
+        members[name].append(key)
+    sides = {key: published[key] for key in groups if key in published}
+    linking: list[str] = []
+    free: list[list[str]] = []
+    for group in members.values():
+        taken = {published[key] for key in group if key in published}
+        new = [key for key in group if key not in published]
+        if len(taken) == 2:
+            linking += new
+        elif taken:
+            sides |= dict.fromkeys(new, taken.pop())
+        else:
+            free.append(new)
+    wanted = holdout_size(len(groups) - len(linking), fraction, minimum)
+    held = sum(side == "holdout" for side in sides.values())
+    for group in sorted(free, key=lambda group: _draw(group, seed)):
+        chosen = held + len(group) <= wanted
+        held += len(group) if chosen else 0
+        sides |= dict.fromkeys(group, "holdout" if chosen else "train")
+    return Split(sides, sorted(linking))
+
+
+def _draw(group: Iterable[str], seed: int) -> str:
+    return min(hashlib.sha256(f"holdout {seed} {key}".encode()).hexdigest() for key in group)

@@ -1,0 +1,364 @@
+"""Source images: find them, hash them, look at their headers, and decode them to canonical pixels.
+
+Canonical pixels are 8-bit sRGB, upright, without alpha: EXIF orientation applied, an embedded ICC profile converted to
+sRGB, transparency composited over white, 16-bit grey scaled (not cut) to 8 bits, CMYK and palettes converted. What
+cannot be used raises :class:`BadImage` with a reason code and becomes a row of the rejects table, never a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from nanodit.console import Progress
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_EXIF_BYTES = 1 << 20
+NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
+KEY_DIGITS = 32
+SIDECAR_SUFFIX = ".txt"
+TRUTH_NAME = "truth.parquet"
+FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
+HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+# EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
+TRANSPOSE = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+# The name of a file and what reads it -> what is known of it
+Remember = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
+# Pillow's own limit is a global that warns below and raises above; the check here is exact and comes from the config.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadImage(Exception):
+    """A source that cannot be used: ``reason`` is a short code, ``detail`` a sentence for the user."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Source:
+    """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
+
+    ``gone`` is set for one that was prepared earlier and whose file is not there any more.
+    """
+
+    name: str
+    key: str
+    size_bytes: int
+    width: int
+    height: int
+    gone: bool = False
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row of the rejects table."""
+
+    source: str
+    stage: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source folder holds, each list sorted by name; ``sources`` has distinct keys."""
+
+    sources: list[Source]
+    rejects: list[Reject]
+
+
+def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
+    """Yield every file below ``folder`` as (POSIX name, problem or None), sorted by name.
+
+    Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
+    followed and hidden folders not entered; both are reported, so that nothing disappears silently.
+    """
+    root = folder.resolve()
+    found: list[tuple[str, BadImage | None]] = []
+    for parent, folders, files in os.walk(root):
+        for name in list(folders):
+            path = Path(parent, name)
+            if path.is_symlink():
+                found.append((_posix(path, root), BadImage("linked_folder", "links to folders are not followed")))
+            elif name.startswith("."):
+                found.append((_posix(path, root), BadImage(HIDDEN, "hidden folders are not read")))
+            else:
+                continue
+            folders.remove(name)
+        for name in files:
+            path = Path(parent, name)
+            if name in FIGURES_FILES or name.lower().endswith(SIDECAR_SUFFIX):
+                continue
+            found.append((_posix(path, root), _name_problem(path, root)))
+    return iter(sorted(found, key=lambda item: item[0]))
+
+
+def _posix(path: Path, root: Path) -> str:
+    # a name that is not UTF-8 cannot be stored in Parquet; it is refused below, under a printable name
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _name_problem(path: Path, root: Path) -> BadImage | None:
+    if path.name.startswith("."):
+        return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot)")
+    if path.name.lower() in SYSTEM_FILES:
+        return BadImage(HIDDEN, "a hidden file of Windows")
+    if _posix(path, root) != path.relative_to(root).as_posix():
+        return BadImage("name_not_utf8", "the file name is not valid UTF-8")
+    if leads_out(path, root):
+        return BadImage("outside_source", "the link leads out of the source folder")
+    if not path.is_file():
+        return BadImage("unreadable", "not a regular file, or a link that leads nowhere")
+    return None
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is a link to something outside ``folder``."""
+    # realpath, because Path.resolve raises for a link that leads to itself
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder.resolve())
+
+
+def read_header(folder: Path, name: str, max_pixels: int) -> Source:
+    """Hash a file and check what its header promises, without decoding. Raises BadImage."""
+    path = folder / name
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes == 0:
+            raise BadImage("empty", "the file has no bytes")
+        with open(path, "rb") as file:
+            key = hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
+            file.seek(0)
+            with _open_image(file) as image:
+                _check_header(image, max_pixels)
+                width, height = image.size
+                if read_orientation(image, file) >= 5:  # turned by a quarter
+                    width, height = height, width
+    except OSError as error:
+        raise BadImage("unreadable", error.strerror or str(error)) from error
+    return Source(name, key, size_bytes, width, height)
+
+
+def _open_image(file: io.IOBase) -> Image.Image:
+    head = file.read(16)
+    file.seek(0)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if head.startswith(MAGIC):
+            raise BadImage("truncated", "the header is damaged or cut off") from None
+        raise BadImage("not_an_image", f"the content is none of {', '.join(FORMATS)}") from None
+    except MemoryError:  # says something about the machine, here and below
+        raise
+    except Exception as error:  # readers of hostile headers raise anything; the file is named in the rejects table
+        raise _damage("the header cannot be read", error) from error
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+    try:
+        # a MPO is a JPEG photograph with a second one (depth, gain map) behind it: a still picture
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damage("the frames cannot be counted", error) from error
+    if animated:
+        raise BadImage("animated", f"{image.format} with several frames or pages")
+
+
+def _damage(what: str, error: Exception) -> BadImage:
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    short = isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "unexpected end", "eof"))
+    return BadImage("truncated" if short else "corrupt", f"{what}: {text}")
+
+
+def scan(folder: Path, max_pixels: int, remember: Remember = lambda name, read: read()) -> Scan:
+    """Find, hash and check every file below ``folder``; of equal files the first name is kept.
+
+    ``remember`` answers for files that have not changed (``ScanCache.look``); without it every file is read.
+    """
+
+    def look(item: tuple[str, BadImage | None]) -> Source | Reject:
+        name, problem = item
+        try:
+            if problem is not None:
+                raise problem
+            known = remember(name, lambda: _describe_file(folder, name, max_pixels))
+        except BadImage as bad:
+            known = {"reason": bad.reason, "detail": bad.detail}
+        return Reject(name, "source", **known) if "reason" in known else Source(name, **known)
+
+    seen: list[Source | Reject] = []
+    # hashing releases the GIL, and storage likes company
+    with Progress("scan", None, "files") as progress, ThreadPoolExecutor(max_workers=8) as pool:
+        for item in pool.map(look, find_files(folder)):
+            seen.append(item)
+            progress.advance()
+    kept: dict[str, Source] = {}
+    rejects: list[Reject] = []
+    for item in seen:
+        if isinstance(item, Reject):
+            rejects.append(item)
+        elif item.key in kept:
+            rejects.append(Reject(item.name, "source", "duplicate", f"same bytes as {kept[item.key].name}"))
+        else:
+            kept[item.key] = item
+    return Scan(list(kept.values()), rejects)
+
+
+def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any]:
+    try:
+        source = read_header(folder, name, max_pixels)
+    except BadImage as bad:
+        if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
+            raise
+        return {"reason": bad.reason, "detail": bad.detail}
+    return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
+
+
+def load_canonical(
+    folder: Path, source: Source, max_pixels: int, begin: Callable[[], None] = lambda: None
+) -> Image.Image:
+    """Decode a source to canonical pixels (RGB). Raises BadImage, also when the file is no longer what was planned.
+
+    ``begin`` is called when the file has been read and its decoding begins.
+    """
+    try:
+        data = (folder / source.name).read_bytes()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise BadImage("unreadable", f"the file can no longer be read: {error.strerror}") from error
+        if source.gone:
+            raise BadImage("source_gone", "the file is gone, and the pixels have to be made again") from error
+        raise BadImage("changed_during_run", "the file was deleted after the run had begun") from error
+    if hashlib.sha256(data).hexdigest()[:KEY_DIGITS] != source.key:
+        raise BadImage("changed_during_run", "the content changed after the run had begun")
+    begin()
+    return decode(data, max_pixels)
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
+    file = io.BytesIO(data)
+    with _open_image(file) as image:
+        _check_header(image, max_pixels)
+        orientation = read_orientation(image, file)
+        try:
+            image.load()
+            return canonical_pixels(image, orientation)
+        except (BadImage, MemoryError):
+            raise
+        except Exception as error:  # as in _open_image: any failure of a decoder is a property of the file
+            if NO_MEMORY in str(error):
+                raise MemoryError(str(error)) from error
+            raise _damage("decoding failed", error) from error
+
+
+def read_orientation(image: Image.Image, file: io.IOBase) -> int:
+    """The EXIF orientation (1 to 8) of an opened image, without decoding it; 1 where EXIF is missing or damaged."""
+    try:
+        if image.format == "TIFF":  # Pillow's TIFF reader turns the picture itself, and reports the upright size
+            return 1
+        # Image.getexif, because PngImageFile's own decodes the picture to find a chunk that may come after the pixels
+        exif = Image.Image.getexif(image)
+        if image.format == "PNG" and "exif" not in image.info and (late := _png_chunk(file, b"eXIf")):
+            exif.load(late)
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # a damaged EXIF block is common and says nothing; the pixels are still good
+        return 1
+    return orientation if orientation in TRANSPOSE else 1
+
+
+def _png_chunk(file: io.IOBase, wanted: bytes) -> bytes | None:
+    position = file.tell()  # Pillow will go on reading from here
+    file.seek(len(PNG_SIGNATURE))
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == wanted:
+                return file.read(min(length, MAX_EXIF_BYTES))
+            file.seek(length + 4, os.SEEK_CUR)
+        return None
+    finally:
+        file.seek(position)
+
+
+def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """Upright 8-bit sRGB without alpha; see the module's docstring. Raises BadImage for modes without a meaning."""
+    profile = image.info.get("icc_profile")
+    if image.mode in ("I", "F"):
+        raise BadImage(
+            "unsupported_mode", f"{image.format or 'image'} of mode {image.mode}: no defined range of values"
+        )
+    transparent = image.has_transparency_data
+    if TRANSPOSE[orientation] is not None:
+        image = image.transpose(TRANSPOSE[orientation])
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    alpha = None
+    if transparent:
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert(image.mode[:-1])
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            expected = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}.get(source.profile.xcolor_space)
+            if expected == image.mode:
+                # relative colorimetric with black point compensation: what browsers do with photographs
+                return ImageCms.profileToProfile(
+                    image, source, SRGB, outputMode="RGB",
+                    renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                    flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+                )  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception:  # Pillow raises several kinds for profiles of strangers
+            pass  # a profile nobody can read is common in the wild: the values are then taken for sRGB, as browsers do
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise BadImage("unsupported_mode", f"colour mode {image.mode} has no conversion to RGB") from error

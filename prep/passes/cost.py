@@ -1,0 +1,259 @@
+"""What a run would take, before it starts: which layers of how many shards, why, where, how long and how many GB.
+
+Sizes and rates are those measured in the dataset where there are any, else built-in estimates, which are labelled so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanodit.console import duration
+from nanodit.errors import ResourceError
+from nanodit.storage import Storage, open_storage
+from prep.captions.cache import FOLDER, CaptionCache
+from prep.config import PrepConfig
+from prep.dataset.buckets import Bucket
+from prep.dataset.layout import Unit
+from prep.encoders.registry import INPUT_SCALE
+from prep.passes.placement import Pass
+from prep.passes.plan import Plan
+
+# Samples a second at 1024 pixels with the full-size encoders, estimates except px: of one worker with one thread, of a
+# graphics card like a 3060 (about 25 TFLOPS in bf16, 8 in fp32, at what such networks reach), and of a caption server's
+# slot.
+#   t5    .335 G parameters x 2 x 220 tokens = .15 TFLOP; a core does about .05 a second
+#   dino  .303 G parameters x 2 x 1,029 tokens and attention = .7 TFLOP
+#   pose  YOLOX-L .155 and DW-LL .01 TFLOP in fp32, and 15 ms on the CPU for resizing and decoding
+RATES = {
+    "cpu": {"px": 10.0, "text": 500.0, "t5": 0.3, "dino": 0.07, "pose": 0.3},
+    "cuda": {"t5": 60.0, "dino": 25.0, "pose": 25.0},
+    "captions": {"text": 1 / 7.5},
+}
+DEMO_RATE = 20.0
+FULL_AREA = 1024 * 1024
+# MB of a crop of that area, measured on photographs: WebP lossless method 0, JPEG q95 4:4:4
+PX_MB = {"webp": 1.03, "jpeg": 0.41}
+T5_TOKENS = 220  # of a caption of 150 to 200 words
+T5_WIDTH = {"production": 1024, "demo": 128}
+DINO_WIDTH = {"production": 1024, "demo": 96}
+DINO_CELL, DINO_MIN_GRID = 16, 8  # the grid of ``prep/encoders/dinov3.py``, which takes seconds to import
+SCALE_GROUP = 64  # channels that share a scale
+JOINTS = 133
+CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
+NPY = 128  # bytes of an array's header
+BLOCK = 512  # of a tar: a header for every member, and its data rounded up
+
+
+@dataclass(frozen=True)
+class CostLine:
+    """What one layer takes: ``seconds`` of waiting, ``gb`` to be written; ``measured`` says which of the two are."""
+
+    layer: str
+    shards: int
+    samples: int
+    why: str
+    device: str
+    actors: int
+    seconds: float
+    gb: float
+    measured: frozenset[str]
+
+
+def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) -> list[CostLine]:
+    """One line per layer with something missing, in the order of the passes."""
+    storage = open_storage(storage)
+    rates = measured_rates(storage)
+    sizes = measured_sizes(plan)
+    lines = []
+    for step in passes:
+        for layer in step.layers:
+            units = [unit for unit in plan.missing if unit.layer == layer]
+            if not units:
+                continue
+            counts = {unit: len(plan.shards[unit.bucket, unit.shard]) for unit in units}
+            samples = sum(counts.values())
+            rate = rates.get((layer, step.device)) or estimated_rate(plan.config, layer, step)
+            asked, why = samples, reasons(plan, layer)
+            workers = min(step.actors, len(units))
+            if step.device == "captions":  # images, not shards, are handed out
+                asked -= (cached := cached_captions(plan, storage, units))
+                workers, why = step.actors, f"{why}; {cached} captions are cached" if cached else why
+            known = {"seconds"} if (layer, step.device) in rates else set()
+            known |= {"gb"} if layer in sizes else set()
+            written = sum(
+                count * (sizes.get(layer) or sample_bytes(plan.config, layer, unit.bucket))
+                for unit, count in counts.items()
+            )
+            lines.append(
+                CostLine(
+                    layer,
+                    len(units),
+                    samples,
+                    why,
+                    step.device,
+                    step.actors,
+                    asked / rate / max(1, workers),
+                    written / 1e9,
+                    frozenset(known),
+                )
+            )
+    return lines
+
+
+def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
+    """The lines as text with their totals; ``free_gb`` is what is free at the output (None: nobody knows)."""
+    if not lines:
+        return ["nothing to compute: every layer of every shard is current"]
+    rows = [("layer", "shards", "samples", "on", "time", "size", "why")]
+    for line in lines:
+        where = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}[line.device]
+        time = duration(line.seconds) + _label("seconds" in line.measured)
+        size = _size(line.gb) + _label("gb" in line.measured)
+        rows.append((line.layer, str(line.shards), str(line.samples), f"{line.actors} x {where}", time, size, line.why))
+    guessed = _label(all("seconds" in line.measured for line in lines))
+    total = duration(sum(line.seconds for line in lines)) + guessed
+    size = _size(sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
+    room = "" if free_gb is None else f"{_size(free_gb)} free at the output"
+    rows.append(("total", "", "", "", total, size, room))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _label(measured: bool) -> str:
+    return "" if measured else " (estimate)"
+
+
+def _size(gb: float) -> str:
+    for unit in ("GB", "MB", "kB"):
+        if gb >= 0.1 or unit == "kB":
+            break
+        gb *= 1000
+    return f"{gb:.1f} {unit}"
+
+
+def reasons(plan: Plan, layer: str) -> str:
+    """Why the units of a layer are computed, the most frequent reason first."""
+    counts = Counter(reason for unit, reason in plan.missing.items() if unit.layer == layer)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+
+
+def cached_captions(plan: Plan, storage: Storage, units: Sequence[Unit]) -> int:
+    """How many samples of some text units have been captioned already, by the model and with the options of now."""
+    recipe = plan.recipes[units[0]]
+    cache = CaptionCache(storage, {name: recipe[name] for name in CACHED_BY})
+    there = set(storage.names(f"{FOLDER}/"))
+    return sum(cache.name(key) in there for unit in units for key in plan.shards[unit.bucket, unit.shard])
+
+
+def measured_rates(storage: Storage) -> dict[tuple[str, str], float]:
+    """Samples a second and worker by (layer, device), over what the runs of this dataset logged."""
+    samples: dict[tuple[str, str], int] = defaultdict(int)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for name in storage.names("runs/"):
+        if not name.endswith("/log.jsonl"):
+            continue
+        for text in storage.read(name).decode(errors="replace").splitlines():
+            try:
+                event = json.loads(text)
+            except ValueError:
+                continue  # the last line of a killed run
+            for unit in event.get("units", ()) if event.get("event") == "shard" else ():
+                key = unit["layer"], unit.get("device", "cpu")
+                samples[key] += unit["samples"]
+                seconds[key] += unit["seconds"]
+    return {key: samples[key] / seconds[key] for key in samples if samples[key] and seconds[key] > 0}
+
+
+def measured_sizes(plan: Plan) -> dict[str, float]:
+    """Bytes a sample by layer, from the units that are current."""
+    written: dict[str, int] = defaultdict(int)
+    samples: dict[str, int] = defaultdict(int)
+    for unit, part in plan.parts.items():
+        written[unit.layer] += part.tar_bytes
+        samples[unit.layer] += part.table.num_rows
+    return {layer: written[layer] / samples[layer] for layer in written if samples[layer]}
+
+
+def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
+    """Samples a second of one worker; on a GPU of its fraction of a card."""
+    rate = RATES[step.device][layer]
+    area = (config.base / 1024) ** 2
+    if layer == "px":
+        return rate / area
+    if layer in ("t5", "dino", "pose"):
+        if config.flips and layer != "pose":  # the mirrored crop is another sample to them
+            rate /= 2
+        if config.encoders == "demo":
+            return DEMO_RATE
+        if layer == "dino":
+            scale = config.dino.input_scale or INPUT_SCALE[config.encoders]
+            rate /= area * (scale / INPUT_SCALE["production"]) ** 2
+        return rate * (step.gpus if step.device == "cuda" else 1)
+    return rate
+
+
+def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:
+    """Estimated bytes that one sample takes in the tar of a layer."""
+    size = Bucket.parse(bucket)
+    if layer == "px":
+        return _members(PX_MB[config.image.format] * 1e6 * size.width * size.height / FULL_AREA)
+    if layer == "text":
+        return _members(1200, 300, *([1200] if config.flips else []))
+    copies = 2 if config.flips else 1
+    if layer == "t5":
+        return copies * _members(NPY + 2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
+    if layer == "dino":
+        scale, width = config.dino.input_scale or INPUT_SCALE[config.encoders], DINO_WIDTH[config.encoders]
+        rows, columns = (
+            max(DINO_MIN_GRID, math.floor(scale * side / DINO_CELL + 0.5)) for side in (size.height, size.width)
+        )
+        tokens = rows * columns
+        return copies * _members(
+            *(NPY + size for size in (2 * width, tokens * width, 2 * tokens * math.ceil(width / SCALE_GROUP)))
+        )
+    return _members(NPY + 4 * 3 * JOINTS, 100)
+
+
+def _members(*sizes: float) -> float:
+    return sum(BLOCK + BLOCK * math.ceil(size / BLOCK) for size in sizes)
+
+
+def bytes_needed(plan: Plan) -> dict[str, float]:
+    """Bytes by layer that computing what is missing adds to the output, less the tars that are replaced."""
+    sizes, storage = measured_sizes(plan), open_storage(plan.config.output)
+    needed: dict[str, float] = defaultdict(float)
+    for unit in plan.missing:
+        each = sizes.get(unit.layer) or sample_bytes(plan.config, unit.layer, unit.bucket)
+        needed[unit.layer] += each * len(plan.shards[unit.bucket, unit.shard])
+        if storage.is_local:
+            needed[unit.layer] -= storage.size(unit.tar) or 0
+    return dict(needed)
+
+
+def free_bytes(storage: Storage) -> int | None:
+    """Bytes that may still be written at a place; None for an object store, which does not say."""
+    if not storage.is_local:
+        return None
+    folder = Path(storage.place).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def check_room(plan: Plan) -> None:
+    """Raise ResourceError, with the numbers, when what is missing cannot fit at the output."""
+    storage, needed = open_storage(plan.config.output), bytes_needed(plan)
+    free, total = free_bytes(storage), sum(needed.values())
+    if free is None or total <= free:
+        return
+    layers = ", ".join(f"{layer} {_size(size / 1e9)}" for layer, size in needed.items())
+    raise ResourceError(
+        f"output {storage} has {_size(free / 1e9)} free, and what is missing takes about {_size(total / 1e9)} "
+        f"({layers}). Make room, choose another output, or write less: image.format=jpeg, a smaller base, fewer layers"
+    )

@@ -1,0 +1,313 @@
+"""Computing the layers: one function per layer turns a committed upstream layer into the next one.
+
+No Ray here: a :class:`LayerWorker` lives in the child process of a ``prep/passes/supervisor.py``, or in a test.
+Encoders are built when the first shard needs them. Batches have a fixed size and never span shards, so the bytes of a
+unit depend on its members alone and not on who computes it when.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from nanodit.errors import ConfigError, DataError
+from nanodit.faults import fault
+from nanodit.files import canonical_json
+from nanodit.storage import open_storage
+from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
+from prep.config import PrepConfig
+from prep.dataset.buckets import Bucket, crop_to_bucket
+from prep.dataset.layout import (
+    LayerWriter,
+    Part,
+    Unit,
+    decode_pixels,
+    encode_pixels,
+    fingerprint_of,
+    members_of,
+    npy_bytes,
+    read_members,
+    read_part,
+)
+from prep.encoders.registry import build_encoder
+from prep.images.duplicates import perceptual_hash, thumbnail
+from prep.images.filters import blur_problem, persons_problem, sharpness
+from prep.images.sources import BadImage, Source, load_canonical
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The missing layers of one shard, in the order of the data flow, with their recipes.
+
+    ``again`` names those that are computed although a part of the same recipe is committed.
+    """
+
+    bucket: str
+    shard: int
+    sources: tuple[Source, ...]
+    recipes: dict[str, dict[str, Any]]
+    again: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The task as text; Ray carries it as a cell of a table."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The task that :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        sources = tuple(Source(**source) for source in fields["sources"])
+        return cls(**fields | {"sources": sources, "again": tuple(fields["again"])})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit to compute.
+
+    ``guilty`` maps keys to the (reason, detail) for which they are rejected unseen: they ended a worker. ``only``
+    names the single sample of a probe, which is computed and thrown away.
+    """
+
+    task: ShardTask
+    layer: str
+    guilty: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    only: str | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What is going to be committed."""
+        return Unit(self.task.bucket, self.task.shard, self.layer)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the unit is made from."""
+        return self.task.recipes[self.layer]
+
+
+class LayerWorker:
+    """Computes and commits the units of shard tasks on one device.
+
+    ``watch`` is told the keys of every batch before work on it begins, and ``[]`` after the last.
+    """
+
+    def __init__(
+        self, config: PrepConfig, device: str = "cpu", watch: Callable[[list[str]], None] = lambda keys: None
+    ) -> None:
+        self.config, self.device, self.watch = config, device, watch
+        self.root, self.source = open_storage(config.output), Path(config.source)
+        self._encoders: dict[str, Any] = {}
+        self._rejected = 0  # by the unit computed last
+
+    def run(self, task: ShardTask) -> list[dict[str, Any]]:
+        """Compute and commit the layers of the task, but those committed meanwhile; returns what each took."""
+        return [self.compute(Job(task, layer)) for layer in task.recipes]
+
+    def compute(self, job: Job) -> dict[str, Any]:
+        """Compute and commit one unit, unless it was committed meanwhile; a probe always computes, never commits."""
+        compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
+        start = time.monotonic()
+        part = None if job.only or job.layer in job.task.again else read_part(self.root, job.unit)
+        if part is None or part.fingerprint != fingerprint_of(job.recipe):
+            compute[job.layer](job)
+        else:
+            self._rejected = len(part.rejects)
+        done = {"layer": job.layer, "device": self.device, "samples": len(job.task.sources)}
+        done |= {"rejected": self._rejected, "seconds": round(time.monotonic() - start, 3)}
+        encoder = self._encoders.get(job.layer)
+        note = encoder and encoder.memory.take_note()
+        return done | ({"note": note} if note else {})
+
+    @contextmanager
+    def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:
+        """A writer for the unit, committed at the end."""
+        with LayerWriter(self.root, job.unit, job.recipe, facts) as writer:
+            yield writer
+            self.watch([])  # from here on no sample is to blame
+            self._rejected = writer.rejected
+            if not job.only:
+                writer.commit()
+
+    def _wanted(self, job: Job, writer: LayerWriter, items: Iterable[Any], key: Callable[[Any], str]) -> Iterator[Any]:
+        """The items to compute; those whose key is guilty become rejects."""
+        for item in items:
+            if guilt := job.guilty.get(key(item)):
+                writer.reject(key(item), *guilt)
+            elif job.only in (None, key(item)):
+                yield item
+
+    def px(self, job: Job) -> None:
+        """Source files -> crops, lossless unless ``image.format`` is JPEG. The only place where a source is decoded."""
+        bucket, (member,) = Bucket.parse(job.task.bucket), members_of("px", job.recipe)
+        with self._writing(job, facts={}) as writer:
+            for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
+                begin = partial(self._begin_decoding, source.key)
+                try:
+                    image = load_canonical(self.source, source, self.config.image.max_pixels, begin)
+                except BadImage as bad:
+                    writer.reject(source.key, bad.reason, bad.detail)
+                    continue
+                pixels = np.asarray(crop_to_bucket(image, bucket))
+                sharp = sharpness(pixels)
+                if problem := blur_problem(sharp, self.config.filters):
+                    writer.reject(source.key, *problem)
+                    continue
+                columns = {"phash": perceptual_hash(pixels), "sharpness": sharp, "thumbnail": thumbnail(pixels)}
+                members = {member: encode_pixels(pixels, member)}
+                self.watch([])  # waiting for storage, here and before decoding, is nobody's fault
+                writer.add(source.key, members, **columns)
+
+    def _begin_decoding(self, key: str) -> None:
+        self.watch([key])
+        fault("px.decode", key)
+
+    def text(self, job: Job) -> None:
+        """Sidecars -> captions with their provenance."""
+        captions = SidecarCaptions(self.source)
+        sources = {source.key: source for source in job.task.sources}
+        with self._writing(job, facts={}) as writer:
+            keys = self._upstream(job).table["key"].to_pylist()
+            before = committed_captions(read_part(self.root, job.unit))
+            for key in self._wanted(job, writer, keys, str):
+                wanted = job.recipe["captions"][key]  # the hash of the sidecar, or why there is none
+                try:
+                    if sources[key].gone and wanted in before:
+                        caption = before[wanted]
+                    elif wanted == SOURCE_GONE:
+                        raise gone_without_caption(sources[key].name)
+                    else:
+                        caption = captions.caption(sources[key].name)
+                    if caption.provenance["sha256"] != wanted:
+                        raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
+                except BadCaption as bad:
+                    reason = bad.reason if bad.reason == wanted else "changed_during_run"
+                    writer.reject(key, reason, bad.detail)
+                    continue
+                members, columns = text_sample(caption, job.recipe)
+                writer.add(key, members, **columns)
+
+    def t5(self, job: Job) -> None:
+        """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others."""
+        encoder, flips = self._encoder(job), "flip" in job.recipe
+        table = self._upstream(job).table
+        rows = zip(*(table[name].to_pylist() for name in ("key", "caption", "caption_flip" if flips else "caption")))
+        facts = {"width": encoder.width, "max_tokens": encoder.max_tokens}
+        with self._writing(job, facts) as writer:
+            for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
+                keys, captions, flipped = zip(*batch)
+                self.watch(list(keys))
+                encoded = encoder.encode(captions)
+                # a batch of their own: what is stored of the captions themselves does not depend on `flips`
+                others = [other for caption, other in zip(captions, flipped) if other not in (None, caption)]
+                mirrored = dict(zip(others, encoder.encode(others))) if others else {}
+                for key, tokens, other in zip(keys, encoded, flipped):
+                    members = {"t5.npy": npy_bytes(tokens.embedding)}
+                    columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
+                    if flips:
+                        none = tokens.embedding[:0]
+                        embedding = mirrored[other].embedding if other in mirrored else none
+                        members["t5_flip.npy"] = npy_bytes(embedding)
+                        columns["t5_flip_tokens"] = len(embedding)
+                    writer.add(key, members, **columns)
+
+    def dino(self, job: Job) -> None:
+        """Crops -> the DINOv3 class token and quantised patch tokens; with flips also those of the mirrored crops."""
+        encoder = self._encoder(job)
+        facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
+        with self._writing(job, facts) as writer:
+            for keys, images in self._images(job, writer, self.config.dino.batch_size):
+                views = [zip(*encoder.encode(images))]
+                if "flip" in job.recipe:  # what the network sees in a mirrored image is not what it saw, mirrored
+                    views.append(zip(*encoder.encode(images[:, :, ::-1])))
+                for key, (cls, grid), *mirrored in zip(keys, *views):
+                    members, cosine = dino_members(cls, grid)
+                    for other in mirrored:
+                        more, other_cosine = dino_members(*other, suffix="_flip")
+                        members, cosine = members | more, min(cosine, other_cosine)
+                    columns = {"dino_h": grid.shape[0], "dino_w": grid.shape[1], "dino_cosine": cosine}
+                    writer.add(key, members, **columns)
+
+    def pose(self, job: Job) -> None:
+        """Crops -> the joints of the largest person, and everybody's box."""
+        from prep.encoders.dwpose import normalise
+
+        encoder, bucket = self._encoder(job), Bucket.parse(job.task.bucket)
+        with self._writing(job, facts={}) as writer:
+            for keys, images in self._images(job, writer, self.config.pose.batch_size):
+                for key, pose in zip(keys, encoder.detect(images)):
+                    if problem := persons_problem(pose.persons, self.config.filters):
+                        writer.reject(key, *problem)
+                        continue
+                    joints = normalise(pose.keypoints, bucket.width, bucket.height)
+                    boxes = [[round(float(value), 3) for value in box] for box in pose.boxes]
+                    people = canonical_json({"persons": pose.persons, "boxes": boxes}).encode()
+                    writer.add(key, {"pose.npy": npy_bytes(joints), "json": people}, persons=pose.persons)
+
+    def _upstream(self, job: Job) -> Part:
+        """What the unit is made from, as committed."""
+        upstream = Unit(job.task.bucket, job.task.shard, self.config.upstream(job.layer))
+        part = read_part(self.root, upstream)
+        if part is None:
+            raise DataError(f"{upstream} disappeared while {job.unit} was computed. Run prep run again to restore it.")
+        return part
+
+    def _images(self, job: Job, writer: LayerWriter, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Batches of the shard's crops: keys, and pixels as uint8 (B, H, W, 3)."""
+        part = self._upstream(job)
+        crops = read_members(self.root, part, *members_of("px", part.recipe))
+        for batch in batched(self._wanted(job, writer, crops, itemgetter(0)), batch_size):
+            keys = [key for key, _ in batch]
+            self.watch(keys)
+            yield keys, np.stack([decode_pixels(data) for _, data in batch])
+            self.watch([])  # while the next batch is read
+
+    def _encoder(self, job: Job) -> Any:
+        """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""
+        if job.layer not in self._encoders:
+            encoder = build_encoder(self.config, job.layer, self.device)
+            if encoder.fingerprint() != job.recipe["encoder"]:
+                raise ConfigError(
+                    f"the {job.layer} encoder of this worker is {encoder.fingerprint()}, the plan was made with "
+                    f"{job.recipe['encoder']}. Give all machines the same models and the same code, and run again"
+                )
+            self._encoders[job.layer] = encoder
+        return self._encoders[job.layer]
+
+
+def dino_members(cls: np.ndarray, grid: np.ndarray, suffix: str = "") -> tuple[dict[str, bytes], float]:
+    """A class token (W,) and patches (h, w, W) as members, and the worst patch's cosine after quantising."""
+    from prep.dataset.quantise import quantise, worst_cosine
+
+    features = grid.reshape(-1, grid.shape[-1])
+    quantised, scale = quantise(features)
+    arrays = {f"cls{suffix}.npy": cls, f"dino{suffix}.npy": quantised, f"dino{suffix}_scale.npy": scale}
+    members = {name: npy_bytes(array) for name, array in arrays.items()}
+    return members, round(worst_cosine(features, quantised, scale), 6)
+
+
+def committed_captions(part: Part | None) -> dict[str, Caption]:
+    """The sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
+    if part is None:
+        return {}
+    hashes = part.recipe.get("captions", {})
+    return {
+        hashes[key]: Caption(text, {"backend": "sidecar", "sha256": hashes[key]})
+        for key, text in zip(part.table["key"].to_pylist(), part.table["caption"].to_pylist())
+        if key in hashes
+    }
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """``items`` in lists of ``size``, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

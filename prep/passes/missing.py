@@ -1,0 +1,149 @@
+"""Sources that are gone, replaced, or back.
+
+A sample whose file is gone stays in the dataset as long as its pixels need not be made again. One that was refused
+because its file had changed or gone is tried again when the file is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from nanodit.storage import Storage
+from prep.captions.sidecar import SidecarCaptions
+from prep.config import PrepConfig
+from prep.dataset.layout import Part, Unit, read_parquet
+from prep.images.filters import DECISIONS
+from prep.images.scan_cache import ScanCache
+from prep.images.sources import BadImage, Scan, Source, read_header
+
+INDEX = "index.parquet"
+# reasons for which a sample is tried again without being asked
+PASSING = ("changed_during_run", "source_gone", "unreadable")
+
+
+def compare(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
+    """The rows of the manifest whose file is gone, and the number of those whose name has another content now.
+
+    A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
+    """
+    keys = {source.key for source in found.sources}
+    names = {source.name for source in found.sources} | {reject.source for reject in found.rejects}
+    missing = [row for row in manifest if row["key"] not in keys]
+    gone = [row for row in missing if row["source"] not in names]
+    return gone, len(missing) - len(gone)
+
+
+def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[Source]:
+    """The gone sources of which something was made: published samples, and members of a shard with committed pixels.
+
+    All of such a shard stay members, because without one of them the pixels of the others would have to be made again.
+    """
+    rows = list(rows)
+    published = published_keys(storage) if rows else set()
+    places = {(row["bucket"], row["shard"]) for row in rows}
+    committed = {place for place in places if storage.exists(Unit(*place, "px").part)}
+    return [
+        Source(*(row[name] for name in ("source", "key", "size_bytes", "width", "height")), gone=True)
+        for row in rows
+        if row["key"] in published or (row["bucket"], row["shard"]) in committed
+    ]
+
+
+def published_keys(storage: Storage) -> set[str]:
+    """The keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
+    data = storage.read_if_there(INDEX)
+    try:
+        return set(read_parquet(data, columns=["key"])["key"].to_pylist()) if data else set()
+    except (OSError, ValueError, pa.ArrowException):
+        return set()
+
+
+def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
+    """The hash of the sidecar that every committed caption was made from, by key."""
+    captions: dict[str, str] = {}
+    for unit, part in parts.items():
+        if unit.layer == "text" and "captions" in part.recipe:
+            captions |= {key: part.recipe["captions"][key] for key in part.table["key"].to_pylist()}
+    return captions
+
+
+def remarks(
+    gone: Sequence[Source],
+    replaced: int,
+    prune: bool,
+    shards: Mapping[tuple[str, int], Sequence[str]],
+    missing: Iterable[Unit],
+) -> list[str]:
+    """What to tell about sources that are gone or replaced; ``missing`` are the units to compute."""
+    lines = []
+    if replaced:
+        lines.append(f"{replaced} sources have another content than before: their samples are replaced")
+    if gone and prune:
+        lines.append(f"{len(gone)} sources are gone: their samples are dropped")
+    if gone and not prune:
+        lines.append(f"{len(gone)} sources are gone; --prune drops their samples")
+        keys = {source.key for source in gone}
+        lost = keys.intersection(
+            key for unit in missing if unit.layer == "px" for key in shards[unit.bucket, unit.shard]
+        )
+        if lost:
+            lines.append(
+                f"warning: {len(lost)} of them will be lost (source_gone), because the pixels of their shards have to "
+                "be made again. Put the files back to keep them"
+            )
+    return lines
+
+
+def is_as_planned(source: Source, caption: str | None, config: PrepConfig, cache: ScanCache) -> bool:
+    """Whether a file that was refused because it had changed is what the plan takes it for, by reading it again."""
+    folder = Path(config.source)
+    sidecars = SidecarCaptions(folder)
+    try:
+        good = read_header(folder, source.name, config.image.max_pixels).key == source.key
+        good = good and caption in (None, sidecars.fingerprint(source.name))
+    except BadImage:
+        good = False
+    if not good:
+        cache.forget(source.name)
+        cache.forget(sidecars.path(source.name))
+    return good
+
+
+def units_to_make_again(
+    config: PrepConfig,
+    current: Mapping[Unit, Part],
+    sources: Mapping[str, Source],
+    is_back: Callable[[Source], bool],
+    retry_rejects: bool,
+) -> dict[Unit, str]:
+    """Units that have the right recipe and must be made again all the same, each with its reason.
+
+    These are units that refused a sample for a reason that has passed (its file was gone, or changed during the run,
+    and ``is_back``), with ``retry_rejects`` all that refused a sample which nobody decided to refuse, and units whose
+    upstream has got more samples since, by being made again.
+    """
+    again = {}
+    for unit, part in current.items():
+        refused = [item for item in part.rejects if item.key in sources and not sources[item.key].gone]
+        if retry_rejects and any(item.reason not in DECISIONS for item in refused):
+            again[unit] = "what it refused is tried again"
+        elif any(item.reason in PASSING and is_back(sources[item.key]) for item in refused):
+            again[unit] = "a source that had changed, or could not be read, is there"
+    return units_behind(config, current) | again
+
+
+def units_behind(config: PrepConfig, current: Mapping[Unit, Part]) -> dict[Unit, str]:
+    """Units that say nothing about some samples of the layer they are made from, each with its reason."""
+    behind = {}
+    for unit, part in current.items():
+        if unit.layer == "px":
+            continue
+        upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
+        known = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
+        if upstream is not None and not known.issuperset(upstream.table["key"].to_pylist()):
+            behind[unit] = f"the {upstream.unit.layer} layer has got other samples"
+    return behind

@@ -1,0 +1,400 @@
+"""Which layers are computed together, on which devices, by how many actors: pure functions over the cluster's nodes.
+
+A pass is one pool of equal actors. Ray places an actor wherever its demands are met and waits without a word when they
+are met nowhere, so every demand is checked here against the nodes that exist. Each actor asks for the GPU memory that
+its layers need (the custom resource ``vram_gb``, a node's sum over its cards) and for a fraction of a card, chosen so
+that no card is overbooked. Ray cannot tell the cards of one node apart: with several per host, start one Ray node for
+each (``cluster.yaml`` does), and ``vram_gb`` is exact. Where nodes register none, an actor takes a whole card.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from nanodit.errors import ResourceError
+from prep.config import PrepConfig
+from prep.encoders.registry import ENCODER_LAYERS, INPUT_SCALE
+
+# GB of a layer's weights, and of the activations of a batch of 16, all estimates:
+#   t5    T5-Large's encoder, .335 G parameters in bf16; 16 x 512 tokens: 16 heads x 512 x 512 scores x 16 captions in
+#         bf16 and fp32 are .4 GB, the feed-forward's 4,096 channels .07 GB a tensor
+#   dino  ViT-L, .303 G parameters in bf16; 16 x 1,024 tokens x 4,096 channels are .13 GB a tensor, about four
+#         such at a time with the pixels; more with the square of the input's side
+#   pose  YOLOX-L and DW-LL, .09 G parameters in fp32; the first feature maps, 16 x 64 x 320 x 320, are .42 GB each, and
+#         onnxruntime's arena keeps about three of them
+VRAM_GB = {"t5": (0.67, 0.6), "dino": (0.61, 0.5), "pose": (0.35, 1.3)}
+DEMO_VRAM_GB = 0.2
+CONTEXT_GB = 0.5  # what CUDA takes for every process
+PROCESS_GB = 1.0  # Python, torch and Ray in main memory
+ON_CPU = {"t5": 2, "dino": 2, "pose": 1}  # fp32 instead of bf16; the ONNX files are fp32 anyway
+TABLE_BATCH, TABLE_TOKENS, TABLE_SIDE = 16, 512, 512
+
+# gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
+OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
+
+JOINS = 4  # a pool may grow to so many times its size when nodes join
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One Ray node: ``gpus`` cards with ``vram_gb`` GB in all (0: not registered), ``memory_gb`` of main memory.
+
+    ``driver`` is true where the driver runs, unless told otherwise the head. Several nodes may share an ``address``.
+    """
+
+    id: str
+    address: str
+    hostname: str
+    cpus: float
+    gpus: float = 0.0
+    vram_gb: float = 0.0
+    memory_gb: float = 0.0
+    driver: bool = False
+
+    def __str__(self) -> str:
+        cards = f", {self.gpus:g} GPU with {self.vram_gb:g} GB" if self.vram_gb else f", {self.gpus:g} GPU"
+        return f"{self.hostname or self.address} ({self.cpus:g} CPUs{cards if self.gpus else ''})"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some layers computed by one pool of ``actors``.
+
+    ``device`` is "cpu", "cuda", or "captions": asked from servers by the driver, ``actors`` at a time. Each actor takes
+    ``cpus``, ``gpus`` (a fraction of a card), ``vram_gb`` and ``memory_gb`` (0: not demanded) of a node that is not
+    ``excluded``. ``max_actors`` is what the pool may grow to when nodes join.
+    """
+
+    layers: tuple[str, ...]
+    device: str
+    actors: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+    vram_gb: float = 0.0
+    max_actors: int = 0
+    memory_gb: float = 0.0
+    excluded: tuple[str, ...] = ()
+
+    def demands(self) -> dict[str, Any]:
+        """What one actor demands, in the names of Ray's options."""
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        if self.vram_gb:
+            options["resources"] = {"vram_gb": self.vram_gb}
+        if self.memory_gb:
+            options["memory"] = int(self.memory_gb * 1e9)
+        if self.excluded:
+            options["label_selector"] = {"ray.io/node-id": f"!in({', '.join(self.excluded)})"}
+        return options
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a node with GPUs has left: ``free`` GB on its tightest card (infinite where no memory is registered).
+
+    ``guarded``: Ray's own count of ``vram_gb`` keeps the card from being overbooked, whatever the fraction.
+    """
+
+    node: Node
+    free: float
+    guarded: bool
+
+    def holds(self, need: float) -> int:
+        """How many processes of ``need`` GB its tightest card can hold; one where nobody knows."""
+        return 1 if math.isinf(self.free) else int((self.free + 1e-6) // need)
+
+
+def nodes_from_ray(nodes: Iterable[Mapping[str, Any]], driver: str | None = None) -> list[Node]:
+    """The living ones of ``ray.nodes()``, sorted by address; ``driver`` is the driver's node id, if not the head's."""
+    found = []
+    for node in nodes:
+        if not (node.get("Alive") or node.get("alive")):
+            continue
+        resources = node.get("Resources") or {}
+        here = node["NodeID"] == driver if driver else "node:__internal_head__" in resources
+        found.append(
+            Node(
+                node["NodeID"],
+                node.get("NodeManagerAddress", ""),
+                node.get("NodeManagerHostname", ""),
+                float(resources.get("CPU", 0)),
+                float(resources.get("GPU", 0)),
+                float(resources.get("vram_gb", 0)),
+                float(resources.get("memory", 0)) / 1e9,
+                here,
+            )
+        )
+    return sorted(found, key=lambda node: (node.address, node.id))
+
+
+def local_gpus() -> list[int]:
+    """Whole GB of each card that this process may use, as Ray demands them; empty without NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        command.append(f"--id={visible}")
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return [int(line) // 1024 for line in lines]  # nvidia-smi counts MiB; less is safe
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def local_node() -> Node:
+    """This machine as the only node, which is what a Ray of one's own will have."""
+    gpus = local_gpus()
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    cpus = float(os.cpu_count() or 1)
+    return Node("", "127.0.0.1", socket.gethostname(), cpus, float(len(gpus)), float(sum(gpus)), memory_gb, driver=True)
+
+
+def vram_need(config: PrepConfig, layers: Collection[str]) -> float:
+    """GB of GPU memory that one process with the encoders of some layers takes, rounded up to a tenth."""
+    return math.ceil((CONTEXT_GB + sum(_encoder_gb(config, layer) for layer in layers)) * 10 - 1e-6) / 10
+
+
+def memory_need(config: PrepConfig, layers: Collection[str]) -> float:
+    """GB of main memory that one process takes which runs some layers on the CPU; 0 where it is not worth counting."""
+    encoders = [layer for layer in layers if layer in ENCODER_LAYERS]
+    if not encoders or config.encoders == "demo":
+        return 0.0
+    return math.ceil((PROCESS_GB + sum(ON_CPU[layer] * _encoder_gb(config, layer) for layer in encoders)) * 10) / 10
+
+
+def _encoder_gb(config: PrepConfig, layer: str) -> float:
+    if layer in config.placement.vram_gb:
+        return config.placement.vram_gb[layer]
+    if config.encoders == "demo":
+        return DEMO_VRAM_GB
+    weights, activations = VRAM_GB[layer]
+    share = getattr(config, layer).batch_size / TABLE_BATCH
+    if layer == "t5":
+        share *= config.t5.max_tokens / TABLE_TOKENS
+    if layer == "dino":
+        share *= (config.base * (config.dino.input_scale or INPUT_SCALE[config.encoders]) / TABLE_SIDE) ** 2
+    return weights + share * activations
+
+
+def plan_passes(
+    config: PrepConfig, nodes: Sequence[Node], layers: Collection[str] | None = None
+) -> tuple[list[Pass], list[str]]:
+    """The passes in order, and remarks for the user.
+
+    ``layers`` are those with something missing (None: all). All encoders that are ready share one actor where every
+    card that can hold one of them can hold them all; otherwise each has a pass on every card that fits. What fits no
+    card runs on CPUs, which a remark says. Raises ResourceError, with what is there and what to do, where
+    ``placement.device: cuda`` or a cluster without CPUs can never be satisfied.
+    """
+    wanted = [layer for layer in config.active_layers if layers is None or layer in layers]
+    remarks: list[str] = []
+    offers = gpu_offers(config, nodes, remarks)
+    devices = {layer: _device(config, layer, offers, nodes, remarks) for layer in wanted}
+    steps = []
+    for group, device in in_order(config, devices):
+        if device == "captions":
+            slots = sum(server.slots for server in config.captions.servers)
+            steps.append(Pass(group, device, actors=slots, cpus=0, max_actors=slots))
+        elif device == "cpu":
+            steps.append(_cpu_pass(config, group, nodes, remarks))
+        else:
+            for together in _fused(config, group, offers):
+                steps.append(_gpu_pass(config, together, offers, nodes, remarks))
+    return steps, list(dict.fromkeys(remarks))
+
+
+def in_order(config: PrepConfig, devices: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]]:
+    """Group layers of equal device so that each comes after what it is made from; CPUs first, captions last."""
+    waiting, groups = list(devices), []
+    while waiting:
+        for device in ("cpu", "cuda", "captions"):
+            group: list[str] = []
+            for _ in waiting:  # one by one, because a layer may follow its upstream within the same actor
+                undone = [layer for layer in waiting if layer not in group]
+                group += [
+                    layer
+                    for layer in undone
+                    if devices[layer] == device and (layer == "px" or config.upstream(layer) not in undone)
+                ][:1]
+            if group:
+                groups.append((tuple(group), device))
+                waiting = [layer for layer in waiting if layer not in group]
+                break
+    return groups
+
+
+def _device(config: PrepConfig, layer: str, offers: Sequence[Offer], nodes: Sequence[Node], remarks: list[str]) -> str:
+    if layer == "text" and config.captions.generated:
+        return "captions"
+    if layer not in ENCODER_LAYERS or config.placement.device == "cpu":
+        return "cpu"
+    need = vram_need(config, [layer])
+    if any(offer.holds(need) for offer in offers):
+        return "cuda"
+    there = ", ".join(map(str, nodes)) or "no node"
+    if config.placement.device == "cuda":
+        raise ResourceError(
+            f"placement.device is cuda, but {layer} needs {need:g} GB of GPU memory and no node offers it; "
+            f"there: {there}{_left(offers)}. Lower {layer}.batch_size, add a larger GPU, or set placement.device=auto"
+        )
+    if not offers:
+        remarks.append("no GPU: all encoders run on CPUs")
+    else:
+        remarks.append(f"{layer} needs {need:g} GB of GPU memory and fits no GPU{_left(offers)}: it runs on CPUs")
+    return "cpu"
+
+
+def _left(offers: Sequence[Offer]) -> str:
+    free = ", ".join(f"{offer.free:g} GB on {offer.node.hostname or offer.node.address}" for offer in offers)
+    return f" (free: {free})" if free else ""
+
+
+def _fused(config: PrepConfig, group: tuple[str, ...], offers: Sequence[Offer]) -> list[tuple[str, ...]]:
+    """All layers of a group together if that leaves no card idle which could hold one of them, else one by one."""
+    for offer in offers:
+        holds_one = any(offer.holds(vram_need(config, [layer])) for layer in group)
+        if holds_one and not offer.holds(vram_need(config, group)):
+            return [(layer,) for layer in group]
+    return [group]
+
+
+def _gpu_pass(
+    config: PrepConfig, layers: tuple[str, ...], offers: Sequence[Offer], nodes: Sequence[Node], remarks: list[str]
+) -> Pass:
+    need = vram_need(config, layers)
+    usable = [offer for offer in offers if offer.holds(need)]
+    # a second process keeps a large card busy while the first one reads and writes
+    per_card = min([config.placement.actors_per_gpu, *(offer.holds(need) for offer in usable if not offer.guarded)])
+    vram_gb = need if all(offer.node.vram_gb for offer in usable) else 0.0
+    slots = {
+        offer.node: int(offer.node.gpus) * (min(per_card, offer.holds(need)) if vram_gb else per_card)
+        for offer in usable
+    }
+    # a host with fewer CPUs than places for actors shares them
+    cpus = min([1.0, *(math.floor(node.cpus / count * 100) / 100 for node, count in slots.items())])
+    actors = sum(slots.values())
+    limit = config.workers or actors * JOINS
+    used = {offer.node.id for offer in usable}
+    excluded = tuple(node.id for node in nodes if node.gpus and node.id not in used)
+    for offer in offers:
+        if offer.node.id in excluded:
+            cards = ". Start one Ray node per GPU there, as cluster.yaml does" if offer.node.gpus > 1 else ""
+            remarks.append(
+                f"{offer.node} is not used for {'+'.join(layers)}: {need:g} GB do not fit{_left([offer])}{cards}"
+            )
+    # rounded down to Ray's precision: upwards, the last actor of a card would wait for ever
+    fraction = math.floor(10_000 / per_card) / 10_000
+    return Pass(layers, "cuda", min(actors, limit), cpus, fraction, vram_gb, limit, excluded=excluded)
+
+
+def _cpu_pass(config: PrepConfig, layers: tuple[str, ...], nodes: Sequence[Node], remarks: list[str]) -> Pass:
+    need = memory_need(config, layers)
+    by_cpus = sum(int(node.cpus) for node in nodes)
+    if not by_cpus:
+        there = ", ".join(map(str, nodes)) or "no node"
+        raise ResourceError(
+            f"{'+'.join(layers)} needs CPUs and no node offers one; there: {there}. Start Ray with --num-cpus of at "
+            "least 1 on one machine"
+        )
+    actors = sum(min(int(node.cpus), int(node.memory_gb / need)) if need else int(node.cpus) for node in nodes)
+    if not actors:
+        most = max(node.memory_gb for node in nodes)
+        remarks.append(
+            f"one worker with {'+'.join(layers)} on a CPU takes about {need:g} GB of memory and no node offers more "
+            f"than {most:.3g}: only one is started. Lower the batch sizes if it runs out"
+        )
+        return Pass(layers, "cpu", 1, max_actors=1)
+    if actors < by_cpus:
+        remarks.append(f"{actors} workers on {by_cpus} CPUs: each with {'+'.join(layers)} takes {need:g} GB of memory")
+    limit = config.workers or actors * JOINS
+    return Pass(layers, "cpu", min(actors, limit), max_actors=limit, memory_gb=need)
+
+
+def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) -> list[Offer]:
+    """What is free on the GPUs of every node, after what the caption servers there take."""
+    if config.placement.device == "cpu":
+        return []
+    cards: dict[str, list[float]] = {}
+    for node in nodes:
+        if node.gpus >= 1 and not node.cpus:
+            remarks.append(f"{node} is not used: its GPUs need a CPU. Start its Ray with --num-cpus of at least 1")
+        elif node.gpus >= 1:
+            each = node.vram_gb / int(node.gpus) if node.vram_gb else math.inf
+            cards[node.id] = [each] * int(node.gpus)
+            if not node.vram_gb:
+                remarks.append(
+                    f"{node} registers no vram_gb: one worker per GPU, and nobody checks whether it fits. Start its "
+                    "Ray with --resources='{\"vram_gb\": GB}'"
+                )
+    before = {name: list(free) for name, free in cards.items()}
+    book_captions(config, nodes, cards, remarks)
+    return [
+        Offer(
+            node,
+            min(cards[node.id]),
+            node.vram_gb > 0 and len(cards[node.id]) == 1 and cards[node.id] == before[node.id],
+        )
+        for node in nodes
+        if node.id in cards
+    ]
+
+
+def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, list[float]], remarks: list[str]) -> None:
+    """Take the memory of the caption model from the cards of every node that serves captions.
+
+    Ollama loads a model onto the card with the most room, and spreads one that fits no card over all of them.
+    """
+    if "text" not in config.active_layers or not config.captions.generated:
+        return
+    need = captions_vram(config)
+    for address in sorted({node.address for node in nodes if node.id in cards and need}):
+        here = [node for node in nodes if node.address == address]
+        if not any(serves(host.url, node) for host in config.captions.servers for node in here):
+            continue
+        places = [(name, index) for name in cards for index in range(len(cards[name])) if name in {n.id for n in here}]
+        places.sort(key=lambda place: -cards[place[0]][place[1]])
+        left = need
+        for name, index in places:
+            if not math.isinf(cards[name][index]):
+                taken = min(left, cards[name][index])
+                cards[name][index], left = cards[name][index] - taken, left - taken
+        remarks.append(
+            f"{here[0].hostname or address} serves captions: {need:g} GB of its GPU memory are kept for "
+            f"{config.captions.model} (placement.vram_gb.captions=GB changes that)"
+        )
+
+
+def captions_vram(config: PrepConfig) -> float:
+    """GB that the caption model takes on each of its hosts: as configured, else by the size in the model's name."""
+    if "captions" in config.placement.vram_gb:
+        return config.placement.vram_gb["captions"]
+    if config.captions.backend != "ollama":
+        return 0.0
+    size = re.search(r"(\d+(?:\.\d+)?)b\b", config.captions.model.lower())
+    if not size:
+        return OLLAMA_UNKNOWN_GB
+    return round(float(size[1]) * OLLAMA_GB_PER_BILLION + OLLAMA_CONTEXT_GB, 1)
+
+
+def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | None = None) -> bool:
+    """Whether a caption host's URL leads to a node; names that are neither its address nor its name are looked up."""
+    host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").lower()
+    if host in LOCAL_NAMES:  # the captions are asked for by the driver
+        return node.driver
+    if host in (node.address, node.hostname.lower(), node.hostname.lower().partition(".")[0]):
+        return True
+    return node.address in (resolve or addresses)(host)
+
+
+def addresses(host: str) -> set[str]:
+    """The addresses of a host name; none where it is unknown."""
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()

@@ -1,0 +1,419 @@
+"""The plan of a run: which sample is in which shard, what every unit is made from, and which units are missing and why.
+
+Nothing is computed here. A unit is current when its index part carries the recipe that the config, the sources and the
+code ask for now; a recipe names its upstream's fingerprint, so a change reaches exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pyarrow as pa
+
+from nanodit.console import Progress, waiting
+from nanodit.errors import ConfigError, DataError, ResourceError
+from nanodit.files import sha256_bytes
+from nanodit.storage import Storage, open_storage
+from prep.captions import mirror as flip_text
+from prep.captions import sidecar as caption
+from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
+from prep.config import PrepConfig
+from prep.dataset.buckets import choose_bucket
+from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
+from prep.encoders.registry import ENCODER_LAYERS, encoder_fingerprint
+from prep.images.filters import filter_recipe, header_problem
+from prep.images.scan_cache import ScanCache
+from prep.images.sources import Reject, Remember, Source, scan
+from prep.passes import missing as gone
+from prep.passes.layers import ShardTask
+
+# Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
+PX_VERSION = 2
+SCAN_VERSION = 1
+FLIP_VERSIONS = {"text": flip_text.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
+LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
+
+MANIFEST = "manifest.parquet"
+MANIFEST_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "source": pa.string(),
+        "size_bytes": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "bucket": pa.string(),
+        "shard": pa.int32(),
+    }
+)
+PX_PART = re.compile(r"parts/bucket_(\d+x\d+)-shard-(\d{6,})\.px\.parquet")
+NAMED = 5  # how many examples an error lists
+REQUESTS = 16  # to an object store at a time; each waits for the network
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do.
+
+    ``sources`` maps keys to usable sources, ``shards`` maps (bucket, number) to the sorted keys of its members,
+    ``rejects`` has what was refused so far, ``expected`` what the text layer is going to refuse (its units record it),
+    ``seen`` counts the files looked at. ``recipes`` says what every unit must be made from, ``parts`` holds the units
+    that are current and ``missing`` the reason for every one that is not. ``again`` lists those of the missing whose
+    committed part has the right recipe; it stays until the new one is committed. What is missing when the missing units
+    are computed, because a layer that they are made from has got other samples, says :func:`remaining`. ``notes`` are
+    lines for the user.
+    """
+
+    config: PrepConfig
+    sources: dict[str, Source]
+    shards: dict[tuple[str, int], list[str]]
+    rejects: list[Reject]
+    expected: list[Reject]
+    seen: int
+    recipes: dict[Unit, dict[str, Any]]
+    parts: dict[Unit, Part]
+    missing: dict[Unit, str]
+    again: list[Unit]
+    notes: list[str]
+
+    def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
+        """The missing units of some layers, by shard; the shards with most to do come first, to end together."""
+        wanted: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+        again: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for unit in self.missing:  # in the order of the data flow within a shard
+            if unit.layer in layers:
+                wanted[unit.bucket, unit.shard][unit.layer] = self.recipes[unit]
+        for unit in self.again:
+            again[unit.bucket, unit.shard].append(unit.layer)
+        tasks = []
+        for place, recipes in wanted.items():
+            members = tuple(self.sources[key] for key in self.shards[place])
+            layers_again = tuple(layer for layer in recipes if layer in again[place])
+            tasks.append(ShardTask(*place, members, recipes, layers_again))
+        return sorted(tasks, key=lambda task: (-len(task.sources) * len(task.recipes), task.bucket, task.shard))
+
+    def explain(self) -> list[str]:
+        """The notes, then one line per layer and reason: how many shards are computed, and why."""
+        lines = []
+        for layer in self.config.active_layers:
+            reasons = Counter(reason for unit, reason in self.missing.items() if unit.layer == layer)
+            for reason, count in sorted(reasons.items()):
+                lines.append(f"{layer}: {count} of {len(self.shards)} shards: {reason}")
+        return self.notes + (lines or ["nothing to compute: every layer of every shard is current"])
+
+
+def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> Plan:
+    """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions.
+
+    Samples whose source is gone stay, unless ``prune``. ``retry_rejects`` makes the units again that refused something.
+    """
+    check_folders(config)
+    folder, root = Path(config.source), open_storage(config.output)
+    settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
+    with ScanCache(root, folder, settings) as cache:
+        found = scan(folder, config.image.max_pixels, cache.look)
+        if not found.sources and not found.rejects:
+            raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
+        manifest = read_manifest_rows(root)
+        files_gone, replaced = gone.compare(manifest, found)
+        kept = gone.worth_keeping(root, files_gone)
+        rejects, sources = list(found.rejects), {}
+        for source in [*found.sources, *([] if prune else kept)]:
+            if problem := header_problem(source.width, source.height, config):
+                rejects.append(Reject(source.name, "source", *problem))
+            else:
+                sources[source.key] = source
+        buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
+        shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
+        parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
+        old_captions = gone.committed_captions(parts) if kept else {}
+        captions, expected = read_captions(config, sources, old_captions, cache.look)
+        generated, silent = generated_captions(config, parts) if shards else ({}, [])
+        recipes = make_recipes(config, shards, captions, generated)
+        missing = outdated(config, root, recipes, parts)
+        current = {unit: part for unit, part in parts.items() if unit not in missing}
+
+        def is_back(source: Source) -> bool:
+            return not source.gone and gone.is_as_planned(source, captions.get(source.key), config, cache)
+
+        again = gone.units_to_make_again(config, current, sources, is_back, retry_rejects)
+    missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
+    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
+    notes = silent + count_rejects(rejects + expected, seen)
+    notes += gone.remarks(kept, replaced, prune, shards, missing)
+    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
+
+
+def remaining(plan: Plan) -> Plan:
+    """The same plan when its missing units have been computed: what has to be computed all the same.
+
+    Those are units whose upstream has got other samples, by being made again. The sources are not looked at again.
+    """
+    root = open_storage(plan.config.output)
+    parts = plan.parts | read_parts(root, list(plan.missing))
+    missing = outdated(plan.config, root, plan.recipes, parts)
+    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    again = gone.units_behind(plan.config, current)
+    missing = {unit: why for unit in plan.recipes if (why := missing.get(unit) or again.get(unit))}
+    current = {unit: part for unit, part in current.items() if unit not in again}
+    return replace(plan, parts=current, missing=missing, again=list(again), notes=[])
+
+
+def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
+    """What is refused before anything is computed, in one line; nothing when nothing is."""
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
+    return [f"refused before anything is computed: {len(rejects)} of {seen} sources ({counts})"] if rejects else []
+
+
+def check_folders(config: PrepConfig) -> None:
+    """Refuse, before anything is written, a missing source and an output that would become its own input."""
+    source, storage = Path(config.source).resolve(), open_storage(config.output)
+    if not source.is_dir():
+        raise ConfigError(f"source {config.source} is not a folder. Set source=FOLDER to where the images are")
+    if not storage.is_local:
+        return
+    output = Path(config.output).resolve()
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
+
+
+def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
+    """The committed ones of some units."""
+    storage, parts = open_storage(root), {}
+    with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+        for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
+            if part is not None:
+                parts[unit] = part
+            progress.advance()
+    return parts
+
+
+def read_captions(
+    config: PrepConfig,
+    sources: Mapping[str, Source],
+    committed: Mapping[str, str],
+    remember: Remember = lambda name, read: read(),
+) -> tuple[dict[str, str], list[Reject]]:
+    """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
+
+    ``committed`` has the hashes of captions that were used before: gone sources keep theirs. Also returns what is going
+    to be refused for a bad caption. Raises DataError with the count and the first paths when ``captions.on_missing`` is
+    "error" and a caption cannot be used, before anything expensive runs.
+    """
+    if "text" not in config.layers or config.captions.generated:
+        return {}, []
+    sidecars = SidecarCaptions(Path(config.source))
+    found: list[str | BadCaption] = []
+
+    def caption_of(source: Source) -> str | BadCaption:
+        if source.gone and source.key in committed:
+            return committed[source.key]
+        caption = _try_caption(sidecars, source.name, remember)
+        if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
+            return gone_without_caption(source.name)
+        return caption
+
+    with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
+        for item in pool.map(caption_of, sources.values()):
+            found.append(item)
+            progress.advance()
+    bad = [problem for problem in found if isinstance(problem, BadCaption) and problem.reason != SOURCE_GONE]
+    if bad and config.captions.on_missing == "error":
+        counts = ", ".join(
+            f"{count} {name}" for name, count in Counter(problem.reason for problem in bad).most_common()
+        )
+        examples = "; ".join(problem.detail for problem in bad[:NAMED])
+        raise DataError(
+            f"{len(bad)} of {len(sources)} images have no usable caption ({counts}): {examples}"
+            f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
+            "or set captions.on_missing=reject to leave these images out"
+        )
+    captions = {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
+    expected = [
+        Reject(source.name, "text", item.reason, item.detail)
+        for source, item in zip(sources.values(), found)
+        if isinstance(item, BadCaption)
+    ]
+    return captions, expected
+
+
+def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> str | BadCaption:
+    try:
+        known = remember(sidecars.path(source), lambda: {"sha256": sidecars.caption(source).provenance["sha256"]})
+        return known["sha256"]
+    except BadCaption as bad:
+        return bad
+
+
+def earlier_places(
+    storage: Storage, manifest: Iterable[Mapping[str, Any]], buckets: Mapping[str, str]
+) -> dict[str, tuple[str, int]]:
+    """The (bucket, shard) of every key of an earlier plan.
+
+    Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
+    of the base before are still there and know their members.
+    """
+    places = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
+    moved = {key for key, (bucket, _) in places.items() if buckets.get(key, bucket) != bucket}
+    wanted = {buckets[key] for key in moved}
+    for name in storage.names("parts/") if moved else ():
+        match = PX_PART.fullmatch(name)
+        part = read_part(storage, Unit(match[1], int(match[2]), "px")) if match and match[1] in wanted else None
+        if part is not None:
+            keys = {*part.table["key"].to_pylist(), *(reject.key for reject in part.rejects)}
+            places |= {key: (match[1], int(match[2])) for key in keys & moved if buckets[key] == match[1]}
+    return places
+
+
+def assign_shards(
+    buckets: Mapping[str, str], previous: Mapping[str, tuple[str, int]], shard_size: int
+) -> dict[tuple[str, int], list[str]]:
+    """Place samples in shards of their bucket, from (bucket, key) alone.
+
+    ``buckets`` maps keys to bucket names, ``previous`` maps keys to the (bucket, shard) of an earlier run: those stay,
+    and new samples fill new shards in key order, so that old shards are untouched. Shards and members come sorted.
+    """
+    shards: dict[tuple[str, int], list[str]] = defaultdict(list)
+    following: dict[str, int] = defaultdict(int)
+    for bucket, shard in previous.values():
+        following[bucket] = max(following[bucket], shard + 1)
+    new: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(buckets):
+        place = previous.get(key)
+        if place and place[0] == buckets[key]:
+            shards[place].append(key)
+        else:
+            new[buckets[key]].append(key)
+    for bucket, keys in new.items():
+        for position, key in enumerate(keys):
+            shards[bucket, following[bucket] + position // shard_size].append(key)
+    return dict(sorted(shards.items()))
+
+
+def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[dict[str, Any], list[str]]:
+    """What captions of the configured model are made from, and a note when no host answers; empty for sidecars.
+
+    The hosts know which weights the model's name stands for. Where they are down, it is taken to be the weights of the
+    captions that are there, so that a finished dataset needs no host. Raises ResourceError where nobody knows.
+    """
+    if "text" not in config.active_layers or not config.captions.generated:
+        return {}, []
+    from prep.passes.captions import caption_recipe  # asks the caption hosts
+
+    try:
+        return caption_recipe(config), []
+    except ResourceError as error:
+        name = config.captions.backend, config.captions.model
+        recipes = [part.recipe for unit, part in parts.items() if unit.layer == "text"]
+        known = {recipe["digest"] for recipe in recipes if (recipe["backend"], recipe.get("model")) == name}
+        if len(known) != 1:
+            raise
+        captions = config.captions.model_copy(update={"digest": known.pop()})
+        recipe = caption_recipe(config.model_copy(update={"captions": captions}))
+        return recipe, [f"{error}. Planned with the weights of the captions that are there"]
+
+
+def make_recipes(
+    config: PrepConfig,
+    shards: Mapping[tuple[str, int], list[str]],
+    captions: Mapping[str, str],
+    generated: Mapping[str, Any],
+) -> dict[Unit, dict[str, Any]]:
+    """Everything each unit is made from, shard by shard in the order of the data flow."""
+    with waiting("loading the code of the encoders", at_once=False):  # torch and transformers take seconds
+        encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
+        encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
+    recipes: dict[Unit, dict[str, Any]] = {}
+    for (bucket, shard), keys in shards.items():
+        for layer in config.active_layers:
+            recipe: dict[str, Any] = {"layer": layer, "code": LAYER_VERSIONS[layer]}
+            recipe |= filter_recipe(layer, config.filters)
+            if layer == "px":
+                recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
+                if config.image.format != "webp":  # which recipes need not name, as it was always so
+                    recipe["format"] = config.image.format
+            else:
+                recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
+            if layer == "text":
+                recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
+            if config.flips and layer in FLIP_VERSIONS:  # without flips recipes do not name them, as it was always so
+                recipe["flip"] = FLIP_VERSIONS[layer]
+            if layer in encoders:
+                recipe["encoder"] = encoders[layer]
+            recipes[Unit(bucket, shard, layer)] = recipe
+    return recipes
+
+
+def outdated(
+    config: PrepConfig, storage: Storage, recipes: Mapping[Unit, dict[str, Any]], parts: Mapping[Unit, Part]
+) -> dict[Unit, str]:
+    """The units without a part of their recipe, each with its reason."""
+    missing = {}
+    for unit, recipe in recipes.items():
+        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
+        if why := reason(storage, unit, recipe, parts.get(unit), upstream):
+            missing[unit] = why
+    return missing
+
+
+def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
+    """Why a unit has to be computed; empty when it is current. ``upstream`` names the layer that it is made from."""
+    if part is None:
+        return "its tar or index part is damaged" if storage.exists(unit.part) else "not computed yet"
+    if fingerprint_of(part.recipe) == fingerprint_of(recipe):
+        return ""
+    old, new = _flat(part.recipe), _flat(recipe)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if any(name.startswith("captions.") for name in changed):
+        changed = [name for name in changed if not name.startswith("captions.")] + ["captions"]
+    if "upstream" in changed:
+        changed[changed.index("upstream")] = f"{upstream} layer"
+    return f"changed: {', '.join(changed)}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: json.dumps(value)}
+    return flat
+
+
+def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
+    """The (bucket, shard) of every key of an earlier plan; empty before the first."""
+    return {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest_rows(root)}
+
+
+def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
+    """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
+    storage = open_storage(root)
+    data = storage.read_if_there(MANIFEST)
+    if data is None:
+        return []
+    try:
+        table = read_parquet(data, schema=MANIFEST_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        path = storage.where(MANIFEST)
+        raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error
+    return table.to_pylist()
+
+
+def write_manifest(plan: Plan) -> None:
+    """Fix the membership of the shards, before the first unit is computed."""
+    rows = [
+        vars(plan.sources[key]) | {"source": plan.sources[key].name, "bucket": bucket, "shard": shard}
+        for (bucket, shard), keys in plan.shards.items()
+        for key in keys
+    ]
+    rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
+    data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    storage = open_storage(plan.config.output)
+    if not storage.exists(MANIFEST) or storage.read(MANIFEST) != data:
+        storage.write(MANIFEST, data)

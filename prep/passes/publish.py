@@ -1,0 +1,385 @@
+"""From committed units to a published dataset: index, rejects, truth and dataset.json.
+
+Everything here is a pure function of the plan, its parts and the index that was published before (a key never changes
+its split). Files that would not change are left alone; dataset.json comes last and names the others by hash.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nanodit.console import Progress
+from nanodit.errors import DataError
+from nanodit.faults import fault
+from nanodit.files import canonical_json, sha256_bytes
+from nanodit.storage import Storage, open_storage
+from prep.config import PrepConfig
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop
+from prep.dataset.layout import (
+    SCHEMA_VERSION,
+    Part,
+    Unit,
+    columns_of,
+    fingerprint_of,
+    load_npy,
+    member_columns,
+    parquet_bytes,
+    read_parquet,
+    read_range,
+)
+from prep.encoders.registry import model_name
+from prep.images import duplicates as dedup
+from prep.images.sources import HIDDEN, TRUTH_NAME, Reject, Source
+from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
+
+INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
+SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
+LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
+HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
+CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
+SAMPLE_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "source": pa.string(),
+        "bucket": pa.string(),
+        "shard": pa.int32(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+    }
+    | dict.fromkeys(CROP_COLUMNS, pa.float64())
+)
+REJECT_SCHEMA = pa.schema(dict.fromkeys(("source", "stage", "reason", "detail"), pa.string()))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a dataset holds now; ``changed`` names the files that had to be written."""
+
+    counts: dict[str, int]
+    reasons: Counter[str]
+    warnings: list[str]
+    changed: list[str]
+
+
+def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
+    """Write the index and what belongs to it from ``parts``, the committed units of the plan.
+
+    Raises DataError, and publishes nothing but ``report``, when nothing was accepted or too much was refused (`gate`).
+    """
+    storage = open_storage(plan.config.output)
+    table, rejects = collect(plan, parts)
+    gate(plan.config, rejects, plan.seen, report)
+    files = {
+        INDEX: parquet_bytes(
+            table.drop_columns(list(HIDDEN_COLUMNS)).replace_schema_metadata({SPLIT_RULES: split_rules(plan.config)})
+        ),
+        REJECTS: parquet_bytes(reject_table(rejects)),
+    }
+    truth = map_truth(plan, set(table["key"].to_pylist()))
+    if truth is None:
+        storage.delete(TRUTH_NAME)
+    else:
+        files[TRUTH_NAME] = parquet_bytes(truth)
+    info = describe(plan, parts, table, len(rejects))
+    info["hashes"] = {name: sha256_bytes(data) for name, data in files.items()}
+    info["hashes"][MANIFEST] = sha256_bytes(storage.read(MANIFEST))
+    info["fingerprint"] = fingerprint_of(info)
+    files[DATASET] = canonical_json(info).encode()
+    changed = [name for name, data in files.items() if _write_if_changed(storage, name, data)]
+    return Published(
+        info["counts"], Counter(reject.reason for reject in rejects), warn(table, info["buckets"]), changed
+    )
+
+
+def _write_if_changed(storage: Storage, name: str, data: bytes) -> bool:
+    if storage.exists(name) and storage.read(name) == data:
+        return False
+    storage.write(name, data)
+    fault(f"publish.after_{Path(name).stem}")
+    return True
+
+
+def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reject]]:
+    """The index (with the columns that stay in the parts) and everything that was refused."""
+    rejects = list(plan.rejects)
+    for unit, part in parts.items():
+        rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
+    storage, table = open_storage(plan.config.output), join_layers(plan, parts)
+    tokens = class_tokens(storage, table) if cls_cosine(plan.config) < dedup.OFF and len(table) else None
+    table, linking = add_split(plan, table, published_splits(storage, plan.config), tokens)
+    detail = "its near duplicates are published in train and in holdout"
+    rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
+    told = {reject.source for reject in rejects}.union(table["source"].to_pylist())
+    members = [plan.sources[key].name for keys in plan.shards.values() for key in keys]
+    if lost := [name for name in members if name not in told]:
+        raise DataError(
+            f"nothing was published: {len(lost)} samples are neither complete nor refused, for example "
+            f"{', '.join(lost[:NAMED])}. Run: python -m prep verify --repair, then prep run"
+        )
+    return table, rejects
+
+
+def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str | None) -> None:
+    """Raise DataError when nothing was accepted or more than ``max_reject_rate`` of the sources was refused.
+
+    A source counts once, however many layers refused it. Hidden files do not count, unless there is nothing else: a Mac
+    leaves one beside every picture. The refused sources are then written to ``report``, a file of the output, because
+    no table of them will be published; None writes nothing.
+    """
+    refused = rejects
+    rejects = [reject for reject in refused if reject.reason != HIDDEN]
+    seen -= len(refused) - len(rejects)
+    if not seen:
+        rejects, seen = refused, len(refused)
+    count = len({reject.source for reject in rejects})
+    if not (count >= seen or count > config.max_reject_rate * seen):
+        return
+    counts = ", ".join(f"{times} {name}" for name, times in Counter(reject.reason for reject in rejects).most_common())
+    examples = "; ".join(f"{reject.source}: {reject.detail}" for reject in rejects[:NAMED])
+    numbers = f"{count} of {seen} sources were rejected ({counts}), for example {examples}"
+    if report is not None:
+        storage = open_storage(config.output)
+        storage.write(report, parquet_bytes(reject_table(refused)))
+        numbers += f". All are in {storage.where(report)}"
+    if count >= seen:
+        raise DataError(f"nothing was accepted, so nothing was published: {numbers}")
+    raise DataError(
+        f"nothing was published: {numbers}. The share is above max_reject_rate {config.max_reject_rate}; "
+        "repair the sources or raise it"
+    )
+
+
+def reject_table(rejects: list[Reject]) -> pa.Table:
+    """Refused sources as a table, sorted by source and stage."""
+    rows = [vars(reject) for reject in sorted(rejects, key=lambda reject: (reject.source, reject.stage))]
+    return pa.Table.from_pylist(rows, schema=REJECT_SCHEMA)
+
+
+def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
+    """One row for every sample that is complete in every layer, sorted by key: its place, its crop, what layers say."""
+    tables: dict[str, pa.Table] = {}
+    for layer in plan.config.active_layers:
+        tables[layer] = pa.concat_tables(
+            part.table.replace_schema_metadata(None).append_column(
+                f"{layer}/fingerprint", pa.array([part.fingerprint] * len(part.table), pa.string())
+            )
+            for unit, part in parts.items()
+            if unit.layer == layer
+        )
+    keys = sorted(set.intersection(*(set(table["key"].to_pylist()) for table in tables.values())))
+    tables = {
+        layer: table.filter(pc.is_in(table["key"], pa.array(keys, pa.string()))).sort_by("key")
+        for layer, table in tables.items()
+    }
+    places = {key: place for place, members in plan.shards.items() for key in members}
+    rows = [describe_sample(plan.sources[key], *places[key]) for key in keys]
+    described = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    # what people look at comes first, where the bytes are last
+    recipes = {unit.layer: part.recipe for unit, part in parts.items()}
+    described_by = {layer: [*columns_of(layer, recipes[layer])] for layer in tables}
+    located = {layer: [f"{layer}/fingerprint", *member_columns(layer, recipes[layer])] for layer in tables}
+    for columns in (described_by, located):
+        for layer, table in tables.items():
+            for name in columns[layer]:
+                described = described.append_column(name, table[name])
+    return described
+
+
+def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
+    """The columns of the index that follow from the source alone."""
+    crop = centre_crop(source.width, source.height, Bucket.parse(bucket)).box
+    place = {"key": source.key, "source": source.name, "bucket": bucket, "shard": shard}
+    return place | {"width": source.width, "height": source.height} | dict(zip(CROP_COLUMNS, crop))
+
+
+def split_rules(config: PrepConfig) -> str:
+    """The part of the config that decides about the split of new samples, as text; the index carries it."""
+    return canonical_json({"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min})
+
+
+def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
+    """The side of every key of the index that was published before; empty when there is none.
+
+    An index without dataset.json is of a first publication that was killed. Nobody has read it, so its split counts
+    only as long as the config asks for the same one.
+    """
+    data = storage.read_if_there(INDEX)
+    if data is None:
+        return {}
+    try:
+        table = read_parquet(data, columns=["key", "split"])
+    except (OSError, pa.ArrowException) as error:
+        path = storage.where(INDEX)
+        raise DataError(
+            f"{path} is damaged ({error}), so the published split is unknown. Restore it, or delete it and accept "
+            "another split"
+        ) from error
+    rules = (table.schema.metadata or {}).get(SPLIT_RULES.encode(), b"").decode()
+    if not storage.exists(DATASET) and rules != split_rules(config):
+        return {}
+    return dict(zip(table["key"].to_pylist(), table["split"].to_pylist()))
+
+
+def add_split(
+    plan: Plan, table: pa.Table, published: Mapping[str, str], tokens: np.ndarray | None = None
+) -> tuple[pa.Table, list[str]]:
+    """Add ``duplicate_group`` and ``split``; also returns the keys that had to be left out (see ``assign_splits``).
+
+    ``tokens`` are the DINO class tokens of the rows, where they decide about duplicates.
+    """
+    config = plan.config
+    keys, hashes, thumbnails = (table[name].to_pylist() for name in ("key", "phash", "thumbnail"))
+    groups = dedup.duplicate_groups(keys, hashes, thumbnails, tokens, cls_cosine(config))
+    split = dedup.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
+    if split.linking:  # without them the rest falls into other groups
+        kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
+        left = None if tokens is None else tokens[np.asarray(kept)]
+        table, more = add_split(plan, table.filter(kept), published, left)
+        return table, sorted(split.linking + more)
+    columns = {"split": split.sides, "duplicate_group": groups}
+    for name, values in columns.items():
+        position = table.column_names.index("width")
+        table = table.add_column(position, name, pa.array([values[key] for key in keys], pa.string()))
+    return table, []
+
+
+def cls_cosine(config: PrepConfig) -> float:
+    """The cosine of DINO class tokens above which samples are near duplicates; ``dedup.OFF`` where it has no say."""
+    if "dino" not in config.layers:
+        return dedup.OFF
+    return config.duplicates.cls_cosine or dedup.CLS_COSINE[config.encoders]
+
+
+def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
+    """The DINO class token of every row of an index, float32 (N, width)."""
+    columns = ["bucket", "shard", "key", *(f"dino/cls.npy/{name}" for name in ("offset", "length", "sha256"))]
+
+    def read(row: tuple) -> np.ndarray:
+        bucket, shard, key, *place = row
+        return load_npy(read_range(storage, Unit(bucket, shard, "dino"), key, "cls.npy", *place))
+
+    with Progress("class tokens", len(table)) as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+        tokens = []
+        for token in pool.map(read, zip(*(table[name].to_pylist() for name in columns))):
+            tokens.append(token)
+            progress.advance()
+    return np.stack(tokens)
+
+
+def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
+    """The truth table of the built-in figures by key, with joints and box in pixels of the crop; None without one.
+
+    A joint outside the crop is not visible (visibility 0), the box is clipped to the crop.
+    """
+    path = Path(plan.config.source) / TRUTH_NAME
+    if not path.exists():
+        return None
+    by_name = {source.name: source for key, source in plan.sources.items() if key in keys}
+    places = {key: Bucket.parse(bucket) for (bucket, _), members in plan.shards.items() for key in members}
+    table = read_parquet(path.read_bytes())
+    rows = []
+    for row in table.to_pylist():
+        source = by_name.get(row.pop("file"))
+        if source is None:
+            continue
+        bucket = places[source.key]
+        crop = centre_crop(source.width, source.height, bucket)
+        origin, limit = np.array([crop.left, crop.top]), np.array([bucket.width, bucket.height])
+        joints = np.array(row["keypoints"], np.float64).reshape(-1, 3)
+        joints[:, :2] = (joints[:, :2] - origin) * crop.scale
+        joints[((joints[:, :2] < 0) | (joints[:, :2] > limit)).any(axis=1), 2] = 0
+        corners = (np.array(row["box"], np.float64).reshape(2, 2) - origin) * crop.scale
+        row |= {"keypoints": joints.ravel().astype(np.float32), "width": bucket.width, "height": bucket.height}
+        row |= {"key": source.key, "box": np.clip(corners, 0, limit).ravel().astype(np.float32)}
+        rows.append(row)
+    fields = [pa.field("key", pa.string()), *(field for field in table.schema if field.name != "file")]
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=pa.schema(fields))
+
+
+def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: int) -> dict[str, Any]:
+    """The content of dataset.json but for hashes and fingerprint; no path, time or host in it."""
+    config = plan.config
+    shards = Counter(bucket for bucket, _ in plan.shards)
+    samples = Counter(table["bucket"].to_pylist())
+    sides = Counter(table["split"].to_pylist())
+    layers = {}
+    for layer in config.active_layers:
+        units = [unit for unit in parts if unit.layer == layer]
+        recipe = {
+            name: value
+            for name, value in parts[units[0]].recipe.items()
+            if name in ("code", "format", "flip", "encoder", "backend")
+        }
+        described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
+        if "encoder" in recipe:
+            described["model"] = model_name(config, layer, recipe["encoder"])
+        layers[layer] = described
+    return {
+        "schema": SCHEMA_VERSION,
+        "base": config.base,
+        "encoders": config.encoders,
+        "buckets": {
+            str(bucket): {"samples": samples[str(bucket)], "shards": shards[str(bucket)]}
+            for bucket in buckets_for(config.base)
+            if shards[str(bucket)]
+        },
+        "counts": {
+            "samples": len(table),
+            "train": sides["train"],
+            "holdout": sides["holdout"],
+            "rejects": rejects,
+        },
+        "layers": layers,
+        **({"flips": True} if config.flips else {}),
+        "stages": {
+            "source": {
+                "image": config.image.model_dump(),
+                "filters": config.filters.model_dump(),
+                "captions": config.captions.model_dump(),
+            },
+            "shards": {"shard_size": config.shard_size},
+            "split": {
+                "code": dedup.CODE_VERSION,
+                "seed": config.seed,
+                "holdout": config.holdout,
+                "holdout_min": config.holdout_min,
+                "cls_cosine": cls_cosine(config),
+            },
+        },
+    }
+
+
+def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
+    """What a user should know about a dataset that is formally right."""
+    warnings = []
+    sides = Counter(table["split"].to_pylist())
+    if not sides["holdout"]:
+        warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
+    alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
+    if alone:
+        warnings.append(f"buckets with a single sample: {', '.join(alone)}")
+    groups = table["duplicate_group"].to_pylist()
+    if torn := len(set(zip(groups, table["split"].to_pylist()))) - len(set(groups)):
+        warnings.append(
+            f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
+            f"rules found them, and published samples stay where they are. Delete {INDEX} and run again to split anew"
+        )
+    name, size = Counter(groups).most_common(1)[0]
+    if size > max(1, LARGE_GROUP * len(table)):
+        warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
+    if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
+        warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
+    if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):
+        warnings.append(
+            f"{unsure} of {len(table)} captions cannot be flipped safely: training never mirrors their images"
+        )
+    return warnings

@@ -1,0 +1,213 @@
+"""The passes on Ray Data: shards with missing layers go to pools of actors that compute and commit them.
+
+The only module of ``prep`` that imports Ray. One row of the data set is one shard: rows carry names and recipes, never
+pixels; actors read and write the shared output. Which layers go together, on what and on how many actors is decided in
+``prep/passes/placement.py``. An actor supervises a child process that computes (``prep/passes/supervisor.py``), so a
+sample cannot end an actor: when one dies, somebody killed it or its node has gone, and its shards start again
+elsewhere.
+
+``from_items`` needs no reading tasks, so pools may take every CPU (a pool that shares CPUs with readers can stall).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nanodit.console import say, waiting
+from nanodit.errors import NanoditError, ResourceError, resource_error
+from nanodit.storage import absolute_place
+from prep.config import PrepConfig
+from prep.passes.layers import ShardTask
+from prep.passes.placement import Node, Pass, local_gpus, nodes_from_ray
+from prep.passes.supervisor import ERRORS, Supervisor
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # said aloud, so that a later cluster on this machine is no surprise
+
+import ray
+import ray.data
+from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+EXECUTOR_THREADS = "StreamingExecutor-"
+JOB_END = 2.5  # seconds; `ray job stop` kills after three
+MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
+NAMED = 5
+MIN_MEMORY = 4 << 30  # bytes a worker may always use: what the production encoders need on a CPU
+MEMORY_SHARE = 0.8  # of a machine, for all its workers together
+# what Ray raises when an actor, its node or a result on that node has gone
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+)
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Use the Ray that is running in this process, else join ``RAY_ADDRESS``, else start one for this run alone."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        with waiting(f"joining Ray at {address}"):
+            ray.init(**quiet)
+    else:
+        with waiting("starting Ray on this machine"):
+            resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
+            ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
+        protect_token(Path.home() / ".ray" / "auth_token")
+    try:
+        yield
+    finally:
+        end_jobs()
+        ray.shutdown()
+
+
+def end_jobs() -> None:
+    """Wait for Ray Data's threads to end: one that asks Ray for something after its shutdown ends this process."""
+    gc.collect()  # a job ends when nobody holds its iterator
+    for thread in threading.enumerate():
+        if thread.name.startswith(EXECUTOR_THREADS):
+            thread.join(timeout=JOB_END)
+
+
+def protect_token(path: Path) -> None:
+    """Let nobody else read the token that Ray made for its clusters on this machine; Ray leaves it readable."""
+    if path.exists() and path.stat().st_uid == os.getuid():
+        path.chmod(0o600)
+
+
+def cluster_nodes() -> list[Node]:
+    """The living nodes of the running Ray."""
+    return nodes_from_ray(ray.nodes(), ray.get_runtime_context().get_node_id())
+
+
+def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float = 30.0) -> dict[str, Any]:
+    """Call a function of a module on every node; node id -> what it returned, or the exception.
+
+    A node that does not answer within ``timeout`` seconds gives a TimeoutError, one that has gone meanwhile nothing.
+    Takes no CPUs, so it never waits for a pass to end.
+    """
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    answers = {}
+    for node in cluster_nodes():
+        strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        answers[node.id] = remote.options(scheduling_strategy=strategy).remote(*arguments)
+    deadline = time.monotonic() + timeout
+    results: dict[str, Any] = {}
+    for node, answer in answers.items():
+        try:
+            results[node] = ray.get(answer, timeout=max(0.1, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            results[node] = TimeoutError(f"no answer within {timeout:g} seconds")
+        except Exception as error:  # whatever it raised there is this node's answer
+            results[node] = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if any(isinstance(result, BaseException) for result in results.values()):
+        there = {node.id for node in cluster_nodes()}  # Ray notices after seconds that a node has gone
+        results = {node: result for node, result in results.items() if node in there}
+    return results
+
+
+def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict[str, Any]]]:
+    """Compute and commit the tasks; yields what each shard took as it is finished (see ``Supervisor.run``).
+
+    When an actor or a node dies, the shards that are not finished start again without what they have committed. Raises
+    ResourceError when that happens too often in a row, else the error of the first shard that could not be computed;
+    what was committed stays.
+    """
+    waiting = {(task.bucket, task.shard): task for task in tasks}
+    deaths = 0
+    while deaths < MAX_DEATHS:
+        failed = None
+        try:
+            for row in _results(config, step, list(waiting.values())):
+                if row["error"]:
+                    failed = row
+                    break
+                deaths = 0
+                del waiting[row["bucket"], row["shard"]]
+                yield json.loads(row["done"])
+            if failed is None:
+                return
+            # raised here, where no frame holds the job's iterator any more: dropping that is what ends the job
+            raise ERRORS.get(failed["exit_code"], NanoditError)(failed["error"])
+        except LOST:
+            deaths += 1
+            say(f"an actor died, killed or with its node; {len(waiting)} shards are not finished and start again")
+    names = ", ".join(f"bucket_{bucket}/shard-{shard:06d}" for bucket, shard in list(waiting)[:NAMED])
+    raise ResourceError(
+        f"{MAX_DEATHS} actors or nodes died one after another, with {len(waiting)} shards not finished ({names}, ...). "
+        "The usual cause is memory: lower workers or the batch sizes and run again; finished shards are kept"
+    )
+
+
+def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come to us as exceptions
+    shards = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks))
+    actors = min(step.actors, len(tasks))
+    # no node joins a Ray of one's own
+    most = min(max(step.actors, step.max_actors), len(tasks)) if os.environ.get("RAY_ADDRESS") else actors
+    with warnings.catch_warnings():
+        # max_restarts has no named parameter yet; without it Ray would wait for a dead node's actors for ever
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = shards.map_batches(
+            actor_class(config, step),
+            batch_size=1,
+            # two tasks in flight: one at work and one waiting, so that no actor hoards shards at the end
+            compute=ray.data.ActorPoolStrategy(min_size=actors, max_size=most, max_tasks_in_flight_per_actor=2),
+            max_restarts=0,
+            **step.demands(),
+        )
+    return results.iter_rows()
+
+
+def actor_class(config: PrepConfig, step: Pass) -> type:
+    """The class that Ray Data runs in its actors; the config travels with it."""
+    # actors may have another working directory
+    places = {"source": str(Path(config.source).absolute()), "output": absolute_place(config.output)}
+    config = config.model_copy(update=places)
+
+    class LayerActor:
+        def __init__(self) -> None:
+            self.supervisor = Supervisor(config, step.device, memory_limit(config, step))
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+            task = ShardTask.from_json(str(batch["task"][0]))
+            done, error, exit_code = [], "", 0
+            try:
+                done = self.supervisor.run(task)
+            except Exception as failure:
+                known = failure if isinstance(failure, NanoditError) else resource_error(failure)
+                if known is None:  # not for the user: a defect, which ends the job
+                    raise
+                error, exit_code = str(known), known.exit_code
+            answer = {"bucket": task.bucket, "shard": task.shard, "done": json.dumps(done)}
+            return {name: [value] for name, value in (answer | {"error": error, "exit_code": exit_code}).items()}
+
+    return LayerActor
+
+
+def memory_limit(config: PrepConfig, step: Pass) -> int:
+    """Bytes of memory that a worker on this machine may use; 0 for no limit, because CUDA maps more than it uses."""
+    if step.device != "cpu":
+        return 0
+    if config.memory_limit_gb:
+        return int(config.memory_limit_gb * (1 << 30))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(MIN_MEMORY, int(MEMORY_SHARE * total / min(step.actors, os.cpu_count() or 1)))

@@ -1,0 +1,295 @@
+"""What ``prep verify`` asks of one unit: its tar is the committed one, built as ours are, and holds what it should.
+
+Nothing is extracted and no name from a tar is ever opened: the tar is read as bytes, its headers are compared with what
+the index part says must be there, and arrays are parsed from NPY headers that cannot hold a pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from nanodit.errors import DataError, NanoditError
+from nanodit.files import sha256_bytes
+from nanodit.storage import Storage
+from prep.dataset.buckets import Bucket
+from prep.dataset.layout import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
+from prep.dataset.quantise import GROUP
+from prep.passes.plan import LAYER_VERSIONS
+
+KEY = re.compile(r"[0-9a-f]{32}")
+NPY_VERSIONS = ((1, 0), (2, 0))
+BOMB = Image.DecompressionBombError
+NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half would otherwise fill the screen
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong: ``kind`` is "damaged", "leak", "orphan" or "older", ``file`` a name below the dataset."""
+
+    kind: str
+    file: str
+    problem: str
+    key: str = ""
+    unit: Unit | None = None  # what has to be computed again
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.file}{f', sample {self.key}' if self.key else ''}: {self.problem}"
+
+
+@dataclass
+class Checked:
+    """A unit as far as it could be read."""
+
+    unit: Unit
+    part: Part | None = None
+    findings: list[Finding] = field(default_factory=list)
+    class_tokens: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def damaged(self, file: str, problem: str, key: str = "") -> None:
+        """Note a damage."""
+        self.findings.append(Finding("damaged", file, problem, key, self.unit))
+
+
+def check_unit(storage: Storage, unit: Unit) -> Checked:
+    """Read a unit's index part and tar and compare them with each other and with the format."""
+    checked = Checked(unit)
+    part = checked.part = _check_part(storage, checked)
+    if part is None:
+        return checked
+    try:
+        data = storage.read(unit.tar)
+    except FileNotFoundError:
+        checked.findings.append(Finding("orphan", unit.part, f"{unit.tar} is missing", unit=unit))
+        return checked
+    except OSError as error:
+        checked.damaged(unit.tar, f"cannot be read: {error.strerror}")
+        return checked
+    if len(data) != part.tar_bytes:
+        checked.damaged(unit.tar, f"has {len(data)} bytes, {part.tar_bytes} were committed")
+    elif sha256_bytes(data) != part.tar_sha256:
+        checked.damaged(unit.tar, "the bytes are not those that were committed (SHA-256 differs)")
+    _check_structure(data, part, checked)
+    _check_members(memoryview(data), part, checked)
+    return checked
+
+
+def _check_part(storage: Storage, checked: Checked) -> Part | None:
+    unit = checked.unit
+    try:
+        table = read_parquet(storage.read(unit.part))
+        record = json.loads((table.schema.metadata or {}).get(b"nanodit", b""))
+        rejects = tuple(Rejection(**reject) for reject in record["rejects"])
+        part = Part(unit, record["recipe"], record["facts"], record["tar_bytes"], record["tar_sha256"], rejects, table)
+        described = tuple(record[name] for name in ("schema", "bucket", "shard", "layer"))
+        expected = part_schema(unit.layer, part.recipe)
+        if not isinstance(part.tar_bytes, int):
+            raise TypeError(f"tar_bytes is {part.tar_bytes!r}")
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        checked.damaged(unit.part, f"is no index part ({type(error).__name__}: {error})")
+        return None
+    if described != (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer):
+        checked.damaged(unit.part, f"describes another unit or schema: {described}")
+        return None
+    if table.schema.remove_metadata() != expected:
+        wrong = {item.name for item in set(table.schema) ^ set(expected)}
+        if part.recipe.get("code") in range(LAYER_VERSIONS.get(unit.layer, 0)):
+            problem = f"was made by an older version, without {', '.join(sorted(wrong))}"
+            checked.findings.append(Finding("older", unit.part, problem, unit=unit))
+            return None
+        checked.damaged(unit.part, f"has columns of another kind: {', '.join(sorted(wrong)) or 'their order'}")
+        return None
+    keys = table["key"].to_pylist()
+    if keys != sorted(set(keys)) or not all(isinstance(key, str) and KEY.fullmatch(key) for key in keys):
+        checked.damaged(unit.part, "keys are not 32 hexadecimal digits, sorted, each once")
+        return None
+    return part
+
+
+# --- the tar ----------------------------------------------------------------------------------------------------------
+
+
+def _check_structure(data: bytes, part: Part, checked: Checked) -> None:
+    """Every header is that of a plain file, in the order and at the place that the part says; nothing follows."""
+    tar = part.unit.tar
+    expected = [(key, member, offset, length) for key, member, offset, length, _ in _members(part)]
+    names: set[str] = set()
+    ours = {f"{key}.{member}" for key, member, *_ in expected}
+    place = end = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", format=tarfile.USTAR_FORMAT) as archive:
+            for info in archive:
+                wanted = expected[place] if place < len(expected) else None
+                problem = _problem(info, names, ours, wanted)
+                if problem:
+                    checked.damaged(tar, f"member {info.name!r} {problem}", wanted[0] if wanted else "")
+                    return
+                names.add(info.name)
+                place += 1
+                end = info.offset_data + -(-info.size // TAR_BLOCK) * TAR_BLOCK
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        checked.damaged(
+            tar, f"is no tar after {place} members ({error})", expected[place][0] if expected[place:] else ""
+        )
+        return
+    if place < len(expected):
+        key, member, *_ = expected[place]
+        checked.damaged(tar, f"ends before member {key}.{member}", key)
+    elif any(data[end:]) or len(data) != -(-(end + 2 * TAR_BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
+        checked.damaged(tar, f"holds something else after its last member, at byte {end}")
+
+
+def _problem(info: tarfile.TarInfo, names: set[str], ours: set[str], wanted: tuple | None) -> str:
+    """Why a member is not the wanted one; empty if it is. ``names`` came before it, ``ours`` are all that belong."""
+    if not info.isreg() or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        kinds = {"issym": "symbolic link", "islnk": "hard link", "isdir": "folder", "isdev": "device"}
+        return (
+            f"is no plain file but a {next((text for name, text in kinds.items() if getattr(info, name)()), 'special')}"
+        )
+    # tarfile strips nothing; a name of ours is KEY.MEMBER, without any folder
+    if info.name.startswith(("/", "\\")) or re.match("[A-Za-z]:", info.name):
+        return "has an absolute name"
+    if ".." in re.split(r"[/\\]", info.name):
+        return "leads out of the folder"
+    if info.name in names:
+        return "is there twice"
+    if wanted is None or info.name != f"{wanted[0]}.{wanted[1]}":
+        if info.name in ours:
+            return f"is interleaved or out of order, {wanted[0]}.{wanted[1]} was committed here"
+        return f"is not one of ours{f', {wanted[0]}.{wanted[1]} was committed here' if wanted else ''}"
+    if (info.offset_data, info.size) != (wanted[2], wanted[3]) or info.offset != info.offset_data - TAR_BLOCK:
+        return f"lies at byte {info.offset_data} with {info.size} bytes, {wanted[2]} and {wanted[3]} were committed"
+    return ""
+
+
+def _members(part: Part) -> Iterator[tuple[str, str, int, int, str]]:
+    """Key, member, offset, length and SHA-256 of everything in a unit, in the order of its tar."""
+    layer, members = part.unit.layer, members_of(part.unit.layer, part.recipe)
+    columns = [
+        [part.table[f"{layer}/{member}/{name}"].to_pylist() for name in ("offset", "length", "sha256")]
+        for member in members
+    ]
+    for row, key in enumerate(part.table["key"].to_pylist()):
+        for member, (offsets, lengths, hashes) in zip(members, columns):
+            yield key, member, offsets[row], lengths[row], hashes[row]
+
+
+# --- what the members say ---------------------------------------------------------------------------------------------
+
+
+def _check_members(data: memoryview, part: Part, checked: Checked) -> None:
+    """Every member has its hash, and what its layer promises: kind, shape, finite numbers, the words of the index."""
+    rows = {row["key"]: row for row in part.table.to_pylist()}
+    bad = 0
+    for key, member, offset, length, sha256 in _members(part):
+        try:
+            content = data[offset : offset + length] if None not in (offset, length) else b""
+            if len(content) != length or sha256_bytes(content) != sha256:
+                raise DataError("the bytes are not those that were committed (SHA-256 differs)")
+            value = CHECKS[part.unit.layer, member](bytes(content), rows[key], part)
+        except (ValueError, KeyError, TypeError, OSError, RecursionError, BOMB, NanoditError) as error:
+            bad += 1
+            if bad <= NAMED:
+                checked.damaged(part.unit.tar, f"{member}: {error}", key)
+            continue
+        if (part.unit.layer, member) == ("dino", "cls.npy"):
+            checked.class_tokens[key] = value
+    if bad > NAMED:
+        checked.damaged(part.unit.tar, f"{bad - NAMED} more members are damaged")
+
+
+def parse_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of an ``.npy`` file, without a copy. Raises DataError for pickles and wrong lengths."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in NPY_VERSIONS:
+        raise DataError(f"is NPY version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise DataError("holds Python objects, that is a pickle; such arrays are never loaded")
+    start = stream.tell()
+    if len(data) - start != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise DataError(f"{len(data) - start} bytes are not {dtype} {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+
+
+def _array(data: bytes, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    array = parse_npy(data)
+    if (array.dtype, array.shape) != (np.dtype(dtype), shape):
+        raise DataError(f"is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError("has numbers that are not finite")
+    return array
+
+
+def _image(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    bucket = Bucket.parse(part.unit.bucket)
+    with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+        if image.size != (bucket.width, bucket.height):
+            raise DataError(f"is {image.width}x{image.height}, expected {bucket}")
+
+
+def _caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    if not data.strip() or data.decode() != row["caption"]:  # a UnicodeDecodeError is a ValueError
+        raise DataError("is empty, or not the caption of the index")
+
+
+def _flipped_caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    if data.decode() != (row["caption_flip"] or ""):
+        raise DataError("is not the flipped caption of the index")
+
+
+def _people(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    if json.loads(data)["persons"] != row["persons"]:
+        raise DataError("counts other people than the index")
+
+
+def _text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    _array(data, np.float16, (row["t5_tokens"], part.facts["width"]))
+
+
+def _flipped_text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    _array(data, np.float16, (row["t5_flip_tokens"], part.facts["width"]))
+
+
+def _patches(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    _array(data, np.int8, (row["dino_h"] * row["dino_w"], part.facts["width"]))
+
+
+def _scales(data: bytes, row: Mapping[str, Any], part: Part) -> None:
+    scale = _array(data, np.float16, (row["dino_h"] * row["dino_w"], -(-part.facts["width"] // GROUP)))
+    if (scale < 0).any():
+        raise DataError("has scales below 0")
+
+
+def _class_token(data: bytes, row: Mapping[str, Any], part: Part) -> np.ndarray:
+    return _array(data, np.float32, (part.facts["width"],))
+
+
+CHECKS: dict[tuple[str, str], Callable[[bytes, Mapping[str, Any], Part], Any]] = {
+    ("px", "webp"): _image,
+    ("px", "jpg"): _image,
+    ("text", "txt"): _caption,
+    ("text", "flip.txt"): _flipped_caption,
+    ("text", "json"): lambda data, row, part: json.loads(data),
+    ("t5", "t5.npy"): _text,
+    ("t5", "t5_flip.npy"): _flipped_text,
+    ("dino", "cls.npy"): _class_token,
+    ("dino", "dino.npy"): _patches,
+    ("dino", "dino_scale.npy"): _scales,
+    ("dino", "cls_flip.npy"): _class_token,
+    ("dino", "dino_flip.npy"): _patches,
+    ("dino", "dino_flip_scale.npy"): _scales,
+    ("pose", "pose.npy"): lambda data, row, part: _array(data, np.float32, (133, 3)),
+    ("pose", "json"): _people,
+}

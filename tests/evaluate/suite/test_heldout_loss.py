@@ -1,0 +1,141 @@
+"""The held-out loss sits on a grid that never moves, and trivial models score what trivial predictors score."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.drawing.arms import choose_subsets
+from evaluate.drawing.baselines import load_training_images
+from evaluate.suite import heldout_loss
+from evaluate.suite.heldout_loss import HeldoutLossConfig, grid_times
+from train.method.flow import FlowConfig
+
+ALL = frozenset({"text", "cls", "patches", "pose"})
+CONFIG = HeldoutLossConfig(bins=10, conditions=["all"])
+
+
+@pytest.fixture
+def training(figures):
+    return load_training_images(figures, {row["bucket"] for row in figures.rows("holdout")}, 40)
+
+
+def measured(subject, training, config=CONFIG):
+    rows = heldout_loss.measure(subject, [ALL], training, config)
+    return rows, {metric.name: metric for metric in heldout_loss.losses(rows, config, {})}
+
+
+def test_times_lie_in_their_strata_and_belong_to_the_sample():
+    times = grid_times("abc", bins=10, times_per_bin=3)
+    assert times.shape == (10, 3)
+    assert np.array_equal(np.floor(times.ravel() * 30), np.arange(30))  # one in each thirtieth of [0, 1]
+    assert np.array_equal(times, grid_times("abc", 10, 3))
+    assert not np.array_equal(times, grid_times("abd", 10, 3))
+
+
+def test_a_perfect_model_has_no_loss(make_subject, training):
+    _, metrics = measured(make_subject("truth"), training)
+    assert metrics["heldout_loss"].value == pytest.approx(0, abs=1e-9)
+    assert metrics["heldout_ratio/all"].value == pytest.approx(0, abs=1e-9)
+    assert metrics["heldout_loss"].n == 24
+
+
+def test_echoing_z_scores_as_the_identity_predictor(make_subject, training):
+    rows, metrics = measured(make_subject("noise"), training)
+    for row in rows:
+        assert row["mse"] == pytest.approx(row["identity_mse"], rel=1e-6)
+        assert row["loss"] == pytest.approx(row["identity_loss"], rel=1e-6)
+    last = metrics["heldout_mse/all/0.9-1"]
+    assert last.value == pytest.approx(last.baselines["identity"])
+    # at t near 1, z is noise: unit variance plus the image's own energy
+    assert 1.0 < last.value < 2.2
+    assert metrics["heldout_ratio/all"].value > 1
+
+
+def test_the_affine_predictor_beats_the_identity_and_the_constant_where_both_are_poor(make_subject, training):
+    _, metrics = measured(make_subject("noise"), training)
+    for bounds in ("0.3-0.4", "0.4-0.5", "0.5-0.6", "0.6-0.7"):
+        baselines = metrics[f"heldout_mse/all/{bounds}"].baselines
+        assert baselines["affine"] < baselines["identity"]
+
+
+def test_loss_is_error_over_clamped_t_squared(make_subject, training):
+    subject = make_subject("mean_image")
+    rows, _ = measured(subject, training)
+    for row in rows:
+        t = grid_times(row["key"], 10, 1)[row["bin"], 0]  # no resolution shift at 64 pixels
+        assert row["loss"] == pytest.approx(row["mse"] / max(t, 0.05) ** 2, rel=1e-4)
+
+
+def test_the_grid_follows_the_resolution_shift(figures, make_subject, training):
+    subject = replace(make_subject("noise", rows=figures.rows("holdout")[:1]), flow=FlowConfig(shift=3.0))
+    rows, _ = measured(subject, training)
+    key, row = rows[0]["key"], rows[5]
+    t = grid_times(key, 10, 1)[5, 0]
+    t = 3 * t / (1 + 2 * t)
+    x = torch.from_numpy(figures.pixels({"key": key}).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+    e = next(subject.batches()).noise(5)[0]
+    assert row["mse"] == pytest.approx(float(((1 - t) * x + t * e - x).square().mean()), rel=1e-4)
+
+
+def test_the_ratio_is_the_worst_bin_from_point_three_on():
+    rows = []
+    for image in range(12):
+        for index in range(10):
+            trivial = {f"{name}_mse": 1.0 for name in heldout_loss.PREDICTORS}
+            trivial |= {f"{name}_loss": 1.0 for name in heldout_loss.PREDICTORS}
+            mse = 9.0 if index == 2 else 0.4 if index == 6 else 0.1  # bin 2 is below t = .3 and does not count
+            rows.append({"key": f"{image:02d}", "condition": "all", "bin": index, "mse": mse, "loss": mse, **trivial})
+    (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}) if m.name == "heldout_ratio/all"]
+    assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(0.4),) * 3
+    assert ratio.better == "lower"
+
+
+def test_non_finite_predictions_are_null_with_a_reason(make_subject, training):
+    _, metrics = measured(make_subject("broken"), training)
+    for name in ("heldout_loss", "heldout_ratio/all", "heldout_mse/all/0.5-0.6"):
+        assert metrics[name].value is None
+        assert "non-finite" in metrics[name].reason
+        assert metrics[name].n == 24
+
+
+def test_batches_and_order_change_nothing(make_subject, training, figures):
+    together, _ = measured(make_subject("mean_image", batch_size=32), training)
+    rows = figures.rows("holdout")[::-1]
+    singly, _ = measured(make_subject("mean_image", rows=rows, batch_size=1), training)
+    assert [row["key"] for row in together] == [row["key"] for row in singly]
+    assert [row["mse"] for row in together] == pytest.approx([row["mse"] for row in singly], abs=1e-6)
+
+
+def test_the_gap_is_what_the_training_images_are_known_better():
+    def rows(split, loss):
+        return [
+            {"key": f"{split}{image:02d}", "condition": "all", "bin": index, "mse": 0.1, "loss": loss + 0.01 * image}
+            for image in range(20)
+            for index in range(10)
+        ]
+
+    (gap,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.3), CONFIG, {"weights": "ema"})
+    assert gap.name == "heldout_gap"
+    assert gap.value == pytest.approx(-0.2)
+    assert gap.low < -0.2 < gap.high < 0
+    assert gap.settings["weights"] == "ema"
+    assert "strata" in gap.settings["t_law"]
+    (none,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.5), CONFIG, {})
+    assert none.low < 0 < none.high
+    broken = [row | {"mse": float("nan")} for row in rows("train", 0.3)]
+    (null,) = heldout_loss.gaps(rows("holdout", 0.5), broken, CONFIG, {})
+    assert null.value is None
+    assert "non-finite" in null.reason
+
+
+def test_every_subset_that_was_trained_is_measured_unless_some_are_named(make_subject):
+    subject = make_subject("truth")
+    subsets, skipped = choose_subsets(["trained"], subject)
+    assert subsets == [ALL, frozenset({"text", "pose"}), frozenset({"text"}), frozenset()]
+    assert set(subsets) == set(subject.table)
+    assert skipped == []
+    named, skipped = choose_subsets(["text", "pose"], subject)
+    assert named == [frozenset({"text"})]
+    assert [one.name for one in skipped] == ["heldout_loss/pose"]

@@ -1,0 +1,174 @@
+"""Memorisation: the alarm is for copies of training images, and for nothing that is merely near or merely bad."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluate.drawing.draw import show
+from evaluate.records import MODEL
+from evaluate.statistics import intervals as statistics
+from evaluate.suite import memorisation
+from evaluate.suite.memorisation import QUANTILE, Nearness, nearness, share_of_copies
+
+
+@pytest.fixture(scope="module")
+def verdicts(judged, known_pictures):
+    """Metrics by name and context of each known model."""
+    found = {}
+    for name, pictures in known_pictures.items():
+        context = judged.context(conditions={"all": 1.0})
+        metrics, skipped = memorisation.summarise(judged.rows({("all", 0): pictures}), context)
+        assert skipped == []
+        found[name] = {metric.name: metric for metric in metrics}, context
+    return found
+
+
+def alarm(context):
+    (one,) = context.extras["memorisation"]["alarms"]
+    assert (one["name"], one["condition"]) == ("memorisation", "all")
+    return one["fired"]
+
+
+@pytest.mark.parametrize(
+    ("model", "fires"),
+    [("truth", False), ("shuffled", False), ("mean_image", False), ("noise", False), ("copycat", True), ("half", True)],
+)
+def test_the_alarm_fires_on_copies_alone(verdicts, model, fires):  # E08
+    assert alarm(verdicts[model][1]) is fires
+
+
+def test_copies_are_at_distance_zero(verdicts):
+    metrics, _ = verdicts["copycat"]
+    for name in ("memorisation/copies", "memorisation/copies_pixels"):
+        assert (metrics[name].value, metrics[name].high) == (1.0, 1.0)
+        assert metrics[name].low == pytest.approx(0.025 ** (1 / 24))  # 24 of 24 is not certainty
+        assert metrics[name].baselines["chance"] == QUANTILE
+        assert metrics[name].baselines["real"] <= QUANTILE
+    assert metrics["memorisation/distance_ratio"].value == pytest.approx(0, abs=1e-6)
+    assert verdicts["half"][0]["memorisation/copies"].value == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_truth_is_as_far_from_training_images_as_the_holdout(verdicts):
+    metrics, _ = verdicts["truth"]
+    ratio = metrics["memorisation/distance_ratio"]
+    assert (ratio.value, ratio.low, ratio.high, ratio.n) == pytest.approx((1, 1, 1, 24))
+    assert metrics["memorisation/copies"].value == metrics["memorisation/copies"].baselines["real"]
+
+
+def test_a_mean_image_is_near_to_everything_and_a_copy_of_nothing(verdicts):
+    """In pixels it is nearer to training images than any holdout image is: distance alone would call it a copy."""
+    metrics, _ = verdicts["mean_image"]
+    assert metrics["memorisation/distance_ratio_pixels"].high < 1
+    assert metrics["memorisation/copies_pixels"].value == 0
+
+
+def test_the_closest_pairs_name_what_was_copied(verdicts, known_pictures, figures):
+    _, context = verdicts["copycat"]
+    extras = context.extras["memorisation"]
+    assert "indicator" in extras["wording"]
+    assert len(extras["closest"]) == 16
+    assert json.loads(json.dumps(extras)) == extras
+    by_key = {row["key"]: row for row in figures.rows()}
+    for pair in extras["closest"]:
+        copied = figures.pixels(by_key[pair["training_key"]])
+        assert np.array_equal(copied, known_pictures["copycat"][pair["key"]])
+        assert pair["distance"]["feature_pixels"] == pytest.approx(0, abs=1e-6)
+        assert context.shown_training[pair["training_key"]] == pair["training_image"]
+        assert (MODEL, "all", pair["key"], 0) in context.shown
+
+
+def test_training_images_are_kept_for_the_report(judged, figures, tmp_path):
+    context = judged.context()
+    row = figures.rows("train")[3]
+    path = context.show_training(row["key"])
+    show(context, [], [], tmp_path)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / path)), figures.pixels(row))
+
+
+def test_pairs_are_listed_once_nearest_first(judged, known_pictures):
+    context = judged.context(conditions={"all": 1.0})
+    both = {("all", 0): known_pictures["truth"], ("edit/opposite/0", 0): known_pictures["half"]}
+    memorisation.summarise(judged.rows(both), context)
+    pairs = context.extras["memorisation"]["closest"]
+    assert len({(pair["key"], pair["training_key"]) for pair in pairs}) == 16
+    assert [pair["distance"]["feature"] for pair in pairs] == sorted(pair["distance"]["feature"] for pair in pairs)
+    assert {pair["condition"] for pair in pairs[:10]} == {"edit/opposite/0"}  # every picture is searched
+
+
+def test_degenerate_pictures_are_null_with_a_reason(judged, known_pictures):  # E02
+    rows = judged.rows({("all", 0): known_pictures["truth"]})
+    bad = next(row for row in rows if row["kind"] == MODEL)
+    bad["degenerate"] = "constant"
+    context = judged.context(conditions={"all": 1.0})
+    for metric in memorisation.summarise(rows, context)[0]:
+        assert metric.value is None
+        assert "constant" in metric.reason
+    assert alarm(context) is None
+
+
+def test_without_a_judge_pixels_alone_raise_no_alarm(judged, known_pictures):
+    context = judged.context(conditions={"all": 1.0})
+    context.judge, context.no_judge = None, "no judge: none here"
+    features = context.train_features
+    context.train_features = replace(features, feature=None)
+    metrics, skipped = memorisation.summarise(judged.rows({("all", 0): known_pictures["copycat"]}), context)
+    assert {metric.name for metric in metrics} == {"memorisation/copies_pixels", "memorisation/distance_ratio_pixels"}
+    assert {one.reason for one in skipped} == {"no judge: none here"}
+    assert alarm(context) is None
+
+
+def test_too_few_samples_say_how_many_are_missing(judged, known_pictures):
+    context = judged.context(conditions={"all": 1.0})
+    context.subject = replace(context.subject, rows=context.subject.rows[:13])
+    metrics, (skipped,) = memorisation.summarise(judged.rows({}), context)
+    assert metrics == []
+    assert skipped.reason == "inconclusive, about 7 more samples"
+
+
+def test_isolation_tells_a_copy_from_a_blur():
+    training = np.eye(60)
+    found = nearness(np.stack([training[7] + 0.01, np.full(60, 1 / 60)]), training)
+    assert found.index[0] == 7
+    assert found.isolation[0] < 0.1
+    assert found.isolation[1] == pytest.approx(1)
+    assert nearness(np.zeros((1, 3)), np.zeros((5, 3))).isolation.tolist() == [1]  # nothing to divide by
+
+
+def test_without_copying_the_share_is_rarely_above_chance(monkeypatch):
+    """Pictures like the holdout's, and the interval with the quantile's own uncertainty: few false alarms."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    random = np.random.default_rng(0)
+    keys, false = [f"{index:03d}" for index in range(64)], 0
+    for _ in range(300):
+        holdout, drawn = (Nearness(np.zeros(64), *random.gamma(5, size=(2, 64))) for _ in range(2))
+        holdout, drawn = (Nearness(one.index, one.distance, one.distance) for one in (holdout, drawn))
+        interval = share_of_copies(drawn, keys, holdout, keys)
+        false += interval.low > QUANTILE
+    assert false / 300 < 0.05
+    few = Nearness(np.zeros(64), *np.full((2, 64), 5.0))
+    few.distance[:16] = few.isolation[:16] = 0.01  # a quarter is copied
+    assert share_of_copies(few, keys, holdout, keys).low > QUANTILE
+
+
+def test_all_noises_of_an_image_are_one_observation():
+    random = np.random.default_rng(1)
+    keys = [f"{index:03d}" for index in range(40)]
+    holdout = Nearness(np.zeros(40), *np.repeat(random.gamma(5, size=(1, 40)), 2, axis=0))
+    copied = np.where(np.arange(40) % 2, 0.0, 9.0)
+    once = share_of_copies(Nearness(np.zeros(40), copied, copied), keys, holdout, keys)
+    thrice = share_of_copies(Nearness(np.zeros(120), *[np.tile(copied, 3)] * 2), keys * 3, holdout, keys)
+    assert (once.value, once.low, once.high) == (thrice.value, thrice.low, thrice.high)
+    assert (once.low, once.high) == pytest.approx((0.5 - 0.16, 0.5 + 0.16), abs=0.02)  # of 40 images
+
+
+def test_a_likely_copy_is_both_near_and_alone_in_it():
+    """What stands out among training images but is far from them is no copy, and what is near to many is none."""
+    keys = [f"{index:03d}" for index in range(40)]
+    holdout = Nearness(np.zeros(40), np.linspace(1, 2, 40), np.linspace(0.5, 1, 40))
+    near, far = np.full(40, 0.1), np.full(40, 3.0)
+    assert share_of_copies(Nearness(np.zeros(40), near, near), keys, holdout, keys).value == 1
+    assert share_of_copies(Nearness(np.zeros(40), far, near), keys, holdout, keys).value == 0
+    assert share_of_copies(Nearness(np.zeros(40), near, far), keys, holdout, keys).value == 0

@@ -1,0 +1,105 @@
+"""What a user sees of a failure: one line and an exit code, or a traceback where the defect is ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+
+import pytest
+
+from nanodit.errors import DataError, ResourceError, resource_error, run_command
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def failing(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DataError("x.png: torn"), 3, "x.png: torn"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.tar"),
+            4,
+            "out/a.tar: cannot be written: No space left",
+        ),
+        (OSError(errno.EDQUOT, "Quota exceeded"), 4, "cannot be written: Quota exceeded"),
+        (OSError(errno.EFBIG, "File too large"), 4, "File too large"),
+        (OSError(errno.EROFS, "Read-only file system"), 4, "Read-only file system"),
+        (MemoryError(), 4, "out of memory. Close"),
+        (OutOfMemoryError("CUDA out of memory.\nmore"), 4, "out of memory: CUDA out of memory."),
+        (KeyboardInterrupt(), 75, "the same command continues"),
+    ],
+)
+def test_what_a_user_can_act_on_is_one_line(capsys, error, code, message):
+    assert run_command(failing(error)) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), ValueError("a defect")])
+def test_a_defect_keeps_its_traceback(error):
+    assert resource_error(error) is None
+    with pytest.raises(type(error)):
+        run_command(failing(error))
+
+
+def test_a_lack_of_room_is_a_resource_error():
+    assert isinstance(resource_error(OSError(errno.ENOSPC, "full")), ResourceError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_nobody_handles_gives_75_and_leaves_the_handlers_as_they_were(capsys, number):
+    def main():
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal was not noticed")
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(main) == 75
+    assert capsys.readouterr().err.startswith("error: stopped by a signal")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_inside_has_precedence():
+    seen = []
+
+    def main():
+        before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
+
+    assert run_command(main) == 0
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_forked_child_ends_as_any_process():
+    def main():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os._exit(3)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    assert run_command(main) == -signal.SIGTERM
+
+
+def test_other_threads_run_commands_too():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda: 0)))
+    thread.start()
+    thread.join()
+    assert codes == [0]

@@ -1,0 +1,354 @@
+"""Near duplicates and the split: by content, groups on one side, and never changing once published."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from prep.config import PrepConfig
+from prep.dataset.layout import Dataset, Unit, read_part
+from prep.encoders.demo import ASSETS, DETECTOR, POSE
+from prep.figures.figures import draw_figure
+from prep.images import duplicates as dedup
+from prep.images.duplicates import (
+    CLS_COSINE,
+    OFF,
+    Groups,
+    assign_splits,
+    duplicate_groups,
+    holdout_size,
+    join_by_cosine,
+    near_pairs,
+    perceptual_hash,
+    thumbnail,
+)
+from prep.passes.layers import LayerWorker
+from prep.passes.plan import make_plan, write_manifest
+from prep.passes.publish import cls_cosine, publish, warn
+from prep.run import current_parts
+
+KEYS = st.lists(st.text("0123456789abcdef", min_size=4, max_size=4), min_size=1, max_size=60, unique=True)
+
+
+def photograph(seed: int, side: int = 256) -> np.ndarray:
+    """Smooth random colours with some detail: neighbouring frequencies as in a photograph."""
+    generator = np.random.default_rng(seed)
+    layers = [
+        Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).resize((side, side), 3)
+        for size in (3, 6, 12, 24)
+    ]
+    weights = np.array([0.5, 0.25, 0.15, 0.1])
+    return sum(w * np.asarray(layer, float) for w, layer in zip(weights, layers)).astype(np.uint8)
+
+
+def groups_of(pictures: list[np.ndarray]) -> dict[str, str]:
+    keys = [f"{number:04x}" for number in range(len(pictures))]
+    return duplicate_groups(keys, [perceptual_hash(p) for p in pictures], [thumbnail(p) for p in pictures])
+
+
+def edited(pixels: np.ndarray, edit: str) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    if edit == "jpeg":
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=50)
+        return np.asarray(Image.open(buffer))
+    if edit == "half the size":
+        return np.asarray(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS))
+    return np.clip(pixels.astype(int) + 1, 0, 255).astype(np.uint8)  # a little brighter
+
+
+@pytest.mark.parametrize("edit", ["jpeg", "half the size", "brighter"])
+def test_edited_copies_are_grouped_and_other_pictures_are_not(edit):
+    originals = [photograph(seed) for seed in range(12)]
+    groups = groups_of(originals + [edited(pixels, edit) for pixels in originals])
+    assert [groups[f"{number:04x}"] for number in range(12, 24)] == [f"{number:04x}" for number in range(12)]
+    assert len(set(groups.values())) == 12
+
+
+def test_different_figures_on_one_background_are_not_duplicates():
+    pictures = [np.asarray(draw_figure(1, index, 64).image.resize((64, 64))) for index in range(150)]
+    assert len(set(groups_of(pictures).values())) == len(pictures)
+
+
+def test_groups_are_transitive_and_named_after_their_smallest_key():
+    base = photograph(0)
+    chain = [np.clip(base.astype(int) + step, 0, 255).astype(np.uint8) for step in (0, 2, 4)]
+    groups = duplicate_groups(["c", "b", "a"], [perceptual_hash(p) for p in chain], [thumbnail(p) for p in chain])
+    assert groups == {"a": "a", "b": "a", "c": "a"}
+    assert duplicate_groups([], [], []) == {}
+
+
+def test_many_equal_pictures_are_one_group():
+    assert len(set(groups_of([np.zeros((64, 64, 3), np.uint8)] * 300).values())) == 1
+
+
+# --- class tokens -----------------------------------------------------------------------------------------------------
+
+
+def grouped(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
+    groups = Groups(len(vectors))
+    join_by_cosine(groups, vectors, threshold)
+    roots = groups.roots()
+    return {frozenset(np.flatnonzero(roots == root).tolist()) for root in roots}
+
+
+def grouped_plainly(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
+    """The same by the definition: all pairs, and sets that are merged until nothing changes."""
+    unit = vectors.astype(np.float64) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sets = [{int(index), int(other)} for index, other in np.argwhere(unit @ unit.T > threshold)]
+    sets += [{index} for index in range(len(vectors))]
+    merged: list[set[int]] = []
+    for one in sets:
+        touching = [other for other in merged if other & one]
+        merged = [other for other in merged if not other & one] + [one.union(*touching)]
+    return {frozenset(one) for one in merged}
+
+
+@pytest.mark.parametrize("width", [8, 96, 200])
+@pytest.mark.parametrize("tile", [(2048, 8192), (7, 11)])
+@given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]))
+def test_class_tokens_connect_exactly_the_pairs_above_the_threshold(width, tile, seed, threshold):
+    generator = np.random.default_rng(seed)
+    centres = generator.standard_normal((12, width)) * np.linspace(3, 0.1, width)
+    noise = generator.uniform(0, 0.5, (60, 1)) * generator.standard_normal((60, width)) * np.linspace(3, 0.1, width)
+    vectors = (centres[generator.integers(0, 12, 60)] + noise).astype(np.float32)
+    before, dedup.TILE = dedup.TILE, tile
+    try:
+        assert grouped(vectors, threshold) == grouped_plainly(vectors, threshold)
+    finally:
+        dedup.TILE = before
+
+
+def test_many_equal_class_tokens_are_one_group_and_none_is_off(monkeypatch):
+    monkeypatch.setattr(dedup, "MEASURED", 256)
+    vectors = np.ones((400, 128), np.float32)
+    assert len(grouped(vectors, 0.98)) == 1
+    assert len(grouped(vectors, OFF)) == 400
+    assert len(grouped(np.zeros((3, 128), np.float32), 0.98)) == 3  # no direction is like no other
+
+
+def test_either_kind_of_likeness_makes_a_group():
+    pictures = [photograph(0), photograph(0), photograph(1), photograph(2)]
+    tokens = np.eye(4, 300, dtype=np.float32)
+    tokens[2] = tokens[1]
+    hashes, small = [perceptual_hash(p) for p in pictures], [thumbnail(p) for p in pictures]
+    assert duplicate_groups(list("abcd"), hashes, small, tokens, 0.98) == {"a": "a", "b": "a", "c": "a", "d": "d"}
+    assert duplicate_groups(list("abcd"), hashes, small, tokens) == {"a": "a", "b": "a", "c": "c", "d": "d"}
+
+
+def test_class_tokens_count_for_production_encoders_alone_unless_asked_for():
+    def threshold(**fields) -> float:
+        return cls_cosine(PrepConfig(source="a", output="b", **fields))
+
+    assert threshold() == CLS_COSINE["production"] < OFF == threshold(encoders="demo")
+    assert threshold(encoders="demo", duplicates={"cls_cosine": 0.9}) == 0.9
+    assert threshold(duplicates={"cls_cosine": 1.0}) == threshold(layers=["pose"]) == OFF
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, 0), (4, 0), (5, 1), (100, 20), (320, 64), (2500, 64), (3200, 64), (10_000, 200)]
+)
+def test_the_size_of_the_holdout(count, size):
+    assert holdout_size(count, 0.02, 64) == size
+
+
+@given(KEYS, st.integers(0, 5))
+def test_trap_10_the_split_follows_the_content_not_the_order(keys, seed):
+    alone = {key: key for key in keys}
+    split = assign_splits(alone, {}, seed, 0.02, 64).sides
+    assert split == assign_splits(dict(reversed(alone.items())), {}, seed, 0.02, 64).sides  # trap 10
+    assert sum(side == "holdout" for side in split.values()) == holdout_size(len(keys), 0.02, 64)
+
+
+def test_trap_10_the_holdout_is_not_the_first_keys():
+    keys = [f"{number:08x}" for number in range(1000)]
+    split = assign_splits({key: key for key in keys}, {}, 0, 0.02, 64).sides
+    held = [number for number, key in enumerate(keys) if split[key] == "holdout"]
+    assert 350 < np.mean(held) < 650  # trap 10
+    other = assign_splits({key: key for key in keys}, {}, 1, 0.02, 64).sides
+    assert other != split
+
+
+@given(KEYS, st.data())
+def test_trap_10_groups_lie_on_one_side_and_published_keys_stay(keys, data):
+    groups = {key: min([*keys[: 1 + index % 3], key]) for index, key in enumerate(keys)}
+    first = assign_splits({key: groups[key] for key in keys[: len(keys) // 2]}, {}, 0, 0.1, 10).sides
+    split = assign_splits(groups, first, 0, 0.1, 10)
+    assert {key: split.sides[key] for key in first} == first
+    assert set(split.sides) | set(split.linking) == set(keys)
+    new_sides = {(groups[key], split.sides[key]) for key in keys if key in split.sides and key not in first}
+    assert len({group for group, _ in new_sides}) == len(new_sides)  # trap 10
+    old_sides = {(groups[key], side) for key, side in first.items()}
+    for group, side in new_sides:
+        assert {old for name, old in old_sides if name == group} <= {side}
+
+
+def test_a_new_sample_that_would_link_both_sides_is_left_out():
+    published = {"a": "train", "b": "holdout", "x": "train"}
+    split = assign_splits({"a": "a", "b": "a", "new": "a", "x": "x", "y": "x"}, published, 0, 0.5, 0)
+    assert split.linking == ["new"]
+    assert split.sides == {**published, "y": "train"}
+
+
+@given(KEYS, st.data())
+def test_groups_do_not_depend_on_the_order(keys, data):
+    pictures = data.draw(st.lists(st.integers(0, 4), min_size=len(keys), max_size=len(keys)))
+    kinds = [PICTURES[number] for number in pictures]
+    tokens = np.eye(5, 64)[[number // 2 for number in pictures]]
+    order = data.draw(st.permutations(range(len(keys))))
+
+    def groups(indices):
+        hashes, small = ([kinds[index][part] for index in indices] for part in (0, 1))
+        return duplicate_groups([keys[index] for index in indices], hashes, small, tokens[list(indices)], 0.98)
+
+    first = groups(range(len(keys)))
+    assert first == groups(order)
+    split = assign_splits(first, {}, 0, 0.2, 5)
+    assert split == assign_splits(groups(order), {}, 0, 0.2, 5)
+    assert len({(first[key], side) for key, side in split.sides.items()}) == len(set(first.values()))
+
+
+@given(KEYS, st.data())
+def test_trap_10_whatever_is_added_or_lost_published_keys_never_move_and_nothing_leaks(keys, data):
+    """Several publications, each with other samples and other groups."""
+    published: dict[str, str] = {}
+    for round_ in range(3):
+        chosen = data.draw(st.lists(st.sampled_from(keys), min_size=1, unique=True), label=f"keys {round_}")
+        numbers = data.draw(st.lists(st.integers(0, 6), min_size=len(chosen), max_size=len(chosen)))
+        names = {number: min(key for key, n in zip(chosen, numbers) if n == number) for number in numbers}
+        groups = {key: names[number] for key, number in zip(chosen, numbers)}
+        split = assign_splits(groups, published, 0, 0.3, 2)
+        assert {key: side for key, side in split.sides.items() if key in published} == {
+            key: published[key] for key in chosen if key in published
+        }  # trap 10
+        assert set(split.sides).isdisjoint(split.linking)
+        assert set(split.sides) | set(split.linking) == set(chosen)
+        for name in names.values():
+            sides = {split.sides[key] for key in groups if groups[key] == name and key in split.sides}
+            old = {published[key] for key in groups if groups[key] == name and key in published}
+            assert sides <= old if old else len(sides) == 1
+            rejected = {key for key in split.linking if groups[key] == name}
+            assert bool(rejected) <= (len(old) == 2)
+            assert len(old) < 2 or rejected == {key for key in groups if groups[key] == name and key not in published}
+        published = split.sides
+
+
+PICTURES = [(perceptual_hash(photograph(seed)), thumbnail(photograph(seed))) for seed in range(5)]
+
+
+# --- leaks (P05) ------------------------------------------------------------------------------------------------------
+
+
+def leaks(dataset: Dataset, threshold: float) -> tuple[int, int]:
+    """How many near duplicates of either kind lie on one side, and how many on both, counted from what is on disk."""
+    rows = dataset.rows()
+    parts = [read_part(dataset.root, Unit(*place, "px")) for place in {(row["bucket"], row["shard"]) for row in rows}]
+    small = {
+        key: data for part in parts for key, data in zip(*(part.table[n].to_pylist() for n in ("key", "thumbnail")))
+    }
+    pairs = set(near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows]))
+    tokens = np.stack([dataset.cls(row) for row in rows]).astype(np.float64)
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    pairs |= {(int(a), int(b)) for a, b in np.argwhere(tokens @ tokens.T > threshold) if a < b}
+    across = [pair for pair in pairs if rows[pair[0]]["split"] != rows[pair[1]]["split"]]
+    return len(pairs) - len(across), len(across)
+
+
+def prepare(config: PrepConfig) -> Dataset:
+    plan = make_plan(config)
+    write_manifest(plan)
+    worker = LayerWorker(config)
+    for task in plan.tasks(config.active_layers):
+        worker.run(task)
+    publish(plan, current_parts(plan), "runs/rejects.parquet")
+    return Dataset(config.output)
+
+
+@pytest.mark.slow
+def test_p05_duplicates_stay_on_one_side_and_nothing_leaks(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for seed in range(20):
+        Image.fromarray(photograph(seed, 128)).save(source / f"{seed:02d}.png")
+        if seed % 2:
+            Image.fromarray(edited(photograph(seed, 128), "jpeg")).save(source / f"{seed:02d}-jpeg.png")
+    (source / "99-exact.png").write_bytes((source / "00.png").read_bytes())
+    fields = {"base": 64, "encoders": "demo", "layers": ["dino"], "holdout": 0.4, "shard_size": 8}
+    alone = prepare(PrepConfig(source=str(source), output=str(tmp_path / "by-hash"), **fields))
+    tokens = {row["source"]: alone.cls(row) for row in alone.rows()}
+    originals = np.stack([tokens[f"{seed:02d}.png"] for seed in range(20)]).astype(np.float64)
+    originals /= np.linalg.norm(originals, axis=1, keepdims=True)
+    cosines = np.sort((originals @ originals.T)[np.triu_indices(20, 1)])
+    threshold = float(cosines[-8:-6].mean())  # at which seven pairs look alike to the tokens and not to the hash
+    assert leaks(alone, threshold)[1] > 0
+
+    output = str(tmp_path / "out")
+    config = PrepConfig(source=str(source), output=output, duplicates={"cls_cosine": threshold}, **fields)
+    first = prepare(config)
+    counts = first.info["counts"]
+    assert (counts["samples"], counts["rejects"]) == (30, 1)
+    assert 0 < counts["holdout"] <= 12
+    assert first.info["stages"]["split"]["cls_cosine"] == threshold
+    together, across = leaks(first, threshold)
+    assert (together >= 17, across) == (True, 0)
+    sides = {row["source"]: row["split"] for row in first.rows()}
+
+    # copies of some of either side, half the size: each goes to its original's
+    for seed in range(0, 20, 2):
+        copy = Image.fromarray(photograph(seed, 128)).resize((96, 96), Image.Resampling.LANCZOS)
+        copy.save(source / f"{seed:02d}-half.png")
+    second = prepare(config)
+    new = {row["source"]: row["split"] for row in second.rows()}
+    assert {name: new[name] for name in sides} == sides  # trap 10
+    assert leaks(second, threshold)[1] == 0
+    assert leaks(second, threshold)[0] >= 20
+
+
+def test_p05_a_new_image_between_both_sides_is_refused(tmp_path):
+    """Two pictures that are no duplicates of each other, one held out, and then one that is a duplicate of both."""
+    (tmp_path / "source").mkdir()
+
+    def add(name: str, brightness: int) -> None:
+        pixels = np.clip(photograph(0, 128).astype(int) + brightness, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "source" / name)
+
+    networks = {"detector": str(ASSETS / DETECTOR), "pose": str(ASSETS / POSE)}
+    config = PrepConfig(
+        source=str(tmp_path / "source"),
+        output=str(tmp_path / "out"),
+        base=64,
+        layers=["pose"],
+        pose=networks,
+        holdout=0.5,
+    )
+    add("a.png", 0)
+    add("b.png", 5)
+    first = {row["source"]: (row["split"], row["duplicate_group"]) for row in prepare(config).rows()}
+    assert {side for side, _ in first.values()} == {"train", "holdout"}
+    add("between.png", 2)
+    add("other.png", 90)
+    second = {row["source"]: (row["split"], row["duplicate_group"]) for row in prepare(config).rows()}
+    assert second.keys() == {"a.png", "b.png", "other.png"}
+    assert first.items() <= second.items()  # trap 10
+    (reject,) = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert (reject["source"], reject["stage"], reject["reason"]) == ("between.png", "split", "links_splits")
+
+
+def test_groups_that_were_published_on_both_sides_and_large_ones_are_warned_of():
+    def warnings(groups: str, sides: str) -> list[str]:
+        names = {"t": "train", "h": "holdout"}
+        return warn(pa.table({"duplicate_group": list(groups), "split": [names[side] for side in sides]}), {})
+
+    assert warnings("abcd", "tthh") == []
+    (torn,) = warnings("a" + "a" + "".join(map(chr, range(1000, 1200))), "th" + "t" * 200)
+    assert torn.startswith("1 groups of near duplicates lie on both sides")
+    (large,) = warnings("aaa" + "".join(map(chr, range(1000, 1200))), "ttt" + "h" * 200)
+    assert large == "3 of 203 samples are near duplicates of each other (group a)"

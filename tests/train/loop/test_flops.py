@@ -1,0 +1,68 @@
+"""What a forward costs, counted on the meta device: a dropped condition and a token that is not kept cost nothing."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.model.conditions import MODALITIES, Conditions
+from train.model.network import Features, ModelConfig, build_model
+from train.model.tread import TreadConfig
+
+IMAGES, ROWS, COLUMNS, TEXT, PATCHES = 3, 6, 4, 32, (4, 4)
+CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, patch_size=8, bottleneck=16, context_joints=23)
+FEATURES = Features(base=64, text_width=24, dino_width=16, pose=True)
+SUBSETS = [frozenset(c) for size in range(5) for c in combinations(MODALITIES, size)]
+
+
+def counted(subsets, kept: int | None = None, tread: TreadConfig | None = None) -> int:
+    """FLOPs of one forward; ``subsets`` is one for all images or one for each."""
+    conditions = Conditions(
+        keep=torch.ones(IMAGES, 4, dtype=torch.bool),
+        text=torch.zeros(IMAGES, TEXT, FEATURES.text_width),
+        text_mask=torch.ones(IMAGES, TEXT, dtype=torch.bool),
+        cls=torch.zeros(IMAGES, FEATURES.dino_width),
+        patches=torch.zeros(IMAGES, *PATCHES, FEATURES.dino_width),
+        pose=torch.ones(IMAGES, 133, 3),
+    )
+    with torch.device("meta"):
+        model = build_model(CONFIG, FEATURES, tread)
+        z, t = torch.zeros(IMAGES, 3, 8 * ROWS, 8 * COLUMNS), torch.zeros(IMAGES)
+        keep_ids = None if kept is None else torch.zeros(IMAGES, kept, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(z, t, conditions.keeping(subsets).to("meta"), keep_ids)
+    return counter.get_total_flops()
+
+
+def expected(subset: frozenset[str]) -> int:
+    """What the kept conditions of an image add: their embedding, their keys and values, and the attention to them."""
+    d, joints = CONFIG.hidden_size, CONFIG.context_joints
+    tokens = {"text": TEXT, "cls": 1, "patches": PATCHES[0] * PATCHES[1], "pose": joints}
+    embedding = {
+        "text": TEXT * FEATURES.text_width * d,
+        "cls": 2 * FEATURES.dino_width * d,  # as a token and into adaLN
+        "patches": tokens["patches"] * FEATURES.dino_width * d,
+        "pose": joints * (3 * d + d * d + 24 * d),
+    }
+    a_token = CONFIG.depth * (2 * d * d + 2 * ROWS * COLUMNS * d)
+    return sum(2 * (embedding[name] + tokens[name] * a_token) for name in subset)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=lambda subset: "+".join(sorted(subset)) or "nothing")
+def test_trap_14_an_image_pays_for_the_conditions_it_keeps_and_no_other(subset):
+    assert counted(subset) - counted(()) == IMAGES * expected(subset)  # trap 14
+
+
+def test_images_of_one_forward_pay_for_what_any_of_them_keeps():
+    text, pose = frozenset({"text"}), frozenset({"pose"})
+    assert counted([text, pose, frozenset()]) == counted(text | pose)
+
+
+def test_routed_blocks_pay_for_the_kept_tokens():
+    tread, n, k, d = TreadConfig(enabled=True, start=1, end=1), ROWS * COLUMNS, 7, CONFIG.hidden_size
+    context, inner = 4 + TEXT, 192  # 8/3 of 64, rounded to 64
+    saved = (n - k) * (4 * d * d + 3 * d * inner) + 2 * d * (n * (n + context) - k * (k + context))
+    assert counted({"text"}, tread=tread) - counted({"text"}, k, tread) == IMAGES * 2 * saved

@@ -1,0 +1,276 @@
+"""``train export``: a trained model as a folder that others can load.
+
+``FOLDER/`` holds ``README.md`` (the model card), ``model_index.json`` and ``pipeline.py`` (which diffusers reads), and
+``transformer/``: ``config.json`` (what builds the network and says what it may be asked for),
+``diffusion_pytorch_model.safetensors`` and ``nanodit.py``. The names are those of diffusers' own folders, so that its
+tools and the Hugging Face hub know them. Both Python files only import :mod:`train.pipeline`: an exported model is
+drawn from by the code that trained it, and there is one sampler.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from nanodit.console import Progress, say
+from nanodit.errors import ConfigError, DataError
+from nanodit.files import canonical_json, sha256_file, sync_folder
+from nanodit.rng import noise
+from prep.dataset.layout import Dataset
+from train.checkpoint.checkpoint import load_model, load_weights, resolve_checkpoint
+from train.checkpoint.posthoc import parse_weights
+from train.checkpoint.tensorfile import Tensors, read_tensors, sync_file, write_tensors
+from train.config import TrainConfig
+from train.data.samples import bucket_size
+from train.draw.card import Report, model_card
+from train.method.sampling import Sampling, sample, to_uint8
+from train.model.conditions import Conditions, load_conditions, subset_name
+from train.model.network import Features, NanoDiT, build_model
+
+SCHEMA = 1
+INDEX, PIPELINE, CARD = "model_index.json", "pipeline.py", "README.md"
+COMPONENT = "transformer"  # the folder of the network, as diffusers calls it
+CONFIG, WEIGHTS, LOADER = (f"{COMPONENT}/{name}" for name in (
+    "config.json", "diffusion_pytorch_model.safetensors", "nanodit.py"
+))  # fmt: skip
+PREFIX = "network."  # of the names in the file: the network is a part of the class that diffusers loads
+SECTIONS = ("model", "flow", "tread")  # of the training config, that drawing depends on
+ROUNDED = ("blocks.", "context.")  # nearly all of the bytes
+PROBE = Sampling(method="dpm++2m", steps=10)  # how the pictures are drawn that rounding is judged by
+PROBES = 4  # at most
+
+# An import by name, because diffusers tells whoever lacks a package that it sees imported to `pip install` that name,
+# and `train` on PyPI is somebody else's.
+_LOADER = '''\
+"""Loads {name} of this model: its code is the package nanodit."""
+
+import importlib
+
+try:
+    {name} = importlib.import_module("train.pipeline").{name}
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"this model needs nanodit and diffusers ({{error}}): run pip install -e '.[export]' in a clone of nanodit's "
+        "source, or pip install 'nanodit[export] @ git+URL' with the URL of its repository; it is not on PyPI"
+    ) from error
+'''
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    weights: str = "ema",
+    half: bool = False,
+    report: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write a checkpoint (a step folder, or a run folder for its newest) as the new folder ``output``.
+
+    ``weights`` is ``ema``, ``model`` or ``posthoc:SIGMA_REL``; ``half`` rounds them to bfloat16 and says how many
+    pixels that moves, which is drawn on ``device``; ``report`` is the report.json of an evaluation of these weights,
+    whose figures the model card then has. The folder appears whole or not at all. Raises :class:`ConfigError` for a
+    folder that is not empty, :class:`DataError` for a damaged checkpoint or the report of another one, and
+    :class:`ResourceError` where the disk takes no more.
+    """
+    check_output(output)
+    parse_weights(weights)
+    step_folder = resolve_checkpoint(checkpoint)
+    evaluated = None if report is None else Report.read(report)
+    model, config, state = load_model(step_folder, weights)
+    source = {
+        "checkpoint": step_folder.name,
+        "weights": weights,
+        "weights_sha256": sha256_file(step_folder / f"{'power' if ':' in weights else weights}.safetensors"),
+        "parent": state.get("parent"),  # whose weights the run began with, if it did
+        "nanodit": importlib.metadata.version("nanodit"),
+    }
+    if evaluated is not None:
+        evaluated.check(source, state["dataset"]["fingerprint"])
+    tensors, rounding = model.state_dict(), None
+    if half:
+        tensors = to_half(tensors)
+        rounding = compare(model, tensors, config, state, torch.device(device))
+        say(f"bfloat16 weights: {rounding}")
+    described = describe(model, config, state, source)
+    card = model_card(output.resolve().name, model, described, config, evaluated, rounding)
+    return _write(output, described, tensors, card)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder with anything in it, or a file; raises :class:`ConfigError`."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"--output {output}: is there already, and an export replaces nothing; give another folder")
+
+
+def describe(model: NanoDiT, config: TrainConfig, state: Mapping[str, Any], source: Mapping[str, Any]) -> dict:
+    """Return the content of ``config.json``: all that :func:`build` needs, and where the weights come from.
+
+    No paths. The dropout table is spelled out, because a preset's name may mean another table in a later version.
+    """
+    table = config.conditioning.resolve(model.features.modalities)
+    return {
+        "schema": SCHEMA,
+        "step": state["step"],
+        "source": dict(source),
+        **{name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
+        "conditioning": {subset_name(subset): share for subset, share in table.items()},
+        "dataset": state["dataset"],
+    }
+
+
+def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+    """Build the network that a ``config.json`` describes, its weights random: (model, config, state).
+
+    The three are what :func:`train.checkpoint.checkpoint.load_model` returns, but for the places of dataset and run,
+    which an export does not know. Raises :class:`DataError` for a description of another version.
+    """
+    if described.get("schema") != SCHEMA:
+        raise DataError(f"{where}: its schema is {described.get('schema')}, this version of nanodit reads {SCHEMA}")
+    try:
+        config = TrainConfig(
+            dataset="the dataset that an export does not have", output="the run that an export does not have",
+            conditioning={"preset": None, "table": dict(described["conditioning"])},
+            **{name: dict(described[name]) for name in SECTIONS},
+        )  # fmt: skip
+        model = build_model(config.model, Features.from_dataset(described["dataset"]), config.tread)
+        state = {"step": described["step"], "dataset": described["dataset"], "source": described["source"]}
+    except (KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"{where}: not the description of a model of this version: {error}") from None
+    return model, config, state
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` is one that :func:`export` wrote, or that diffusers saved again."""
+    return (folder / INDEX).is_file() and (folder / CONFIG).is_file()
+
+
+def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+    """Load an exported folder without diffusers: (model, config, state) as of
+    :func:`train.checkpoint.checkpoint.load_model`.
+
+    The model is on the CPU, in float32 and in eval mode. ``ema``, the default everywhere, stands for the weights that
+    the folder holds; :class:`ConfigError` for any others. Raises :class:`DataError` for files that are damaged, or are
+    not what this version writes.
+    """
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    if not isinstance(described, dict):
+        raise DataError(f"{folder / CONFIG}: not the description of a model")
+    model, config, state = build(described, str(folder / CONFIG))
+    if weights not in ("ema", held := state["source"]["weights"]):
+        raise ConfigError(f"{folder}: an export, which holds the weights {held} alone, and not {weights}")
+    tensors = read_tensors(folder / WEIGHTS)
+    load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
+    return model.eval(), config, state
+
+
+# Files
+
+
+def _write(output: Path, described: Mapping[str, Any], tensors: Tensors, card: str) -> Path:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        (draft / COMPONENT).mkdir(parents=True)
+        config = {"_class_name": "NanoDiTTransformer", **described}
+        (draft / CONFIG).write_text(canonical_json(config), encoding="utf-8")
+        write_tensors(draft / WEIGHTS, {PREFIX + name: value for name, value in tensors.items()}, {"format": "pt"})
+        shutil.copymode(draft / CONFIG, draft / WEIGHTS)  # safetensors gives its files to their owner alone
+        (draft / CARD).write_text(card, encoding="utf-8")
+        write_loaders(draft)
+        for folder in (draft / COMPONENT, draft):
+            for file in folder.iterdir():
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(folder)
+        draft.rename(output)  # onto nothing, or an empty folder
+        sync_folder(output.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return output
+
+
+def write_loaders(folder: Path) -> None:
+    """Write what tells diffusers which classes a folder's model and pipeline are, and where their code is."""
+    index = {"_class_name": ["pipeline", "NanoDiTPipeline"], COMPONENT: ["nanodit", "NanoDiTTransformer"]}
+    (folder / COMPONENT).mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).write_text(canonical_json(index), encoding="utf-8")
+    (folder / PIPELINE).write_text(_LOADER.format(name="NanoDiTPipeline"), encoding="utf-8")
+    (folder / LOADER).write_text(_LOADER.format(name="NanoDiTTransformer"), encoding="utf-8")
+
+
+# Half the bytes
+
+
+def to_half(tensors: Tensors) -> Tensors:
+    """Round the matrices of :data:`ROUNDED` to bfloat16, and nothing else.
+
+    On the quickstart's checkpoint that moves pixels by 0.10/255 on average and 4/255 at most; with all matrices it is
+    0.14 and 9, with all tensors 0.17 and 36: times, and the way into and out of the network, need the precision.
+    """
+    halves = lambda name, value: value.ndim > 1 and name.startswith(ROUNDED)  # noqa: E731
+    return {name: value.bfloat16() if halves(name, value) else value for name, value in tensors.items()}
+
+
+def compare(
+    model: NanoDiT, tensors: Tensors, config: TrainConfig, state: Mapping[str, Any], device: torch.device
+) -> str:
+    """Say how far the pictures of ``tensors`` are from the model's own, in steps of 1/255; both computed in float32.
+
+    They are drawn from the conditions of holdout samples where the run's dataset is at hand, and else from nothing.
+    """
+    conditions, (width, height), what = _probe(config, state, model.features.modalities)
+    starts = torch.from_numpy(np.stack([noise("export", i, height, width) for i in range(len(conditions))]))
+    rounded = deepcopy(model)
+    load_weights(rounded, tensors, Path("bfloat16"))
+    pictures = []
+    with Progress("rounding", 2 * PROBE.steps, "steps") as progress:
+        for network in (model, rounded):
+            drawn = sample(
+                network.to(device), conditions, starts, flow=config.flow, sampling=PROBE,
+                on_step=lambda t, z: progress.advance(),
+            )  # fmt: skip
+            pictures.append(to_uint8(drawn).astype(int))
+            network.to("cpu")
+    difference = np.abs(pictures[0] - pictures[1])
+    return (
+        f"pixels differ from those of the float32 weights by {difference.mean():.3f}/255 on average and "
+        f"{difference.max()}/255 at most, in {len(difference)} pictures of {width}x{height} drawn from {what}"
+    )
+
+
+def _probe(
+    config: TrainConfig, state: Mapping[str, Any], modalities: tuple[str, ...]
+) -> tuple[Conditions, tuple[int, int], str]:
+    base = state["dataset"]["base"]
+    try:
+        dataset = Dataset(config.dataset)
+        at_hand = dataset.fingerprint == state["dataset"]["fingerprint"]
+        rows = dataset.rows("holdout") if at_hand else []
+    except DataError:
+        rows = []
+    if not rows:
+        keep = torch.zeros(PROBES, 4, dtype=torch.bool)
+        return Conditions(keep=keep), (base, base), "no conditions, the dataset not being at hand"
+    table = config.conditioning.resolve(modalities)
+    subset = max(table, key=lambda subset: (len(subset), table[subset]))
+    rows = [row for row in rows if row["bucket"] == rows[0]["bucket"]][:PROBES]
+    conditions = load_conditions(dataset, rows).keeping(subset)
+    what = f"the conditions ({subset_name(subset, modalities)}) of as many holdout samples"
+    return conditions, bucket_size(rows[0]["bucket"]), what

@@ -1,0 +1,229 @@
+"""What one micro-step needs, as a pure function of config, data and the number of the micro-batch.
+
+Pixels come in the order of :mod:`train.data.samples`; noise, times and dropped conditions from generators named by
+(seed, purpose, step, image). So micro-batches can be made ahead, or again after a kill, without any state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain, count, pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanodit.rng import generator
+from train.config import TrainConfig
+from train.data.batch_plan import Plan
+from train.data.flip import draw_flip
+from train.data.samples import Order, Row, TrainingSet
+from train.method.flow import timesteps
+from train.method.perceptual import View, draw_views
+from train.method.repa import counts, resample
+from train.method.schedule import Course
+from train.model.conditions import Conditions, Subset, deal
+from train.model.tread import draw_keep_ids
+
+T = TypeVar("T")
+
+MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a micro-batch that go through the network together.
+
+    ``teacher`` is what REPA aligns with, (b, n, DINO width) on the token grid; None where no image counts. ``views`` is
+    what LPIPS sees, images counted from the part's first.
+    """
+
+    images: slice
+    conditions: Conditions
+    teacher: Tensor | None = None
+    views: Sequence[View] = ()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout.
+
+    ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all; ``flipped`` counts the
+    images that are mirrored, with all their conditions.
+    """
+
+    keys: list[str]
+    subsets: list[Subset]
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    parts: list[Part]
+    keep_ids: Tensor | None = None
+    flipped: int = 0
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Move every tensor; without waiting where they are pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """Copy every tensor into page-locked memory, which a GPU reads while the host goes on."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        parts = [_map_tensors(replace(part, conditions=part.conditions.map(function)), function) for part in self.parts]
+        return replace(_map_tensors(self, function), parts=parts)
+
+    def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
+        """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
+        images, _, height, width = self.x.shape
+        tokens = (height // patch_size) * (width // patch_size)
+        kept = tokens if self.keep_ids is None else self.keep_ids.shape[1]
+        return images * (tokens - routed_blocks * (tokens - kept))
+
+
+def _map_tensors(record: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Apply ``function`` to the fields of a dataclass that are tensors."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
+    and REPA loss of each image, LPIPS and DINOv2's distance of those that they were computed of (the tensors on the
+    device), the image tokens a block saw, the images that were routed and those that were mirrored."""
+
+    keys: list[str]
+    subsets: list[Subset]
+    t: Tensor
+    losses: Tensor
+    velocities: Tensor
+    alignments: Tensor
+    lpips: Tensor
+    dino: Tensor
+    tokens: float
+    routed: int
+    flipped: int
+
+
+class MicroBatches:
+    """All micro-batches of a run, by number; ``plan.numbers`` lists those of an optimiser step."""
+
+    def __init__(self, config: TrainConfig, data: TrainingSet, table: dict[Subset, float]) -> None:
+        self.config, self.data, self.table = config, data, table
+        train = config.train
+        self.course = Course((train.steps,))
+        self.order = Order(data.sizes, train.batch_size, config.seed)
+        self.plan = Plan(
+            self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
+        )
+
+    def numbers(self, first_step: int) -> Iterator[int]:
+        """Yield the numbers of all micro-batches from a step (0-based) on, endlessly."""
+        return chain.from_iterable(map(self.plan.numbers, count(first_step)))
+
+    def make(self, index: int) -> MicroBatch:
+        """Return micro-batch ``index`` of the run; another thread calls ahead."""
+        config = self.config
+        step, position = divmod(index, self.plan.stride)
+        cuts = self.plan.of_step(step)
+        cut = cuts[position]
+        images = cut.images  # their numbers in the step
+        rows = self.data.select(cut)
+        flips = self.flips(step, images, rows)
+        x, conditions = self.data.load(rows, cut.size, flips)
+
+        # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
+        shifts = np.empty(self.plan.images)
+        for other in cuts:
+            shifts[list(other.images)] = config.flow.shift_of(other.size[1], other.size[0])
+        t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[list(images)]
+        sizes = [len(other.images) for other in cuts]
+        subsets = deal_subsets(self.table, sizes, generator(config.seed, "conditions", step))[position]
+        noise = np.stack(
+            [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
+        )
+        crop_of = lambda i: generator(config.seed, "crop", step, images[i])  # noqa: E731
+        shift = config.flow.shift_of(*x.shape[2:])
+        views = draw_views(config.perceptual, step + position, t.tolist(), shift, x.shape[2:], crop_of)
+        teach = config.repa.weight_at(step, self.course.totals[0]) > 0
+        parts = [
+            replace(self._part(part, subsets, conditions, x.shape[2:], teach), views=views_of(part, views))
+            for part in split(subsets)
+        ]
+        keep_ids = self._keep_ids(index, images, *x.shape[2:])
+        tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
+        return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids, sum(flips))
+
+    def flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
+        """Say which of a micro-batch's images, by their numbers in the step, are mirrored."""
+        share, seed = self.config.data.flip, self.config.seed
+        if share == 0:
+            return [False] * len(rows)
+        return [draw_flip(seed, step, i, share) and self.data.flippable(row) for i, row in zip(images, rows)]
+
+    def _part(
+        self, images: slice, subsets: Sequence[Subset], conditions: Conditions, size: Sequence[int], teach: bool
+    ) -> Part:
+        subsets, conditions, teacher = subsets[images], conditions.select(images), None
+        if teach and any(map(counts, subsets)):
+            teacher = resample(conditions.patches, *(side // self.config.model.patch_size for side in size))
+        return Part(images, conditions.keeping(subsets), teacher)
+
+    def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
+        tread, seed = self.config.tread, self.config.seed
+        step = index // self.plan.stride
+        if not tread.routes(*self.course.within(step), generator(seed, "routed", index)):
+            return None
+        tokens = (height // self.config.model.patch_size) * (width // self.config.model.patch_size)
+        drawn = [draw_keep_ids(generator(seed, "keep", step, i), tokens, tread.kept(tokens)) for i in images]
+        return torch.from_numpy(np.stack(drawn))
+
+
+def deal_subsets(table: dict[Subset, float], sizes: Sequence[int], rng: np.random.Generator) -> list[list[Subset]]:
+    """Deal the images of a step's micro-batches their condition subsets, equal ones side by side in few micro-batches.
+
+    The micro-batches are permuted, so that a subset does not depend on the bucket; t is drawn independently.
+    """
+    dealt = sorted(deal(table, sum(sizes), rng), key=list(table).index)
+    rank = rng.permutation(len(sizes))  # of each micro-batch along the sorted subsets
+    start = 0
+    if len(set(sizes)) > 1:
+        # on a circle with a random start every place is equally likely for every image; on a line the small
+        # micro-batches would come by the middle less often than by the ends
+        start = int(rng.integers(len(dealt)))
+    chunks: list[list[Subset]] = [[] for _ in sizes]
+    for micro_batch in np.argsort(rank):
+        end = start + sizes[micro_batch]
+        chunks[micro_batch] = [dealt[place % len(dealt)] for place in range(start, end)]
+        start = end
+    return chunks
+
+
+def views_of(part: slice, views: Sequence[View]) -> list[View]:
+    """Return the views of a part's images, counted from its first."""
+    return [replace(view, image=view.image - part.start) for view in views if part.start <= view.image < part.stop]
+
+
+def split(subsets: Sequence[Subset]) -> list[slice]:
+    """Cut a micro-batch into parts: a run of at least MIN_GROUP equal subsets is one, what lies between is mixed."""
+    cuts = [0, *(i for i in range(1, len(subsets)) if subsets[i] != subsets[i - 1]), len(subsets)]
+    parts: list[slice] = []
+    mixed = False
+    for start, stop in pairwise(cuts):
+        small = stop - start < MIN_GROUP
+        if small and mixed:
+            parts[-1] = slice(parts[-1].start, stop)
+        else:
+            parts.append(slice(start, stop))
+        mixed = small
+    return parts
+
+
+def part_sizes(images: int, subsets: int) -> set[int]:
+    """Return every number of images that a part of a micro-batch, dealt from a table of so many subsets, may have."""
+    if subsets == 1 or images <= MIN_GROUP:
+        return {images}
+    return {*range(1, images - MIN_GROUP + 1), *range(MIN_GROUP, images + 1)}

@@ -1,0 +1,84 @@
+"""What looks on while a run trains - pictures, validation - and may neither change it nor end it.
+
+A look gets a copy of the averaged model. Whatever it does to the process (random generators, threads, grad mode) is
+undone, and where it fails, training goes on: a warning says so, and ``RUN/warnings.jsonl`` keeps it with its traceback.
+A lack of memory or disk is no such failure: it would meet the training next, and ends the run with its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from nanodit.console import say
+from nanodit.errors import DataError, NanoditError, ResourceError, resource_error
+from train.checkpoint.run_folder import StopRequest
+
+T = TypeVar("T")
+WARNINGS = "warnings.jsonl"
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """Put back, at the end, what is global: all random generators, torch's threads, default dtype and grad mode."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    generators = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        random.setstate(generators[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if torch.get_num_threads() != settings[0]:
+            torch.set_num_threads(settings[0])
+        torch.set_default_dtype(settings[1])
+        torch.set_grad_enabled(settings[2])
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        torch.set_float32_matmul_precision(precision)
+
+
+def look(what: str, step: int, run_folder: Path, stop: StopRequest, function: Callable[[], T]) -> T | None:
+    """Return ``function()``, which nothing of the run notices; None where it failed, or was given up for a signal.
+
+    ``what`` names it in the warning, e.g. ``validation``. Raises :class:`ResourceError`.
+    """
+    if stop.requested:
+        return None
+    try:
+        with undone(), stop.interrupting():
+            return function()
+    except KeyboardInterrupt:
+        if not stop.requested:  # not of a signal
+            raise
+    except Exception as error:
+        lack = error if isinstance(error, ResourceError) else resource_error(error)
+        if lack is not None:
+            raise ResourceError(f"{what} at step {step}: {lack}. Or look on less often: `{what}.every_steps`") from None
+        reason = str(error) if isinstance(error, NanoditError) else f"{type(error).__name__}: {error}"
+        say(f"warning: {what} at step {step} failed, and training goes on: {reason}")
+        record = {"step": step, "what": what, "reason": reason, "traceback": traceback.format_exc()}
+        with open(run_folder / WARNINGS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return None
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return ``values`` as they are; raises :class:`DataError` naming those that are not numbers."""
+    bad = [tag for tag, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise DataError(f"{', '.join(bad)}: not finite")
+    return dict(values)

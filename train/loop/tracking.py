@@ -1,0 +1,222 @@
+"""What a run records about itself: TensorBoard, metrics.jsonl and provenance.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanodit.errors import DataError
+from nanodit.files import canonical_json, write_atomic
+from train.hardware import can_compile, has_fast_bf16
+
+_PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
+
+
+class Tracker:
+    """Writes the same numbers to ``metrics.jsonl`` and TensorBoard.
+
+    ``step`` counts the optimiser steps completed before: what an interrupted run logged beyond it is dropped from both.
+    """
+
+    def __init__(self, run_folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
+
+        metrics = run_folder / "metrics.jsonl"
+        truncate_metrics(metrics, step)
+        metrics.touch()
+        # a buffer that takes any line: it reaches the file in one write
+        self._file = open(metrics, "r+b", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        self._record: dict[str, float] = {"step": step}  # the last one
+        self._start = self._file.seek(0, os.SEEK_END)  # where its line begins
+        # events of an earlier start at purge_step or later are hidden
+        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` (tag -> finite number) at ``step`` completed optimiser steps.
+
+        More of the step that was recorded last joins its record: a step has one line.
+        """
+        again = self._record["step"] == step
+        record = {**(self._record if again else {"step": step}), **values}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._start = self._file.seek(self._start) if again else self._file.seek(0, os.SEEK_END)
+        self._record = record
+        self._file.write(line)
+        self._file.flush()
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Show an image, uint8 (H, W, 3), on TensorBoard."""
+        self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show a text, as it is, on TensorBoard."""
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown, whatever is in it
+        self._board.add_text(tag, indented, step)
+
+    def sync(self) -> None:
+        """Make what was logged durable; called before a checkpoint, which promises the records up to its step."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+
+class Rates:
+    """Steps and images per second of training alone: no validation, pictures or saving, no compilation, no warm-up."""
+
+    WARM_UP_STEPS = 2
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self._peak_flops, self._flops = peak_flops, 0
+        self._added = self._graphs = 0
+        self._steps = self._images = 0
+        self._seconds = 0.0
+        self._shown: dict[str, str] = {}
+
+    def add(self, images: int, seconds: float, flops: int = 0) -> None:
+        """Count one optimiser step and its FLOPs, unless it is one of the first or compiled something."""
+        self._added += 1
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+        compiled, self._graphs = graphs > self._graphs, graphs
+        if self._added > self.WARM_UP_STEPS and not compiled:
+            self._steps += 1
+            self._images += images
+            self._seconds += seconds
+            self._flops += flops
+
+    def take(self) -> dict[str, float]:
+        """Return the rates since the last call, empty where nothing was counted; MFU where the GPU's peak is known."""
+        if not self._steps:
+            return {}
+        iterations, images = self._steps / self._seconds, self._images / self._seconds
+        rates = {"sys/iter_per_sec": iterations, "sys/images_per_sec": images}
+        self._shown = {"images/s": f"{images:.1f}"}
+        if self._peak_flops:
+            rates["sys/mfu"] = self._flops / self._seconds / self._peak_flops
+        self._steps = self._images = self._flops = 0
+        self._seconds = 0.0
+        return rates
+
+    def shown(self) -> dict[str, str]:
+        """Return what a progress line says: the last rate taken."""
+        return self._shown
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Return the GPU memory in 1e9 bytes: allocated and reserved now, and the peak since the last call.
+
+    Pictures and checkpoints in between are in the peak. Empty on a CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "memory/peak_vram_gb": peak / 1e9,
+        "memory/vram_allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
+        "memory/vram_reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
+    }
+
+
+def memory_shown(values: Mapping[str, float]) -> dict[str, str]:
+    """Return what a progress line says: the peak of the GPU among logged ``values``; on a CPU, of this process."""
+    if "memory/peak_vram_gb" in values:
+        return {"memory": f"{values['memory/peak_vram_gb']:.1f} GB"}
+    if torch.cuda.is_initialized():
+        return {}  # a step that was not logged: what was said last stays
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a torn last line, which a kill can leave, is dropped, any other is a :class:`DataError`."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a whole line ends with a newline
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not last:
+                break
+            raise DataError(f"{path}:{number}: not a record of metrics; restore the file or delete it") from None
+        records.append(record)
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the records of the first ``step`` completed steps."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_atomic(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what bit-equality depends on beside config and data; no host names, no paths, no variables."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fast_bf16": has_fast_bf16(),  # decides what Muon computes in, and "auto" precision
+        "can_compile": can_compile(device.type),  # decides "auto" compilation
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def write_provenance(
+    run_folder: Path,
+    device: torch.device,
+    dataset: Mapping[str, Any],
+    step: int,
+    parent: Mapping[str, Any] | None = None,
+) -> None:
+    """Write provenance.json: code, packages, kind of machine and data of this start, and the steps of all starts.
+
+    ``parent`` is the checkpoint whose weights the run began with, as its state says.
+    """
+    path = run_folder / "provenance.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["started_at_steps"] if path.exists() else []
+    record = {
+        "schema": 1,
+        "git": git_state(Path(__file__).parent),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "environment": environment(device),
+        "dataset": dict(dataset),
+        "started_at_steps": [*starts, step],
+        **({"parent": dict(parent)} if parent else {}),
+    }
+    write_atomic(path, canonical_json(record))
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Return the commit and whether anything differs from it; "unknown" where git cannot say or does not track us."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", ".")  # fails in the repository of whoever installed the package
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": "unknown"}

@@ -1,0 +1,354 @@
+"""The training loop: micro-batches, optimiser steps, and everything that must survive a kill.
+
+All randomness comes from counter-based generators named by (seed, purpose, step, image), never from a global state. So
+the weights are a function of config, data and seed, however often the run was interrupted (bit-equal on a CPU), and
+what looks on (logging, pictures, validation) cannot change them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanodit.config import dump_config
+from nanodit.console import Progress, say
+from nanodit.errors import ConfigError, DataError, Interrupted
+from nanodit.faults import fault
+from train.checkpoint.checkpoint import Checkpoint, load_weights, save_checkpoint, set_aside_after
+from train.checkpoint.initial import Parent, init_weights
+from train.checkpoint.posthoc import continue_snapshots, save_snapshot
+from train.checkpoint.resume import course_of
+from train.checkpoint.run_folder import StopRequest
+from train.config import TrainConfig
+from train.data.batch_plan import scale_of
+from train.data.flip import check_flips
+from train.data.samples import TrainingSet, check_patch_size, prefetch, stalls_are_said
+from train.hardware import autocast, autocast_dtype, peak_flops
+from train.loop.announce import announce
+from train.loop.compiling import compile_if_asked
+from train.loop.flops import flop_counter
+from train.loop.health import clip_gradients, gradient_norms, report_non_finite
+from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
+from train.loop.observers import finite, look
+from train.loop.saving import Saver, run_state
+from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
+from train.loop.visual import VisualDebug
+from train.method.dino_loss import DinoLoss
+from train.method.ema import EMA, PowerAverages, ema_decay
+from train.method.flow import flow_loss, interpolate, to_x, velocity
+from train.method.optim import build_optimizer
+from train.method.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
+from train.method.repa import RepaHead, alignment_loss, alignment_values, check_alignment
+from train.method.schedule import Course, learning_rate
+from train.model.conditions import condition_shares
+from train.model.network import Features, NanoDiT, build_model
+
+# (averaged model, step, folder for files) -> values by TensorBoard tag
+Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
+VALIDATED = "heldout.json"  # what a validation writes last
+
+
+class Trainer:
+    """One run: the state that checkpoints hold (model, EMA, optimiser, step) and the loop that advances it."""
+
+    def __init__(
+        self, config: TrainConfig, dataset: Any, device: torch.device, validate: Validate | None = None
+    ) -> None:
+        self.config, self.device, self.validate = config, device, validate
+        self.step = 0  # completed optimiser steps
+        self.parent: dict[str, Any] | None = None  # of whose weights it began with
+        self.saver = Saver(config.checkpoint, self.save)
+        features = Features.from_dataset(dataset.info)
+        if not features.modalities:
+            raise DataError(
+                f"{dataset.root}: has no conditions to train on; run prep on it with at least one of text, dino and "
+                "pose in `layers`"
+            )
+        check_flips(dataset, config.data.flip)
+        self.data = TrainingSet(dataset, config.data.cache_gb)
+        check_patch_size(self.data.sizes, config.model.patch_size)
+        self.table = config.conditioning.resolve(features.modalities)
+        self.batches = MicroBatches(config, self.data, self.table)
+        self.visual = VisualDebug(config, dataset, self.table)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.model: NanoDiT = build_model(config.model, features, config.tread)
+            if config.repa.enabled:
+                check_alignment(features.dino_width, self.table)
+                self.model.repa_head = RepaHead(
+                    config.repa, config.model.depth, config.model.hidden_size, features.dino_width
+                )
+            self.model.to(device)
+        self.model.checkpoint_every = config.train.checkpoint_every
+        self.perceptual = self.dino = None
+        if config.perceptual.every:
+            check_views(config.perceptual, self.batches.plan.sizes)
+            self.perceptual = PerceptualLoss(config.perceptual, device)
+            self.dino = DinoLoss(config.perceptual, device) if config.perceptual.dino_weight else None
+        compile_if_asked(self.model, self.batches, device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.ema = EMA(self.model, self._ema_decay)
+        self.power = PowerAverages(self.model, config.ema)
+        self._take_course(Course((config.train.steps,)))
+        self.autocast_dtype = autocast_dtype(config.train.precision, device)
+        self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
+        self.peak_flops = peak_flops(device, self.autocast_dtype)
+        self.flops = flop_counter(self) if self.peak_flops else None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
+        if self.perceptual and checkpoint.state.get("perceptual") not in (None, self.perceptual.sha256):
+            raise DataError(f"{checkpoint.path}: was trained with other weights than {vgg_path()}; put those back")
+        if self.dino and checkpoint.state.get("perceptual_dino") not in (None, self.dino.sha256):
+            raise DataError(
+                f"{checkpoint.path}: was trained with other weights than those of DINOv2 in {self.dino.folder}; put "
+                "those back"
+            )
+        load_weights(self.model, checkpoint.model, checkpoint.path / "model.safetensors")
+        try:
+            self.ema.load(checkpoint.ema)
+            self.power.load(checkpoint.power)
+            self.optimizer.load_tensors(checkpoint.optimizer)
+        except ValueError as error:
+            raise DataError(f"{checkpoint.path}: {error}; it is the checkpoint of another model") from None
+        self.step = self.saver.saved = checkpoint.state["step"]
+        self.parent = checkpoint.state.get("parent")
+        self._take_course(course_of(checkpoint.state, self.config))
+        set_aside_after(self.config.run_folder, self.step)
+        continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
+
+    def begin_with(self, parent: Parent) -> None:
+        """Begin with the weights of another run; raises :class:`ConfigError` where they do not fit."""
+        for line in init_weights(self.model, parent, self.config, self.data.info["layers"]):
+            say(line)
+        self.ema = EMA(self.model, self._ema_decay)
+        self.parent, self.saver.saved = parent.record, -1  # to be saved at once: to continue takes no parent
+
+    def run(self, stop_at: float = math.inf) -> None:
+        """Train up to ``train.steps``, saving on the way and at the end.
+
+        From ``stop_at`` (time.monotonic()) on it stops as after a signal, but not before a step is done. Raises
+        :class:`Interrupted` then and after SIGTERM or SIGINT, with the last completed step saved, and
+        :class:`train.loop.health.NonFiniteError`.
+        """
+        if self.config.validation.every_steps and self.validate is None:
+            raise ConfigError("validation.every_steps: nothing was handed in that validates; set it to 0")
+        with StopRequest() as stop:
+            self._run(stop, stop_at)
+
+    def _run(self, stop: StopRequest, stop_at: float) -> None:
+        config, steps, saver = self.config, self.config.train.steps, self.saver
+        announce(self)
+        numbers = self.batches.numbers(self.step)
+        batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
+        tracker = Tracker(config.run_folder, self.step)
+        progress = Progress("train", steps, "steps", done=self.step)
+        rates = Rates(self.peak_flops)
+        continue_snapshots(config.run_folder, self.step)
+        watching = stalls_are_said(self.data)
+        with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
+            tracker.text(self.step, "config", dump_config(config))
+            saver.save_rest(self.step, tracker)
+            saver.saved_at = time.monotonic()
+            if self.step:  # what a signal or a kill gave up after the checkpoint
+                self._look_on(tracker, progress, stop)
+            while self.step < steps:
+                started = time.perf_counter()
+                with saver.nothing_lost(self.step, tracker):
+                    accumulated = self.accumulate(batches, stop)
+                if accumulated is None:
+                    saver.save_rest(self.step, tracker)
+                    raise Interrupted(f"stopped at step {self.step}; the same command continues")
+                values = self.update(accumulated)
+                seconds = time.perf_counter() - started
+                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0)
+                fault("train.step", config.run_folder.name)
+                if self.step % config.log_every == 0 or self.step == steps:
+                    values |= rates.take() | gpu_memory(self.device)
+                    tracker.log(self.step, values)
+                progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown(), **memory_shown(values))
+                if self.step in self.snapshot_steps:
+                    save_snapshot(config.run_folder, self.step, self.power)
+                if saver.is_due(self.step) or self.step == steps:
+                    saver.save_rest(self.step, tracker)
+                if time.monotonic() >= stop_at and self.step < steps:
+                    stop.requested = True
+                with saver.nothing_lost(self.step, tracker):
+                    self._look_on(tracker, progress, stop)
+
+    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Add the batch's share to the gradients; never waits for the device, on which the results stay.
+
+        Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS and DINOv2's distance of each
+        image that they were computed of. The REPA loss of an image that does not count is 0.
+        """
+        flow, losses, velocities, alignments, lpips, dino = self.config.flow, [], [], [], [], []
+        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
+        self.model.train()
+        for part in batch.parts:
+            x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
+            keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
+            z = interpolate(x, noise, t)
+            with autocast(self.device, self.autocast_dtype):
+                output = self.model(z, t, part.conditions, keep_ids, project=part.teacher is not None)
+            self._note_flops("model", len(x), z, t, part.conditions, keep_ids)
+            if part.teacher is None:
+                alignment = torch.zeros_like(t)
+            else:
+                output, projected = output
+                alignment = alignment_loss(projected, part.teacher, part.conditions.keeps("patches"), keep_ids)
+                self._note_flops("repa", len(x), projected)
+            x_hat = to_x(output, z, t, flow.prediction)
+            loss = flow_loss(x_hat, x, t, flow.t_min)
+            total = (loss + repa_weight * alignment).sum()
+            if part.views:
+                with autocast(self.device, self.autocast_dtype):
+                    distances = self.perceptual(x_hat, x, part.views).float()
+                total = total + self.perceptual.weight * distances.sum()
+                lpips.append(distances.detach())
+                self._note_flops("lpips", len(part.views), x_hat, x)
+            if part.views and self.dino:
+                with autocast(self.device, self.autocast_dtype):
+                    distances = self.dino(x_hat, x, part.views)
+                total = total + self.dino.weight * distances.sum()
+                dino.append(distances.detach())
+                self._note_flops("dino", len(part.views), x_hat, x)
+            # a sum over images divided by the images of the step: each image weighs the same
+            (total / self.images_per_step).backward()
+            losses.append(loss.detach())
+            alignments.append(alignment.detach())
+            velocities.append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
+        losses = torch.cat(losses)
+        views = (torch.cat(distances) if distances else losses[:0] for distances in (lpips, dino))
+        return losses, *map(torch.cat, (velocities, alignments)), *views
+
+    def _make_batch(self, index: int) -> MicroBatch:
+        batch = self.batches.make(index)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def accumulate(self, batches: Iterator[MicroBatch], stop: StopRequest) -> Accumulated | None:
+        """Take the micro-batches of one optimiser step; None if asked to stop before they were all taken.
+
+        What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
+        """
+        parts, tokens, routed, flipped = [], 0.0, 0, 0
+        for _ in self.batches.plan.numbers(self.step):
+            if stop.requested:
+                return None
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            batch = batch.to(self.device)
+            parts.append((batch.keys, batch.subsets, batch.t, *self.micro_step(batch)))
+            model = self.config.model
+            tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
+            routed += 0 if batch.keep_ids is None else len(batch.keys)
+            flipped += batch.flipped
+        keys, subsets, *tensors = zip(*parts)
+        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens, routed, flipped)
+
+    def update(self, accumulated: Accumulated) -> dict[str, float]:
+        """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
+        config = self.config.train
+        norms, total_norm = gradient_norms(self.model)
+        means = accumulated.losses.mean(), accumulated.velocities.mean(), accumulated.alignments.mean()
+        # the only wait for the device in a step
+        sums = accumulated.lpips.sum(), accumulated.dino.sum()
+        measured = torch.stack((*means, *sums, total_norm, *norms.values())).tolist()
+        flow, velocity_square, repa, lpips, dino, total, *group_norms = measured
+        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
+        loss = flow + repa_weight * repa
+        if self.perceptual:
+            loss += self.perceptual.weight * lpips / len(accumulated.keys)
+        if self.dino:
+            loss += self.dino.weight * dino / len(accumulated.keys)
+        by_group = dict(zip(norms, group_norms))
+        if not (np.isfinite(loss) and np.isfinite(total)):
+            raise report_non_finite(self.config.run_folder, self.step + 1, accumulated, by_group)
+        clip_gradients(self.model, total_norm, config.grad_clip)
+        shape = config.schedule, config.decay_share
+        rate = learning_rate(*self.course.within(self.step), config.lr, config.lr_min, config.warmup, *shape)
+        self.optimizer.set_lr(rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        decay = self.ema.update(self.model, self.step)
+        self.power.update(self.model, self.step)
+        return {
+            "train/loss": loss,
+            "train/flow_loss": flow,
+            **alignment_values(repa, repa_weight, accumulated.subsets),
+            **(lpips_values(lpips, len(accumulated.lpips), len(accumulated.keys)) if self.perceptual else {}),
+            **({"train/dino_loss": dino / len(accumulated.dino)} if len(accumulated.dino) else {}),
+            "train/grad_norm": total,
+            "train/velocity_norm": velocity_square**0.5,
+            "train/learning_rate": rate,
+            "train/ema_decay": decay,
+            **condition_shares(accumulated.subsets, self.table),
+            **{f"grad_norm/{group}": norm for group, norm in by_group.items()},
+            **({"train/scale": scale_of(config.phases, self.step - 1)} if config.phases else {}),
+            **({"train/flip_share": accumulated.flipped / len(accumulated.keys)} if self.config.data.flip else {}),
+            **({"train/routed": accumulated.routed / len(accumulated.keys)} if self.model.route else {}),
+            "sys/active_tokens": accumulated.tokens,
+        }
+
+    def ema_model(self) -> NanoDiT:
+        """Return the averaged model as a copy that shares no memory with the one in training."""
+        model = copy.deepcopy(self.model)
+        model.repa_head = None
+        self.ema.copy_to(model)
+        return model.eval()
+
+    def _look_on(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+        """Draw and validate, where it is time for that and not done; after saving, because it may take long."""
+        config, step = self.config, self.step
+        picture = self.visual.folder(config.run_folder, step) / "grid.png"
+        if self._due(config.visual_debug.every_steps) and not picture.exists():
+            draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
+            grid = look("visual_debug", step, config.run_folder, stop, draw)
+            if grid is not None:
+                tracker.image(step, "visual_debug", grid)
+                tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
+                progress.update(step, image=picture)
+        folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
+        if self._due(config.validation.every_steps) and not (folder / VALIDATED).exists():
+            validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
+            values = look("validation", step, config.run_folder, stop, validate)
+            if values:
+                tracker.log(step, values)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the last completed step."""
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state,
+            "optimizer": self.optimizer.tensors(),
+        }
+        if power := self.power.tensors():
+            tensors["power"] = power
+        kept = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+        return save_checkpoint(self.config.run_folder, self.step, tensors, run_state(self), *kept)
+
+    def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
+        if self.flops:
+            self.flops.note(name, images, *arguments)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
+
+    def _ema_decay(self, step: int) -> float:
+        return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay)
+
+    def _take_course(self, course: Course) -> None:
+        self.course = self.batches.course = course
+        self.snapshot_steps = course.snapshot_steps(self.config.ema.snapshots)

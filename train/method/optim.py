@@ -1,0 +1,198 @@
+"""Muon for the blocks' matrices, AdamW for everything else.
+
+Groups come from the tags that :mod:`train.model.network` sets where a parameter is defined; an untagged one is an
+error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nanodit.config import Config
+from train.hardware import has_fast_bf16
+
+# quintic Newton-Schulz iteration; Jordan et al., "Muon: an optimizer for hidden layers", 2024
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+
+# matrices orthogonalised together, in bytes of the type computed in: what a CPU's second-level cache holds with its
+# intermediates (tests/benchmarks/muon.py); on a GPU, for which the meta device stands, enough to fill it, and no more,
+# because it is extra memory
+BATCH_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26, "meta": 1 << 26}
+
+
+class OptimizerConfig(Config):
+    """Which optimiser, and its constants."""
+
+    type: Literal["muon", "adamw"] = "muon"  # "muon": Muon on the blocks' matrices, AdamW on the rest
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_lr_factor: float = Field(default=1.0, gt=0)
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return {"muon": {name: parameter}, "adamw": {...}} from the tags; raises ValueError for an untagged one."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}}
+    for name, parameter in model.named_parameters():
+        group = getattr(parameter, "optimizer_group", None)
+        if group not in groups:
+            raise ValueError(
+                f"parameter {name} has optimizer_group {group!r}; tag it where it is defined (train/model/network.py)"
+            )
+        groups[group][name] = parameter
+    return groups
+
+
+def orthogonalize(g_kab: Tensor) -> Tensor:
+    """Bring each matrix of a batch (k, a, b) near an orthogonal one by five Newton-Schulz steps, in its dtype.
+
+    Singular values end between .68 and 1.21 where they were at least .16 % of the matrix's Frobenius norm; smaller ones
+    grow by 485 at most.
+    """
+    tall = g_kab.shape[1] > g_kab.shape[2]
+    x = g_kab / (g_kab.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
+    a, b, c = NS_COEFFICIENTS
+    for _ in range(NS_STEPS):
+        # a x + (b gram + c gram gram) x, or from the right, whichever gram is smaller; in three fused products
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+class Muon:
+    """Muon with Nesterov momentum and ``match_rms_adamw`` scaling, batched over matrices of equal shape.
+
+    The update has the RMS of AdamW's: ``.2 sqrt(max(a, b))`` times the orthogonalised momentum (Liu et al., arXiv
+    2502.16982), so both optimisers share one learning rate. ``dtype`` is what Newton-Schulz computes in.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype) -> None:
+        self.parameters, self.config, self.dtype = parameters, config, dtype
+        self.lr = 0.0
+        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        shapes: dict[torch.Size, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            shapes[parameter.shape].append(name)
+        limit = BATCH_BYTES[next(iter(parameters.values())).device.type]
+        self._batches: list[list[str]] = []
+        for shape, names in shapes.items():
+            size = max(2, limit // (shape.numel() * dtype.itemsize))
+            self._batches += [names[i : i + size] for i in range(0, len(names), size)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply one update to every parameter of the group."""
+        beta, decay = self.config.muon_momentum, self.config.weight_decay
+        rate = self.lr * self.config.muon_lr_factor
+        for names in self._batches:
+            weights = [self.parameters[name] for name in names]
+            gradients = [weight.grad for weight in weights]
+            momenta = [self.momentum[name] for name in names]
+            # torch.optim.Muon: m = lerp(m, g, 1 - beta), update = lerp(g, m, beta)
+            torch._foreach_lerp_(momenta, gradients, 1 - beta)
+            nesterov_kab = torch.stack(torch._foreach_lerp(gradients, momenta, beta)).to(self.dtype)
+            update_kab = orthogonalize(nesterov_kab).float() * (-rate * 0.2 * math.sqrt(max(nesterov_kab.shape[1:])))
+            if decay:
+                torch._foreach_mul_(weights, 1 - rate * decay)
+            torch._foreach_add_(weights, list(update_kab.unbind(0)))
+
+
+class Optimizer:
+    """The optimiser of a run: Muon + AdamW, or AdamW alone; one learning rate for both."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        groups = parameter_groups(model)
+        adamw = groups["adamw"] if config.type == "muon" else {**groups["muon"], **groups["adamw"]}
+        muon = groups["muon"] if config.type == "muon" else {}
+        first = next(iter(adamw.values()))
+        # float32 on CPUs without fast bfloat16; published Muon computes Newton-Schulz in bfloat16
+        dtype = torch.bfloat16 if first.device.type != "cpu" or has_fast_bf16() else torch.float32
+        self.muon = Muon(muon, config, dtype) if muon else None
+        self._adamw_names = list(adamw)
+        self.adamw = torch.optim.AdamW(
+            list(adamw.values()),
+            lr=0.0,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        # torch would do the same at a parameter's first gradient, which can be steps away where conditions are dropped;
+        # here, so that the state is complete from the start and a checkpoint that lacks any of it is damaged
+        for parameter in adamw.values():
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    def describe(self) -> str:
+        """Return one line: tensors and parameters of each group."""
+        groups = {
+            "Muon": list(self.muon.parameters.values()) if self.muon else [],
+            "AdamW": self.adamw.param_groups[0]["params"],
+        }
+        counts = [
+            f"{name} on {len(group)} {what} ({sum(p.numel() for p in group) / 1e6:.2f} M parameters)"
+            for (name, group), what in zip(groups.items(), ("matrices", "tensors"))
+            if group
+        ]
+        return f"optimiser: {', '.join(counts)}"
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        self.adamw.param_groups[0]["lr"] = lr
+        if self.muon:
+            self.muon.lr = lr
+
+    def step(self) -> None:
+        """Update every parameter from its gradient."""
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+        if self.muon:
+            for parameter in self.muon.parameters.values():
+                parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole state as a flat dict of tensors, for safetensors; complete also before the first step."""
+        state = {}
+        for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
+            for key, value in self.adamw.state[parameter].items():
+                state[f"adamw/{key}/{name}"] = value
+        if self.muon:
+            state.update({f"muon/momentum/{name}": value for name, value in self.muon.momentum.items()})
+        return state
+
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`tensors` returned; raises ValueError when a tensor is missing, foreign or misshaped."""
+        own = self.tensors()
+        if lacking := own.keys() - state.keys():
+            raise ValueError(f"optimiser state lacks {len(lacking)} tensors, first {min(lacking)}")
+        if foreign := state.keys() - own.keys():
+            raise ValueError(f"optimiser state has {len(foreign)} tensors of another model, first {min(foreign)}")
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"optimiser state {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Build the optimiser of a run from the model's tags."""
+    return Optimizer(model, config)

@@ -1,0 +1,238 @@
+"""The largest micro-batch of a run, without data: what ``plan`` and the start of a run on a GPU try first.
+
+Where there is no dataset yet, a stand-in has the buckets of a base size and the widths of the encoders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import chain, product
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from nanodit.config import load_config
+from nanodit.errors import ConfigError
+from nanodit.storage import open_storage
+from prep.config import PrepConfig
+from prep.dataset.buckets import buckets_for
+from prep.dataset.layout import Dataset
+from prep.encoders.registry import INPUT_SCALE
+from prep.passes.cost import DINO_CELL, DINO_MIN_GRID, DINO_WIDTH, T5_TOKENS, T5_WIDTH, sample_bytes
+from train.config import TrainConfig
+from train.data.batch_plan import scaled_size
+from train.data.samples import Row, bucket_size
+from train.loop.microbatch import MicroBatch, Part
+from train.method.perceptual import View
+from train.model.conditions import MODALITIES, TEXT_MULTIPLE, Conditions, Subset
+from train.model.network import JOINTS, Features
+
+
+class StandIn:
+    """A dataset that does not exist yet, as far as a trainer that reads no sample asks: one sample in each bucket."""
+
+    has_flips = True
+    fingerprint = "none"
+
+    def __init__(self, prep: PrepConfig) -> None:
+        self.prep, self.root = prep, prep.output
+        layers = {"px": {}, "t5": {"width": T5_WIDTH[prep.encoders]}, "dino": {"width": DINO_WIDTH[prep.encoders]}}
+        layers["pose"] = {}
+        kept = {name: layers[name] for name in prep.active_layers if name in layers}
+        self.info = {"base": prep.base, "encoders": prep.encoders, "fingerprint": self.fingerprint, "layers": kept}
+
+    def rows(self, split: str) -> list[Row]:
+        """Return the rows of the split "train", with usual captions and in one row the longest; no other split."""
+        scale = self.prep.dino.input_scale or INPUT_SCALE[self.prep.encoders]
+        side = lambda pixels: max(DINO_MIN_GRID, math.floor(scale * pixels / DINO_CELL + 0.5))  # noqa: E731
+        longest = self.prep.t5.max_tokens
+        rows = []
+        for i, bucket in enumerate(buckets_for(self.prep.base) if split == "train" else ()):
+            row = {"key": f"{i:032x}", "source": "none", "bucket": str(bucket), "split": split}
+            row["t5_tokens"] = longest if i == 0 else min(T5_TOKENS, longest)
+            rows.append(row | {"dino_h": side(bucket.height), "dino_w": side(bucket.width)})
+        return rows
+
+
+def open_dataset(config: TrainConfig, config_file: Path, base: int | None) -> tuple[Dataset | StandIn, str]:
+    """Return the run's dataset, or a stand-in where there is none, and what it is.
+
+    The stand-in follows the config of ``prep``, in the folder ``prep`` beside the trainer's, that would write the
+    dataset; with ``base``, or without such a config, it has the full-size encoders. Raises :class:`ConfigError` for a
+    base without buckets.
+    """
+    if base is None and open_storage(config.dataset).exists("dataset.json"):
+        dataset = Dataset(config.dataset)
+        return dataset, f"{dataset.root}: base {dataset.info['base']}, {dataset.info['encoders']} encoders"
+    known = _prep_config(config.dataset, config_file) if base is None else None
+    side = f"base={1024 if base is None else base}"
+    prep = known or load_config(PrepConfig, None, ["source=.", f"output={config.dataset}", side])
+    like = "the default" if base is None else "--base"
+    if known:
+        like = "the config of prep that writes it"
+    missing = "does not exist yet" if base is None else "set aside"
+    what = f"{config.dataset} {missing}: seven equal buckets of base {prep.base}, {prep.encoders} encoders ({like})"
+    return StandIn(prep), what
+
+
+def _prep_config(dataset: str, config_file: Path) -> PrepConfig | None:
+    for file in sorted((config_file.resolve().parent.parent / "prep").glob("*.yaml")):
+        try:
+            prep = load_config(PrepConfig, file)
+        except ConfigError:
+            continue
+        if prep.output == dataset:
+            return prep
+    return None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What sizes of a micro-batch depend on: caption tokens, DINO grid (h, w) by bucket, feature widths."""
+
+    longest_text: int  # padded
+    mean_text: int  # padded
+    grids: dict[str, tuple[int, int]]
+    features: Features
+
+    @classmethod
+    def of(cls, info: dict[str, Any], rows: Sequence[Row]) -> Shapes:
+        """Read them from a dataset.json and the rows of the training split."""
+        features = Features.from_dataset(info)
+        grids = {row["bucket"]: (row["dino_h"], row["dino_w"]) for row in rows} if features.dino_width else {}
+        tokens = [row["t5_tokens"] for row in rows] if features.text_width else [0]
+        return cls(_padded(max(tokens)), _padded(sum(tokens) / len(tokens)), grids, features)
+
+    def conditions(self, bucket: str, images: int, text_tokens: int, device: torch.device) -> Conditions:
+        """Return everything that images of a bucket can be conditioned on, without content."""
+        features = self.features
+        zeros = lambda *shape, **how: torch.zeros(images, *shape, device=device, **how)  # noqa: E731
+        dino, text = features.dino_width, features.text_width
+        kept = torch.tensor([name in features.modalities for name in MODALITIES], device=device)
+        return Conditions(
+            keep=kept.repeat(images, 1),
+            text=None if text is None else zeros(text_tokens, text),
+            text_mask=None if text is None else ~zeros(text_tokens, dtype=torch.bool),
+            cls=None if dino is None else zeros(dino),
+            patches=None if dino is None else zeros(*self.grids[bucket], dino),
+            pose=zeros(JOINTS, 3) if features.pose else None,
+        )
+
+
+def changed(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Return a config with some dotted keys set to other values; raises :class:`ConfigError` where they do not go."""
+    values = config.model_dump()
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, values)[name] = value
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{', '.join(overrides)}: {error.errors()[0]['msg']}") from None
+
+
+def only(conditions: Conditions, subset: Subset) -> Conditions:
+    """Return the conditions of ``subset`` alone; as :meth:`Conditions.keeping`, for tensors without content."""
+    gone = {name: None for name in MODALITIES if name not in subset}
+    return replace(conditions, **gone, **({} if "text" in subset else {"text_mask": None}))
+
+
+def _padded(tokens: float) -> int:
+    return math.ceil(tokens / TEXT_MULTIPLE) * TEXT_MULTIPLE
+
+
+def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
+    """Return the mean bytes of a training sample that a run reads, by layer."""
+    rows = dataset.rows("train")
+    if isinstance(dataset, StandIn):
+        layers = [layer for layer in dataset.prep.active_layers if layer != "text"]
+        total = lambda layer: sum(sample_bytes(dataset.prep, layer, row["bucket"]) for row in rows)  # noqa: E731
+        return {layer: total(layer) / len(rows) for layer in layers}
+    sizes: dict[str, float] = {}
+    for row in rows:
+        for column, value in row.items():
+            layer, _, member = column.partition("/")
+            if member.endswith("/length") and layer != "text" and "flip" not in member and "json" not in member:
+                sizes[layer] = sizes.get(layer, 0.0) + value / len(rows)
+    return sizes
+
+
+def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
+    """Return the bytes that all training samples take in memory, decoded as :class:`train.data.samples.TrainingSet`
+    keeps them.
+
+    With ``flip`` the features of mirrored images come on top.
+    """
+    features, total = Features.from_dataset(dataset.info), 0
+    for row in dataset.rows("train"):
+        pixels, joints = 3 * math.prod(bucket_size(row["bucket"])), 3 * 4 * JOINTS if features.pose else 0
+        text = 2 * row["t5_tokens"] * features.text_width if features.text_width else 0
+        dino = 4 * (row["dino_h"] * row["dino_w"] + 1) * features.dino_width if features.dino_width else 0
+        total += pixels + joints + (text + dino) * (2 if flip else 1)
+    return total
+
+
+def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBatch:
+    """Return the largest kind of micro-batch of a run, by the image and context tokens that a block sees.
+
+    All their images keep everything and go through the network together, with the longest caption there is, every
+    token where some micro-batches are not routed, REPA and the perceptual loss on every image. ``trainer`` is a
+    :class:`train.loop.trainer.Trainer`.
+    """
+    plan, limit = trainer.batches.plan, trainer.config.model.context_patches or math.inf
+
+    def size(kind: tuple[str, float]) -> float:
+        context = shapes.longest_text + JOINTS + min(math.prod(shapes.grids.get(kind[0], (0,))), limit)
+        return plan.most_images(*kind) * (plan.tokens(scaled_size(*kind)) + context)
+
+    kind = max(product(plan.order.sizes, plan.scales), key=size)
+    return _full_batch(trainer, shapes, *kind, plan.most_images(*kind), device)
+
+
+def _full_batch(
+    trainer: Any, shapes: Shapes, bucket: str, scale: float, images: int, device: torch.device
+) -> MicroBatch:
+    config: TrainConfig = trainer.config
+    width, height = scaled_size(bucket, scale)
+    rows, columns = height // config.model.patch_size, width // config.model.patch_size
+    zeros = lambda *shape: torch.zeros(images, *shape, device=device)  # noqa: E731
+    conditions = shapes.conditions(bucket, images, shapes.longest_text, device)
+    teacher = zeros(rows * columns, shapes.features.dino_width) if config.repa.enabled else None
+    views = [View(i, 0, 0) for i in range(images)] if config.perceptual.every else []
+    tread, keep_ids = config.tread, None
+    if tread.enabled and (tread.tail_routed == 1 or round(tread.dense_tail * config.train.steps) == 0):
+        keep_ids = torch.arange(tread.kept(rows * columns), device=device).repeat(images, 1)
+    part = Part(slice(0, images), conditions, teacher, views)
+    subset = frozenset(shapes.features.modalities)
+    x, noise, t = zeros(3, height, width), zeros(3, height, width), zeros() + 0.5
+    return MicroBatch(["none"] * images, [subset] * images, x, noise, t, [part], keep_ids)
+
+
+def probe(trainer: Any) -> None:
+    """Take the largest micro-batch through the network twice, so that too little memory shows before the first step.
+
+    Nothing of it stays: gradients are forgotten, and there is no random state that it could change.
+    """
+    shapes = Shapes.of(trainer.data.info, [*chain(*trainer.data.rows.values())])
+    batch = largest_batch(trainer, shapes, trainer.device)
+    for _ in range(2):  # the second time the gradients are there already
+        trainer.micro_step(batch)
+    trainer.optimizer.zero_grad()
+    if trainer.flops:
+        trainer.flops.take()
+
+
+def drawing_request(trainer: Any, shapes: Shapes, device: torch.device) -> tuple[Conditions, Tensor]:
+    """Return conditions and noise of as many images as the visual debug may draw at once, of the largest bucket."""
+    bucket = max(trainer.batches.plan.order.sizes, key=lambda name: math.prod(bucket_size(name)))
+    width, height = bucket_size(bucket)
+    count = trainer.config.visual_debug.count
+    conditions = shapes.conditions(bucket, count, shapes.longest_text, device)
+    return conditions, torch.zeros(count, 3, height, width, device=device)

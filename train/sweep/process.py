@@ -1,0 +1,134 @@
+"""The process in which a trial runs: started by its supervisor, ended with it, and how it ended in words."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nanodit.errors import ResourceError
+
+PROJECT = Path(__file__).parents[2]
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+SHORTEST_SECRET = 6  # letters; a shorter value would be found everywhere
+ORPHANED = 1.0  # seconds between looks at who the parent is
+GRACE = 60.0  # seconds to save what was trained, and for a GPU to be given back
+KEPT_LINES = 5
+
+
+class TrialProcess:
+    """``python -m train sweep --trial NAME`` as a child, its output in ``log`` without any secrets.
+
+    It ends itself, saving first, when the process that started it is gone.
+    """
+
+    def __init__(self, sweep_file: Path, name: str, log: Path, working_directory: Path, threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "train", "sweep", "--config", str(sweep_file), "--trial", name, "--owned"],
+            cwd=working_directory, env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,  # Ctrl-C in a terminal reaches the driver alone
+        )  # fmt: skip
+        self._pump = threading.Thread(target=self._copy, args=(log, secrets(os.environ)), daemon=True)
+        self._pump.start()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, minus the signal's number if one ended it; None if it still runs after ``seconds``."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._pump.join(GRACE)
+        return code
+
+    def end(self) -> None:
+        """Let it save and end; kill it where it does not."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            if self.wait(GRACE) is None:
+                self._process.kill()
+                self.wait()
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        return self._lines[-1] if self._lines else ""
+
+    def _copy(self, log: Path, hidden: Sequence[str]) -> None:
+        with open(log, "a", encoding="utf-8") as file:
+            for line in self._process.stdout:
+                line = without(hidden, line)
+                file.write(line)
+                file.flush()
+                if line.strip():
+                    self._lines = [*self._lines, line.strip()][-KEPT_LINES:]
+
+
+def end_with_parent() -> None:
+    """From now on, end this process as SIGTERM does, saving first, when the one that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHANED)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(75)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL), from outside or by the system for lack of memory"
+    if code == -signal.SIGSEGV:
+        return "segmentation fault (SIGSEGV)"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def secrets(environment: Mapping[str, str]) -> list[str]:
+    """The values of variables whose names say that nobody should read them."""
+    found = (value for name, value in environment.items() if SECRET.search(name))
+    return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+
+
+def without(hidden: Sequence[str], text: str) -> str:
+    """``text`` with secrets replaced by asterisks."""
+    for value in hidden:
+        text = text.replace(value, "***")
+    return text
+
+
+def wait_for_gpu(visible: str, limit: float = GRACE) -> None:
+    """Wait until no process computes on the GPUs named as CUDA_VISIBLE_DEVICES does; ResourceError names who does."""
+    deadline = time.monotonic() + limit
+    while users := gpu_users(visible):
+        if time.monotonic() > deadline:
+            raise ResourceError(
+                f"GPU {visible} is still in use after {limit:.0f} seconds, by {', '.join(users)}. End that, or ask for "
+                "a fraction (resources.gpu=0.5), which makes no claims about time and memory"
+            )
+        time.sleep(1)
+
+
+def gpu_users(visible: str) -> list[str]:
+    """The processes that compute on GPUs, as ``process PID (NAME, MEMORY)``; empty where nvidia-smi cannot tell."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run([*command, "-i", visible], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    if answer.returncode:
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    return [f"process {row[0]} ({', '.join(row[1:])})" for row in rows if row and row[0].isdecimal()]
