@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from evaluate.drawing.arms import SamplerConfig
+from evaluate.metrics.examiner import PoseModelsConfig
 from evaluate.suite.divergence import DivergenceConfig
 from evaluate.suite.edit import EditConfig
 from evaluate.suite.heldout_loss import HeldoutLossConfig
@@ -14,38 +16,6 @@ from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
 from evaluate.suite.swap import SwapConfig
 from nanodit.config import Config
-from train.method.sampling import DRAWING, Grid, Method, Sampling
-
-
-class SamplerConfig(Config):
-    """How pictures are drawn; the same for every condition."""
-
-    method: Method = DRAWING.method
-    steps: int = Field(default=DRAWING.steps, gt=0)
-    grid: Grid = DRAWING.grid  # of the steps' times
-    interval: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)  # unshifted t in which guidance acts
-
-    @model_validator(mode="after")
-    def _check(self) -> SamplerConfig:
-        self.sampling(1.0)
-        return self
-
-    def sampling(self, guidance: float) -> Sampling:
-        """Return how pictures with this scale of guidance are drawn."""
-        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval), grid=self.grid)
-
-
-class PoseModelsConfig(Config):
-    """The two ONNX files of DWPose that judge pictures."""
-
-    detector: str
-    pose: str
-
-    @property
-    def files(self) -> tuple[Path, Path]:
-        """Paths of the person detector and the joint network."""
-        return Path(self.detector), Path(self.pose)
-
 
 TestName = Literal[
     "heldout_loss", "reconstruction", "attributes", "swap", "edit", "divergence", "pose", "memorisation", "distribution"

@@ -153,3 +153,11 @@ def average(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any
     """Plain mean of a column over the rows that have it; None where none has."""
     numbers = [number for row in rows if (number := value(row)) is not None]
     return sum(numbers) / len(numbers) if numbers else None
+
+
+MEASURES = {
+    "psnr": ("higher", "dB"),
+    "ssim": ("higher", ""),
+    "lpips": ("lower", ""),
+    "dino_similarity": ("higher", ""),
+}

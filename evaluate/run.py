@@ -41,10 +41,13 @@ from nanodit.config import dump_config
 from nanodit.console import Progress
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
-from prep.dataset.layout import Dataset, parquet_bytes
-from train.checkpoint.checkpoint import load_model, resolve_checkpoint
+from prep.dataset.layout import parquet_bytes
+from prep.dataset.reader import Dataset
+from train.checkpoint.checkpoint import resolve_checkpoint
+from train.checkpoint.open import load_model
+from train.checkpoint.provenance import git_state
 from train.config import TrainConfig
-from train.loop import tracking
+from train.loop.tracking import read_metrics
 from train.model.conditions import Subset
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
@@ -152,7 +155,7 @@ def build_context(
 ) -> Context:
     """Open the judges and read the training images."""
     lpips = Lpips() if lpips_unavailable() is None else None
-    detector, no_detector = open_detector(config, subject.dataset)
+    detector, no_detector = open_detector(config.pose_models, subject.dataset)
     judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
     probe, no_probe = open_probe(config.probe, subject.device)
     examiner = Examiner(subject.dataset, lpips, detector, judge, probe)
@@ -214,7 +217,7 @@ def pick_device(name: str) -> str:
 
 def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl up to a step."""
-    return [record for record in tracking.read_metrics(run_folder / "metrics.jsonl") if record["step"] <= step]
+    return [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= step]
 
 
 def provenance(
@@ -231,7 +234,7 @@ def provenance(
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),
-        "git": tracking.git_state(Path(tracking.__file__).parent),
+        "git": git_state(Path(__file__).parent),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {subject.device}",

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluate.drawing.baselines import random_pairs
 from nanodit.errors import PROBLEM_BREAK, DataError
-from nanodit.rng import noise
-from prep.dataset.layout import Dataset
+from nanodit.rng import generator, noise
+from prep.dataset.reader import Dataset
+from train.data.samples import load_conditions
 from train.method.flow import FlowConfig
-from train.model.conditions import Conditions, Subset, load_conditions
+from train.model.conditions import Conditions, Subset
 
 Row = Mapping[str, Any]
 
@@ -152,3 +152,23 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """float (B, 3, H, W) in about [-1, 1] to uint8 (B, H, W, 3), clipped and rounded; non-finite values become 0."""
     pixels = ((images.float() + 1) * 127.5).nan_to_num(0, 0, 0).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Pair every sample with another of the same bucket: sample key -> partner's key.
+
+    Within a bucket the keys, in an order shuffled once for all, form a ring and everybody gets the next one, so nobody
+    is paired with itself. Partners come from another duplicate group where there is one. A bucket of one has no pair.
+    """
+    buckets: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["key"]):
+        buckets[row["bucket"]].append(row)
+    pairs = {}
+    for bucket, members in buckets.items():
+        ring = [members[index] for index in generator("random pair", bucket).permutation(len(members))]
+        for index, row in enumerate(ring):
+            others = ring[index + 1 :] + ring[:index]
+            foreign = [other for other in others if other["duplicate_group"] != row["duplicate_group"]]
+            if others:
+                pairs[row["key"]] = (foreign or others)[0]["key"]
+    return pairs

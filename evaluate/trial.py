@@ -15,9 +15,10 @@ from evaluate.subject import Subject, dataset_modalities, select_holdout
 from nanodit.config import dump_config, load_config, parse_yaml
 from nanodit.console import say, waiting
 from nanodit.errors import ConfigError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.config import TrainConfig
-from train.model.network import Features, build_model
+from train.model.config import Features
+from train.model.network import build_model
 
 FEW = 4  # samples that show which metrics there are
 

@@ -25,7 +25,7 @@ from nanodit.config import load_config
 from nanodit.console import waiting
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, write_atomic
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.data.samples import bucket_size
 from train.loop.trainer import VALIDATED, Validate

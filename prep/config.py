@@ -8,8 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from nanodit.config import Config, Place
 from nanodit.errors import ConfigError
-from prep.captions.sidecar import CaptionConfig
+from prep.captions.config import CaptionConfig
 from prep.dataset.buckets import buckets_for
+from prep.images.filters import FilterConfig
 
 
 class ImageConfig(Config):
@@ -18,28 +19,6 @@ class ImageConfig(Config):
     max_pixels: int = Field(178_956_970, gt=0)  # Pillow's own limit against decompression bombs
     max_upscale: float = Field(1.3334, gt=0)  # 4/3 with room for rounding
     format: Literal["webp", "jpeg"] = "webp"
-
-
-class FilterConfig(Config):
-    """Which images are wanted; None switches a rule off. The rules are in ``prep/images/filters.py``."""
-
-    min_side: int | None = Field(None, ge=1)  # pixels
-    min_pixels: int | None = Field(None, ge=1)
-    max_aspect: float | None = Field(None, ge=1)
-    min_sharpness: float | None = Field(None, ge=0)
-    min_persons: int | None = Field(None, ge=0)
-    max_persons: int | None = Field(None, ge=0)
-
-    @property
-    def counts_persons(self) -> bool:
-        """Whether the number of people decides about a sample."""
-        return self.min_persons is not None or self.max_persons is not None
-
-    @model_validator(mode="after")
-    def _some_number_is_allowed(self) -> Self:
-        if None not in (self.min_persons, self.max_persons) and self.min_persons > self.max_persons:
-            raise ValueError(f"min_persons {self.min_persons} is above max_persons {self.max_persons}")
-        return self
 
 
 class DuplicateConfig(Config):

@@ -35,7 +35,8 @@ from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import canonical_json
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import Dataset, npy_bytes
+from prep.dataset.codecs import npy_bytes
+from prep.dataset.reader import Dataset
 from prep.report.pictures import source_folder
 from prep.verify.verify import TEMPORARY
 

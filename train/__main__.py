@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanodit.config import dump_config, load_config
+from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
-from nanodit.files import write_atomic
 
 if TYPE_CHECKING:
-    import torch
-
-    from prep.dataset.layout import Dataset
+    from prep.dataset.reader import Dataset
     from train.config import TrainConfig
     from train.loop.trainer import Validate
 
@@ -168,65 +165,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import torch
-
-    from prep.dataset.layout import Dataset
-    from train.checkpoint.initial import check_same_parent, load_parent
-    from train.checkpoint.resume import check_same_run, choose_checkpoint
-    from train.checkpoint.run_folder import lock_run_folder
     from train.config import TrainConfig
-    from train.loop.saving import dataset_summary
-    from train.loop.tracking import environment, write_provenance
-    from train.loop.trainer import Trainer
-    from train.plan.cost import check_disk
-    from train.plan.rehearsal import probe
-    from train.plan.remedies import explained
+    from train.run import run
 
     if not options.max_hours > 0:
         raise ConfigError(f"--max-hours {options.max_hours:g}: must be more than 0")
-    if options.init_from and options.resume not in ("auto", "never"):
-        raise ConfigError("--init-from begins a run and --resume PATH continues one; give one of the two")
-    config = load_config(TrainConfig, options.config, options.overrides)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    dataset = Dataset(config.dataset)
-    run_folder = config.run_folder
-    with lock_run_folder(run_folder), explained(config, dataset, device):
-        checkpoint = choose_checkpoint(run_folder, options.resume)
-        step = 0
-        if checkpoint is not None:
-            step = checkpoint.state["step"]
-            finished = step >= config.train.steps
-            check_same_run(
-                checkpoint, config, dataset.fingerprint, environment(device), allowed_changes=options.allow_change,
-                allow_environment_change=options.allow_environment_change or finished,  # nothing is computed any more
-            )  # fmt: skip
-            if options.init_from:
-                check_same_parent(options.init_from, checkpoint.state, run_folder)
-            if finished:
-                say(f"{run_folder}: already trained to step {step}; nothing to do")
-                return
-        trainer = Trainer(config, dataset, device, _validation(config, dataset))
-        if checkpoint is not None:
-            trainer.load(checkpoint)
-            say(f"continuing from {checkpoint.path}")
-            del checkpoint  # as large as weights, average and optimiser together
-        elif options.init_from:
-            trainer.begin_with(load_parent(options.init_from))
-        check_disk(trainer)
-        write_atomic(run_folder / "config.yaml", dump_config(config))
-        write_provenance(run_folder, device, dataset_summary(dataset.info), step, trainer.parent)
-        if device.type == "cuda":
-            probe(trainer)
-        trainer.run(STARTED + 3600 * options.max_hours)
-    say(f"wrote {run_folder}: {config.train.steps} steps, checkpoints/step-{config.train.steps:06d}")
+    run(
+        load_config(TrainConfig, options.config, options.overrides), _build_validation,
+        resume=options.resume, init_from=options.init_from, allow_change=options.allow_change,
+        allow_environment_change=options.allow_environment_change, stop_at=STARTED + 3600 * options.max_hours,
+    )  # fmt: skip
 
 
-def _validation(config: TrainConfig, dataset: Dataset) -> Validate | None:
+def _build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
     """Return what the trainer calls to validate: it imports nothing of ``evaluate`` itself."""
-    if not config.validation.every_steps:
-        return None
     from evaluate.validation import build_validation
 
     return build_validation(config, dataset)
@@ -243,6 +195,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from train.draw.draw import DrawRequest, draw
+    from train.hardware import pick_device
     from train.method.sampling import INTERVAL, Sampling
 
     names = (
@@ -311,10 +264,11 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.owned:
         end_with_parent()
     from evaluate import trial as measuring
+    from train.run import run
     from train.sweep.trial import Work, run_trial
 
-    def train(file: Path) -> None:
-        _run(_parser().parse_args(["run", "--config", str(file)]))
+    def train(config: TrainConfig) -> None:
+        run(config, _build_validation)
 
     work = Work(train, measuring.measure, measuring.resolve, measuring.check)
     if options.trial:
@@ -333,6 +287,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from train.draw.export import export
+    from train.hardware import pick_device
 
     folder = export(
         options.checkpoint, options.output, weights=options.weights, half=options.half, report=options.report,
@@ -341,15 +296,6 @@ def _export(options: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*.*"))
     figures = f"with the figures of {options.report}" if options.report else "not evaluated (--report)"
     say(f"wrote {folder}: {size / 1e6:.1f} MB for diffusers; model card README.md, {figures}")
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a config, ``auto`` being the GPU where torch sees one; :class:`ConfigError` without it."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set the device to cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nanodit.config import Config, Place
 from train.data.batch_plan import Phase
+from train.method.dropout import ConditioningConfig
 from train.method.ema import EmaConfig
 from train.method.flow import FlowConfig
 from train.method.optim import OptimizerConfig
@@ -16,8 +17,7 @@ from train.method.perceptual import PerceptualConfig
 from train.method.repa import RepaConfig
 from train.method.sampling import Method
 from train.method.schedule import Schedule
-from train.model.conditions import ConditioningConfig
-from train.model.network import ModelConfig
+from train.model.config import ModelConfig
 from train.model.tread import TreadConfig
 
 

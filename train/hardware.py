@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from nanodit.errors import ConfigError
+
 
 @cache
 def has_fast_bf16() -> bool:
@@ -66,3 +68,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
         return None
     tera = PEAK_TFLOPS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
     return None if tera is None else tera * 1e12
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a config, ``auto`` being the GPU where torch sees one; :class:`ConfigError` without it."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set the device to cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

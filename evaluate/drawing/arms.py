@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
-from evaluate.config import EvaluateConfig, SamplerConfig
 from evaluate.metrics.pixels import degenerate
 from evaluate.records import Skipped
 from evaluate.subject import Batch, Subject, to_uint8
-from evaluate.suite.heldout_loss import TRAINED
-from train.method.sampling import sample
+from nanodit.config import Config
+from train.method.sampling import DRAWING, Grid, Method, Sampling, sample
 from train.model.conditions import MODALITIES, Subset, parse_subset, subset_name
+
+if TYPE_CHECKING:
+    from evaluate.config import EvaluateConfig
+
+TRAINED = "trained"  # in place of names: every subset that training drew
+
+
+class SamplerConfig(Config):
+    """How pictures are drawn; the same for every condition."""
+
+    method: Method = DRAWING.method
+    steps: int = Field(default=DRAWING.steps, gt=0)
+    grid: Grid = DRAWING.grid  # of the steps' times
+    interval: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)  # unshifted t in which guidance acts
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerConfig:
+        self.sampling(1.0)
+        return self
+
+    def sampling(self, guidance: float) -> Sampling:
+        """Return how pictures with this scale of guidance are drawn."""
+        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval), grid=self.grid)
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,7 @@ from PIL import Image
 from nanodit.console import Progress
 from nanodit.errors import DataError
 from nanodit.rng import generator
-from prep.dataset.layout import Dataset
-
-
-def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Pair every sample with another of the same bucket: sample key -> partner's key.
-
-    Within a bucket the keys, in an order shuffled once for all, form a ring and everybody gets the next one, so nobody
-    is paired with itself. Partners come from another duplicate group where there is one. A bucket of one has no pair.
-    """
-    buckets: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["key"]):
-        buckets[row["bucket"]].append(row)
-    pairs = {}
-    for bucket, members in buckets.items():
-        ring = [members[index] for index in generator("random pair", bucket).permutation(len(members))]
-        for index, row in enumerate(ring):
-            others = ring[index + 1 :] + ring[:index]
-            foreign = [other for other in others if other["duplicate_group"] != row["duplicate_group"]]
-            if others:
-                pairs[row["key"]] = (foreign or others)[0]["key"]
-    return pairs
+from prep.dataset.reader import Dataset
 
 
 def round_trip(images: np.ndarray) -> np.ndarray:

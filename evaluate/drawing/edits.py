@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evaluate.suite.attributes import PALETTES
+from evaluate.metrics.colours import PALETTES
 from nanodit.rng import generator
 from prep.captions.mirror import flip_caption
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from evaluate.subject import Batch, Row
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.data.flip import flip_pose
 from train.model.conditions import MODALITIES, Conditions, Subset, collate
 

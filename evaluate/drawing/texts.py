@@ -10,7 +10,7 @@ import numpy as np
 
 from nanodit.console import waiting
 from nanodit.errors import NanoditError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.encoders.registry import build_encoder
 from train.draw.request import check_encoder, encoder_config
 

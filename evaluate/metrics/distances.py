@@ -166,17 +166,6 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def more_samples(interval: Interval) -> int | None:
-    """About how many more images would keep an interval clear of zero, were its value the truth; None where it is.
-
-    The width falls as 1 / sqrt(n). A value of zero, or an interval without bounds, has no answer either.
-    """
-    if interval.low is None or interval.value == 0 or interval.low > 0 or interval.high < 0:
-        return None
-    half = (interval.high - interval.low) / 2
-    return max(1, math.ceil(interval.n * (half / interval.value) ** 2) - interval.n)
-
-
 def _mmd(first: np.ndarray, second: np.ndarray, kernel: Callable[..., np.ndarray], measure: str) -> Distance:
     """Unbiased MMD^2 (Gretton et al. 2012, eq. 3) and its values without each picture, from the kernel's row sums."""
     n = len(first)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluate.config import EvaluateConfig
 from evaluate.metrics.clip import ClipProbe
-from evaluate.metrics.joints import CONFIDENCE, Box
+from evaluate.metrics.colours import score_colours
+from evaluate.metrics.joints import CONFIDENCE, JOINTS_BOX, TRUE_BOX, Box, score_joints
 from evaluate.metrics.likeness import Judge, cosine, pixel_features
-from evaluate.metrics.pixels import Lpips, lpips_unavailable
+from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
 from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
-from evaluate.suite import attributes, pose, reconstruction
-from prep.dataset.layout import Dataset
+from nanodit.config import Config
+from prep.dataset.reader import Dataset
 from prep.encoders.dwpose import JOINTS, DWPose, Pose, denormalise
 
 Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
@@ -44,7 +45,7 @@ class Examiner:
         self._real: dict[str, np.ndarray] = {}  # the judge's feature of each real image seen
         self._truth = dataset.truth()
         self.figures = self._truth is not None
-        self.box = pose.TRUE_BOX if self.figures else pose.JOINTS_BOX
+        self.box = TRUE_BOX if self.figures else JOINTS_BOX
 
     @property
     def lpips_label(self) -> str | None:
@@ -130,14 +131,14 @@ class Examiner:
         joints: Sequence[np.ndarray | None],
         posed: Sequence[Posed] | None,
     ) -> list[dict[str, Any]]:
-        parts = [reconstruction.score(pictures, truths, self._lpips) if kind != REAL else [{}] * len(pictures)]
+        parts = [score_pixels(pictures, truths, self._lpips) if kind != REAL else [{}] * len(pictures)]
         parts.append(self._features(samples, pictures, truths, kind))
         if joints:
             targets, boxes = self._targets(samples, batch, kind, posed)
             if targets:
-                parts.append(pose.score(joints, targets, boxes, batch.width, batch.height))
+                parts.append(score_joints(joints, targets, boxes, batch.width, batch.height))
             if self.figures:
-                parts.append(attributes.score(pictures, joints, [self._truth[row["key"]] for row in samples]))
+                parts.append(score_colours(pictures, joints, [self._truth[row["key"]] for row in samples]))
             parts.append([{"figure_found": found is not None} for found in joints])
         return [{name: value for part in row for name, value in part.items()} for row in zip(*parts)]
 
@@ -191,10 +192,22 @@ class Examiner:
         return Box.around(joints[joints[:, 2] >= CONFIDENCE, :2])
 
 
-def open_detector(config: EvaluateConfig, dataset: Dataset) -> tuple[DWPose | None, str | None]:
+class PoseModelsConfig(Config):
+    """The two ONNX files of DWPose that judge pictures."""
+
+    detector: str
+    pose: str
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Paths of the person detector and the joint network."""
+        return Path(self.detector), Path(self.pose)
+
+
+def open_detector(models: PoseModelsConfig | None, dataset: Dataset) -> tuple[DWPose | None, str | None]:
     """The detector that judges joints, or None and the reason why there is none."""
-    if config.pose_models is not None:
-        return DWPose(*config.pose_models.files), None
+    if models is not None:
+        return DWPose(*models.files), None
     if dataset.info["encoders"] == "demo":
         from prep.encoders.demo import build_demo_encoders, demo_folder  # imports transformers, which takes seconds
 

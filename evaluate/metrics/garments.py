@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from evaluate.suite.attributes import ARMS, HIPS, LEGS, SHOULDERS
+from evaluate.metrics.colours import ARMS, HIPS, LEGS, SHOULDERS
 
 UNCHANGED = 0.05  # of the range of colours: a cell of the grid that differs by less stays as it was
 

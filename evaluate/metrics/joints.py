@@ -25,6 +25,9 @@ PARTS = {
 }
 ALPHA = 0.1  # of the longer side of the person's box
 CONFIDENCE = 0.3
+HEADLINE = "body"  # the part that a condition is quoted by
+# where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
+TRUE_BOX, JOINTS_BOX = "true box", "box around the confident joints that prep found"
 # A person's area where only the box is known: what crowdposetools and xtcocotools take (cocoeval.py, computeOks without
 # use_area). COCO itself takes the area of the segment.
 AREA_OF_BOX = 0.53
@@ -171,3 +174,25 @@ def mirror(joints: np.ndarray, width: np.ndarray | int) -> np.ndarray:
 def _distance(found: np.ndarray, target: np.ndarray) -> np.ndarray:
     offset = found[..., :2].astype(np.float64) - target[..., :2]
     return np.hypot(offset[..., 0], offset[..., 1])
+
+
+def score_joints(
+    joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], boxes: Sequence[Box], width: int, height: int
+) -> list[dict[str, Any]]:
+    """Columns joints, target_joints, box_side, box_area, pose_hits and pose_joints (of the body) for each picture.
+
+    ``joints`` are those found in it, float (133, 3) in pixels, None where nobody was found: then all that were asked
+    for are missed. ``targets`` are those asked for, in the same pixels.
+    """
+    rows = [
+        {
+            "joints": None if found is None else found.astype(np.float32).ravel().tolist(),
+            "target_joints": target.astype(np.float32).ravel().tolist(),
+            "box_side": float(np.float32(box.longer_side)),  # as it is stored, so that it gives the same hits again
+            "box_area": float(np.float32(box.area)),
+        }
+        for found, target, box in zip(joints, targets, boxes)
+    ]
+    read = Joints.read([row | {"key": "", "width": width, "height": height} for row in rows])
+    hits, asked = (each[:, PARTS[HEADLINE]].sum(1).tolist() for each in (read.hit, read.asked))
+    return [row | {"pose_hits": hit, "pose_joints": count} for row, hit, count in zip(rows, hits, asked)]

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanodit.errors import ConfigError
 from nanodit.files import canonical_json, sha256_bytes
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.encoders.dinov2 import DINOv2Encoder
 from prep.encoders.dinov3 import DINOv3Encoder
 from prep.encoders.weights import architecture

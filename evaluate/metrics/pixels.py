@@ -1,4 +1,4 @@
-"""Image and pose metrics as pure functions on arrays.
+"""How near a picture is to another, pixel by pixel: pure functions on arrays.
 
 Images are uint8 ``(B, H, W, 3)`` (one image is a batch of one), so that every method, baseline and reference is judged
 on the same quantised pixels. Every function returns one number per image: averages and intervals belong to
@@ -15,6 +15,7 @@ import torch
 
 from nanodit.files import sha256_file
 
+PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5  # an 11 x 11 window, as in the paper
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torch.hub's file name; the digits are the head of its SHA-256
@@ -156,3 +157,18 @@ def _check_pair(images: np.ndarray, references: np.ndarray) -> None:
             raise ValueError(f"expected uint8 (B, H, W, 3), got {array.dtype} {array.shape}")
     if images.shape != references.shape:
         raise ValueError(f"images {images.shape} and references {references.shape} differ in shape")
+
+
+def score_pixels(pictures: np.ndarray, truths: np.ndarray, lpips: Lpips | None) -> list[dict[str, float | None]]:
+    """Columns mse, psnr, ssim and lpips for each picture, uint8 (B, H, W, 3), against its truth.
+
+    PSNR is at most PSNR_CEILING, so that an exact copy has a number; LPIPS is null without its weights.
+    """
+    columns = {
+        "mse": mse(pictures, truths),
+        "psnr": np.minimum(psnr(pictures, truths), PSNR_CEILING),
+        "ssim": ssim(pictures, truths),
+        "lpips": np.full(len(pictures), np.nan) if lpips is None else lpips(pictures, truths),
+    }
+    finite = {name: [float(v) if np.isfinite(v) else None for v in values] for name, values in columns.items()}
+    return [dict(zip(finite, values)) for values in zip(*finite.values())]

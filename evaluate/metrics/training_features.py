@@ -15,7 +15,8 @@ from evaluate.metrics.likeness import Judge, pixel_features
 from evaluate.subject import Row
 from nanodit.console import Progress
 from nanodit.files import sha256_bytes, write_atomic
-from prep.dataset.layout import Dataset, load_npy, npy_bytes
+from prep.dataset.codecs import load_npy, npy_bytes
+from prep.dataset.reader import Dataset
 from prep.encoders.demo import demo_folder
 
 BATCH = 32  # images encoded at once: fixed, since the last bits depend on it

@@ -12,11 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evaluate.metrics.distances import more_samples
-from evaluate.records import ATTRIBUTES, MODEL, select
+from evaluate.records import ATTRIBUTES, MEASURES, MODEL, select
 from evaluate.statistics import intervals as statistics
-from evaluate.statistics.intervals import Interval
-from evaluate.suite.reconstruction import MEASURES
+from evaluate.statistics.intervals import Interval, more_samples
 
 Values = Mapping[tuple[str, int], tuple[Any, int]]  # (key, noise or bin) -> numerator and weight
 FACTS = ("fingerprint", "base", "encoders")  # of the dataset, in a report's provenance

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluate.metrics.distances import more_samples
 from evaluate.report.compare import difference, differing, objections
 from evaluate.report.files import Run
-from evaluate.statistics.intervals import Interval
+from evaluate.statistics.intervals import Interval, more_samples
 
 Metric = Mapping[str, Any]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.charts import joints_overlay
+from evaluate.metrics.colours import PALETTES
 from evaluate.records import AGAIN, ATTRIBUTES, MODEL, REAL
 from evaluate.report.files import Run
 from evaluate.report.metrics import condition_order, part_name
 from evaluate.report.pictures import Thumbnails, picture, real_of, shorten
-from evaluate.suite.attributes import PALETTES
 from nanodit.errors import DataError
 from nanodit.svg import BONES
 

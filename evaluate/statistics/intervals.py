@@ -6,6 +6,7 @@ their inputs and a fixed seed: the same numbers give the same interval.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -173,3 +174,14 @@ def _tail(clusters: int) -> float:
     # Student's t from the normal quantile: Abramowitz & Stegun 26.7.5, off by less than 1e-3 from 9 degrees of freedom
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return NormalDist().cdf(t * np.sqrt(clusters / freedom))
+
+
+def more_samples(interval: Interval) -> int | None:
+    """About how many more images would keep an interval clear of zero, were its value the truth; None where it is.
+
+    The width falls as 1 / sqrt(n). A value of zero, or an interval without bounds, has no answer either.
+    """
+    if interval.low is None or interval.value == 0 or interval.low > 0 or interval.high < 0:
+        return None
+    half = (interval.high - interval.low) / 2
+    return max(1, math.ceil(interval.n * (half / interval.value) ** 2) - interval.n)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluate.metrics.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid, more_samples
+from evaluate.metrics.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid
 from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason
-from evaluate.statistics.intervals import MIN_CLUSTERS
+from evaluate.statistics.intervals import MIN_CLUSTERS, more_samples
 
 if TYPE_CHECKING:
     from evaluate.drawing.context import Context, Rows

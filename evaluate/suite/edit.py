@@ -16,12 +16,12 @@ import numpy as np
 from pydantic import Field
 
 from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
+from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
-from evaluate.suite.attributes import CHANCE
 from nanodit.config import Config
 
 if TYPE_CHECKING:

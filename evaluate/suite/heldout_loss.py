@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from evaluate.drawing.arms import TRAINED
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.records import Metric, Skipped
 from evaluate.statistics import intervals as statistics
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from evaluate.drawing.pictures import Picture
 
 PREDICTORS = ("mean_image", "identity", "affine")
-TRAINED = "trained"  # in place of names: every subset that training drew
 RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
 
 

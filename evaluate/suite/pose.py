@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.metrics.distances import more_samples
-from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, PARTS, Box, Joints
+from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
-from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
 from nanodit.config import Config
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from evaluate.drawing.context import Context, Rows
     from evaluate.drawing.pictures import Picture
 
-# where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
-TRUE_BOX, JOINTS_BOX = "true box", "box around the confident joints that prep found"
-HEADLINE = "body"  # the part that a condition is quoted by
 MIRRORED = "mirrored"  # what follows the name of a condition in that of pictures from the pose's mirror image
 FLOOR, CEILING = "random_pair", "detector_on_real"
 OVERLAYS = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures shown, by their quantile of the body's OKS
@@ -42,28 +38,6 @@ class PoseConfig(Config):
 
     conditions: list[str] = Field(default=["pose"])  # without guidance, beside the configured ones
     mirrored: int = Field(default=64, ge=0)  # samples drawn from the mirror image of their pose too, one noise each
-
-
-def score(
-    joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], boxes: Sequence[Box], width: int, height: int
-) -> list[dict[str, Any]]:
-    """Columns joints, target_joints, box_side, box_area, pose_hits and pose_joints (of the body) for each picture.
-
-    ``joints`` are those found in it, float (133, 3) in pixels, None where nobody was found: then all that were asked
-    for are missed. ``targets`` are those asked for, in the same pixels.
-    """
-    rows = [
-        {
-            "joints": None if found is None else found.astype(np.float32).ravel().tolist(),
-            "target_joints": target.astype(np.float32).ravel().tolist(),
-            "box_side": float(np.float32(box.longer_side)),  # as it is stored, so that it gives the same hits again
-            "box_area": float(np.float32(box.area)),
-        }
-        for found, target, box in zip(joints, targets, boxes)
-    ]
-    read = Joints.read([row | {"key": "", "width": width, "height": height} for row in rows])
-    hits, asked = (each[:, PARTS[HEADLINE]].sum(1).tolist() for each in (read.hit, read.asked))
-    return [row | {"pose_hits": hit, "pose_joints": count} for row, hit, count in zip(rows, hits, asked)]
 
 
 def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.metrics import pixels as metrics
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
 from nanodit.config import Config
 
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
     from evaluate.drawing.pictures import Picture
 
 BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
-PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
-MEASURES = {
-    "psnr": ("higher", "dB"),
-    "ssim": ("higher", ""),
-    "lpips": ("lower", ""),
-    "dino_similarity": ("higher", ""),
-}
 SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
 QUANTILES = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures kept for the report, by their rank
 # What the predecessor called LPIPS values below these: a reference for readers, never a verdict.
@@ -41,21 +33,6 @@ class ReconstructionConfig(Config):
     """What is given, each drawn without guidance."""
 
     conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
-
-
-def score(pictures: np.ndarray, truths: np.ndarray, lpips: metrics.Lpips | None) -> list[dict[str, float | None]]:
-    """Columns mse, psnr, ssim and lpips for each picture, uint8 (B, H, W, 3), against its truth.
-
-    PSNR is at most PSNR_CEILING, so that an exact copy has a number; LPIPS is null without its weights.
-    """
-    columns = {
-        "mse": metrics.mse(pictures, truths),
-        "psnr": np.minimum(metrics.psnr(pictures, truths), PSNR_CEILING),
-        "ssim": metrics.ssim(pictures, truths),
-        "lpips": np.full(len(pictures), np.nan) if lpips is None else lpips(pictures, truths),
-    }
-    finite = {name: [float(v) if np.isfinite(v) else None for v in values] for name, values in columns.items()}
-    return [dict(zip(finite, values)) for values in zip(*finite.values())]
 
 
 def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
+from prep.captions.config import CaptionConfig
 from prep.captions.quality import Answer
 from prep.captions.servers import HostFault, HostTimeout, OllamaServer, OpenAIServer, SampleFault, open_server
-from prep.captions.sidecar import CaptionConfig
 
 LONGEST_COOL_DOWN = 120.0  # seconds
 TICK = 0.1  # seconds between looks at hosts whose cool-down may be over

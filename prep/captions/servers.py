@@ -21,8 +21,8 @@ import httpx
 import ollama
 
 from nanodit.errors import ConfigError
+from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.quality import Answer, tidy
-from prep.captions.sidecar import CaptionConfig, CaptionHost
 
 UNKNOWN = "unknown"
 LISTING_TIMEOUT = 30.0  # seconds to say which models there are

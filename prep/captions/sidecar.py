@@ -8,12 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
-from nanodit.config import Config
 from nanodit.files import canonical_json, sha256_bytes
 from prep.captions.mirror import flip_caption
 from prep.images.sources import SIDECAR_SUFFIX, leads_out
@@ -23,84 +19,6 @@ SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars
 SUFFIXES = ["." + "".join(letters) for letters in product(*zip(SIDECAR_SUFFIX[1:], SIDECAR_SUFFIX[1:].upper()))]
-
-
-class CaptionHost(Config):
-    """A caption server and how many captions it makes at a time."""
-
-    url: str
-    slots: int = Field(ge=1)
-
-
-class CaptionOptions(Config):
-    """How the model is to write; the names are Ollama's. Part of what a caption is made from."""
-
-    num_ctx: int = Field(4096, ge=512)
-    num_predict: int = Field(400, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    seed: int = Field(0, ge=0)
-
-
-class CaptionConfig(Config):
-    """Where captions come from, and what happens to an image without a usable one."""
-
-    backend: Literal["sidecar", "ollama", "openai"] = "sidecar"
-    on_missing: Literal["error", "reject"] = "error"
-    model: str = Field("gemma3:27b", min_length=1)
-    digest: str | None = None
-    hosts: Annotated[list[str | CaptionHost], Field(min_length=1)] | None = None
-    slots: int = Field(1, ge=1)
-    api_key_variable: str | None = None
-    prompt: str | None = None
-    image_side: int = Field(896, ge=64)
-    options: CaptionOptions = CaptionOptions()
-    reask_temperature: float = Field(0.5, gt=0)
-    min_words: int = Field(60, ge=1)
-    max_words: int = Field(300, ge=1)
-    timeout: float = Field(300.0, gt=0)
-    cool_down: float = Field(5.0, gt=0)
-    patience: float = Field(600.0, ge=0)
-
-    @property
-    def generated(self) -> bool:
-        """Whether a model writes the captions."""
-        return self.backend != "sidecar"
-
-    @property
-    def servers(self) -> tuple[CaptionHost, ...]:
-        """The caption servers with their slots; without ``hosts`` the one of ``OLLAMA_HOST``, else the local one."""
-        hosts = self.hosts or [os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"]
-        return tuple(CaptionHost(url=host, slots=self.slots) if isinstance(host, str) else host for host in hosts)
-
-    @field_validator("hosts")
-    @classmethod
-    def _are_urls(cls, hosts: list[str | CaptionHost] | None) -> list[str | CaptionHost] | None:
-        urls = [host if isinstance(host, str) else host.url for host in hosts or []]
-        for url in urls:
-            _check_url(url)
-        if len(set(urls)) < len(urls):
-            raise ValueError("a host is listed twice; give it more slots instead")
-        return hosts
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> CaptionConfig:
-        if self.min_words > self.max_words:
-            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
-        if self.backend == "openai" and self.hosts is None:
-            raise ValueError("backend openai needs hosts, for example hosts: [http://127.0.0.1:8000/v1]")
-        return self
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        usable = False
-    if not usable or parts.query or parts.fragment:
-        raise ValueError(f"{url!r} is not the URL of a server, such as http://192.168.1.20:11434")
-    if parts.username or parts.password:  # configs are written into every run's folder
-        raise ValueError("a host's URL must not hold credentials; name a variable in api_key_variable")
 
 
 class BadCaption(Exception):

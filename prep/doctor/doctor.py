@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from nanodit.console import say
 from nanodit.errors import NanoditError
-from prep.captions.sidecar import CaptionConfig, CaptionHost
+from prep.captions.config import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
 from prep.doctor.finding import (
     RESOURCE,

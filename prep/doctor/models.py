@@ -19,8 +19,8 @@ import httpx
 
 from nanodit.errors import ConfigError
 from nanodit.files import sha256_file
+from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.servers import HostFault, SampleFault, open_server
-from prep.captions.sidecar import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
 from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line

@@ -140,7 +140,9 @@ def size_checks(config: PrepConfig, images: Images) -> list[Check]:
             header = read_header(Path(config.source), name, config.image.max_pixels)
         except BadImage:  # counted by the run, with its reason
             continue
-        if problem := header_problem(header.width, header.height, config):
+        if problem := header_problem(
+            header.width, header.height, config.filters, config.base, config.image.max_upscale
+        ):
             refused.append(f"{name} ({problem[1]})")
     if not refused:
         return []

@@ -8,12 +8,13 @@ pixels are; people in the pose layer. Rules that are switched off leave no trace
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, model_validator
 
-from prep.config import FilterConfig, PrepConfig
+from nanodit.config import Config
 from prep.dataset.buckets import centre_crop, choose_bucket
 
 SHARPNESS_SIDE = 512  # pixels: large enough to see a blur of two pixels at 1024, small enough to cost milliseconds
@@ -22,18 +23,40 @@ DECISIONS = ("blurred", "too_few_persons", "too_many_persons")  # reasons that t
 Problem = tuple[str, str]
 
 
-def header_problem(width: int, height: int, config: PrepConfig) -> Problem | None:
+class FilterConfig(Config):
+    """Which images are wanted; None switches a rule off."""
+
+    min_side: int | None = Field(None, ge=1)  # pixels
+    min_pixels: int | None = Field(None, ge=1)
+    max_aspect: float | None = Field(None, ge=1)
+    min_sharpness: float | None = Field(None, ge=0)
+    min_persons: int | None = Field(None, ge=0)
+    max_persons: int | None = Field(None, ge=0)
+
+    @property
+    def counts_persons(self) -> bool:
+        """Whether the number of people decides about a sample."""
+        return self.min_persons is not None or self.max_persons is not None
+
+    @model_validator(mode="after")
+    def _some_number_is_allowed(self) -> Self:
+        if None not in (self.min_persons, self.max_persons) and self.min_persons > self.max_persons:
+            raise ValueError(f"min_persons {self.min_persons} is above max_persons {self.max_persons}")
+        return self
+
+
+def header_problem(width: int, height: int, filters: FilterConfig, base: int, max_upscale: float) -> Problem | None:
     """What is wrong with an upright image of ``width`` x ``height`` pixels."""
-    filters, size = config.filters, f"{width}x{height}"
+    size = f"{width}x{height}"
     if filters.min_side is not None and min(width, height) < filters.min_side:
         return "too_small", f"{size}: the shorter side is below filters.min_side {filters.min_side}"
     if filters.min_pixels is not None and width * height < filters.min_pixels:
         return "too_small", f"{size} is fewer pixels than filters.min_pixels {filters.min_pixels}"
     if filters.max_aspect is not None and max(width, height) > filters.max_aspect * min(width, height):
         return "too_elongated", f"{size}: one side is more than filters.max_aspect {filters.max_aspect} times the other"
-    bucket = choose_bucket(width, height, config.base)
+    bucket = choose_bucket(width, height, base)
     scale = centre_crop(width, height, bucket).scale
-    if scale > config.image.max_upscale:
+    if scale > max_upscale:
         return "too_small", f"{size} would be enlarged {scale:.2f} times to fill {bucket}"
     return None
 

@@ -25,21 +25,15 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.captions.cache import CaptionCache
+from prep.captions.config import CaptionConfig
 from prep.captions.hosts import CaptionHosts, agreed_digest
 from prep.captions.quality import Accepted, Answer, Ask, Flaw, Gate, next_step, settle
 from prep.captions.servers import UNKNOWN
-from prep.captions.sidecar import Caption, CaptionConfig, text_sample
+from prep.captions.sidecar import Caption, text_sample
 from prep.config import PrepConfig
-from prep.dataset.layout import (
-    LayerWriter,
-    Part,
-    Unit,
-    decode_pixels,
-    fingerprint_of,
-    members_of,
-    read_part,
-    read_range,
-)
+from prep.dataset.codecs import decode_pixels
+from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_part, read_range
+from prep.dataset.writer import LayerWriter
 from prep.passes.layers import ShardTask
 
 PROMPT = Path(__file__).parents[1] / "captions" / "caption_prompt.txt"

@@ -27,18 +27,9 @@ from nanodit.storage import open_storage
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
-from prep.dataset.layout import (
-    LayerWriter,
-    Part,
-    Unit,
-    decode_pixels,
-    encode_pixels,
-    fingerprint_of,
-    members_of,
-    npy_bytes,
-    read_members,
-    read_part,
-)
+from prep.dataset.codecs import decode_pixels, encode_pixels, npy_bytes
+from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_members, read_part
+from prep.dataset.writer import LayerWriter
 from prep.encoders.registry import build_encoder
 from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import blur_problem, persons_problem, sharpness

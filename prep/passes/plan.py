@@ -126,7 +126,9 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         kept = gone.worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
         for source in [*found.sources, *([] if prune else kept)]:
-            if problem := header_problem(source.width, source.height, config):
+            if problem := header_problem(
+                source.width, source.height, config.filters, config.base, config.image.max_upscale
+            ):
                 rejects.append(Reject(source.name, "source", *problem))
             else:
                 sources[source.key] = source

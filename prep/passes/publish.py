@@ -24,13 +24,13 @@ from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop
+from prep.dataset.codecs import load_npy
 from prep.dataset.layout import (
     SCHEMA_VERSION,
     Part,
     Unit,
     columns_of,
     fingerprint_of,
-    load_npy,
     member_columns,
     parquet_bytes,
     read_parquet,

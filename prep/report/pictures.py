@@ -16,7 +16,8 @@ from PIL import Image
 
 from nanodit.errors import NanoditError
 from nanodit.storage import Storage
-from prep.dataset.layout import Dataset, Unit, read_parquet
+from prep.dataset.layout import Unit, read_parquet
+from prep.dataset.reader import Dataset
 from prep.images.sources import HIDDEN, BadImage, decode, leads_out
 
 SMALL, LARGE = 176, 320  # pixels of the longer side

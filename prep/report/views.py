@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from nanodit.svg import BODY_JOINTS, FOUND, SURE, histogram, skeleton
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.report.pictures import LARGE, SMALL, RejectPictures, Thumbnails, in_parallel
 
 SHEET = 24  # pictures of a contact sheet

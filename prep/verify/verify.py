@@ -27,17 +27,8 @@ from nanodit.errors import DataError
 from nanodit.files import sha256_bytes
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
-from prep.dataset.layout import (
-    LAYERS,
-    Part,
-    Unit,
-    check_index,
-    check_info,
-    columns_of,
-    fingerprint_of,
-    member_columns,
-    read_parquet,
-)
+from prep.dataset.layout import LAYERS, Part, Unit, columns_of, fingerprint_of, member_columns, read_parquet
+from prep.dataset.reader import check_index, check_info
 from prep.images import duplicates as dedup
 from prep.verify.units import Checked, Finding, check_unit
 

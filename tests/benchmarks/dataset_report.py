@@ -19,7 +19,9 @@ from PIL import Image
 from nanodit.config import dump_config
 from nanodit.files import canonical_json, write_atomic
 from prep.config import PrepConfig
-from prep.dataset.layout import LayerWriter, Unit, npy_bytes, read_part
+from prep.dataset.codecs import npy_bytes
+from prep.dataset.layout import Unit, read_part
+from prep.dataset.writer import LayerWriter
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import publish

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.data.flip import flip_pixels
 
 SAMPLES = 256

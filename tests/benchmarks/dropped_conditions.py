@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanodit.rng import generator
 from train.loop.microbatch import split
-from train.model.conditions import MODALITIES, PRESETS, ConditioningConfig, Conditions, Subset, deal, subset_name
-from train.model.network import Features, ModelConfig, build_model
+from train.method.dropout import PRESETS, ConditioningConfig, deal
+from train.model.conditions import MODALITIES, Conditions, Subset, subset_name
+from train.model.config import Features, ModelConfig
+from train.model.network import build_model
 from train.model.tread import TreadConfig
 
 SIDE, PATCH, TEXT, GRID, WIDTH = 512, 16, 256, 64, 1024

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from train.method import optim
 from train.method.optim import NS_COEFFICIENTS, NS_STEPS, Muon, OptimizerConfig, parameter_groups
-from train.model.network import Features, ModelConfig, build_model
+from train.model.config import Features, ModelConfig
+from train.model.network import build_model
 
 REPEATS = 5
 LR = 1e-3

@@ -24,7 +24,8 @@ import pyarrow as pa
 from PIL import Image
 
 from prep.config import PrepConfig
-from prep.dataset.layout import LayerWriter, part_schema, read_part
+from prep.dataset.layout import part_schema, read_part
+from prep.dataset.writer import LayerWriter
 from prep.images import duplicates as dedup
 from prep.images import scan_cache
 from prep.passes.plan import Plan, make_plan, write_manifest

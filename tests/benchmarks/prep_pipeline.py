@@ -29,7 +29,8 @@ import skimage.data
 from PIL import Image
 
 from prep.config import PrepConfig
-from prep.dataset.layout import TAR_BLOCK, npy_bytes
+from prep.dataset.codecs import npy_bytes
+from prep.dataset.layout import TAR_BLOCK
 from prep.dataset.quantise import quantise
 from prep.images import sources
 from prep.passes.layers import LayerWorker

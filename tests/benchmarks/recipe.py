@@ -30,8 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluate.config import SamplerConfig
-from evaluate.drawing.arms import Arm, draw
+from evaluate.drawing.arms import Arm, SamplerConfig, draw
 from evaluate.drawing.baselines import TrainingImages, load_training_images
 from evaluate.metrics.pixels import psnr
 from evaluate.statistics import intervals as statistics
@@ -40,9 +39,9 @@ from evaluate.suite import heldout_loss
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.files import write_atomic
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.vgg import write_random_vgg
-from train.checkpoint.checkpoint import load_model
+from train.checkpoint.open import load_model
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.loop.trainer import Trainer

@@ -29,13 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from evaluate.statistics import intervals as statistics
 from evaluate.subject import Batch, read_batches, select_holdout, to_float
 from nanodit.console import say
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.benchmarks.curves import Curve, Panel, draw_panels
-from train.checkpoint.checkpoint import load_model
+from train.checkpoint.open import load_model
 from train.method.flow import FlowConfig
 from train.method.sampling import Grid, Method, Sampling, sample, trajectory_keep_ids
 from train.model.conditions import Conditions, collate
-from train.model.network import Features, ModelConfig, NanoDiT, build_model
+from train.model.config import Features, ModelConfig
+from train.model.network import NanoDiT, build_model
 from train.model.tread import TreadConfig
 
 ALWAYS, INTERVAL, MIDDLE = (0.0, 1.0), (0.0, 0.9), (0.25, 0.9)

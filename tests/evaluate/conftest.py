@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from evaluate.config import EvaluateConfig
-from evaluate.drawing.baselines import load_training_images, random_pairs, round_trip
+from evaluate.drawing.baselines import load_training_images, round_trip
 from evaluate.drawing.context import Context, Rows
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.training_features import TrainFeatures
 from evaluate.records import BASELINE, MODEL, REAL
-from evaluate.subject import Batch, Subject
+from evaluate.subject import Batch, Subject, random_pairs
 from nanodit.files import sha256_bytes
 from nanodit.rng import generator, noise
 from prep.dataset.buckets import centre_crop, choose_bucket, crop_to_bucket
 from prep.encoders.dwpose import normalise
 from prep.figures.figures import draw_figure
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
-from train.model.conditions import ConditioningConfig
 
 
 class FiguresInMemory:
-    """What a :class:`prep.dataset.layout.Dataset` of figures offers to the evaluation, without a disk; features are
+    """What a :class:`prep.dataset.reader.Dataset` of figures offers to the evaluation, without a disk; features are
     noise."""
 
     def __init__(self, train: int, holdout: int):

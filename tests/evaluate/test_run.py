@@ -26,13 +26,16 @@ from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
 from nanodit.files import sha256_bytes
 from nanodit.rng import noise
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.__main__ import main as train
-from train.checkpoint.checkpoint import find_latest, load_model
-from train.loop import tracking
+from train.checkpoint.checkpoint import find_latest
+from train.checkpoint.open import load_model
+from train.checkpoint.provenance import git_state
+from train.data.samples import load_conditions
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
 from train.method.sampling import Sampling, sample
-from train.model.conditions import ConditioningConfig, load_conditions, subset_name
+from train.model.conditions import subset_name
 
 HEADLINES = ("reconstruction/psnr", "reconstruction/ssim", "attribute_accuracy/all", "pose_pck/all")
 
@@ -200,7 +203,7 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
         assert {"name", "value", "low", "high", "n", "baselines", "settings"} <= set(metric)
     provenance = report["provenance"]
     assert provenance["step"] == 24
-    assert provenance["git"] == tracking.git_state(Path(tracking.__file__).parent)
+    assert provenance["git"] == git_state(Path("evaluate"))
     assert provenance["dataset"]["fingerprint"] == Dataset(figures_dataset).fingerprint
 
     samples = pq.read_table(evaluated / "samples.parquet")

@@ -11,7 +11,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import choose_arms, choose_subsets
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
 from nanodit.errors import DataError
-from train.model.conditions import ConditioningConfig
+from train.method.dropout import ConditioningConfig
 
 
 def row(key, split="train", group=None):

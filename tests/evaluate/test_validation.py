@@ -13,12 +13,13 @@ import torch
 from evaluate import validation as pulse
 from evaluate.drawing.baselines import load_training_images
 from evaluate.suite import heldout_loss
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_config, write_dataset
 from train.__main__ import main
-from train.checkpoint.checkpoint import load_model
+from train.checkpoint.open import load_model
 from train.loop.tracking import read_metrics
-from train.model.network import Features, build_model
+from train.model.config import Features
+from train.model.network import build_model
 
 ON = ["train.steps=6", "validation.every_steps=2"]
 

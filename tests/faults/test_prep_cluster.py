@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.config import PrepConfig
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.images.sources import scan
 from tests.local_cluster import LocalCluster
 from tests.prep.passes.test_plan import write_images

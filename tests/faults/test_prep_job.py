@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.prep.passes.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]

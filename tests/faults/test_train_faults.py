@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanodit.config import load_config, walk_keys
 from nanodit.errors import ConfigError, ResourceError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint.checkpoint import find_latest, load_checkpoint, save_checkpoint
@@ -341,7 +341,7 @@ def test_T10_a_disk_that_takes_no_more_is_a_resource_error_and_costs_no_checkpoi
 
 
 def test_T11_a_signal_before_the_first_step_gives_75(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.loop.trainer.Trainer", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("train.run.Trainer", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
     assert train(config) == 75
     assert "error: stopped by a signal" in capsys.readouterr().err
 

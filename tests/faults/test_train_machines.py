@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.faults.test_train_faults import STEPS, assert_same_run, deterministic, train, train_process, weights
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main

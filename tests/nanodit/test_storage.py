@@ -19,7 +19,8 @@ from nanodit import lock
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.lock import LOCK, locked
 from nanodit.storage import LocalFolder, ObjectStore, absolute_place, open_storage
-from prep.dataset.layout import Dataset, read_members, read_part
+from prep.dataset.layout import read_members, read_part
+from prep.dataset.reader import Dataset
 from prep.passes.plan import make_plan
 from prep.verify.verify import verify
 from tests.prep.dataset.test_layout import KEYS, UNIT, write

@@ -9,7 +9,9 @@ import numpy as np
 
 from nanodit.files import sha256_bytes
 from prep.config import PrepConfig
-from prep.dataset.layout import IMAGE_FORMATS, LayerWriter, Part, Unit, encode_pixels, read_part
+from prep.dataset.codecs import encode_pixels
+from prep.dataset.layout import IMAGE_FORMATS, Part, Unit, read_part
+from prep.dataset.writer import LayerWriter
 from prep.images.sources import Source
 from prep.passes.captions import caption_recipe, caption_units
 from prep.passes.layers import ShardTask

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from nanodit.errors import DataError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.run import run
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import FINISHED, files_of, poses, rejects_of

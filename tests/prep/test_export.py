@@ -16,7 +16,7 @@ import pytest
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.export import export_flat, flat_pose, pad_text
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import prepare

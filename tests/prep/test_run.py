@@ -12,7 +12,7 @@ import pytest
 
 from nanodit.errors import DataError, Interrupted, ResourceError
 from prep.config import PrepConfig
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.images.sources import Reject
 from prep.passes.layers import LayerWorker, ShardTask
 from prep.passes.placement import Pass, local_node
@@ -288,11 +288,11 @@ def test_p11_a_tar_of_an_abandoned_base_does_not_stay_for_ever(folder, pipeline,
         if moment == "shards.before_part":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("prep.dataset.layout.fault", die)
+    monkeypatch.setattr("prep.dataset.writer.fault", die)
     with pytest.raises(Interrupted):
         run(settings.model_copy(update={"base": 128}))
     assert len(list(Path(settings.output).glob("bucket_*/*.px.tar"))) == 2
-    monkeypatch.setattr("prep.dataset.layout.fault", lambda moment, *more: None)
+    monkeypatch.setattr("prep.dataset.writer.fault", lambda moment, *more: None)
     run(settings)
     assert files_of(Path(settings.output)) == before
     verify(settings.output)

@@ -12,7 +12,7 @@ import yaml
 
 from nanodit.config import Config, dump_config, load_config, section_model, walk_keys
 from nanodit.errors import ConfigError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train import __main__ as command_line
 from train.checkpoint.resume import SAFE_TO_CHANGE

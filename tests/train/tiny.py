@@ -11,8 +11,10 @@ import pyarrow as pa
 from nanodit.config import load_config
 from nanodit.files import canonical_json, sha256_bytes, write_atomic
 from prep.captions.mirror import flip_caption
-from prep.dataset.layout import FLIP_MEMBERS, LAYERS, LayerWriter, Unit, npy_bytes, parquet_bytes, read_part, webp_bytes
+from prep.dataset.codecs import npy_bytes, webp_bytes
+from prep.dataset.layout import FLIP_MEMBERS, LAYERS, Unit, parquet_bytes, read_part
 from prep.dataset.quantise import quantise
+from prep.dataset.writer import LayerWriter
 from train.config import TrainConfig
 
 TEXT_WIDTH, DINO_WIDTH = 24, 16

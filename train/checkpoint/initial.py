@@ -16,11 +16,13 @@ from typing import Any
 from torch import nn
 
 from nanodit.errors import PROBLEM_BREAK, ConfigError
-from train.checkpoint.checkpoint import checkpoint_steps, load_model, resolve_checkpoint
+from train.checkpoint.checkpoint import checkpoint_steps, resolve_checkpoint
+from train.checkpoint.open import load_model
 from train.checkpoint.tensorfile import Tensors
 from train.config import TrainConfig
 from train.model.conditions import MODALITIES
-from train.model.network import TRAINING_ONLY, Features
+from train.model.config import Features
+from train.model.network import TRAINING_ONLY
 
 WEIGHTS = "ema"
 # what the weights' shapes and meaning depend on; the rest of the config is the new run's own
@@ -44,7 +46,7 @@ class Parent:
 
 
 def load_parent(path: Path) -> Parent:
-    """Read a step folder, or a run folder's newest; raises as :func:`train.checkpoint.checkpoint.load_model` does."""
+    """Read a step folder, or a run folder's newest; raises as :func:`train.checkpoint.open.load_model` does."""
     step_folder = resolve_checkpoint(path)
     model, config, state = load_model(step_folder, WEIGHTS)
     record = {

@@ -1,6 +1,6 @@
 """How an optimiser step is cut into micro-batches: by the slots of the order, or by a budget of image tokens.
 
-A step always shows the same number of images, and which ones is :class:`train.data.samples.Order`'s alone: neither the
+A step always shows the same number of images, and which ones is :class:`train.data.order.Order`'s alone: neither the
 budget nor the resolution changes it. With a budget, the step's images of one bucket, from however many slots, are cut
 into as few micro-batches as fit, of equal size to one image. So an image weighs the same in a large and in a small
 micro-batch, and a step of many small slots costs few forwards.
@@ -17,7 +17,8 @@ from pydantic import Field
 
 from nanodit.config import Config
 from nanodit.errors import ConfigError
-from train.data.samples import Order, Slot, bucket_size
+from train.data.order import Order, Slot
+from train.data.samples import bucket_size
 
 
 class Phase(Config):

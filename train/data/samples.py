@@ -1,22 +1,10 @@
-"""What the trainer reads and in which order: a pure function of (seed, epoch, position) over the dataset's index.
-
-A slot holds ``batch_size`` samples of one bucket. A bucket's samples form one endless stream, a fresh permutation per
-epoch, and its j-th slot is items ``j b .. (j + 1) b`` of that stream: what an epoch leaves over comes first in the
-next, so that no sample is dropped however small its bucket. After e epochs a bucket of n samples has emitted
-``floor(e n / b)`` slots; an epoch's slots of all buckets are shuffled together. A slot is a micro-batch, unless
-``train.token_budget`` cuts an optimiser step's slots otherwise (:mod:`train.data.batch_plan`).
-"""
+"""The samples that a run reads, in memory or from the shards."""
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,90 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanodit.console import duration, say
 from nanodit.errors import ConfigError, DataError
-from nanodit.rng import generator
 from prep.dataset.layout import Unit
-from train.data.flip import flip_pixels
-from train.model.conditions import Conditions, load_conditions
+from train.data.flip import flip_pixels, flip_pose
+from train.data.order import Slot
+from train.model.conditions import Conditions, collate
 
-STALL_SECONDS = 10.0  # that reading a member may take before it is said
-ABANDON_SECONDS = 5.0  # that the thread which reads ahead is waited for at the end
 LAYER_OF = {"pixels": "px", "t5": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Some samples of one bucket: their positions among the bucket's rows."""
-
-    bucket: str
-    items: tuple[int, ...]
-
-
-class Order:
-    """The order of slots, addressed by one integer: the number of slots before it.
-
-    ``sizes`` maps each bucket to its number of samples.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
-        self.sizes = {bucket: size for bucket, size in sorted(sizes.items()) if size > 0}
-        self.batch_size, self.seed = batch_size, seed
-        if not self.sizes:
-            raise DataError("the training split is empty; prepare a dataset with more images")
-        # a pure function of its arguments; consecutive slots ask for the same few
-        self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._permute)
-        self._epoch_batches = lru_cache(maxsize=2)(self._shuffle)
-
-    def __getitem__(self, index: int) -> Slot:
-        """Return the slot number ``index``, 0 or larger."""
-        epoch = self.epoch_of(index)
-        bucket, batch = self._epoch_batches(epoch)[index - self._before(epoch)]
-        size, first = self.sizes[bucket], batch * self.batch_size
-        stream = (divmod(position, size) for position in range(first, first + self.batch_size))
-        return Slot(bucket, tuple(int(self._permutation(bucket, lap)[item]) for lap, item in stream))
-
-    def epoch_of(self, index: int) -> int:
-        """Return the epoch of slot ``index``; epochs too small for a single slot are passed over."""
-        total = sum(self.sizes.values())
-        epoch = index * self.batch_size // total  # never too late: floor(e n / b) summed is at most e N / b
-        while self._before(epoch + 1) <= index:
-            epoch += 1
-        return epoch
-
-    def unseen(self, slots: int) -> int:
-        """Count the samples that the first ``slots`` never show."""
-        epoch = self.epoch_of(slots)
-        emitted = {bucket: self._emitted(bucket, epoch) for bucket in self.sizes}
-        for bucket, _ in self._epoch_batches(epoch)[: slots - self._before(epoch)]:
-            emitted[bucket] += 1
-        return sum(max(0, size - emitted[bucket] * self.batch_size) for bucket, size in self.sizes.items())
-
-    def _emitted(self, bucket: str, epochs: int) -> int:
-        return epochs * self.sizes[bucket] // self.batch_size
-
-    def _before(self, epoch: int) -> int:
-        return sum(self._emitted(bucket, epoch) for bucket in self.sizes)
-
-    def _shuffle(self, epoch: int) -> list[tuple[str, int]]:
-        batches = [
-            (bucket, batch)
-            for bucket in self.sizes
-            for batch in range(self._emitted(bucket, epoch), self._emitted(bucket, epoch + 1))
-        ]
-        return [batches[i] for i in generator(self.seed, "epoch", epoch).permutation(len(batches))]
-
-    def _permute(self, bucket: str, lap: int) -> np.ndarray:
-        return generator(self.seed, "bucket", bucket, lap).permutation(self.sizes[bucket])
-
-
 class TrainingSet:
     """The training split by bucket, in key order, with decoded samples kept in memory up to ``cache_gb`` (1e9 bytes).
 
-    ``dataset`` is a :class:`prep.dataset.layout.Dataset`. What comes first stays: with a permutation per epoch,
+    ``dataset`` is a :class:`prep.dataset.reader.Dataset`. What comes first stays: with a permutation per epoch,
     replacing the oldest would always evict what is needed next. Raises :class:`DataError` where a key is in both
     splits.
     """
@@ -238,72 +158,25 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-@contextmanager
-def stalls_are_said(data: TrainingSet) -> Iterator[None]:
-    """While this is open, say which read of ``data`` takes longer than STALL_SECONDS, again and again until it ends."""
-    over = threading.Event()
+def load_conditions(dataset: Any, rows: Sequence[dict[str, Any]], flips: Sequence[bool] | None = None) -> Conditions:
+    """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
 
-    def watch() -> None:
-        while not over.wait(STALL_SECONDS / 2):
-            reading = data.reading
-            if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
-                say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
-
-    thread = threading.Thread(target=watch, daemon=True, name="stalls")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def prefetch(
-    make: Callable[[int], T], numbers: Iterable[int], depth: int, give_up: Callable[[], bool] = lambda: False
-) -> Iterator[T]:
-    """Yield ``make(number)`` for endless numbers, made up to ``depth`` ahead by a background thread (0: none).
-
-    The order and the values are those of calling ``make`` in place; so is an exception, which ends the iteration where
-    the value would have come. ``give_up`` is asked while nothing comes, and ends it too. Close the iterator to stop the
-    thread.
+    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none.
     """
-    if depth == 0:
-        yield from map(make, numbers)
-        return
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+    layers = dataset.info["layers"]
+    has = {"text": "t5" in layers, "cls": "dino" in layers, "patches": "dino" in layers, "pose": "pose" in layers}
+    flips = flips or [False] * len(rows)
 
-    def work() -> None:
-        # of this thread alone: a second team of torch threads would fight with the training's for the cores
-        torch.set_num_threads(1)
-        for number in numbers:
-            if stop.is_set():
-                return
-            try:
-                made = (make(number), None)
-            except BaseException as error:  # handed to the consumer, which raises it
-                made = (None, error)
-            ready.put(made)
-            if made[1] is not None:
-                return
+    def read(member: str) -> list[np.ndarray]:
+        load = getattr(dataset, member)
+        return [load(row, flipped=True) if flip else load(row) for row, flip in zip(rows, flips)]
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            try:
-                value, error = ready.get(timeout=0.5)
-            except queue.Empty:
-                if give_up():
-                    return
-                continue
-            if error is not None:
-                raise error
-            yield value
-    finally:
-        stop.set()
-        abandoned = time.monotonic() + ABANDON_SECONDS  # a read may hang with its storage, for ever
-        while thread.is_alive() and time.monotonic() < abandoned:  # it may be waiting for room in the queue
-            while not ready.empty():
-                ready.get_nowait()
-            thread.join(timeout=0.01)
+    return collate(
+        text=read("t5") if has["text"] else None,
+        cls=read("cls") if has["cls"] else None,
+        patches=read("patches") if has["patches"] else None,
+        pose=[flip_pose(dataset.pose(row)) if flip else dataset.pose(row) for row, flip in zip(rows, flips)]
+        if has["pose"]
+        else None,
+        count=len(rows),
+    )

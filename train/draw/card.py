@@ -133,7 +133,7 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     if text:
         lines += [f"The same picture without diffusers:\n\n```sh\n{command}\n```"]
     lines += [
-        f'And without either: `model, config, state = train.draw.export.load_exported(Path("{name}"))`, '
+        f'And without either: `model, config, state = train.checkpoint.exported.load_exported(Path("{name}"))`, '
         "`train.method.sampling.sample(model, conditions, noise, ...)`."
     ]
     return "\n\n".join(lines)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nanodit.errors import ConfigError
 from nanodit.rng import noise
+from train.checkpoint.exported import build
 from train.draw.draw import PROMPT_NOISE_KEY
-from train.draw.export import build, write_loaders
+from train.draw.export import write_loaders
 from train.draw.request import Given, canonical, encode
 from train.hardware import autocast
 from train.method.sampling import DRAWING, Sampling, sample, to_uint8, trajectory_keep_ids

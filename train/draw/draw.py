@@ -18,15 +18,16 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
 from nanodit.rng import noise
 from prep.dataset.buckets import Bucket, buckets_for
-from prep.dataset.layout import Dataset
-from train.checkpoint.checkpoint import load_model, resolve_checkpoint
+from prep.dataset.reader import Dataset
+from train.checkpoint.checkpoint import resolve_checkpoint
+from train.checkpoint.exported import WEIGHTS, is_exported
+from train.checkpoint.open import load_model
 from train.config import TrainConfig
-from train.data.samples import bucket_size
-from train.draw.export import WEIGHTS, is_exported
+from train.data.samples import bucket_size, load_conditions
 from train.draw.request import Given, encode
 from train.loop.visual import lay_out
 from train.method.sampling import Sampling, sample, to_uint8, trajectory_keep_ids
-from train.model.conditions import Conditions, Subset, load_conditions, parse_subset, subset_name
+from train.model.conditions import Conditions, Subset, parse_subset, subset_name
 from train.model.network import NanoDiT
 
 BATCH = 8  # images sampled together

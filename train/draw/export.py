@@ -10,7 +10,6 @@ drawn from by the code that trained it, and there is one sampler.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,31 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from nanodit.console import Progress, say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, sync_folder
 from nanodit.rng import noise
-from prep.dataset.layout import Dataset
-from train.checkpoint.checkpoint import load_model, load_weights, resolve_checkpoint
+from prep.dataset.reader import Dataset
+from train.checkpoint.checkpoint import load_weights, resolve_checkpoint
+from train.checkpoint.exported import COMPONENT, CONFIG, INDEX, LOADER, PREFIX, SCHEMA, SECTIONS, WEIGHTS
+from train.checkpoint.open import load_model
 from train.checkpoint.posthoc import parse_weights
-from train.checkpoint.tensorfile import Tensors, read_tensors, sync_file, write_tensors
+from train.checkpoint.tensorfile import Tensors, sync_file, write_tensors
 from train.config import TrainConfig
-from train.data.samples import bucket_size
+from train.data.samples import bucket_size, load_conditions
 from train.draw.card import Report, model_card
 from train.method.sampling import Sampling, sample, to_uint8
-from train.model.conditions import Conditions, load_conditions, subset_name
-from train.model.network import Features, NanoDiT, build_model
+from train.model.conditions import Conditions, subset_name
+from train.model.network import NanoDiT
 
-SCHEMA = 1
-INDEX, PIPELINE, CARD = "model_index.json", "pipeline.py", "README.md"
-COMPONENT = "transformer"  # the folder of the network, as diffusers calls it
-CONFIG, WEIGHTS, LOADER = (f"{COMPONENT}/{name}" for name in (
-    "config.json", "diffusion_pytorch_model.safetensors", "nanodit.py"
-))  # fmt: skip
-PREFIX = "network."  # of the names in the file: the network is a part of the class that diffusers loads
-SECTIONS = ("model", "flow", "tread")  # of the training config, that drawing depends on
+PIPELINE, CARD = "pipeline.py", "README.md"
 ROUNDED = ("blocks.", "context.")  # nearly all of the bytes
 PROBE = Sampling(method="dpm++2m", steps=10)  # how the pictures are drawn that rounding is judged by
 PROBES = 4  # at most
@@ -129,54 +122,6 @@ def describe(model: NanoDiT, config: TrainConfig, state: Mapping[str, Any], sour
         "conditioning": {subset_name(subset): share for subset, share in table.items()},
         "dataset": state["dataset"],
     }
-
-
-def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
-    """Build the network that a ``config.json`` describes, its weights random: (model, config, state).
-
-    The three are what :func:`train.checkpoint.checkpoint.load_model` returns, but for the places of dataset and run,
-    which an export does not know. Raises :class:`DataError` for a description of another version.
-    """
-    if described.get("schema") != SCHEMA:
-        raise DataError(f"{where}: its schema is {described.get('schema')}, this version of nanodit reads {SCHEMA}")
-    try:
-        config = TrainConfig(
-            dataset="the dataset that an export does not have", output="the run that an export does not have",
-            conditioning={"preset": None, "table": dict(described["conditioning"])},
-            **{name: dict(described[name]) for name in SECTIONS},
-        )  # fmt: skip
-        model = build_model(config.model, Features.from_dataset(described["dataset"]), config.tread)
-        state = {"step": described["step"], "dataset": described["dataset"], "source": described["source"]}
-    except (KeyError, TypeError, ValidationError) as error:
-        raise DataError(f"{where}: not the description of a model of this version: {error}") from None
-    return model, config, state
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether ``folder`` is one that :func:`export` wrote, or that diffusers saved again."""
-    return (folder / INDEX).is_file() and (folder / CONFIG).is_file()
-
-
-def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
-    """Load an exported folder without diffusers: (model, config, state) as of
-    :func:`train.checkpoint.checkpoint.load_model`.
-
-    The model is on the CPU, in float32 and in eval mode. ``ema``, the default everywhere, stands for the weights that
-    the folder holds; :class:`ConfigError` for any others. Raises :class:`DataError` for files that are damaged, or are
-    not what this version writes.
-    """
-    try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / CONFIG}: cannot be read: {error}") from None
-    if not isinstance(described, dict):
-        raise DataError(f"{folder / CONFIG}: not the description of a model")
-    model, config, state = build(described, str(folder / CONFIG))
-    if weights not in ("ema", held := state["source"]["weights"]):
-        raise ConfigError(f"{folder}: an export, which holds the weights {held} alone, and not {weights}")
-    tensors = read_tensors(folder / WEIGHTS)
-    load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
-    return model.eval(), config, state
 
 
 # Files

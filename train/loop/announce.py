@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from nanodit.console import say
 from train.data.samples import bucket_size
+from train.loop.trainer import Trainer
 from train.method.perceptual import vgg_path
 from train.method.repa import counted_share
 from train.model.tread import MIN_TOKENS
-
-if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
 
 
 def announce(trainer: Trainer) -> None:

@@ -22,7 +22,8 @@ from train.data.samples import Row
 from train.hardware import can_compile
 from train.loop.microbatch import MicroBatches, deal_subsets, part_sizes, split
 from train.model.conditions import TEXT_MULTIPLE, Subset
-from train.model.network import NanoDiT, pooled_grid
+from train.model.context import pooled_grid
+from train.model.network import NanoDiT
 
 FORESEEN_STEPS = 100  # whose shapes are counted before a run begins
 MANY_GRAPHS = 128  # at some seconds each they may take longer than they save; said, not refused

@@ -10,20 +10,19 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.method.dino_loss import PatchFeatures, patch_distance
-from train.method.perceptual import PerceptualConfig, View, load_lpips, show
+from train.config import TrainConfig
+from train.method.dino_loss import DinoLoss, PatchFeatures, patch_distance
+from train.method.perceptual import PerceptualConfig, PerceptualLoss, View, load_lpips, show
 from train.method.repa import RepaHead
 from train.model.conditions import Conditions
-from train.model.network import Features, ModelConfig, NanoDiT
-
-if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+from train.model.config import Features, ModelConfig
+from train.model.network import NanoDiT
 
 META = torch.device("meta")
 Argument = Tensor | Conditions | None
@@ -121,14 +120,15 @@ class FlopCounter:
         return total
 
 
-def flop_counter(trainer: Trainer) -> FlopCounter:
+def flop_counter(
+    model: NanoDiT, config: TrainConfig, perceptual: PerceptualLoss | None, dino: DinoLoss | None
+) -> FlopCounter:
     """Return the counter of everything that a run computes forwards and backwards."""
-    config, model = trainer.config, trainer.model
     counts = {"model": ModelFlops(config.model, model.features, model.route)}
-    if trainer.perceptual:
+    if perceptual:
         counts["lpips"] = LpipsFlops(config.perceptual)
-    if trainer.dino:
-        counts["dino"] = DinoFlops(config.perceptual, trainer.dino.network)
+    if dino:
+        counts["dino"] = DinoFlops(config.perceptual, dino.network)
     if model.repa_head is not None:
         counts["repa"] = HeadFlops(model.repa_head)
     return FlopCounter(counts)

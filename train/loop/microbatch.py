@@ -19,12 +19,14 @@ from nanodit.rng import generator
 from train.config import TrainConfig
 from train.data.batch_plan import Plan
 from train.data.flip import draw_flip
-from train.data.samples import Order, Row, TrainingSet
+from train.data.order import Order
+from train.data.samples import Row, TrainingSet
+from train.method.dropout import deal
 from train.method.flow import timesteps
 from train.method.perceptual import View, draw_views
 from train.method.repa import counts, resample
 from train.method.schedule import Course
-from train.model.conditions import Conditions, Subset, deal
+from train.model.conditions import Conditions, Subset
 from train.model.tread import draw_keep_ids
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""When a run is saved, and what its checkpoints say beside their tensors."""
+"""When a run is saved."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from train.config import CheckpointSection
-from train.loop.tracking import Tracker, environment
-
-if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+from train.loop.tracking import Tracker
 
 
 class Saver:
@@ -45,24 +41,3 @@ class Saver:
             with contextlib.suppress(Exception):  # the first failure is the one to report
                 self.save_rest(step, tracker)
             raise
-
-
-def run_state(trainer: Trainer) -> dict[str, Any]:
-    """Return what a checkpoint says beside its tensors."""
-    return {
-        "slots": trainer.step * trainer.batches.plan.slots,  # the position in the data
-        "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
-        "totals": list(trainer.course.totals),  # train.steps, and what it was before it grew
-        "parent": trainer.parent,
-        "config": trainer.config.model_dump(mode="json"),
-        "dataset": dataset_summary(trainer.data.info),
-        "environment": environment(trainer.device),
-        "perceptual": trainer.perceptual.sha256 if trainer.perceptual else None,
-        "perceptual_dino": trainer.dino.sha256 if trainer.dino else None,
-    }
-
-
-def dataset_summary(info: dict[str, Any]) -> dict[str, Any]:
-    """Return what of dataset.json rebuilds the model and names the data."""
-    named = {name: info[name] for name in ("fingerprint", "base", "encoders", "layers")}
-    return named | {name: info[name] for name in ("counts",) if name in info}

@@ -27,31 +27,33 @@ from nanodit.faults import fault
 from train.checkpoint.checkpoint import Checkpoint, load_weights, save_checkpoint, set_aside_after
 from train.checkpoint.initial import Parent, init_weights
 from train.checkpoint.posthoc import continue_snapshots, save_snapshot
+from train.checkpoint.provenance import dataset_summary, environment
 from train.checkpoint.resume import course_of
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
-from train.data.samples import TrainingSet, check_patch_size, prefetch, stalls_are_said
+from train.data.prefetch import prefetch, stalls_are_said
+from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
-from train.loop.announce import announce
 from train.loop.compiling import compile_if_asked
 from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.loop.observers import finite, look
-from train.loop.saving import Saver, run_state
+from train.loop.saving import Saver
 from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
 from train.method.dino_loss import DinoLoss
+from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
 from train.method.flow import flow_loss, interpolate, to_x, velocity
 from train.method.optim import build_optimizer
 from train.method.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
 from train.method.repa import RepaHead, alignment_loss, alignment_values, check_alignment
 from train.method.schedule import Course, learning_rate
-from train.model.conditions import condition_shares
-from train.model.network import Features, NanoDiT, build_model
+from train.model.config import Features
+from train.model.network import NanoDiT, build_model
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag
 Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
@@ -103,7 +105,7 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
-        self.flops = flop_counter(self) if self.peak_flops else None
+        self.flops = flop_counter(self.model, config, self.perceptual, self.dino) if self.peak_flops else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
@@ -148,7 +150,6 @@ class Trainer:
 
     def _run(self, stop: StopRequest, stop_at: float) -> None:
         config, steps, saver = self.config, self.config.train.steps, self.saver
-        announce(self)
         numbers = self.batches.numbers(self.step)
         batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
@@ -337,7 +338,21 @@ class Trainer:
         if power := self.power.tensors():
             tensors["power"] = power
         kept = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-        return save_checkpoint(self.config.run_folder, self.step, tensors, run_state(self), *kept)
+        return save_checkpoint(self.config.run_folder, self.step, tensors, self.state(), *kept)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says beside its tensors."""
+        return {
+            "slots": self.step * self.batches.plan.slots,  # the position in the data
+            "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
+            "totals": list(self.course.totals),  # train.steps, and what it was before it grew
+            "parent": self.parent,
+            "config": self.config.model_dump(mode="json"),
+            "dataset": dataset_summary(self.data.info),
+            "environment": environment(self.device),
+            "perceptual": self.perceptual.sha256 if self.perceptual else None,
+            "perceptual_dino": self.dino.sha256 if self.dino else None,
+        }
 
     def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
         if self.flops:

@@ -19,9 +19,9 @@ from nanodit.errors import ConfigError
 from nanodit.files import write_atomic
 from nanodit.rng import noise
 from train.config import TrainConfig
-from train.data.samples import Row, load_pixels
+from train.data.samples import Row, load_conditions, load_pixels
 from train.method.sampling import Sampling, sample, to_uint8
-from train.model.conditions import Conditions, Subset, load_conditions, parse_subset, subset_name
+from train.model.conditions import Conditions, Subset, parse_subset, subset_name
 from train.model.network import NanoDiT
 
 CELL = 160  # smaller images are enlarged by a whole factor to about this

@@ -21,7 +21,7 @@ import torch
 from nanodit.config import load_config_with_origins
 from nanodit.console import duration, say, waiting
 from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.data.batch_plan import Plan, scaled_size
 from train.hardware import PEAK_TFLOPS

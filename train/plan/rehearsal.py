@@ -23,7 +23,7 @@ from nanodit.errors import ConfigError
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.encoders.registry import INPUT_SCALE
 from prep.passes.cost import DINO_CELL, DINO_MIN_GRID, DINO_WIDTH, T5_TOKENS, T5_WIDTH, sample_bytes
 from train.config import TrainConfig
@@ -32,7 +32,7 @@ from train.data.samples import Row, bucket_size
 from train.loop.microbatch import MicroBatch, Part
 from train.method.perceptual import View
 from train.model.conditions import MODALITIES, TEXT_MULTIPLE, Conditions, Subset
-from train.model.network import JOINTS, Features
+from train.model.config import JOINTS, Features
 
 
 class StandIn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanodit.config import dump_config, load_config
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, write_atomic
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.checkpoint.resume import SAFE_TO_CHANGE, differences
 from train.config import TrainConfig
 from train.sweep.config import Sweep, SweepConfig, Trial, changes_on_resume, dump_sweep, load_sweep

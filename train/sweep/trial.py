@@ -25,7 +25,7 @@ from nanodit.console import waiting
 from nanodit.errors import DataError, Interrupted, ResourceError
 from nanodit.faults import fault
 from nanodit.files import sha256_file, write_atomic
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.sweep.process import secrets, without
 from train.sweep.record import FINISHED, PLAN, RUNNING, read_record, write_record
@@ -46,7 +46,7 @@ READERS = (
 class Work:
     """What is done with a trial, handed in by the entry point: ``train`` imports nothing of ``evaluate``."""
 
-    train: Callable[[Path], None]  # a config file, as `train run` does
+    train: Callable[[TrainConfig], None]  # as `train run` does
     evaluate: Callable[[Path, Path], None]  # a run folder and the evaluation's config, as `evaluate run` does
     evaluation: Callable[[Path, Sequence[str]], str]  # a config file and overrides -> the evaluation's config, YAML
     check: Callable[[str, TrainConfig, str, str], None]  # YAML, trial, metric, mode: refuses a metric that is not there
@@ -80,8 +80,9 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
                 if (hours := plan["budget"].get("hours")) and "planned_steps" not in record:
                     record["planned_steps"] = _steps_within(hours, trial, config, work.train)
                     write_record(trial, record)
-                work.train(trial / "config.yaml")
-                record |= measured(trial, load_config(TrainConfig, trial / "config.yaml"))
+                config = load_config(TrainConfig, trial / "config.yaml")
+                work.train(config)
+                record |= measured(trial, config)
             fault("sweep.evaluate", name)
             work.evaluate(trial, folder / "evaluate" / planned["evaluation"])
         except (KeyboardInterrupt, Interrupted):
@@ -174,7 +175,7 @@ def _take_over(source: Path, trial: Path) -> dict[str, Any]:
     return {**known, "trained_by": source.name}
 
 
-def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callable[[Path], None]) -> int:
+def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callable[[TrainConfig], None]) -> int:
     """Measure the pace of a few steps, and write into the trial's config how many the budget has room for."""
     from train.loop.tracking import read_metrics
 
@@ -189,9 +190,7 @@ def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callabl
             "validation": config.validation.model_copy(update=quiet),
         }
     )
-    pace.mkdir(parents=True)
-    write_atomic(pace / "pace.yaml", dump_config(few))
-    train(pace / "pace.yaml")
+    train(few)
     rates = [
         record["sys/iter_per_sec"] for record in read_metrics(pace / "metrics.jsonl") if "sys/iter_per_sec" in record
     ]

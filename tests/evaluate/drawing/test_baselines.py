@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.drawing.baselines import TrainingImages, load_training_images, random_pairs, round_trip
+from evaluate.drawing.baselines import TrainingImages, load_training_images, round_trip
 from evaluate.metrics.pixels import psnr
+from evaluate.subject import random_pairs
 
 
 def row(key, bucket="64x64", group=None):

@@ -3,7 +3,7 @@
 import pytest
 
 from evaluate.drawing.edits import COLOURS, choose
-from evaluate.suite.attributes import PALETTES
+from evaluate.metrics.colours import PALETTES
 from prep.figures.figures import VOCABULARY, draw_figure
 
 PHOTO = "A young man in an orange jacket stands on the left side of a small road, along a wall."

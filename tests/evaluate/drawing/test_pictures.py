@@ -8,7 +8,7 @@ from evaluate.drawing.pictures import Picture, batches, compose, once
 from evaluate.subject import read_batch
 from nanodit.rng import noise
 from train.data.flip import flip_pose
-from train.model.conditions import load_conditions
+from train.data.samples import load_conditions
 
 ALL = frozenset({"text", "cls", "patches", "pose"})
 

@@ -8,7 +8,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from evaluate.metrics import distances
 from evaluate.metrics.distances import Distance, as_points, cmmd, frechet, kid, nearest, spread
-from evaluate.statistics.intervals import Interval
+from evaluate.statistics.intervals import Interval, more_samples
 
 
 class Features(torch.nn.Module):
@@ -215,7 +215,7 @@ def test_points_have_a_scale_in_both_spaces():
 
 
 def test_how_many_more_samples_an_interval_asks_for():
-    assert distances.more_samples(Interval(1.0, -1.0, 3.0, 50)) == 150  # half as wide at four times n
-    assert distances.more_samples(Interval(-1.0, -3.0, 1.0, 50)) == 150
-    assert distances.more_samples(Interval(1.0, 0.5, 1.5, 50)) is None
-    assert distances.more_samples(Interval(1.0, None, None, 5)) is None
+    assert more_samples(Interval(1.0, -1.0, 3.0, 50)) == 150  # half as wide at four times n
+    assert more_samples(Interval(-1.0, -3.0, 1.0, 50)) == 150
+    assert more_samples(Interval(1.0, 0.5, 1.5, 50)) is None
+    assert more_samples(Interval(1.0, None, None, 5)) is None

@@ -19,8 +19,8 @@ from evaluate.subject import Subject
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import canonical_json
 from tests.browser import chromium, look
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
-from train.model.conditions import ConditioningConfig
 
 HOSTILE = '<script>document.title="owned"</script><img src="https://example.org/x.png" onerror="alert(1)">'
 RTL = "امرأة ترتدي قميصا أحمر 👩🏽‍🦰 \u202e reversed"

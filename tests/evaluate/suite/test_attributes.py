@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from evaluate.config import EvaluateConfig
+from evaluate.metrics.colours import PALETTES, judge, nearest_colour, score_colours
 from evaluate.metrics.examiner import open_detector
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL
 from evaluate.suite import attributes
-from evaluate.suite.attributes import PALETTES, judge, nearest_colour
 from prep.encoders.demo import DETECTOR, POSE, build_demo_encoders, demo_folder
 from prep.encoders.dwpose import DWPose
 from prep.figures.figures import draw_figure
@@ -82,7 +81,7 @@ def test_joints_that_were_not_found_leave_their_garment_unjudged():
 
 def test_a_missed_figure_is_wrong_in_everything():
     figure = draw_figure(31, 4, 64)
-    (row,) = attributes.score(np.asarray(figure.image)[None], [None], [figure.attributes])
+    (row,) = score_colours(np.asarray(figure.image)[None], [None], [figure.attributes])
     assert [row[f"{name}_judged"] for name in ATTRIBUTES] == [None] * 4
     assert row["top_true"] == figure.attributes["top"]
 
@@ -126,6 +125,6 @@ def test_the_demo_networks_are_named():
             self.info = {"encoders": "production"}
 
     assert (DETECTOR, POSE) == ("demo_yolox.onnx", "demo_dw_ll.onnx")
-    detector, reason = open_detector(EvaluateConfig(), Photographs())
+    detector, reason = open_detector(None, Photographs())
     assert detector is None
     assert "pose_models" in reason

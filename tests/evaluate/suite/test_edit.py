@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from evaluate.drawing.edits import choose
+from evaluate.metrics.colours import PALETTES
 from evaluate.metrics.garments import garment, unchanged
 from evaluate.metrics.likeness import pixel_features
 from evaluate.records import MODEL
 from evaluate.suite import edit
-from evaluate.suite.attributes import PALETTES
 from nanodit.files import sha256_bytes
 from prep.dataset.buckets import choose_bucket, crop_to_bucket
 from prep.figures.drawing import render

@@ -16,8 +16,8 @@ from prep.encoders.registry import build_encoder
 from tests.evaluate.conftest import FiguresInMemory, Oracle, to_tensor
 from tests.evaluate.suite.test_edit import picture
 from train.draw.request import encoder_config
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
-from train.model.conditions import ConditioningConfig
 
 # what else known models must score, degenerate ones among them, is in test_run.py
 CONFIG = {

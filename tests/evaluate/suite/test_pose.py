@@ -10,7 +10,7 @@ from torch import nn
 
 from evaluate.config import EvaluateConfig
 from evaluate.metrics.examiner import Examiner
-from evaluate.metrics.joints import PARTS, Box, mirror
+from evaluate.metrics.joints import JOINTS_BOX, PARTS, TRUE_BOX, Box, mirror, score_joints
 from evaluate.records import BASELINE, MODEL, REAL
 from evaluate.run import evaluate
 from evaluate.subject import Subject, read_batches
@@ -18,8 +18,8 @@ from evaluate.suite import pose
 from prep.encoders.dwpose import denormalise
 from tests.evaluate.conftest import to_tensor
 from train.data.flip import flip_pixels, flip_pose
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
-from train.model.conditions import ConditioningConfig
 
 BOX = Box(40.0, 50.0)
 SIDE = 64
@@ -34,7 +34,7 @@ def skeletons(count, seed=0):
 
 def rows(found, targets, kind=MODEL, condition="text+pose", box=BOX, persons=None):
     """As the examiner makes them; ``persons`` found defaults to one where there are joints."""
-    scored = pose.score(found, targets, [box] * len(targets), SIDE, SIDE)
+    scored = score_joints(found, targets, [box] * len(targets), SIDE, SIDE)
     persons = persons or [int(joints is not None) for joints in found]
     place = {"kind": kind, "condition": condition, "seed": 0, "degenerate": None, "width": SIDE, "height": SIDE}
     return [
@@ -44,7 +44,7 @@ def rows(found, targets, kind=MODEL, condition="text+pose", box=BOX, persons=Non
 
 
 def drawn(own, references=None, condition="text+pose"):
-    return pose.Drawn(condition, own, references or {}, {"guidance": 2.0, "box": pose.TRUE_BOX})
+    return pose.Drawn(condition, own, references or {}, {"guidance": 2.0, "box": TRUE_BOX})
 
 
 def accuracies(one):
@@ -232,15 +232,15 @@ def test_the_settings_say_whose_box_the_allowance_is_part_of(figures):
     (batch, *_) = read_batches(figures, figures.rows("holdout")[:1], 1)
     joints = denormalise(figures.pose(batch.rows[0]), batch.width, batch.height)
     found = {}
-    for dataset, box in ((figures, pose.TRUE_BOX), (unknown, pose.JOINTS_BOX)):
+    for dataset, box in ((figures, TRUE_BOX), (unknown, JOINTS_BOX)):
         examiner = Examiner(dataset, lpips=None, detector=None)
         assert examiner.box == box
         (found[box],) = examiner.rows(batch, batch.pixels, kind=MODEL, condition="all", joints=[joints])
     corners = np.reshape(figures.truth()[batch.keys[0]]["box"], (2, 2))
-    assert found[pose.TRUE_BOX]["box_side"] == pytest.approx(float(np.ptp(corners, axis=0).max()))
-    assert found[pose.TRUE_BOX]["box_area"] == pytest.approx(0.53 * float(np.ptp(corners, axis=0).prod()))
+    assert found[TRUE_BOX]["box_side"] == pytest.approx(float(np.ptp(corners, axis=0).max()))
+    assert found[TRUE_BOX]["box_area"] == pytest.approx(0.53 * float(np.ptp(corners, axis=0).prod()))
     confident = joints[joints[:, 2] >= pose.CONFIDENCE, :2]
-    assert found[pose.JOINTS_BOX]["box_side"] == pytest.approx(float(np.ptp(confident, axis=0).max()))
+    assert found[JOINTS_BOX]["box_side"] == pytest.approx(float(np.ptp(confident, axis=0).max()))
 
 
 def test_pictures_are_those_with_a_pose_and_some_from_its_mirror_image(figures, judged):

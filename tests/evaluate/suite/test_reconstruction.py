@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from evaluate.metrics.pixels import score_pixels
 from evaluate.records import BASELINE, MODEL
 from evaluate.suite import reconstruction
 
@@ -15,7 +16,7 @@ def row(key, kind, condition, psnr, degenerate=None):
 
 def test_a_copy_scores_the_ceiling_that_eight_bits_leave(figures):
     images = np.stack([figures.pixels(r) for r in figures.rows() if r["bucket"] == "64x64"][:2])
-    scores = reconstruction.score(images, images, None)
+    scores = score_pixels(images, images, None)
     assert [s["psnr"] for s in scores] == pytest.approx([58.92, 58.92], abs=0.01)
     assert [s["mse"] for s in scores] == [0, 0]
     assert [s["ssim"] for s in scores] == pytest.approx([1, 1])

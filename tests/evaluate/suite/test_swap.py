@@ -11,7 +11,7 @@ from evaluate.records import ATTRIBUTES, MODEL, REAL
 from evaluate.suite import swap
 from evaluate.suite.swap import choose_donor
 from tests.evaluate.conftest import FiguresInMemory, Judged
-from train.model.conditions import ConditioningConfig
+from train.method.dropout import ConditioningConfig
 
 MODES = {"swap/both": "text+dino", "swap/cls": "text+cls", "swap/patches": "text+patches"}
 

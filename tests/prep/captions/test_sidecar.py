@@ -5,7 +5,8 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from prep.captions.sidecar import MAX_BYTES, BadCaption, CaptionConfig, SidecarCaptions
+from prep.captions.config import CaptionConfig
+from prep.captions.sidecar import MAX_BYTES, BadCaption, SidecarCaptions
 from prep.config import PrepConfig
 from prep.passes.captions import caption_recipe
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.passes.plan import make_plan
 from prep.verify.verify import verify
 from tests.prep.passes.test_plan import config, write_images
@@ -48,7 +48,7 @@ def test_recipes_of_lossless_datasets_do_not_name_the_format(tmp_path):
 
 
 def test_encoders_read_jpegs(tmp_path):
-    from prep.dataset.layout import LayerWriter
+    from prep.dataset.writer import LayerWriter
     from prep.passes.layers import Job, LayerWorker
 
     write_images(tmp_path / "source", 2)

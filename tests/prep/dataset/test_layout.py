@@ -13,20 +13,10 @@ import pytest
 
 from nanodit.errors import DataError
 from nanodit.files import sha256_file
-from prep.dataset.layout import (
-    Dataset,
-    LayerWriter,
-    Part,
-    Unit,
-    decode_pixels,
-    encode_pixels,
-    fingerprint_of,
-    load_npy,
-    npy_bytes,
-    parquet_bytes,
-    read_members,
-    read_part,
-)
+from prep.dataset.codecs import decode_pixels, encode_pixels, load_npy, npy_bytes
+from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_members, read_part
+from prep.dataset.reader import Dataset
+from prep.dataset.writer import LayerWriter
 
 UNIT = Unit("64x64", 3, "pose")
 RECIPE = {"layer": "pose", "code": 1, "encoder": {"model": "none"}}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prep.config import PrepConfig
-from prep.dataset.layout import Dataset, Unit, read_part
+from prep.dataset.layout import Unit, read_part
+from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
 from prep.figures.figures import draw_figure
 from prep.images import duplicates as dedup

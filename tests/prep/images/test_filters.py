@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 
 from nanodit.config import walk_keys
 from nanodit.errors import DataError
-from prep.config import FilterConfig, PrepConfig
-from prep.images.filters import blur_problem, filter_recipe, header_problem, persons_problem, sharpness
+from prep.config import PrepConfig
+from prep.images.filters import FilterConfig, blur_problem, filter_recipe, header_problem, persons_problem, sharpness
 from prep.passes.plan import make_plan
 from prep.passes.publish import gate
 from tests.prep.passes.test_missing import poses, prepare
@@ -29,7 +29,7 @@ FILTERS = {
 
 
 def reason_of(width: int, height: int, **filters) -> str | None:
-    problem = header_problem(width, height, PrepConfig(source="a", output="b", base=64, filters=filters))
+    problem = header_problem(width, height, FilterConfig(**filters), base=64, max_upscale=4 / 3)
     return problem and problem[0]
 
 

@@ -14,7 +14,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, T5Config, T5EncoderMod
 
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.encoders.demo import pieces
 from prep.run import run
 

@@ -18,7 +18,9 @@ from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from prep.captions.cache import forget_rejects
 from prep.captions.hosts import CaptionHosts
-from prep.dataset.layout import LayerWriter, Unit, fingerprint_of, read_members, read_part, webp_bytes
+from prep.dataset.codecs import webp_bytes
+from prep.dataset.layout import Unit, fingerprint_of, read_members, read_part
+from prep.dataset.writer import LayerWriter
 from prep.passes.captions import PROMPT, caption_recipe, caption_units, picture_bytes, read_prompt
 from prep.passes.layers import ShardTask
 from prep.passes.plan import make_plan

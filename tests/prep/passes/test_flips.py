@@ -13,7 +13,8 @@ import pytest
 from nanodit.storage import open_storage
 from prep.captions.mirror import flip_caption
 from prep.config import PrepConfig
-from prep.dataset.layout import FLIP_MEMBERS, LAYERS, Dataset, Unit, read_members, read_part
+from prep.dataset.layout import FLIP_MEMBERS, LAYERS, Unit, read_members, read_part
+from prep.dataset.reader import Dataset
 from prep.encoders.registry import build_encoder
 from prep.export import export_flat
 from prep.figures.captions import scene_caption

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nanodit.errors import DataError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.passes.plan import make_plan
 from prep.run import run
 from tests.prep.passes.test_plan import write_images

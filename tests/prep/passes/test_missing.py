@@ -7,7 +7,8 @@ import pytest
 
 from nanodit.errors import DataError
 from prep.config import PrepConfig
-from prep.dataset.layout import Dataset, Unit, read_members, read_part
+from prep.dataset.layout import Unit, read_members, read_part
+from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
 from prep.images import scan_cache
 from prep.images.sources import BadImage

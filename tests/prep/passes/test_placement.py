@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodit.errors import ResourceError
-from prep.captions.sidecar import CaptionConfig
+from prep.captions.config import CaptionConfig
 from prep.config import PrepConfig
 from prep.passes.placement import (
     Node,

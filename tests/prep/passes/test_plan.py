@@ -10,7 +10,8 @@ from PIL import Image
 
 from nanodit.errors import ConfigError, DataError
 from prep.config import PrepConfig
-from prep.dataset.layout import LAYERS, LayerWriter, Unit
+from prep.dataset.layout import LAYERS, Unit
+from prep.dataset.writer import LayerWriter
 from prep.passes.plan import LAYER_VERSIONS, assign_shards, make_plan, read_manifest, write_manifest
 from prep.run import current_parts
 

@@ -18,7 +18,8 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import LAYERS, Dataset, Unit
+from prep.dataset.layout import LAYERS, Unit
+from prep.dataset.reader import Dataset
 from prep.encoders.registry import model_name
 from prep.passes import ray_passes as pipeline
 from prep.passes.layers import ShardTask

@@ -19,7 +19,9 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_bytes, sha256_file
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
-from prep.dataset.layout import Dataset, Unit, fingerprint_of, npy_bytes, parquet_bytes, read_part
+from prep.dataset.codecs import npy_bytes
+from prep.dataset.layout import Unit, fingerprint_of, parquet_bytes, read_part
+from prep.dataset.reader import Dataset
 from prep.passes.plan import make_plan
 from prep.verify.units import check_unit
 from prep.verify.verify import verify

@@ -12,18 +12,18 @@ import torch
 
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.checkpoint.checkpoint import (
     checkpoint_steps,
     find_latest,
     load_checkpoint,
-    load_model,
     load_weights,
     resolve_checkpoint,
     save_checkpoint,
     verify,
 )
+from train.checkpoint.open import load_model
 from train.loop.trainer import Trainer
 
 TENSORS = {

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 
 from nanodit.errors import ConfigError, DataError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.__main__ import main
-from train.checkpoint.checkpoint import load_checkpoint, load_model
+from train.checkpoint.checkpoint import load_checkpoint
+from train.checkpoint.open import load_model
 from train.checkpoint.posthoc import (
     FIT_LIMIT,
     fit_profile,

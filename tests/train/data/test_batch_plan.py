@@ -15,15 +15,18 @@ from PIL import Image
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
 from prep.dataset.buckets import Bucket, crop_to_bucket
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.loop.test_trainer import _unfreeze, logged, make
 from train.data.batch_plan import Phase, Plan, scale_of, scaled_size
-from train.data.samples import Order, TrainingSet, prefetch, resize
+from train.data.order import Order
+from train.data.prefetch import prefetch
+from train.data.samples import TrainingSet, resize
+from train.loop.announce import announce
 from train.loop.microbatch import deal_subsets
 from train.loop.tracking import read_metrics
 from train.method import flow
+from train.method.dropout import ConditioningConfig
 from train.method.flow import timesteps
-from train.model.conditions import ConditioningConfig
 
 NAMES = ["64x64", "80x48", "48x80", "96x32", "32x96"]
 HALF = [Phase(until_step=3, scale=0.5)]
@@ -227,7 +230,9 @@ def test_prefetching_shifts_nothing(tiny_dataset, tmp_path):
 def test_a_run_through_the_phases(tiny_dataset, tmp_path, capsys):
     overrides = ["model.patch_size=2", "train.batch_size=1", "train.grad_accumulation_steps=30", "train.steps=3"]
     phases = "train.phases=[{until_step: 1, scale: 0.25}, {until_step: 2, scale: 0.5}]"
-    make(tiny_dataset, tmp_path / "run", *overrides, phases, "train.token_budget=2300").run()
+    trainer = make(tiny_dataset, tmp_path / "run", *overrides, phases, "train.token_budget=2300")
+    announce(trainer)
+    trainer.run()
     printed = capsys.readouterr().out
     assert "images at 0.25 times their size up to step 1, 0.5 times their size up to step 2, then whole" in printed
     assert "images in a micro-batch at most, at scale 0.5: 56x80 8, 64x64 8, 80x56 8, 88x48 8" in printed

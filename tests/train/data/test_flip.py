@@ -13,16 +13,16 @@ from hypothesis.extra.numpy import arrays
 
 from nanodit.errors import ConfigError
 from prep.captions.mirror import flip_caption
-from prep.dataset.layout import Dataset, load_npy
+from prep.dataset.codecs import load_npy
+from prep.dataset.reader import Dataset
 from prep.encoders.dwpose import normalise
 from prep.figures.figures import draw_figure
 from prep.figures.keypoints import BODY, FEET
 from tests.train.tiny import tiny_config, write_dataset
 from train.data.flip import MIRRORED_JOINTS, draw_flip, flip_pixels, flip_pose
-from train.data.samples import TrainingSet, load_pixels
+from train.data.samples import TrainingSet, load_conditions, load_pixels
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
-from train.model.conditions import load_conditions
 
 COORDINATES = st.floats(-1.5, 1.5, width=32)
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodit.errors import ConfigError, DataError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
-from train.data.samples import Order, TrainingSet, bucket_size, check_patch_size, load_pixels, prefetch
-from train.loop.saving import run_state
+from train.data.order import Order
+from train.data.prefetch import prefetch
+from train.data.samples import TrainingSet, bucket_size, check_patch_size, load_conditions, load_pixels
 from train.loop.trainer import Trainer
-from train.model.conditions import load_conditions
 
 
 def test_the_order_is_a_pure_function():
@@ -109,7 +109,7 @@ def test_the_position_in_the_data_is_one_integer(tiny_dataset, tmp_path):
     with contextlib.closing(prefetch(trainer.batches.make, trainer.batches.numbers(0), 3)) as batches:
         seen = [[next(batches).keys for _ in trainer.batches.plan.numbers(step)] for step in range(6)]
     trainer.step = 4
-    state = run_state(trainer)
+    state = trainer.state()
     assert state["slots"] == 4 * trainer.batches.plan.slots
     own = {name: value for name, value in state.items() if name not in ("config", "dataset", "environment")}
     assert len(json.dumps(own)) < 1000, "a few integers and hashes, however large the dataset"

@@ -21,7 +21,7 @@ from PIL import Image
 from nanodit.errors import DataError
 from nanodit.rng import noise
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from prep.encoders.demo import build_demo_encoders, demo_folder
 from prep.encoders.dinov3 import DINOv3Encoder
 from prep.encoders.dwpose import denormalise
@@ -29,12 +29,12 @@ from prep.encoders.t5 import T5Encoder
 from tests.prep.hub_server import serve
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
+from train.data.samples import load_conditions
 from train.draw import draw as draw_module
 from train.draw import request as given_module
 from train.draw.draw import DrawRequest
 from train.draw.request import Given, check_encoder, encode, encoding_size
 from train.method.sampling import DRAWING, Sampling
-from train.model.conditions import load_conditions
 
 # text + DINO without a pose, and a pose without text, are never trained
 TABLE = "{nothing: 0.2, text: 0.2, text+pose: 0.2, cls+patches: 0.2, all: 0.2}"

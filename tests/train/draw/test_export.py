@@ -25,14 +25,17 @@ from prep.encoders.t5 import fingerprint as t5_fingerprint
 from tests.prep.hub_server import serve
 from tests.train.tiny import tiny_config
 from train.__main__ import main
-from train.checkpoint.checkpoint import load_model, save_checkpoint
+from train.checkpoint.checkpoint import save_checkpoint
+from train.checkpoint.exported import load_exported
+from train.checkpoint.open import load_model
 from train.draw import export as export_module
-from train.draw.export import export, load_exported
+from train.draw.export import export
 from train.draw.request import Given
 from train.method.ema import join_averages
 from train.method.sampling import Sampling, sample, to_uint8
 from train.model.conditions import Conditions, collate
-from train.model.network import Features, build_model
+from train.model.config import Features
+from train.model.network import build_model
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "A woman with short black hair wears a green coat."

@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 import torch
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop.compiling import (
     MANY_GRAPHS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop import trainer as trainer_module
 from train.loop.flops import META, DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops, count_flops
@@ -18,7 +18,8 @@ from train.method.dino_loss import DinoLoss
 from train.method.perceptual import PerceptualConfig
 from train.method.repa import RepaConfig, RepaHead
 from train.model.conditions import Conditions
-from train.model.network import Features, ModelConfig, NanoDiT
+from train.model.config import Features, ModelConfig
+from train.model.network import NanoDiT
 
 FEATURES = Features(base=64, text_width=24, dino_width=16, pose=True)
 CONFIG = ModelConfig(hidden_size=64, depth=5, num_heads=4, patch_size=8, bottleneck=16)

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.model.conditions import MODALITIES, Conditions
-from train.model.network import Features, ModelConfig, build_model
+from train.model.config import Features, ModelConfig
+from train.model.network import build_model
 from train.model.tread import TreadConfig
 
 IMAGES, ROWS, COLUMNS, TEXT, PATCHES = 3, 6, 4, 32, (4, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanodit.config import load_config
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer

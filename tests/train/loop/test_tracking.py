@@ -12,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanodit.errors import DataError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
+from train.checkpoint.provenance import git_state, write_provenance
 from train.loop import tracking
-from train.loop.tracking import Rates, Tracker, git_state, gpu_memory, read_metrics, truncate_metrics, write_provenance
+from train.loop.tracking import Rates, Tracker, gpu_memory, read_metrics, truncate_metrics
 from train.loop.trainer import Trainer
 
 

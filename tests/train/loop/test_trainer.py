@@ -20,16 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evaluate.validation import build_validation
 from nanodit.errors import Interrupted
 from nanodit.rng import generator
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_dataset
 from train.checkpoint.checkpoint import load_checkpoint
-from train.data.samples import prefetch
+from train.data.prefetch import prefetch
 from train.loop.health import NonFiniteError, clip_gradients, gradient_norms
 from train.loop.microbatch import deal_subsets, split
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
+from train.method.dropout import ConditioningConfig
 from train.method.flow import flow_loss, interpolate, to_x
-from train.model.conditions import MODALITIES, ConditioningConfig
+from train.model.conditions import MODALITIES
 
 CPU = torch.device("cpu")
 TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)

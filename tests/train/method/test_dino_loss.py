@@ -15,7 +15,6 @@ from nanodit.files import canonical_json, write_atomic
 from tests.train.method.test_perceptual import gradients, make
 from tests.train.tiny import tiny_config, write_dataset
 from train.checkpoint.checkpoint import load_checkpoint
-from train.loop.saving import run_state
 from train.loop.tracking import read_metrics
 from train.method.dino_loss import MODEL, DinoLoss, dino_folder
 from train.method.flow import interpolate, to_x
@@ -128,7 +127,7 @@ def test_off_nothing_is_loaded(vgg_home, tiny_dataset, tmp_path, monkeypatch):
     trainer = make(tiny_dataset, tmp_path / "run", *ON, "perceptual.dino_weight=0", "train.steps=1")
     trainer.run()
     assert "train/dino_loss" not in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert run_state(trainer)["perceptual_dino"] is None
+    assert trainer.state()["perceptual_dino"] is None
 
 
 def test_missing_weights_are_named_with_what_to_do(vgg_home, tiny_dataset, tmp_path, monkeypatch):

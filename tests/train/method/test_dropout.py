@@ -10,7 +10,8 @@ import torch
 
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
-from train.model.conditions import MODALITIES, PRESETS, ConditioningConfig, collate, deal, parse_subset, subset_name
+from train.method.dropout import PRESETS, ConditioningConfig, deal
+from train.model.conditions import MODALITIES, collate, parse_subset, subset_name
 
 
 def batch(count=4, tokens=(5, 40, 7, 9)):

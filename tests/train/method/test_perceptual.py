@@ -11,7 +11,7 @@ import torch
 
 from nanodit.errors import ConfigError, DataError
 from nanodit.rng import generator
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.checkpoint.checkpoint import load_checkpoint
 from train.loop.tracking import read_metrics

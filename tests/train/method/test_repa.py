@@ -12,12 +12,13 @@ from nanodit.config import load_config
 from nanodit.errors import ConfigError
 from tests.train.loop.test_trainer import logged, make, weights_of
 from tests.train.tiny import write_dataset
-from train.checkpoint.checkpoint import load_checkpoint, load_model
+from train.checkpoint.checkpoint import load_checkpoint
+from train.checkpoint.open import load_model
 from train.config import TrainConfig
+from train.method.dropout import ConditioningConfig
 from train.method.ema import averaged
 from train.method.flow import interpolate
 from train.method.repa import RepaConfig, RepaHead, alignment_loss, alignment_values, counted_share, resample
-from train.model.conditions import ConditioningConfig
 from train.model.network import TRAINING_ONLY
 
 ON = ("repa.enabled=true",)

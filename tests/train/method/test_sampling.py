@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanodit.errors import ConfigError
+from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig, shift, to_x
 from train.method.sampling import (
     Sampling,
@@ -22,8 +23,9 @@ from train.method.sampling import (
     to_uint8,
     trajectory_keep_ids,
 )
-from train.model.conditions import ConditioningConfig, collate, parse_subset
-from train.model.network import Features, ModelConfig, build_model
+from train.model.conditions import collate, parse_subset
+from train.model.config import Features, ModelConfig
+from train.model.network import build_model
 from train.model.tread import TreadConfig
 
 METHODS = ["euler", "heun", "dpm++2m"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer

@@ -10,7 +10,10 @@ import torch
 
 from train.method.optim import OptimizerConfig, build_optimizer
 from train.model.conditions import collate
-from train.model.network import Features, ModelConfig, _cells, build_model, grid_positions, rope, rotate
+from train.model.config import Features, ModelConfig
+from train.model.context import _cells
+from train.model.layers import grid_positions, rope, rotate
+from train.model.network import build_model
 
 FEATURES = Features(base=32, text_width=16, dino_width=8, pose=True)
 

@@ -12,13 +12,17 @@ from PIL import Image
 from nanodit.config import load_config
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.loop.test_trainer import logged, make, weights_of
 from tests.train.model.test_network import FEATURES, conditions, randomised
 from train.__main__ import main
-from train.checkpoint.checkpoint import load_checkpoint, load_model
+from train.checkpoint.checkpoint import load_checkpoint
+from train.checkpoint.open import load_model
 from train.config import TrainConfig
-from train.model.network import ModelConfig, build_model, grid_positions, rope
+from train.loop.announce import announce
+from train.model.config import ModelConfig
+from train.model.layers import grid_positions, rope
+from train.model.network import build_model
 from train.model.tread import TreadConfig, draw_keep_ids, put_back, take
 
 ROUTED = ("tread.enabled=true", "tread.start=0", "tread.end=-1")
@@ -241,12 +245,11 @@ def test_off_routes_nothing_and_logs_nothing(tiny_dataset, tmp_path):
 
 
 def test_few_tokens_are_warned_of(tiny_dataset, tmp_path, capsys):
-    make(tiny_dataset, tmp_path / "run", *ROUTED, "train.steps=1").run()
+    announce(make(tiny_dataset, tmp_path / "run", *ROUTED))
     said = capsys.readouterr().out
     assert "warning: tread: routing costs quality below 1024 tokens" in said
     assert "64x64 (64)" in said
-    make(tiny_dataset, tmp_path / "fine", *ROUTED, "train.steps=1", "model.patch_size=1", "train.batch_size=1",
-         "train.grad_accumulation_steps=1").run()  # fmt: skip
+    announce(make(tiny_dataset, tmp_path / "fine", *ROUTED, "model.patch_size=1"))
     assert "tread" not in capsys.readouterr().out
 
 

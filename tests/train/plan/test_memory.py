@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop.flops import META
 from train.loop.trainer import Trainer

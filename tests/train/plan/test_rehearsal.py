@@ -9,7 +9,7 @@ import pytest
 from nanodit.config import load_config
 from nanodit.errors import ConfigError, DataError
 from nanodit.storage import open_storage
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train import tiny
 from tests.train.tiny import tiny_config, write_config, write_dataset
 from train.config import TrainConfig

@@ -10,7 +10,7 @@ import yaml
 
 from nanodit.config import load_config, walk_keys
 from nanodit.errors import ConfigError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.sweeps import tiny_sweep, write_sweep
 from train.loop.trainer import Trainer
 from train.sweep.config import SweepConfig, changes_on_resume, dump_sweep, flatten, load_sweep

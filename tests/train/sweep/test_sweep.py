@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanodit.errors import ConfigError, DataError, ResourceError
-from prep.dataset.layout import Dataset
+from prep.dataset.reader import Dataset
 from tests.train.sweeps import tiny_sweep, write_sweep
 from tests.train.tiny import tiny_config
 from train.__main__ import main

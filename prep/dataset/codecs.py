@@ -1,0 +1,48 @@
+"""The bytes of members: NPY 1.0 arrays, WebP and JPEG pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """``array`` as the bytes of an ``.npy`` file, C order, never pickled."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def load_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of an ``.npy`` file; object arrays are refused (they would be pickles)."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def webp_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a lossless WebP, method 0: the fastest to write, and smaller than PNG.
+
+    ``quality`` is the effort here: 25 writes a photograph in a quarter of the time of the default 80 and 2 % larger.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=0, quality=25)
+    return buffer.getvalue()
+
+
+def jpeg_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a JPEG of quality 95 without chroma subsampling: .4 of the lossless size, about 46 dB."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def encode_pixels(pixels: np.ndarray, member: str) -> bytes:
+    """uint8 (H, W, 3) as the bytes of a px member, ``webp`` or ``jpg``."""
+    return jpeg_bytes(pixels) if member == "jpg" else webp_bytes(pixels)
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """uint8 (H, W, 3) from the bytes of a px member."""
+    with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+        return np.asarray(image.convert("RGB"))

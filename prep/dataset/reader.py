@@ -1,0 +1,187 @@
+"""Reading a published dataset: any member of any sample with one ranged read, each checked by its hash."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from nanodit.errors import DataError
+from nanodit.files import sha256_bytes
+from nanodit.storage import Storage, open_storage
+from prep.dataset.buckets import buckets_for
+from prep.dataset.codecs import decode_pixels, load_npy
+from prep.dataset.layout import (
+    LAYERS,
+    SCHEMA_VERSION,
+    Unit,
+    member_columns,
+    members_of,
+    read_parquet,
+    read_range,
+)
+from prep.dataset.quantise import dequantise
+
+
+class Dataset:
+    """A published dataset, read through its index; every member is checked by its hash as it is read.
+
+    ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key. Raises
+    DataError when the folder is not a dataset, has another schema, or its index is not the one dataset.json names.
+    ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
+    processes.
+    """
+
+    def __init__(self, root: Path | str | Storage) -> None:
+        self.storage = open_storage(root)
+        self.root: Path | str = Path(self.storage.place) if self.storage.is_local else self.storage.place
+        manifest, index = (self.storage.where(name) for name in ("dataset.json", "index.parquet"))
+        for name in ("dataset.json", "index.parquet"):
+            if not self.storage.exists(name):
+                raise DataError(
+                    f"{self.storage.where(name)} does not exist: {self.root} is not a finished dataset. "
+                    "Run: python -m prep run"
+                )
+        try:
+            self.info: dict[str, Any] = json.loads(self.storage.read("dataset.json"))
+        except ValueError as error:
+            raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
+        check_info(self.info, manifest)
+        (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
+        self.table: pa.Table = read_parquet(self._published("index.parquet"))
+        check_index(self.table, self.info, index)
+        self.fingerprint: str = self.info["fingerprint"]
+
+    def _published(self, name: str) -> bytes:
+        """The bytes of a file that dataset.json names. Raises DataError when it is missing or another one."""
+        path = self.storage.where(name)
+        try:
+            data = self.storage.read(name)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}. Run prep run again to restore it.") from error
+        if sha256_bytes(data) != self.info["hashes"][name]:
+            raise DataError(f"{path} is not the file that dataset.json names (SHA-256 differs). Run prep run again.")
+        return data
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers this dataset has, in the order of ``LAYERS``."""
+        return tuple(layer for layer in LAYERS if layer in self.info["layers"])
+
+    def members(self, layer: str) -> tuple[str, ...]:
+        """The members of one of its layers, for example ("webp",) or ("jpg",) of px."""
+        return members_of(layer, self.info["layers"][layer])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.table.to_pylist()
+
+    def rows(self, split: str | None = None) -> list[dict[str, Any]]:
+        """The index as plain dicts in key order; ``split`` is "train", "holdout" or None for all."""
+        if split not in (None, "train", "holdout"):
+            raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
+        return [dict(row) for row in self._rows if split in (None, row["split"])]
+
+    def read(self, row: dict[str, Any], member: str) -> bytes:
+        """The bytes of one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
+        layer, name = member.split("/", 1)
+        if f"{member}/offset" not in row:
+            raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
+        unit = Unit(row["bucket"], row["shard"], layer)
+        place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
+        return read_range(self.storage, unit, row["key"], name, *place)
+
+    def _array(self, row: dict[str, Any], member: str) -> np.ndarray:
+        data = self.read(row, member)
+        try:
+            return load_npy(data)
+        except (ValueError, EOFError) as error:  # a pickle, for which numpy has a ValueError, or no array at all
+            where = (
+                f"{Unit(row['bucket'], row['shard'], member.partition('/')[0])}, sample {row['key']}, member {member}"
+            )
+            raise DataError(f"{where}: {error}. Run prep verify --repair, then prep run.") from error
+
+    def pixels(self, row: dict[str, Any]) -> np.ndarray:
+        """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
+        return decode_pixels(self.read(row, f"px/{self._pixels}"))
+
+    @property
+    def has_flips(self) -> bool:
+        """Whether it stores what belongs to the mirrored crops."""
+        return bool(self.info.get("flips"))
+
+    def flippable(self, row: dict[str, Any]) -> bool:
+        """Whether the crop may be mirrored: its caption, if it has one, can be flipped safely."""
+        return self.has_flips and ("text" not in self.info["layers"] or row["caption_flip"] is not None)
+
+    def t5(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """Text features of the valid tokens, float16 (L, Wt); ``flipped``: of the mirrored crop's caption."""
+        other = flipped and row["caption_flip"] != row["caption"]
+        return self._array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
+
+    def cls(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """The DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
+        return self._array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
+
+    def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+        """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
+        name = "dino_flip" if flipped else "dino"
+        quantised, scale = self._array(row, f"dino/{name}.npy"), self._array(row, f"dino/{name}_scale.npy")
+        return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
+
+    def pose(self, row: dict[str, Any]) -> np.ndarray:
+        """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
+        return self._array(row, "pose/pose.npy")
+
+    def truth(self) -> dict[str, dict[str, Any]] | None:
+        """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one.
+
+        Raises DataError when the file is not the published one, or says nothing about some sample.
+        """
+        if "truth.parquet" not in self.info["hashes"]:
+            return None
+        table = read_parquet(self._published("truth.parquet"))
+        truth = {row["key"]: row for row in table.to_pylist()}
+        if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
+            raise DataError(
+                f"{self.storage.where('truth.parquet')} has no row for {len(unknown)} samples, for example "
+                f"{unknown[0]}. "
+                "Take truth.parquet out of the source folder, or these images, and run prep run again."
+            )
+        return truth
+
+
+def check_info(info: Any, path: str) -> None:
+    """Raise DataError, naming the file, unless dataset.json has the schema of this version and what readers rely on."""
+    schema = info.get("schema") if isinstance(info, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema is {schema}, this version reads {SCHEMA_VERSION}. "
+            "Prepare the dataset again with this version."
+        )
+    kinds = {"fingerprint": str, "base": int, "layers": dict, "hashes": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind)]
+    if wrong or "index.parquet" not in info["hashes"]:
+        raise DataError(f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run prep run again.")
+
+
+def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
+    """Raise DataError, naming the file, for an index without a column that readers use or with an unknown bucket."""
+    columns = ["key", "source", "bucket", "shard", "split"]
+    for layer in set(info["layers"]) & set(LAYERS):
+        columns += member_columns(layer, info["layers"][layer])
+    if missing := sorted(set(columns) - set(table.column_names)):
+        raise DataError(f"{path} has no column {', '.join(missing)}. Run prep run again.")
+    known = {str(bucket) for bucket in buckets_for(info["base"])}
+    if unknown := sorted(set(table["bucket"].to_pylist()) - known):
+        raise DataError(
+            f"{path} names bucket {', '.join(unknown)}, base {info['base']} has {', '.join(sorted(known))}. "
+            "Run prep run again."
+        )

@@ -1,0 +1,77 @@
+"""Exported models, the reading side: the names of an export's files, and the network that they describe.
+
+:mod:`train.draw.export` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nanodit.errors import ConfigError, DataError
+from train.checkpoint.checkpoint import load_weights
+from train.checkpoint.tensorfile import read_tensors
+from train.config import TrainConfig
+from train.model.config import Features
+from train.model.network import NanoDiT, build_model
+
+SCHEMA = 1
+INDEX = "model_index.json"
+COMPONENT = "transformer"  # the folder of the network, as diffusers calls it
+CONFIG, WEIGHTS, LOADER = (f"{COMPONENT}/{name}" for name in (
+    "config.json", "diffusion_pytorch_model.safetensors", "nanodit.py"
+))  # fmt: skip
+PREFIX = "network."  # of the names in the file: the network is a part of the class that diffusers loads
+SECTIONS = ("model", "flow", "tread")  # of the training config, that drawing depends on
+
+
+def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+    """Build the network that a ``config.json`` describes, its weights random: (model, config, state).
+
+    The three are what :func:`train.checkpoint.open.load_model` returns, but for the places of dataset and run,
+    which an export does not know. Raises :class:`DataError` for a description of another version.
+    """
+    if described.get("schema") != SCHEMA:
+        raise DataError(f"{where}: its schema is {described.get('schema')}, this version of nanodit reads {SCHEMA}")
+    try:
+        config = TrainConfig(
+            dataset="the dataset that an export does not have", output="the run that an export does not have",
+            conditioning={"preset": None, "table": dict(described["conditioning"])},
+            **{name: dict(described[name]) for name in SECTIONS},
+        )  # fmt: skip
+        model = build_model(config.model, Features.from_dataset(described["dataset"]), config.tread)
+        state = {"step": described["step"], "dataset": described["dataset"], "source": described["source"]}
+    except (KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"{where}: not the description of a model of this version: {error}") from None
+    return model, config, state
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` is one that :func:`export` wrote, or that diffusers saved again."""
+    return (folder / INDEX).is_file() and (folder / CONFIG).is_file()
+
+
+def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
+    """Load an exported folder without diffusers: (model, config, state) as of
+    :func:`train.checkpoint.open.load_model`.
+
+    The model is on the CPU, in float32 and in eval mode. ``ema``, the default everywhere, stands for the weights that
+    the folder holds; :class:`ConfigError` for any others. Raises :class:`DataError` for files that are damaged, or are
+    not what this version writes.
+    """
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    if not isinstance(described, dict):
+        raise DataError(f"{folder / CONFIG}: not the description of a model")
+    model, config, state = build(described, str(folder / CONFIG))
+    if weights not in ("ema", held := state["source"]["weights"]):
+        raise ConfigError(f"{folder}: an export, which holds the weights {held} alone, and not {weights}")
+    tensors = read_tensors(folder / WEIGHTS)
+    load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
+    return model.eval(), config, state

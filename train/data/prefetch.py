@@ -1,0 +1,88 @@
+"""Making micro-batches ahead in a background thread, and saying when storage stalls."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nanodit.console import duration, say
+from train.data.samples import T, TrainingSet
+
+STALL_SECONDS = 10.0  # that reading a member may take before it is said
+ABANDON_SECONDS = 5.0  # that the thread which reads ahead is waited for at the end
+
+
+@contextmanager
+def stalls_are_said(data: TrainingSet) -> Iterator[None]:
+    """While this is open, say which read of ``data`` takes longer than STALL_SECONDS, again and again until it ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(STALL_SECONDS / 2):
+            reading = data.reading
+            if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
+                say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
+
+    thread = threading.Thread(target=watch, daemon=True, name="stalls")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def prefetch(
+    make: Callable[[int], T], numbers: Iterable[int], depth: int, give_up: Callable[[], bool] = lambda: False
+) -> Iterator[T]:
+    """Yield ``make(number)`` for endless numbers, made up to ``depth`` ahead by a background thread (0: none).
+
+    The order and the values are those of calling ``make`` in place; so is an exception, which ends the iteration where
+    the value would have come. ``give_up`` is asked while nothing comes, and ends it too. Close the iterator to stop the
+    thread.
+    """
+    if depth == 0:
+        yield from map(make, numbers)
+        return
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        # of this thread alone: a second team of torch threads would fight with the training's for the cores
+        torch.set_num_threads(1)
+        for number in numbers:
+            if stop.is_set():
+                return
+            try:
+                made = (make(number), None)
+            except BaseException as error:  # handed to the consumer, which raises it
+                made = (None, error)
+            ready.put(made)
+            if made[1] is not None:
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                value, error = ready.get(timeout=0.5)
+            except queue.Empty:
+                if give_up():
+                    return
+                continue
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        stop.set()
+        abandoned = time.monotonic() + ABANDON_SECONDS  # a read may hang with its storage, for ever
+        while thread.is_alive() and time.monotonic() < abandoned:  # it may be waiting for room in the queue
+            while not ready.empty():
+                ready.get_nowait()
+            thread.join(timeout=0.01)

@@ -1,0 +1,58 @@
+"""The shape of the network, and what the data fixes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from nanodit.config import Config
+from train.model.conditions import MODALITIES
+
+JOINTS = 133
+
+
+class ModelConfig(Config):
+    """The shape of the network."""
+
+    hidden_size: int = Field(default=384, gt=0)
+    depth: int = Field(default=12, gt=0)
+    num_heads: int = Field(default=6, gt=0)
+    patch_size: int = Field(default=16, gt=0)
+    in_channels: Literal[3] = 3
+    bottleneck: int = Field(default=128, gt=0)
+    context_patches: int | None = Field(default=256, gt=0)  # DINO patch tokens at most; null: all of them
+    context_joints: int = Field(
+        default=JOINTS, gt=0, le=JOINTS
+    )  # the first so many: 17 body, 23 with feet, 91 with face
+    output_conv: bool = False
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} x a multiple of 4")
+        return self
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the data fixes: feature widths (None where a modality is absent) and the base bucket's side in pixels."""
+
+    base: int
+    text_width: int | None
+    dino_width: int | None
+    pose: bool
+
+    @classmethod
+    def from_dataset(cls, info: dict[str, Any]) -> Features:
+        """Read them from the content of a dataset.json."""
+        layers = info["layers"]
+        width = lambda layer: layers[layer]["width"] if layer in layers else None  # noqa: E731
+        return cls(base=info["base"], text_width=width("t5"), dino_width=width("dino"), pose="pose" in layers)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The subset of MODALITIES that exists."""
+        present = (self.text_width, self.dino_width, self.dino_width, self.pose or None)
+        return tuple(name for name, exists in zip(MODALITIES, present) if exists is not None)
