@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from nanodit.keypoints import BODY_JOINTS, BONES
+
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 34, 40
 BINS, FEWEST = 24, 8  # about so many bars, or room for them
@@ -16,12 +18,6 @@ COMMON = 0.98  # the share of the values that the axis shows in any case
 OUTLIER = 1.5  # a maximum beyond this multiple of the common values goes into a bar of its own
 GAP = 10  # between the bars and that one
 
-# COCO's 17 body joints: limbs, trunk, head
-BONES = (
-    *((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16)),
-    *((5, 6), (11, 12), (5, 11), (6, 12), (0, 1), (0, 2), (1, 3), (2, 4)),
-)
-BODY_JOINTS = 17
 FOUND, SURE = 0.3, 0.6  # confidences: below the first a joint is drawn as missed, from the second on as certain
 CLASSES = ("weak", "fair", "sure")
 

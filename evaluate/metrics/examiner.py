@@ -16,8 +16,9 @@ from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
 from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
 from nanodit.config import Config
+from nanodit.keypoints import JOINTS
 from prep.dataset.reader import Dataset
-from prep.encoders.dwpose import JOINTS, DWPose, Pose, denormalise
+from prep.encoders.dwpose import DWPose, Pose, denormalise
 
 Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
 

@@ -19,7 +19,6 @@ PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5  # an 11 x 11 window, as in the paper
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torch.hub's file name; the digits are the head of its SHA-256
-BODY_JOINTS = 17  # the first of DWPose's 133: COCO body order
 
 
 def mse(images: np.ndarray, references: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from evaluate.report.files import Name, Run
 from evaluate.report.metrics import condition_order, part_name
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from nanodit.errors import DataError
-from nanodit.svg import BODY_JOINTS, BONES
+from nanodit.keypoints import BODY_JOINTS, BONES
 
 Row = Mapping[str, Any]
 

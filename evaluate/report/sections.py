@@ -17,7 +17,7 @@ from evaluate.report.files import Run
 from evaluate.report.metrics import condition_order, part_name
 from evaluate.report.pictures import Thumbnails, picture, real_of, shorten
 from nanodit.errors import DataError
-from nanodit.svg import BONES
+from nanodit.keypoints import BONES
 
 Section = dict[str, Any] | None
 

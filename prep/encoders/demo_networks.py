@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from prep.encoders.dwpose import DETECTOR_SIDE, JOINTS, PADDING_GREY, POSE_HEIGHT, POSE_WIDTH
+from nanodit.keypoints import JOINTS
+from prep.encoders.dwpose import DETECTOR_SIDE, PADDING_GREY, POSE_HEIGHT, POSE_WIDTH
 
 DETECTOR_POOL, DETECTOR_STRIDE = 16, 32
 POSE_POOL, POSE_CELL = 4, 8

@@ -20,11 +20,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_file
+from nanodit.keypoints import JOINTS
 from prep.encoders.halving import Halving
 from prep.encoders.hub import is_hub_file
 
 CODE_VERSION = 2
-JOINTS = 133  # 17 body, 6 feet, 68 face, 21 left hand, 21 right hand (COCO-WholeBody)
 BATCH = 4  # images per call of a network that takes any number
 
 DETECTOR_SIDE = 640

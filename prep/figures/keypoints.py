@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from nanodit.keypoints import JOINTS
 from prep.figures.scene import HAIR_OVER_EARS, Scene, head_point, object_circles
 
 BODY = (
@@ -20,7 +21,6 @@ BODY = (
 FEET = ("left_big_toe", "left_small_toe", "left_heel", "right_big_toe", "right_small_toe", "right_heel")
 FACE = slice(23, 91)
 LEFT_HAND, RIGHT_HAND = slice(91, 112), slice(112, 133)
-COUNT = 133
 
 HIDDEN, VISIBLE = 1, 2  # 0 stands for outside the picture
 
@@ -48,7 +48,7 @@ def scene_keypoints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
             hand_points(scene, "right"),
         ]
     )
-    visibility = np.full(COUNT, VISIBLE)
+    visibility = np.full(JOINTS, VISIBLE)
     if scene.hair_style in HAIR_OVER_EARS:
         visibility[[3, 4]] = HIDDEN
     if scene.held_object in ("ball", "balloon", "book"):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanodit.console import duration
 from nanodit.errors import ResourceError
+from nanodit.keypoints import JOINTS
 from nanodit.storage import Storage, open_storage
 from prep.captions.cache import FOLDER, CaptionCache
 from prep.config import PrepConfig
@@ -44,7 +45,6 @@ T5_WIDTH = {"production": 1024, "demo": 128}
 DINO_WIDTH = {"production": 1024, "demo": 96}
 DINO_CELL, DINO_MIN_GRID = 16, 8  # the grid of ``prep/encoders/dinov3.py``, which takes seconds to import
 SCALE_GROUP = 64  # channels that share a scale
-JOINTS = 133
 CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
 NPY = 128  # bytes of an array's header
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up

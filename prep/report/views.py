@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanodit.svg import BODY_JOINTS, FOUND, SURE, histogram, skeleton
+from nanodit.keypoints import BODY_JOINTS
+from nanodit.svg import FOUND, SURE, histogram, skeleton
 from prep.dataset.buckets import Bucket
 from prep.dataset.reader import Dataset
 from prep.report.pictures import LARGE, SMALL, RejectPictures, Thumbnails, in_parallel

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from nanodit.errors import ConfigError
+from nanodit.keypoints import JOINTS
 from nanodit.rng import generator
-
-JOINTS = 133
 
 
 def _mirror_pairs() -> list[tuple[int, int]]:

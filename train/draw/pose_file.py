@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from nanodit.errors import DataError
+from nanodit.keypoints import JOINTS
 from prep.dataset.buckets import Bucket, centre_crop
-from prep.encoders.dwpose import JOINTS, normalise
+from prep.encoders.dwpose import normalise
 
 # number of joints in `pose_keypoints_2d` -> where COCO's 17, then (in BODY_25 alone) the 6 of the feet stand there
 OPENPOSE_BODY = {

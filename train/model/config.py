@@ -8,9 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from nanodit.config import Config
+from nanodit.keypoints import JOINTS
 from train.model.conditions import MODALITIES
-
-JOINTS = 133
 
 
 class ModelConfig(Config):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanodit.config import load_config
 from nanodit.errors import ConfigError
+from nanodit.keypoints import JOINTS
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
@@ -32,7 +33,7 @@ from train.data.samples import Row, bucket_size
 from train.loop.microbatch import MicroBatch, Part
 from train.method.perceptual import View
 from train.model.conditions import MODALITIES, TEXT_MULTIPLE, Conditions, Subset
-from train.model.config import JOINTS, Features
+from train.model.config import Features
 
 
 class StandIn:
