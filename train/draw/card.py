@@ -33,7 +33,10 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises :class:`ConfigError` for a file that cannot be read, :class:`DataError` for one that is no report."""
+        """Read a report.json.
+
+        Raises :class:`ConfigError` for a file that cannot be read, :class:`DataError` for one that is no report.
+        """
         try:
             data = path.read_bytes()
         except OSError as error:

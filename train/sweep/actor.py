@@ -20,7 +20,7 @@ LOOK = 2.0  # seconds between looks at the trial
 
 
 class SupervisedTrial(tune.Trainable):
-    """What Tune sees of a trial: a child process that it waits for, whose death it may survive."""
+    """A trial as Tune sees it: a child process to wait for, whose death the actor survives."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the child, once nothing else computes on its GPU."""

@@ -1,7 +1,4 @@
-"""What a sweep writes and checks before its first trial: the plan, what may not have changed, and what fits.
-
-Everything here is files; nothing knows Ray.
-"""
+"""The plan of a sweep: written and checked before its first trial, from files alone, without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from train.sweep.trial import Work, code_hash
 
 
 def prepare(file: Path, overrides: Sequence[str], name: str, work: Work) -> Path:
-    """The folder of the sweep that a trial belongs to, its plan written where it is run by hand and there is none."""
+    """Return the folder of the sweep that a trial belongs to; write its plan where a trial run by hand is the first."""
     folder = Path(load_config(SweepConfig, file, overrides).output)
     if not (folder / PLAN).exists():
         write_plan(load_sweep(file, overrides), work, 1, False)
@@ -32,7 +29,7 @@ def prepare(file: Path, overrides: Sequence[str], name: str, work: Work) -> Path
 
 
 def check_folder(sweep: Sweep, work: Work, resume: bool) -> None:
-    """Refuse a folder that this sweep may not be written into, and a metric that would not be there."""
+    """Refuse a folder that holds another sweep, and a primary metric that the evaluation would not hold."""
     folder = sweep.folder
     begun = (folder / PLAN).exists()
     if not begun:
@@ -98,13 +95,13 @@ def write_plan(sweep: Sweep, work: Work, concurrent: int, fractional: bool) -> N
 
 
 def _evaluations(sweep: Sweep, work: Work) -> dict[str, str]:
-    """File name -> the evaluation's config of each arm."""
+    """Return the config of each arm's evaluation, as YAML, by file name."""
     file = Path(sweep.config.evaluate)
     return {f"{arm.folder}.yaml": work.evaluation(file, sweep.evaluation_of(arm)) for arm in sweep.arms.values()}
 
 
 def capacity(config: SweepConfig, cluster: Mapping[str, float]) -> tuple[int, bool]:
-    """How many trials run at a time, and whether any two share a GPU; :class:`ResourceError` where none fits."""
+    """Return how many trials run at a time, and whether any two share a GPU. Raises :class:`ResourceError` if none fits."""
     needed = demands(config, cluster)
     for name, amount in needed.items():
         if amount > cluster.get(name, 0):
@@ -117,7 +114,7 @@ def capacity(config: SweepConfig, cluster: Mapping[str, float]) -> tuple[int, bo
 
 
 def demands(config: SweepConfig, cluster: Mapping[str, float]) -> dict[str, float]:
-    """What one trial takes, by Ray's names of resources."""
+    """Return the resources that one trial takes, by Ray's names."""
     gpu = config.resources.gpu
     return {"CPU": config.resources.cpu, "GPU": min(1.0, cluster.get("GPU", 0)) if gpu is None else gpu}
 
@@ -143,8 +140,8 @@ def check_cohort(sweep: Sweep, new_cohort: bool) -> None:
         )
 
 
-def forgive(sweep: Sweep) -> None:
-    """Let failed trials run again."""
+def reset_failed(sweep: Sweep) -> None:
+    """Mark failed trials as to be run again."""
     for trial in sweep.trials:
         record = read_record(sweep.trials_folder / trial.name)
         if record.get("status") == FAILED:
@@ -152,7 +149,7 @@ def forgive(sweep: Sweep) -> None:
 
 
 def describe(sweep: Sweep, concurrent: int) -> Iterator[str]:
-    """The lines that a sweep begins with; an arm that changes more than it declares comes with a warning."""
+    """Yield the lines that a sweep begins with; an arm that changes more than it declares comes with a warning."""
     arms = sweep.record(1, False)["arms"]
     at_a_time = "one at a time" if concurrent == 1 else f"{concurrent} at a time: no claims about time and memory"
     yield f"sweep {sweep.folder}: {len(sweep.trials)} trials of {len(arms)} arms, {at_a_time}"

@@ -1,4 +1,4 @@
-"""The process in which a trial runs: started by its supervisor, ended with it, and how it ended in words."""
+"""The process in which a trial runs: started by its supervisor and ended with it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrialProcess:
         self._pump.start()
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code, minus the signal's number if one ended it; None if it still runs after ``seconds``."""
+        """Return the exit code, or minus the number of the signal that ended it; None if it still runs after ``seconds``."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -51,7 +51,7 @@ class TrialProcess:
         return code
 
     def end(self) -> None:
-        """Let it save and end; kill it where it does not."""
+        """Ask it to save and end, and kill it where it does not."""
         if self._process.poll() is None:
             self._process.terminate()
             if self.wait(GRACE) is None:
@@ -74,7 +74,7 @@ class TrialProcess:
 
 
 def end_with_parent() -> None:
-    """From now on, end this process as SIGTERM does, saving first, when the one that started it is gone."""
+    """Watch the process that started this one, and end as after SIGTERM, saving first, when it is gone."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -88,7 +88,7 @@ def end_with_parent() -> None:
 
 
 def ending(code: int) -> str:
-    """How a process ended, in words."""
+    """Say how a process ended."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL), from outside or by the system for lack of memory"
     if code == -signal.SIGSEGV:
@@ -97,20 +97,23 @@ def ending(code: int) -> str:
 
 
 def secrets(environment: Mapping[str, str]) -> list[str]:
-    """The values of variables whose names say that nobody should read them."""
+    """Return the values of the variables that hold credentials, judging by their names, the longest first."""
     found = (value for name, value in environment.items() if SECRET.search(name))
     return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def without(hidden: Sequence[str], text: str) -> str:
-    """``text`` with secrets replaced by asterisks."""
+    """Replace secrets in ``text`` with asterisks."""
     for value in hidden:
         text = text.replace(value, "***")
     return text
 
 
 def wait_for_gpu(visible: str, limit: float = GRACE) -> None:
-    """Wait until no process computes on the GPUs named as CUDA_VISIBLE_DEVICES does; ResourceError names who does."""
+    """Wait until no process computes on the GPUs ``visible``, named as in CUDA_VISIBLE_DEVICES.
+
+    Raises :class:`ResourceError` that names those which still do after ``limit`` seconds.
+    """
     deadline = time.monotonic() + limit
     while users := gpu_users(visible):
         if time.monotonic() > deadline:
@@ -122,7 +125,7 @@ def wait_for_gpu(visible: str, limit: float = GRACE) -> None:
 
 
 def gpu_users(visible: str) -> list[str]:
-    """The processes that compute on GPUs, as ``process PID (NAME, MEMORY)``; empty where nvidia-smi cannot tell."""
+    """Return the processes on GPUs as ``process PID (NAME, MEMORY)``; none where nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
     try:
         answer = subprocess.run([*command, "-i", visible], capture_output=True, text=True, timeout=30)

@@ -1,4 +1,4 @@
-"""What is known of a trial: ``trial.json``, its statuses, and the names of a sweep's files. Imports nothing heavy."""
+"""The record of a trial, ``trial.json``, its statuses, and the names of a sweep's files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINAL_CODES = (ConfigError.exit_code, DataError.exit_code)  # what raises these 
 
 
 def read_record(trial: Path) -> dict[str, Any]:
-    """What trial.json says; empty before the trial was begun."""
+    """Return the content of trial.json; empty before the trial began. Raises :class:`DataError` for a damaged file."""
     try:
         return json.loads((trial / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:

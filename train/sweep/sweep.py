@@ -1,6 +1,6 @@
 """The ablation grid on Ray Tune: every trial in a process of its own, retried, isolated, and resumable after a kill.
 
-With ``sweep_actor.py`` all of ``train`` that imports Ray. Tune decides when and on what a trial runs, how often one
+Only this module and ``actor.py`` of ``train`` import Ray. Tune decides when and on what a trial runs, how often one
 that died is tried again, and (``early_stopping: asha``) which one ends early. What is finished is decided by the
 trials' own ``trial.json``: ``--resume`` gives Tune the trials that are not, so that its state under ``tune/`` may be
 lost, and no pickle is ever read back.
@@ -22,10 +22,10 @@ from prep.passes.ray_passes import ray_session
 from train.checkpoint.run_folder import lock_run_folder
 from train.sweep.actor import CURVE, SupervisedTrial
 from train.sweep.config import Sweep
-from train.sweep.plan import capacity, check_cohort, check_folder, demands, describe, forgive, write_plan
+from train.sweep.plan import capacity, check_cohort, check_folder, demands, describe, reset_failed, write_plan
 from train.sweep.process import SECRET
 from train.sweep.record import ENDED, FAILED, FINISHED, STOPPED, read_record, write_record
-from train.sweep.table import table, watched
+from train.sweep.table import show_progress, table
 from train.sweep.trial import Work
 
 # Tune's own output and files: ours say it all
@@ -63,7 +63,7 @@ def run_sweep(
             for line in describe(sweep, concurrent):
                 say(line)
             if retry_failed:
-                forgive(sweep)
+                reset_failed(sweep)
             _run_trials(sweep, fractional)
     for line in table(sweep):
         say(line)
@@ -80,7 +80,7 @@ def run_sweep(
 def _run_trials(sweep: Sweep, fractional: bool) -> None:
     """Let Tune run what has not ended: first the trials that train, then those that measure others' weights."""
     shutil.rmtree(sweep.folder / "tune", ignore_errors=True)
-    with watched(sweep):
+    with show_progress(sweep):
         for number, taken_over in enumerate((False, True)):
             waiting = [
                 trial.name

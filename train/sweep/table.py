@@ -1,4 +1,4 @@
-"""What a sweep shows: how far its trials are while they run, and the table of arms at the end."""
+"""The console of a sweep: the progress of its trials while they run, and the table of arms at the end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NAMED = 4
 
 
 @contextmanager
-def watched(sweep: Sweep) -> Iterator[None]:
-    """Show how far the trials are, at least every five seconds."""
+def show_progress(sweep: Sweep) -> Iterator[None]:
+    """Show the progress of the trials, at least every five seconds, while the context is open."""
     over = threading.Event()
     ended = _count(sweep)
     with Progress("sweep", len(sweep.trials), "trials", done=sum(ended.values())) as progress:
@@ -58,7 +58,7 @@ def _count(sweep: Sweep) -> dict[str, int]:
 
 
 def _last_step(metrics: Path) -> int:
-    """The step of the last whole line, read from the file's end."""
+    """Return the step of the last whole line, read from the file's end; 0 without one."""
     try:
         with open(metrics, "rb") as file:
             file.seek(max(0, metrics.stat().st_size - 8192))
@@ -69,7 +69,7 @@ def _last_step(metrics: Path) -> int:
 
 
 def table(sweep: Sweep) -> Iterator[str]:
-    """The arms with their finished and failed seeds and the mean of the primary metric; then every failure's reason.
+    """Yield the arms with their finished and failed seeds and the mean primary metric, then the reason of each failure.
 
     A function of the files alone. Failed and stopped trials have no part in a mean.
     """
@@ -111,7 +111,7 @@ def _finished(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def primary_of(trial: Path, metric: str, step: int) -> float | None:
-    """A metric of the evaluation of a trial's last step; None where it has no value."""
+    """Return a metric of the evaluation of a trial's last step; None where it has no value."""
     file = trial / "validation_outputs" / f"step-{step:06d}" / "report.json"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]

@@ -1,4 +1,4 @@
-"""One trial of a sweep, in a process of its own: train, measure, and say in ``trial.json`` how it went.
+"""One trial of a sweep, in a process of its own: train, measure, and record the outcome in ``trial.json``.
 
 ``trial.json`` is the truth about a trial: whoever continues the sweep needs nothing else to know what is finished.
 """
@@ -44,7 +44,7 @@ READERS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What is done with a trial, handed in by the entry point: ``train`` imports nothing of ``evaluate``."""
+    """Training and measuring a trial, handed in by the entry point: ``train`` imports nothing of ``evaluate``."""
 
     train: Callable[[TrainConfig], None]  # as `train run` does
     evaluate: Callable[[Path, Path], None]  # a run folder and the evaluation's config, as `evaluate run` does
@@ -95,7 +95,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a trial failed, on one line and without secrets."""
+    """Say why a trial failed, on one line and without secrets."""
     said = str(error).strip().partition("\n")[0]
     kind = type(error).__name__
     text = f"{kind}: {said}" if said else kind
@@ -105,7 +105,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def measured(trial: Path, config: TrainConfig) -> dict[str, Any]:
-    """Steps, images, seconds of training and memory of a run that has ended.
+    """Return the steps, images, seconds of training and memory of a run that has ended.
 
     ``seconds`` is the pace of the steps that count (no warm-up, compilation, validation, saving) times all steps.
     ``peak_memory_gb`` is that of the GPU, or of this process where there is none, in 1e9 bytes.
@@ -130,7 +130,7 @@ def measured(trial: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def cohort(config: TrainConfig, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What must be equal for trials to be compared: code, data, packages and machine; no host names, no paths.
+    """Return what must be equal for trials to be compared: code, data, packages and machine; no host names, no paths.
 
     The commit is in provenance.json: one that touches other files makes no cohort, and a dirty tree may make several.
     A trial that goes on under another one belongs to neither: what differs from ``before`` is named with both values.
@@ -152,7 +152,7 @@ def cohort(config: TrainConfig, before: dict[str, Any] | None = None) -> dict[st
 
 
 def code_hash() -> str:
-    """A hash over the sources of the packages that have a part in a trial's numbers."""
+    """Return a hash over the sources of the packages that have a part in a trial's numbers."""
     root, total = Path(__file__).parents[2], hashlib.sha256()
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
         name = file.relative_to(root).as_posix()
@@ -162,7 +162,7 @@ def code_hash() -> str:
 
 
 def _take_over(source: Path, trial: Path) -> dict[str, Any]:
-    """Make the run folder of a trial that measures another one's weights; what that one's training took."""
+    """Make the run folder of a trial that measures another one's weights; return what that one's training took."""
     theirs = read_record(source)
     if theirs.get("status") != FINISHED:
         raise DataError(f"its weights are those of {source.name}, which did not finish")
@@ -203,7 +203,7 @@ def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callabl
 
 @contextmanager
 def _alone(trial: Path) -> Iterator[None]:
-    """Hold the trial for this process; wait for one that is just ending, whose driver was killed, say."""
+    """Hold the trial's lock; wait for a process that is just ending, because its driver was killed, say."""
     trial.mkdir(parents=True, exist_ok=True)
     with open(trial / LOCK, "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + LOCK_WAIT
