@@ -215,7 +215,7 @@ def stored_conditions(
 
 
 def file_name(request: DrawRequest, row: int, seed: int) -> Path:
-    """Return the file of one picture: ``output``, with the prompt's number, from 1, and the seed if there are several."""
+    """Return the file of one picture: ``output``, with the prompt's number (from 1) and seed if there are several."""
     parts = [request.output.stem]
     if len(request.prompts) > 1:
         parts.append(f"{row + 1:0{len(str(len(request.prompts)))}d}")

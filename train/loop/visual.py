@@ -136,7 +136,7 @@ def lay_out(columns: Sequence[Sequence[np.ndarray]], labels: Sequence[str], head
 
 
 def cut_out(sheet: Image.Image) -> dict[str, dict[str, Image.Image]]:
-    """The pictures of a grid.png again: label of the row -> key of the sample -> picture as it is shown there.
+    """Cut a grid.png into its pictures: label of the row -> key of the sample -> picture as it is shown there.
 
     Empty for a sheet that does not say how it is laid out.
     """

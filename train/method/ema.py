@@ -116,7 +116,7 @@ class EMA:
             self.state[name].copy_(value)
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
-        """The model's parameters in the average's order; all must match, or the average would go stale silently."""
+        """Return the model's parameters in the average's order; all must match, or it would silently go stale."""
         parameters = averaged(model)
         if parameters.keys() != self.state.keys():
             raise ValueError(f"EMA and model differ in {sorted(parameters.keys() ^ self.state.keys())[:3]}")

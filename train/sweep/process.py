@@ -42,7 +42,7 @@ class TrialProcess:
         self._pump.start()
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Return the exit code, or minus the number of the signal that ended it; None if it still runs after ``seconds``."""
+        """Return the exit code, or minus the ending signal's number; None if it still runs after ``seconds``."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
