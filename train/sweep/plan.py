@@ -101,7 +101,7 @@ def _evaluations(sweep: Sweep, work: Work) -> dict[str, str]:
 
 
 def capacity(config: SweepConfig, cluster: Mapping[str, float]) -> tuple[int, bool]:
-    """Return how many trials run at a time, and whether they share a GPU. Raises :class:`ResourceError` if none fits."""
+    """Return how many trials run at once, and whether they share a GPU. Raises :class:`ResourceError` if none fits."""
     needed = demands(config, cluster)
     for name, amount in needed.items():
         if amount > cluster.get(name, 0):
