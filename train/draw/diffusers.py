@@ -170,7 +170,7 @@ class NanoDiTPipeline(DiffusionPipeline):
             raise ConfigError(f"size {width}x{height}: both sides must be multiples of the patch size, {patch}")
 
     def _precision(self, device: torch.device) -> Any:
-        """Return the context for drawing: float32 as ``train sample`` does, other weights by autocast as in training."""
+        """Return the context for drawing: float32 as ``train sample`` draws, other weights by autocast."""
         # neighbouring times differ by less than bfloat16 resolves, so this MLP always computes in float32
         self.transformer.network.timestep.float()
         dtype = self.transformer.network.final.weight.dtype
