@@ -8,6 +8,7 @@ question, and all its slots again when that is answered. All of it runs in one e
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 
 from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
-from prep.captions.config import CaptionConfig
+from prep.captions.base import CaptionServer, HostFault, HostTimeout, SampleFault
+from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.quality import Answer
-from prep.captions.servers import HostFault, HostTimeout, OllamaServer, OpenAIServer, SampleFault, open_server
+from prep.captions.servers import SERVERS
 
 LONGEST_COOL_DOWN = 120.0  # seconds
 TICK = 0.1  # seconds between looks at hosts whose cool-down may be over
@@ -28,7 +30,7 @@ SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often a server may fail on one image
 class Host:
     """One server and how it is doing; times are those of the monotonic clock."""
 
-    server: OllamaServer | OpenAIServer
+    server: CaptionServer
     slots: int
     active: int = 0
     admitted: bool = False  # it has said, since it last failed, that it serves the right weights
@@ -186,6 +188,24 @@ class CaptionHosts:
         if host.down_since is None:
             host.down_since = now
             say(f"caption host {host.url} {fault}; trying it again in {duration(host.resume_at - now)}")
+
+
+def open_server(host: CaptionHost, config: CaptionConfig) -> CaptionServer:
+    """Return the server of a host, for use in one event loop. Raises ConfigError where its key is not set."""
+    return SERVERS[config.backend](host.url, config.model, config.timeout, api_key(config))
+
+
+def api_key(config: CaptionConfig) -> str | None:
+    """Return the key that the config names, read from the environment; None when it names none."""
+    if config.api_key_variable is None:
+        return None
+    key = os.environ.get(config.api_key_variable)
+    if not key:
+        raise ConfigError(
+            f"captions.api_key_variable names {config.api_key_variable}, which is not set in the environment. Set it, "
+            "or write null if the hosts need no key"
+        )
+    return key
 
 
 async def agreed_digest(config: CaptionConfig) -> str:

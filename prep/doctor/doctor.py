@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from nanodit.console import say
 from nanodit.errors import NanoditError
+from prep.captions.base import ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
 from prep.doctor.finding import (
@@ -35,7 +36,7 @@ from prep.doctor.finding import (
     warn,
     without_secrets,
 )
-from prep.doctor.models import check_model, check_network, encoder_names, examine_server, server_checks
+from prep.doctor.models import Silence, check_model, check_network, encoder_names, examine_server, server_checks
 from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, store_checks
 from prep.doctor.rules import Needs, cluster_checks, count, named, needs_of, node_checks
@@ -134,7 +135,7 @@ def caption_tasks(config: PrepConfig) -> list[Task]:
 
 def caption_servers(captions: CaptionConfig) -> Checks:
     """Ask all hosts at once, and compare what they say."""
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, ServerFacts | Silence] = {}
 
     def ask(host: CaptionHost) -> None:
         answers[host.url] = examine_server(host, captions)
@@ -145,7 +146,7 @@ def caption_servers(captions: CaptionConfig) -> Checks:
     deadline = time.monotonic() + CAPTION_SECONDS
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    silent = {"error": f"no answer within {CAPTION_SECONDS:.0f} s", "code": RESOURCE}
+    silent = Silence(f"no answer within {CAPTION_SECONDS:.0f} s")
     return server_checks({host.url: answers.get(host.url, silent) for host in captions.servers}, captions)
 
 

@@ -24,11 +24,12 @@ from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
 from prep.captions.hosts import CaptionHosts, agreed_digest
 from prep.captions.quality import Accepted, Answer, Ask, Flaw, Gate, next_step, settle
-from prep.captions.servers import UNKNOWN
+from prep.captions.servers import SERVERS
 from prep.captions.sidecar import Caption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.codecs import decode_pixels
@@ -71,9 +72,8 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
 def question(captions: CaptionConfig) -> dict[str, Any]:
     """The options of a first question, with the size of the picture that goes with it."""
     options = captions.options.model_dump() | {"image_side": captions.image_side}
-    if captions.backend == "openai":  # which has no such option
-        del options["num_ctx"]
-    return options
+    ignored = SERVERS[captions.backend].ignored_options
+    return {name: value for name, value in options.items() if name not in ignored}
 
 
 def read_prompt(captions: CaptionConfig) -> str:
