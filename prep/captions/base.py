@@ -107,7 +107,7 @@ class CaptionServer(ABC):
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
         """Send a request and return the JSON object that answers it. Raises ConfigError, HostFault or SampleFault."""
-        async with translated(self.url, seconds):
+        async with translate_failures(self.url, seconds):
             response = await self._client.request(method, path, json=body)
             reply = response.raise_for_status().json()
         if not isinstance(reply, dict):
@@ -126,7 +126,7 @@ class CaptionServer(ABC):
 
 
 @asynccontextmanager
-async def translated(url: str, seconds: float) -> AsyncIterator[None]:
+async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
     """Give what happens inside ``seconds``, and turn what HTTP clients raise into the three kinds of failure."""
     late = f"no answer within {seconds:g} s"
     try:

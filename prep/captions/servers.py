@@ -22,7 +22,7 @@ from prep.captions.base import (
     HostFault,
     ServerFacts,
     fault_of_status,
-    translated,
+    translate_failures,
 )
 from prep.captions.quality import Answer, tidy
 
@@ -100,7 +100,7 @@ class OllamaServer(CaptionServer):
 
     @contextlib.asynccontextmanager
     async def _asking(self, seconds: float) -> AsyncIterator[None]:
-        async with translated(self.url, seconds):
+        async with translate_failures(self.url, seconds):
             try:
                 yield
             except self._refusal as error:

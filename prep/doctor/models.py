@@ -20,7 +20,7 @@ from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.hosts import open_server
 from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
-from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
+from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line
 from prep.encoders.hub import CONFIG, UNGATED, WEIGHTS, WEIGHTS_INDEX, Reference
 from prep.encoders.registry import PRODUCTION
@@ -182,7 +182,7 @@ def _refused(label: str, section: str, reference: Reference, error: Exception) -
 
 
 @dataclass(frozen=True)
-class Silence:
+class NoAnswer:
     """The reason why a caption server did not answer.
 
     ``code`` is SETUP when somebody must set something right, RESOURCE when the server is away.
@@ -192,7 +192,7 @@ class Silence:
     code: int = RESOURCE
 
 
-def examine_server(host: CaptionHost, captions: CaptionConfig) -> ServerFacts | Silence:
+def examine_server(host: CaptionHost, captions: CaptionConfig) -> ServerFacts | NoAnswer:
     """Ask a caption server as a run would."""
     parts = urlsplit(host.url if "://" in host.url else f"http://{host.url}")
     try:
@@ -200,9 +200,9 @@ def examine_server(host: CaptionHost, captions: CaptionConfig) -> ServerFacts | 
         socket.getaddrinfo(parts.hostname, parts.port)
         return asyncio.run(_examine(host, captions.model_copy(update={"timeout": SECONDS})))
     except ConfigError as error:
-        return Silence(str(error).removeprefix(f"caption host {host.url} "), SETUP)
+        return NoAnswer(str(error).removeprefix(f"caption host {host.url} "), SETUP)
     except (HostFault, SampleFault, OSError) as error:
-        return Silence(first_line(str(error)))
+        return NoAnswer(first_line(str(error)))
 
 
 async def _examine(host: CaptionHost, captions: CaptionConfig) -> ServerFacts:
@@ -213,7 +213,7 @@ async def _examine(host: CaptionHost, captions: CaptionConfig) -> ServerFacts:
         await server.close()
 
 
-def server_checks(answers: Mapping[str, ServerFacts | Silence], captions: CaptionConfig) -> list[Check]:
+def server_checks(answers: Mapping[str, ServerFacts | NoAnswer], captions: CaptionConfig) -> list[Check]:
     """Return one check per caption host (``node``) and one for whether they serve the same build of the model."""
     kind = SERVERS[captions.backend]
     up = {host: answer for host, answer in answers.items() if isinstance(answer, ServerFacts)}
@@ -237,7 +237,7 @@ def server_checks(answers: Mapping[str, ServerFacts | Silence], captions: Captio
     return checks
 
 
-def _server(answer: ServerFacts | Silence, captions: CaptionConfig, others: bool) -> Check:
+def _server(answer: ServerFacts | NoAnswer, captions: CaptionConfig, others: bool) -> Check:
     name = captions.backend
     if isinstance(answer, ServerFacts):
         version = f"{answer.version} " if answer.version else ""
