@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> None:
     from prep import run
 
     config = load_config(PrepConfig, options.config, options.overrides)
-    action = run.explain if options.verb == "plan" or options.why else run.run
+    action = run.print_plan if options.verb == "plan" or options.why else run.run
     action(config, prune=options.prune, retry_rejects=options.retry_rejects)
 
 

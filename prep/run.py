@@ -66,7 +66,7 @@ class RunFolder:
             self._uploaded = time.monotonic()
 
 
-def explain(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
+def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
     """Print what ``prep run`` would compute and why, where, how long and how many GB.
 
     Writes nothing but what the scan saw, in a dataset that is there, so that the run need not read the sources again.
@@ -110,7 +110,7 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
         start = time.monotonic()
         try:
             root.remove_temporary_files()
-            work: dict[str, Work] = defaultdict(Work)
+            work: dict[str, LayerWork] = defaultdict(LayerWork)
             plan = prepare(config, folder, prune, retry_rejects)
             if retry_rejects and config.captions.generated:  # or the answers that were refused would be read again
                 forget_rejects(root, plan.again)
@@ -161,14 +161,14 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
 
 
 @dataclass
-class Work:
+class LayerWork:
     """What computing a layer took: samples, and seconds summed over the actors."""
 
     samples: int = 0
     seconds: float = 0.0
 
 
-def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
+def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
     """Compute and commit the missing units, pass by pass; adds what each layer took to ``work``.
 
     Between two passes the rejects are counted again: captions of a day are not asked for when half of the pictures
@@ -216,10 +216,10 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, Work]) -> None:
                         progress.advance(sum(unit["samples"] for unit in units), rejected=rejected)
             if step is not passes[-1]:
                 computed += layers
-                gate(config, refused(plan, computed), plan.seen, folder.rejects)
+                gate(config, known_rejects(plan, computed), plan.seen, folder.rejects)
 
 
-def refused(plan: Plan, computed: list[str]) -> list[Reject]:
+def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:
     """Everything that is known to be refused when some layers have been computed."""
     rejects = list(plan.rejects)
     for unit in plan.recipes:
@@ -272,7 +272,7 @@ def remove_leftovers(storage: Storage, plan: Plan) -> None:
     storage.remove_empty_folders()
 
 
-def summarise(plan: Plan, published: Published, work: dict[str, Work], seconds: float) -> None:
+def summarise(plan: Plan, published: Published, work: dict[str, LayerWork], seconds: float) -> None:
     """Print what was computed, what was refused, what to look at, and what was written."""
     for layer, done in work.items():
         rate = done.samples / max(done.seconds, 1e-9)

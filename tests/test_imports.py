@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PACKAGES = ("nanodit", "prep", "train", "evaluate")  # each imports itself and those to its left
 # The command and the trainer's entry point know more than they import from: inside functions, when it is asked for.
 EXCEPTIONS = {"nanodit/cli.py": {"prep", "train", "evaluate"}, "train/__main__.py": {"evaluate"}}
 WITH_RAY = {"prep/passes/ray_passes.py", "train/sweep/sweep.py", "train/sweep/actor.py"}
+INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
@@ -70,6 +74,16 @@ def test_packages_import_only_themselves_and_those_to_their_left(package):
             at_the_top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
             assert name not in {top.partition(".")[0] for top in imports(at_the_top)}, f"{file} imports {name} too soon"
         assert "ray" not in names or file.as_posix() in WITH_RAY, f"{file} imports Ray"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_imported_is_declared(package):
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {Requirement(line).name for line in (*project["dependencies"], *extras["export"], *extras["s3"])}
+    names = {name.partition(".")[0] for file in files(package) for name in imports(ast.parse(file.read_text()))}
+    others = {INSTALLED_AS.get(name, name) for name in names - {*PACKAGES} - sys.stdlib_module_names}
+    assert others <= declared  # so that nothing imports tools or tests either
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from nanodit.config import Config
+from prep.captions.servers import SERVERS
 
 
 class CaptionHost(Config):
@@ -30,7 +30,7 @@ class CaptionOptions(Config):
 class CaptionConfig(Config):
     """Where captions come from, and what happens to an image without a usable one."""
 
-    backend: Literal["sidecar", "ollama", "openai"] = "sidecar"
+    backend: Literal["sidecar", *SERVERS] = "sidecar"
     on_missing: Literal["error", "reject"] = "error"
     model: str = Field("gemma3:27b", min_length=1)
     digest: str | None = None
@@ -54,8 +54,8 @@ class CaptionConfig(Config):
 
     @property
     def servers(self) -> tuple[CaptionHost, ...]:
-        """The caption servers with their slots; without ``hosts`` the one of ``OLLAMA_HOST``, else the local one."""
-        hosts = self.hosts or [os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"]
+        """The caption servers with their slots; without ``hosts`` those that the backend has by default."""
+        hosts = (self.hosts or SERVERS[self.backend].default_hosts()) if self.generated else []
         return tuple(CaptionHost(url=host, slots=self.slots) if isinstance(host, str) else host for host in hosts)
 
     @field_validator("hosts")
@@ -72,8 +72,9 @@ class CaptionConfig(Config):
     def _fit_together(self) -> CaptionConfig:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
-        if self.backend == "openai" and self.hosts is None:
-            raise ValueError("backend openai needs hosts, for example hosts: [http://127.0.0.1:8000/v1]")
+        if self.generated and not self.servers:
+            example = SERVERS[self.backend].example_url
+            raise ValueError(f"backend {self.backend} needs hosts, for example hosts: [{example}]")
         return self
 
 

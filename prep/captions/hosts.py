@@ -8,6 +8,7 @@ question, and all its slots again when that is answered. All of it runs in one e
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 
 from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
-from prep.captions.config import CaptionConfig
+from prep.captions.base import CaptionServer, HostFault, HostTimeout, SampleFault
+from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.quality import Answer
-from prep.captions.servers import HostFault, HostTimeout, OllamaServer, OpenAIServer, SampleFault, open_server
+from prep.captions.servers import SERVERS
 
 LONGEST_COOL_DOWN = 120.0  # seconds
 TICK = 0.1  # seconds between looks at hosts whose cool-down may be over
@@ -25,10 +27,10 @@ SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often a server may fail on one image
 
 
 @dataclass
-class Host:
+class HostState:
     """One server and how it is doing; times are those of the monotonic clock."""
 
-    server: OllamaServer | OpenAIServer
+    server: CaptionServer
     slots: int
     active: int = 0
     admitted: bool = False  # it has said, since it last failed, that it serves the right weights
@@ -50,7 +52,7 @@ class Host:
         return now >= self.resume_at and self.active < (self.slots if proven else 1)
 
 
-class CaptionHosts:
+class HostPool:
     """Answers questions through the hosts of a config, all of which must serve the weights of ``digest``.
 
     Use as an async context manager; :meth:`watch` must run beside the questions.
@@ -58,10 +60,10 @@ class CaptionHosts:
 
     def __init__(self, config: CaptionConfig, digest: str) -> None:
         self.config, self.digest = config, digest
-        self.hosts = [Host(open_server(host, config), host.slots) for host in config.servers]
+        self.hosts = [HostState(open_server(host, config), host.slots) for host in config.servers]
         self._changed = asyncio.Condition()
 
-    async def __aenter__(self) -> CaptionHosts:
+    async def __aenter__(self) -> HostPool:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -86,7 +88,7 @@ class CaptionHosts:
         """
         faults = timeouts = 0
         alive, spent = False, 0.0
-        last: Host | None = None
+        last: HostState | None = None
         while True:
             last = host = await self._take(avoid=last)
             start = time.monotonic()
@@ -123,11 +125,11 @@ class CaptionHosts:
             if time.monotonic() - max(since) > self.config.patience:
                 raise ResourceError(
                     f"no caption host has answered for {duration(self.config.patience)} (captions.patience): "
-                    f"{describe((host.url, host.fault) for host in self.hosts)}. What was captioned is kept: repair "
+                    f"{list_faults((host.url, host.fault) for host in self.hosts)}. What was captioned is kept: repair "
                     "them and run the same command again"
                 )
 
-    async def _take(self, avoid: Host | None) -> Host:
+    async def _take(self, avoid: HostState | None) -> HostState:
         """Wait for a free slot; of several hosts the fastest, and the one to avoid only if there is no other."""
         async with self._changed:
             while True:
@@ -145,7 +147,7 @@ class CaptionHosts:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _admit(self, host: Host) -> bool:
+    async def _admit(self, host: HostState) -> bool:
         """Make sure that a host serves the right weights, when it is first used and whenever it comes back.
 
         Returns whether it was asked just now. Raises ConfigError for other weights, HostFault as the server does.
@@ -157,12 +159,12 @@ class CaptionHosts:
         except HostTimeout as fault:  # not about the image
             raise HostFault(str(fault)) from fault
         if digest != self.digest:
-            raise mixed({host.url: digest}, self.digest)
+            raise unequal_weights({host.url: digest}, self.digest)
         host.admitted = True
         await self._wake()
         return True
 
-    def _answered(self, host: Host, start: float) -> None:
+    def _answered(self, host: HostState, start: float) -> None:
         seconds = time.monotonic() - start
         host.pace = 0.7 * host.pace + 0.3 * seconds if host.pace else seconds
         if start < host.failed_at:  # it was under way when the host failed: not a sign that it is back
@@ -171,7 +173,7 @@ class CaptionHosts:
             say(f"caption host {host.url} answers again")
         host.failures, host.down_since = 0, None
 
-    def _failed(self, host: Host, start: float, fault: HostFault, patient: bool = False) -> None:
+    def _failed(self, host: HostState, start: float, fault: HostFault, patient: bool = False) -> None:
         """Let a host cool down; a ``patient`` failure only does so when it comes again and again."""
         now = time.monotonic()
         if start < host.failed_at:  # likewise
@@ -186,6 +188,24 @@ class CaptionHosts:
         if host.down_since is None:
             host.down_since = now
             say(f"caption host {host.url} {fault}; trying it again in {duration(host.resume_at - now)}")
+
+
+def open_server(host: CaptionHost, config: CaptionConfig) -> CaptionServer:
+    """Return the server of a host, for use in one event loop. Raises ConfigError where its key is not set."""
+    return SERVERS[config.backend](host.url, config.model, config.timeout, api_key(config))
+
+
+def api_key(config: CaptionConfig) -> str | None:
+    """Return the key that the config names, read from the environment; None when it names none."""
+    if config.api_key_variable is None:
+        return None
+    key = os.environ.get(config.api_key_variable)
+    if not key:
+        raise ConfigError(
+            f"captions.api_key_variable names {config.api_key_variable}, which is not set in the environment. Set it, "
+            "or write null if the hosts need no key"
+        )
+    return key
 
 
 async def agreed_digest(config: CaptionConfig) -> str:
@@ -208,22 +228,22 @@ async def agreed_digest(config: CaptionConfig) -> str:
             digests[server.url] = answer
     if not digests:
         raise ResourceError(
-            f"no caption host answers: {describe(silent.items())}. Start them, correct captions.hosts, or set "
+            f"no caption host answers: {list_faults(silent.items())}. Start them, correct captions.hosts, or set "
             "captions.digest to plan without them"
         )
     if len(set(digests.values())) > 1:
-        raise mixed(digests, None)
+        raise unequal_weights(digests, None)
     for url, fault in silent.items():
         say(f"warning: caption host {url} {fault}; the others do its work until it answers")
     return next(iter(digests.values()))
 
 
-def describe(faults: Iterable[tuple[str, str]]) -> str:
+def list_faults(faults: Iterable[tuple[str, str]]) -> str:
     """Hosts and what is wrong with each, for a message."""
     return "; ".join(f"{url} {fault}" for url, fault in faults)
 
 
-def mixed(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
+def unequal_weights(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
     """The error for hosts that serve other weights under the same name."""
     found = ", ".join(f"{url} has {digest}" for url, digest in digests.items())
     rest = f", the captions are made with {wanted}" if wanted else ""

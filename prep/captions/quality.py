@@ -58,7 +58,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Gate:
+class CaptionRules:
     """What the rules depend on besides the answers: limits, and the options of a first and of a further question."""
 
     min_words: int
@@ -97,7 +97,7 @@ def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def find_flaw(answer: Answer, gate: Gate) -> Flaw | None:
+def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
     """The first flaw of an answer on its own; None for a caption."""
     text = answer.text.replace("’", "'").replace("“", '"').replace("”", '"')
     words = WORD.findall(text.lower())
@@ -111,7 +111,7 @@ def find_flaw(answer: Answer, gate: Gate) -> Flaw | None:
         return Flaw("caption_empty", "the model answered without a word", "room")
     if CONTROL.search(text):
         return Flaw("caption_garbled", "the answer holds control characters or invalid Unicode", "quality")
-    if looped(words):
+    if has_loop(words):
         return Flaw("caption_repeats", f"the answer repeats itself: {_short(' '.join(words[-LOOP_WORDS:]))}", "quality")
     spoken = QUOTED.sub('""', text)  # what is written in the picture is no word of the model's own
     if match := REFUSAL.search(spoken):
@@ -120,28 +120,30 @@ def find_flaw(answer: Answer, gate: Gate) -> Flaw | None:
         return Flaw("caption_truncated", f"the answer was cut off after {len(words)} words", "room")
     if match := PREAMBLE.search(spoken):
         return Flaw("caption_preamble", f"the model talks to the reader: {_short(spoken[match.start() :])}", "quality")
-    if len(words) < gate.min_words:
-        return Flaw("caption_too_short", f"{len(words)} words, captions.min_words is {gate.min_words}", "quality")
-    if len(words) > gate.max_words:
-        return Flaw("caption_too_long", f"{len(words)} words, captions.max_words is {gate.max_words}", "quality")
+    if len(words) < rules.min_words:
+        return Flaw("caption_too_short", f"{len(words)} words, captions.min_words is {rules.min_words}", "quality")
+    if len(words) > rules.max_words:
+        return Flaw("caption_too_long", f"{len(words)} words, captions.max_words is {rules.max_words}", "quality")
     return None
 
 
-def looped(words: Sequence[str]) -> bool:
+def has_loop(words: Sequence[str]) -> bool:
     """Whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
     runs = Counter(zip(*(words[start:] for start in range(LOOP_WORDS))))
     return any(count >= LOOP_TIMES for count in runs.values())
 
 
-def next_step(answers: Sequence[Answer], gate: Gate, taken: Mapping[str, str] | None = None) -> Accepted | Flaw | Ask:
+def next_step(
+    answers: Sequence[Answer], rules: CaptionRules, taken: Mapping[str, str] | None = None
+) -> Accepted | Flaw | Ask:
     """What follows from the answers so far: the caption, the reason why there is none, or the next question.
 
-    ``taken`` maps the captions of other images (:func:`same`) to their keys; none of them is a caption of this one.
+    ``taken`` maps the captions of other images, :func:`normalised`, to their keys; none of them is one of this image.
     """
     met: list[Flaw] = []
     for answer in answers:
-        flaw = find_flaw(answer, gate)
-        if flaw is None and taken and (other := taken.get(same(answer.text))):
+        flaw = find_flaw(answer, rules)
+        if flaw is None and taken and (other := taken.get(normalised(answer.text))):
             flaw = Flaw("caption_repeats", f"the same caption as that of image {other}", "quality")
         if flaw is None:
             return Accepted(answer.text, answer.options)
@@ -149,15 +151,15 @@ def next_step(answers: Sequence[Answer], gate: Gate, taken: Mapping[str, str] | 
     kinds = [flaw.kind for flaw in met]
     if kinds and (kinds[-1] == "final" or kinds.count(kinds[-1]) > 1):
         return met[-1]
-    options = dict(gate.options)
+    options = dict(rules.options)
     if "room" in kinds:
         options["num_predict"] *= 2
     if "quality" in kinds:  # at temperature 0 another seed changes nothing
-        options |= {"seed": options["seed"] + 1, "temperature": gate.reask_temperature}
+        options |= {"seed": options["seed"] + 1, "temperature": rules.reask_temperature}
     return Ask(options)
 
 
-def settle(answers: Mapping[str, Sequence[Answer]], gate: Gate) -> dict[str, Accepted | Flaw | Ask]:
+def next_steps(answers: Mapping[str, Sequence[Answer]], rules: CaptionRules) -> dict[str, Accepted | Flaw | Ask]:
     """:func:`next_step` for all images of a shard, by key: of two images with one caption the first in order keeps it.
 
     A server that says the same of every picture is found here, whatever the order in which answers came.
@@ -165,13 +167,13 @@ def settle(answers: Mapping[str, Sequence[Answer]], gate: Gate) -> dict[str, Acc
     taken: dict[str, str] = {}
     steps = {}
     for key in sorted(answers):
-        steps[key] = step = next_step(answers[key], gate, taken)
+        steps[key] = step = next_step(answers[key], rules, taken)
         if isinstance(step, Accepted):
-            taken[same(step.text)] = key
+            taken[normalised(step.text)] = key
     return steps
 
 
-def same(text: str) -> str:
+def normalised(text: str) -> str:
     """What two captions share that differ in case and punctuation alone."""
     return " ".join(WORD.findall(text.lower()))
 

@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 from nanodit.console import say
 from nanodit.errors import NanoditError
+from prep.captions.base import ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
-from prep.doctor.finding import (
+from prep.doctor.check import (
     RESOURCE,
     SETUP,
     Check,
@@ -35,10 +36,10 @@ from prep.doctor.finding import (
     warn,
     without_secrets,
 )
-from prep.doctor.models import check_model, check_network, encoder_names, examine_server, server_checks
+from prep.doctor.models import NoAnswer, check_model, check_network, encoder_names, examine_server, server_checks
 from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, store_checks
-from prep.doctor.rules import Needs, cluster_checks, count, named, needs_of, node_checks
+from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
 
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
@@ -49,7 +50,7 @@ Checks = list[Check]
 
 
 @dataclass
-class Task:
+class CheckTask:
     """Some checks that run in a thread of their own; ``name`` stands for them if they do not end in time."""
 
     name: str
@@ -111,30 +112,32 @@ def doctor(config: PrepConfig, as_json: bool) -> int:
     return exit_code(found)
 
 
-def tasks_for(config: PrepConfig, address: str) -> list[Task]:
+def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     """Everything to look at, in the order in which it is shown."""
     needs = needs_of(config)
-    machines = Task("node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False))
+    machines = CheckTask(
+        "node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False)
+    )
     models, names = [], encoder_names(config)
     for part, name in names.items():
         check = check_model if part in ("t5", "dino") else check_network
-        models.append(Task(part, lambda part=part, name=name, check=check: [check(config, part, name)]))
-    places = [Task("dataset", lambda: place_checks(config)), Task("output", lambda: store_checks(config))]
+        models.append(CheckTask(part, lambda part=part, name=name, check=check: [check(config, part, name)]))
+    places = [CheckTask("dataset", lambda: place_checks(config)), CheckTask("output", lambda: store_checks(config))]
     if any(names.values()):
-        models.append(Task("model_cache", lambda: [cache_check()]))
+        models.append(CheckTask("model_cache", lambda: [cache_check()]))
     return [machines, *models, *caption_tasks(config), *places]
 
 
-def caption_tasks(config: PrepConfig) -> list[Task]:
+def caption_tasks(config: PrepConfig) -> list[CheckTask]:
     """The checks of the servers that captions come from."""
     if "text" not in config.active_layers or not config.captions.generated:  # sidecars lie in the source
         return []
-    return [Task(config.captions.backend, lambda: caption_servers(config.captions))]
+    return [CheckTask(config.captions.backend, lambda: caption_servers(config.captions))]
 
 
 def caption_servers(captions: CaptionConfig) -> Checks:
     """Ask all hosts at once, and compare what they say."""
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, ServerFacts | NoAnswer] = {}
 
     def ask(host: CaptionHost) -> None:
         answers[host.url] = examine_server(host, captions)
@@ -145,13 +148,13 @@ def caption_servers(captions: CaptionConfig) -> Checks:
     deadline = time.monotonic() + CAPTION_SECONDS
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    silent = {"error": f"no answer within {CAPTION_SECONDS:.0f} s", "code": RESOURCE}
+    silent = NoAnswer(f"no answer within {CAPTION_SECONDS:.0f} s")
     return server_checks({host.url: answers.get(host.url, silent) for host in captions.servers}, captions)
 
 
 def cluster(needs: Needs, address: str) -> Iterator[Check]:
     """Examine every node of the running Ray; the checks of each carry its name. Without one, this machine alone."""
-    refusal, examination = _unreachable(address), Examination()
+    refusal, examination = _unreachable(address), ClusterExamination()
     if refusal is None:
         examination.start()
         if not examination.joined.wait(JOIN_SECONDS):
@@ -168,14 +171,14 @@ def cluster(needs: Needs, address: str) -> Iterator[Check]:
         yield from node_checks(examine_node(), needs, False)
         return
     machines = examination.machines
-    yield ok("ray", f"{count(examination.nodes, 'node')} on {count(len(machines), 'machine')}")
+    yield ok("ray", f"{counted(examination.nodes, 'node')} on {counted(len(machines), 'machine')}")
     yield from cluster_checks(machines, needs, examination.before, examination.after)
     for name, facts in machines.items():
         if not isinstance(facts, BaseException):
             yield from (replace(check, node=name) for check in node_checks(facts, needs, True))
 
 
-class Examination(threading.Thread):
+class ClusterExamination(threading.Thread):
     """Joins Ray and examines its nodes, in a thread, because Ray tries for a minute where it is not let in.
 
     ``joined`` is set then, or when ``error`` is; ``machines`` are the answers by name, and ``before`` and ``after`` the

@@ -7,22 +7,20 @@ never shown.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-import httpx
 
 from nanodit.errors import ConfigError
 from nanodit.files import sha256_file
+from prep.captions.base import HostFault, SampleFault, ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
-from prep.captions.servers import HostFault, SampleFault, open_server
+from prep.captions.hosts import open_server
+from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
-from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
+from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line
 from prep.encoders.hub import CONFIG, UNGATED, WEIGHTS, WEIGHTS_INDEX, Reference
 from prep.encoders.registry import PRODUCTION
@@ -32,7 +30,6 @@ GB = 1e9
 HUB = "https://huggingface.co"
 GATED = "facebook/dinov3-"  # behind a licence that a person must accept
 LFS_POINTER = b"version https://git-lfs"
-OLLAMA_PORT = 11434
 
 
 # --- models of the hub ------------------------------------------------------------------------------------------------
@@ -184,77 +181,74 @@ def _refused(label: str, section: str, reference: Reference, error: Exception) -
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
-def examine_server(host: CaptionHost, captions: CaptionConfig) -> dict[str, Any]:
-    """Ask a caption server as a run would: ``digest`` of the model, and of Ollama its ``version`` and GPU ``memory``.
+@dataclass(frozen=True)
+class NoAnswer:
+    """The reason why a caption server did not answer.
 
-    Else ``error``, with ``code`` 2 when somebody must set something right and 4 when it does not answer.
+    ``code`` is SETUP when somebody must set something right, RESOURCE when the server is away.
     """
-    parts = urlsplit(host.url if "://" in host.url else f"http://{host.url}:{OLLAMA_PORT}")
+
+    reason: str
+    code: int = RESOURCE
+
+
+def examine_server(host: CaptionHost, captions: CaptionConfig) -> ServerFacts | NoAnswer:
+    """Ask a caption server as a run would."""
+    parts = urlsplit(host.url if "://" in host.url else f"http://{host.url}")
     try:
         # here, where a slow name server holds up nobody: asyncio would wait for it at its end
         socket.getaddrinfo(parts.hostname, parts.port)
-        digest = asyncio.run(_digest(host, captions.model_copy(update={"timeout": SECONDS})))
+        return asyncio.run(_examine(host, captions.model_copy(update={"timeout": SECONDS})))
     except ConfigError as error:
-        return {"error": str(error).removeprefix(f"caption host {host.url} "), "code": SETUP}
+        return NoAnswer(str(error).removeprefix(f"caption host {host.url} "), SETUP)
     except (HostFault, SampleFault, OSError) as error:
-        return {"error": first_line(str(error)), "code": RESOURCE}
-    answer = {"digest": digest, "version": "", "memory": 0.0}
-    if captions.backend == "ollama":
-        with (
-            contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError),  # nice to know, no more
-            httpx.Client(base_url=parts.geturl(), timeout=SECONDS) as client,
-        ):
-            answer["version"] = str(client.get("/api/version").json()["version"])
-            loaded = client.get("/api/ps").json()["models"]
-            answer["memory"] = float(sum(model.get("size_vram") or 0 for model in loaded))
-    return answer
+        return NoAnswer(first_line(str(error)))
 
 
-async def _digest(host: CaptionHost, captions: CaptionConfig) -> str:
+async def _examine(host: CaptionHost, captions: CaptionConfig) -> ServerFacts:
     server = open_server(host, captions)
     try:
-        return await server.digest()
+        return await server.examine()
     finally:
         await server.close()
 
 
-def server_checks(answers: Mapping[str, dict[str, Any]], captions: CaptionConfig) -> list[Check]:
-    """One check per caption host (``node``) and one for whether they serve the same build of the model; pure."""
-    up = {host: answer for host, answer in answers.items() if "error" not in answer}
+def server_checks(answers: Mapping[str, ServerFacts | NoAnswer], captions: CaptionConfig) -> list[Check]:
+    """Return one check per caption host (``node``) and one for whether they serve the same build of the model."""
+    kind = SERVERS[captions.backend]
+    up = {host: answer for host, answer in answers.items() if isinstance(answer, ServerFacts)}
     checks = []
     for host, answer in answers.items():
         checks.append(replace(_server(answer, captions, others=bool(up)), node=host))
-    digests = sorted({answer["digest"] for answer in up.values()})
-    versions = sorted({answer["version"] for answer in up.values() if answer["version"]})
+    digests = sorted({answer.digest for answer in up.values()})
+    versions = sorted({answer.version for answer in up.values() if answer.version})
     model = captions.model
     if captions.digest and any(digest != captions.digest for digest in digests):
         found = f"{model} is {', '.join(map(_short, digests))}, and captions.digest asks for {_short(captions.digest)}"
         checks.append(fail("caption_model", SETUP, found, "pull that build on every host, or set captions.digest=null"))
     elif len(digests) > 1:
         found = f"the hosts serve different builds of {model}: {', '.join(map(_short, digests))}"
-        fix = f"ollama pull {model} on each of them" if captions.backend == "ollama" else "load the same files on each"
-        checks.append(fail("caption_model", SETUP, found, fix))
+        checks.append(fail("caption_model", SETUP, found, kind.reload.format(model=model)))
     elif len(versions) > 1:
-        found = f"the hosts run Ollama {' and '.join(versions)}"
+        found = f"the hosts run {kind.program} {' and '.join(versions)}"
         checks.append(warn("caption_model", found, "update the older ones: equal captions need equal programs"))
     elif len(up) > 1:
         checks.append(ok("caption_model", f"the same build of {model} on {len(up)} hosts"))
     return checks
 
 
-def _server(answer: dict[str, Any], captions: CaptionConfig, others: bool) -> Check:
+def _server(answer: ServerFacts | NoAnswer, captions: CaptionConfig, others: bool) -> Check:
     name = captions.backend
-    if "error" not in answer:
-        version = f"{answer['version']} " if answer["version"] else ""
-        memory = f"; models hold {answer['memory'] / GB:.1f} GB of GPU memory now" if answer["memory"] else ""
-        return ok(name, f"{version}has {captions.model} ({_short(answer['digest'])}){memory}")
-    if answer["code"] == SETUP:
-        found, _, fix = answer["error"].partition(". ")
+    if isinstance(answer, ServerFacts):
+        version = f"{answer.version} " if answer.version else ""
+        memory = f"; models hold {answer.memory / GB:.1f} GB of GPU memory now" if answer.memory else ""
+        return ok(name, f"{version}has {captions.model} ({_short(answer.digest)}){memory}")
+    if answer.code == SETUP:
+        found, _, fix = answer.reason.partition(". ")
         return fail(name, SETUP, found, fix or "correct the section captions of the config")
-    start = f"start it there (`ollama serve`, then `ollama pull {captions.model}`)" if name == "ollama" else "start it"
-    fix = f"{start}, or correct captions.hosts"
+    fix = f"{SERVERS[name].start.format(model=captions.model)}, or correct captions.hosts"
     # a run goes on with the other hosts
-    return warn(name, answer["error"], fix) if others else fail(name, RESOURCE, answer["error"], fix)
+    return warn(name, answer.reason, fix) if others else fail(name, RESOURCE, answer.reason, fix)
 
 
 def _short(digest: str) -> str:

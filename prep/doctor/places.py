@@ -14,7 +14,7 @@ from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
-from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
+from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.images.filters import header_problem
 from prep.images.sources import SIDECAR_SUFFIX, BadImage, read_header
 
@@ -30,7 +30,7 @@ NAMED = 3
 
 
 @dataclass
-class Images:
+class FolderImages:
     """What the names of a folder's files say, and which of them were reached in ``SCAN_SECONDS``.
 
     ``uncaptioned`` counts images without a sidecar; ``examples`` and ``wanted`` are the first images and the first
@@ -45,9 +45,9 @@ class Images:
     problems: list[OSError] = field(default_factory=list)
 
 
-def count_images(source: Path) -> Images:
+def count_images(source: Path) -> FolderImages:
     """Count the images below a folder and those without a caption, by their names alone."""
-    found, deadline = Images(), time.monotonic() + SCAN_SECONDS
+    found, deadline = FolderImages(), time.monotonic() + SCAN_SECONDS
     for parent, folders, files in os.walk(source, onerror=found.problems.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in files if not name.startswith(".")]
@@ -93,12 +93,12 @@ def store_checks(config: PrepConfig) -> list[Check]:
     return [] if storage.is_local else [store_check(storage)]
 
 
-def source_check(config: PrepConfig) -> tuple[Check, Images]:
+def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
     """Whether the source can be read, and which images it has (looked for 3 s at most)."""
     source = Path(config.source)
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
-        return fail("source", SETUP, found, "set source to the folder with the images"), Images()
+        return fail("source", SETUP, found, "set source to the folder with the images"), FolderImages()
     images = count_images(source)
     count, problems = images.count, images.problems
     if not count:
@@ -117,7 +117,7 @@ def source_check(config: PrepConfig) -> tuple[Check, Images]:
     return ok("source", f"{'' if images.complete else 'more than '}{count} images in {source}"), images
 
 
-def caption_check(config: PrepConfig, images: Images) -> Check:
+def caption_check(config: PrepConfig, images: FolderImages) -> Check:
     """Whether every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
     if not images.uncaptioned:
         return ok("captions", "NAME.txt beside each image; no server needed")
@@ -132,7 +132,7 @@ def caption_check(config: PrepConfig, images: Images) -> Check:
     return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that is wanted")
 
 
-def size_checks(config: PrepConfig, images: Images) -> list[Check]:
+def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
     """A warning when some of the first images would be refused for their size; nothing else is said of them."""
     refused = []
     for name in images.examples:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.doctor.finding import RESOURCE, SETUP, Check, fail, ok, warn
+from prep.doctor.check import RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import DASHBOARD_PORT, GCS_PORT, first_line
 from prep.encoders.registry import ENCODER_LAYERS
 from prep.passes.placement import memory_need, vram_need
@@ -351,6 +351,6 @@ def clock_difference(there: float, before: float, after: float) -> float:
     return max(before - there, there - after, 0.0)
 
 
-def count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,7 +1,7 @@
 """The demo encoders: small local models in the real classes and file formats, for runs without any download.
 
 T5 and DINOv3 are built here from a fixed seed in seconds; the two pose networks are trained by
-``prep/encoders/train_demo_pose.py`` and kept in ``prep/encoders/assets``. All four are loaded by exactly the code that
+``tools/demo_pose/train.py`` and kept in ``prep/encoders/assets``. All four are loaded by exactly the code that
 loads the real ones.
 """
 
@@ -106,8 +106,8 @@ def _asset(name: str) -> Path:
     path = ASSETS / name
     if not path.is_file():
         raise DataError(
-            f"{path} is missing; reinstall nanodit, or make it again with: "
-            "python -m prep.encoders.train_demo_pose prep/encoders/assets"
+            f"{path} is missing; reinstall nanodit, or make it again in a clone with: "
+            "python -m tools.demo_pose.train prep/encoders/assets"
         )
     return path
 

@@ -52,7 +52,7 @@ def thumbnail(pixels: np.ndarray) -> bytes:
     return Image.fromarray(pixels).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
 
 
-class Groups:
+class DisjointSets:
     """Which of ``count`` items are connected (a disjoint-set forest)."""
 
     def __init__(self, count: int) -> None:
@@ -97,7 +97,7 @@ def near_pairs(hashes: Sequence[str], thumbnails: Sequence[bytes]) -> Iterator[t
                     yield from ((int(index), int(other)) for other in others[close])
 
 
-def join_by_cosine(groups: Groups, vectors: np.ndarray, threshold: float) -> None:
+def join_by_cosine(groups: DisjointSets, vectors: np.ndarray, threshold: float) -> None:
     """Connect in ``groups`` all rows of ``vectors``, float (N, D), whose cosine is above ``threshold``.
 
     Exact and without an N x N matrix. Unit vectors with cosine c are at squared distance 2 - 2c, and no orthogonal
@@ -133,7 +133,7 @@ def _projection(unit: np.ndarray) -> np.ndarray:
     return (unit - sample.mean(axis=0).astype(np.float32)) @ directions[:, -PROJECTED:].astype(np.float32)
 
 
-def _join_measured(groups: Groups, unit: np.ndarray, pairs: np.ndarray, threshold: float) -> None:
+def _join_measured(groups: DisjointSets, unit: np.ndarray, pairs: np.ndarray, threshold: float) -> None:
     while len(pairs):
         now, pairs = pairs[:MEASURED], pairs[MEASURED:]
         products = unit[now[:, 0]].astype(np.float64) * unit[now[:, 1]]
@@ -155,7 +155,7 @@ def duplicate_groups(
 
     ``vectors``, float (N, D), are the DINO class tokens in the order of the keys, where there are any.
     """
-    groups = Groups(len(keys))
+    groups = DisjointSets(len(keys))
     for a, b in near_pairs(hashes, thumbnails):
         groups.join(a, b)
     if vectors is not None:

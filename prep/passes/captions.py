@@ -24,11 +24,12 @@ from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
-from prep.captions.hosts import CaptionHosts, agreed_digest
-from prep.captions.quality import Accepted, Answer, Ask, Flaw, Gate, next_step, settle
-from prep.captions.servers import UNKNOWN
+from prep.captions.hosts import HostPool, agreed_digest
+from prep.captions.quality import Accepted, Answer, Ask, CaptionRules, Flaw, next_step, next_steps
+from prep.captions.servers import SERVERS
 from prep.captions.sidecar import Caption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.codecs import decode_pixels
@@ -71,9 +72,8 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
 def question(captions: CaptionConfig) -> dict[str, Any]:
     """The options of a first question, with the size of the picture that goes with it."""
     options = captions.options.model_dump() | {"image_side": captions.image_side}
-    if captions.backend == "openai":  # which has no such option
-        del options["num_ctx"]
-    return options
+    ignored = SERVERS[captions.backend].ignored_options
+    return {name: value for name, value in options.items() if name not in ignored}
 
 
 def read_prompt(captions: CaptionConfig) -> str:
@@ -148,7 +148,9 @@ class CaptionPass:
         self.storage: Storage = open_storage(config.output)
         self.prompt = read_prompt(config.captions)
         captions = config.captions
-        self.gate = Gate(captions.min_words, captions.max_words, question(captions), captions.reask_temperature)
+        self.rules = CaptionRules(
+            captions.min_words, captions.max_words, question(captions), captions.reask_temperature
+        )
         self.counts: dict[str, Any] = {"samples": 0, "captioned": 0, "cached": 0, "rejected": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
@@ -183,7 +185,7 @@ class CaptionPass:
         self.cache = CaptionCache(self.storage, kept)
         self.provenance = kept
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="captions") as self._pool:
-            async with CaptionHosts(self.config.captions, recipe["digest"]) as self._hosts:
+            async with HostPool(self.config.captions, recipe["digest"]) as self._hosts:
                 watch = asyncio.create_task(self._hosts.watch())
                 stream = asyncio.create_task(self._stream())
                 try:
@@ -221,7 +223,7 @@ class CaptionPass:
         try:
             answers = shard.answers[key] = await self._offload(self.cache.read, key)
             count = len(answers)
-            while isinstance(step := next_step(answers, self.gate), Ask):
+            while isinstance(step := next_step(answers, self.rules), Ask):
                 await self._ask(shard, key, step)
             self.counts["samples"] += 1
             self.counts["cached" if len(answers) == count else "captioned"] += 1
@@ -243,10 +245,10 @@ class CaptionPass:
     async def _finish(self, shard: Shard, samples: list[asyncio.Task[None]], opened: asyncio.Semaphore) -> None:
         """Wait for the samples, ask again about captions that two images share, and commit the unit."""
         await asyncio.gather(*samples)
-        while asks := {key: step for key, step in self._settle(shard).items() if isinstance(step, Ask)}:
+        while asks := {key: step for key, step in self._next_steps(shard).items() if isinstance(step, Ask)}:
             await asyncio.gather(*(self._ask(shard, key, step) for key, step in asks.items()))
-        refused = [key for key, step in self._settle(shard).items() if isinstance(step, Flaw)]
-        alone = [next_step(shard.answers[key], self.gate) for key in refused]
+        refused = [key for key, step in self._next_steps(shard).items() if isinstance(step, Flaw)]
+        alone = [next_step(shard.answers[key], self.rules) for key in refused]
         # those that are refused for having the caption of another image had not been counted
         self.counts["rejected"] += sum(isinstance(step, Accepted) for step in alone)
         self._tell()
@@ -254,8 +256,8 @@ class CaptionPass:
         self._committed(shard.task, len(refused), shard.seconds)
         opened.release()
 
-    def _settle(self, shard: Shard) -> dict[str, Accepted | Flaw | Ask]:
-        return settle(shard.answers, self.gate)
+    def _next_steps(self, shard: Shard) -> dict[str, Accepted | Flaw | Ask]:
+        return next_steps(shard.answers, self.rules)
 
     def _open(self, task: ShardTask) -> Shard | None:
         """Find the images to caption; None when the unit is committed already."""
@@ -284,7 +286,7 @@ class CaptionPass:
     def _commit(self, shard: Shard) -> None:
         """Write the text unit, as ``LayerWorker.text`` does for sidecars."""
         with LayerWriter(self.storage, shard.unit, shard.recipe, facts={}) as writer:
-            for key, step in self._settle(shard).items():
+            for key, step in self._next_steps(shard).items():
                 if isinstance(step, Flaw):
                     writer.reject(key, step.reason, step.detail)
                     continue

@@ -25,7 +25,7 @@ INDEX = "index.parquet"
 PASSING = ("changed_during_run", "source_gone", "unreadable")
 
 
-def compare(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
+def compare_sources(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
     """The rows of the manifest whose file is gone, and the number of those whose name has another content now.
 
     A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
@@ -62,7 +62,7 @@ def published_keys(storage: Storage) -> set[str]:
         return set()
 
 
-def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
+def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:
     """The hash of the sidecar that every committed caption was made from, by key."""
     captions: dict[str, str] = {}
     for unit, part in parts.items():
@@ -71,7 +71,7 @@ def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
     return captions
 
 
-def remarks(
+def source_remarks(
     gone: Sequence[Source],
     replaced: int,
     prune: bool,

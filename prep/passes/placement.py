@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import socket
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanodit.errors import ResourceError
+from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.encoders.registry import ENCODER_LAYERS, INPUT_SCALE
 
@@ -36,9 +36,6 @@ CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
 ON_CPU = {"t5": 2, "dino": 2, "pose": 1}  # fp32 instead of bf16; the ONNX files are fp32 anyway
 TABLE_BATCH, TABLE_TOKENS, TABLE_SIDE = 16, 512, 512
-
-# gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
-OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
 
 JOINS = 4  # a pool may grow to so many times its size when nodes join
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
@@ -371,15 +368,10 @@ def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, li
 
 
 def captions_vram(config: PrepConfig) -> float:
-    """GB that the caption model takes on each of its hosts: as configured, else by the size in the model's name."""
+    """Return the GB that the caption model takes on each of its hosts: as configured, else as its server says."""
     if "captions" in config.placement.vram_gb:
         return config.placement.vram_gb["captions"]
-    if config.captions.backend != "ollama":
-        return 0.0
-    size = re.search(r"(\d+(?:\.\d+)?)b\b", config.captions.model.lower())
-    if not size:
-        return OLLAMA_UNKNOWN_GB
-    return round(float(size[1]) * OLLAMA_GB_PER_BILLION + OLLAMA_CONTEXT_GB, 1)
+    return SERVERS[config.captions.backend].vram_gb(config.captions.model)
 
 
 def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | None = None) -> bool:

@@ -22,8 +22,7 @@ from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions import mirror as flip_text
-from prep.captions import sidecar as caption
+from prep.captions import mirror, sidecar
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
@@ -32,14 +31,22 @@ from prep.encoders.registry import ENCODER_LAYERS, encoder_fingerprint
 from prep.images.filters import filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Reject, Remember, Source, scan
-from prep.passes import missing as gone
 from prep.passes.layers import ShardTask
+from prep.passes.missing import (
+    committed_caption_hashes,
+    compare_sources,
+    is_as_planned,
+    source_remarks,
+    units_behind,
+    units_to_make_again,
+    worth_keeping,
+)
 
 # Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
 PX_VERSION = 2
 SCAN_VERSION = 1
-FLIP_VERSIONS = {"text": flip_text.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
-LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
+FLIP_VERSIONS = {"text": mirror.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
+LAYER_VERSIONS = {"px": PX_VERSION, "text": sidecar.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -122,8 +129,8 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest_rows(root)
-        files_gone, replaced = gone.compare(manifest, found)
-        kept = gone.worth_keeping(root, files_gone)
+        files_gone, replaced = compare_sources(manifest, found)
+        kept = worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
         for source in [*found.sources, *([] if prune else kept)]:
             if problem := header_problem(
@@ -135,7 +142,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
-        old_captions = gone.committed_captions(parts) if kept else {}
+        old_captions = committed_caption_hashes(parts) if kept else {}
         captions, expected = read_captions(config, sources, old_captions, cache.look)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
@@ -143,14 +150,14 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         current = {unit: part for unit, part in parts.items() if unit not in missing}
 
         def is_back(source: Source) -> bool:
-            return not source.gone and gone.is_as_planned(source, captions.get(source.key), config, cache)
+            return not source.gone and is_as_planned(source, captions.get(source.key), config, cache)
 
-        again = gone.units_to_make_again(config, current, sources, is_back, retry_rejects)
+        again = units_to_make_again(config, current, sources, is_back, retry_rejects)
     missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in missing}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
     notes = silent + count_rejects(rejects + expected, seen)
-    notes += gone.remarks(kept, replaced, prune, shards, missing)
+    notes += source_remarks(kept, replaced, prune, shards, missing)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
 
 
@@ -163,7 +170,7 @@ def remaining(plan: Plan) -> Plan:
     parts = plan.parts | read_parts(root, list(plan.missing))
     missing = outdated(plan.config, root, plan.recipes, parts)
     current = {unit: part for unit, part in parts.items() if unit not in missing}
-    again = gone.units_behind(plan.config, current)
+    again = units_behind(plan.config, current)
     missing = {unit: why for unit in plan.recipes if (why := missing.get(unit) or again.get(unit))}
     current = {unit: part for unit, part in current.items() if unit not in again}
     return replace(plan, parts=current, missing=missing, again=list(again), notes=[])

@@ -37,7 +37,7 @@ from prep.dataset.layout import (
     read_range,
 )
 from prep.encoders.registry import model_name
-from prep.images import duplicates as dedup
+from prep.images import duplicates
 from prep.images.sources import HIDDEN, TRUTH_NAME, Reject, Source
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
 
@@ -114,7 +114,7 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     for unit, part in parts.items():
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
     storage, table = open_storage(plan.config.output), join_layers(plan, parts)
-    tokens = class_tokens(storage, table) if cls_cosine(plan.config) < dedup.OFF and len(table) else None
+    tokens = class_tokens(storage, table) if cls_cosine(plan.config) < duplicates.OFF and len(table) else None
     table, linking = add_split(plan, table, published_splits(storage, plan.config), tokens)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
@@ -238,8 +238,8 @@ def add_split(
     """
     config = plan.config
     keys, hashes, thumbnails = (table[name].to_pylist() for name in ("key", "phash", "thumbnail"))
-    groups = dedup.duplicate_groups(keys, hashes, thumbnails, tokens, cls_cosine(config))
-    split = dedup.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
+    groups = duplicates.duplicate_groups(keys, hashes, thumbnails, tokens, cls_cosine(config))
+    split = duplicates.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
     if split.linking:  # without them the rest falls into other groups
         kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
         left = None if tokens is None else tokens[np.asarray(kept)]
@@ -253,10 +253,10 @@ def add_split(
 
 
 def cls_cosine(config: PrepConfig) -> float:
-    """The cosine of DINO class tokens above which samples are near duplicates; ``dedup.OFF`` where it has no say."""
+    """Return the cosine of DINO class tokens above which samples are near duplicates; ``OFF`` without the layer."""
     if "dino" not in config.layers:
-        return dedup.OFF
-    return config.duplicates.cls_cosine or dedup.CLS_COSINE[config.encoders]
+        return duplicates.OFF
+    return config.duplicates.cls_cosine or duplicates.CLS_COSINE[config.encoders]
 
 
 def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
@@ -348,7 +348,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
             },
             "shards": {"shard_size": config.shard_size},
             "split": {
-                "code": dedup.CODE_VERSION,
+                "code": duplicates.CODE_VERSION,
                 "seed": config.seed,
                 "holdout": config.holdout,
                 "holdout_min": config.holdout_min,

@@ -67,16 +67,16 @@ def timings(runs: Sequence[Mapping[str, Any]]) -> View | None:
             layer["seconds"] += unit["seconds"]
             done[unit["layer"]] = done.get(unit["layer"], 0) + unit["samples"]
         seconds = run["seconds"]
-        listed.append(run | {"work": _in_order(done), "took": None if seconds is None else took(seconds)})
+        listed.append(run | {"work": _in_order(done), "took": None if seconds is None else short_duration(seconds)})
     layers = [work[name] for name in _in_order(work)]
     most = max((layer["seconds"] for layer in layers), default=0) or 1
     for layer in layers:
         rate = layer["samples"] / layer["seconds"] if layer["seconds"] else None
-        layer |= {"bar": layer["seconds"] / most, "rate": rate, "took": took(layer["seconds"])}
+        layer |= {"bar": layer["seconds"] / most, "rate": rate, "took": short_duration(layer["seconds"])}
     return {"layers": layers, "runs": listed[::-1][:RUNS], "total": len(listed)}
 
 
-def took(seconds: float) -> str:
+def short_duration(seconds: float) -> str:
     """Seconds as people read them; short ones with a digit after the point."""
     return f"{seconds:.1f}s" if seconds < 9.95 else duration(seconds)
 

@@ -47,7 +47,7 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[An
         return list(pool.map(function, items))
 
 
-class Thumbnails:
+class SampleThumbnails:
     """Pictures of a dataset's samples as data URIs; each sample is read and decoded once per size."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -62,7 +62,7 @@ class Thumbnails:
         return [self._made[row["key"], side] for row in rows]
 
 
-class RejectPictures:
+class RejectThumbnails:
     """Finds pictures of refused sources: the crop if the sample came as far as that, else the source itself.
 
     Sources are looked for in the folder that the newest run was given. No picture is "", never an error: files move.

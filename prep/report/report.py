@@ -22,7 +22,7 @@ from prep.dataset.layout import LAYERS, read_parquet
 from prep.dataset.reader import Dataset
 from prep.passes.publish import REJECTS, warn
 from prep.report import facts, views
-from prep.report.pictures import RejectPictures, Thumbnails
+from prep.report.pictures import RejectThumbnails, SampleThumbnails
 
 REPORT = "report.html"
 
@@ -47,7 +47,7 @@ def render(storage: Storage) -> str:
     if not len(dataset):
         raise DataError(f"{storage}: the index holds no sample, so there is nothing to show")
     info, table, rejects = dataset.info, dataset.table, read_rejects(storage)
-    thumbnails = Thumbnails(dataset)
+    thumbnails = SampleThumbnails(dataset)
     sections = {
         "buckets": lambda: views.buckets(dataset, thumbnails),
         "crops": lambda: views.crops(table),
@@ -55,7 +55,7 @@ def render(storage: Storage) -> str:
         "captions": lambda: views.captions(dataset, thumbnails),
         "poses": lambda: views.poses(dataset, thumbnails),
         "duplicates": lambda: views.duplicates(dataset, thumbnails, rejects),
-        "rejects": lambda: views.refused(rejects, RejectPictures(dataset)),
+        "rejects": lambda: views.refused(rejects, RejectThumbnails(dataset)),
         "bytes": lambda: facts.layer_bytes(dataset),
         "models": lambda: facts.models(info),
         "timings": lambda: facts.timings(facts.read_runs(storage)),

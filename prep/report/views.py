@@ -18,7 +18,7 @@ from nanodit.keypoints import BODY_JOINTS
 from nanodit.svg import FOUND, SURE, histogram, skeleton
 from prep.dataset.buckets import Bucket
 from prep.dataset.reader import Dataset
-from prep.report.pictures import LARGE, SMALL, RejectPictures, Thumbnails, in_parallel
+from prep.report.pictures import LARGE, SMALL, RejectThumbnails, SampleThumbnails, in_parallel
 
 SHEET = 24  # pictures of a contact sheet
 CAPTIONS = 6  # shown with their picture
@@ -87,7 +87,7 @@ def crops(table: pa.Table) -> View:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def buckets(dataset: Dataset, thumbnails: Thumbnails) -> list[View]:
+def buckets(dataset: Dataset, thumbnails: SampleThumbnails) -> list[View]:
     """Every bucket, the fullest first: counts, crop loss, enlargement and a contact sheet."""
     table, views = dataset.table, []
     names, sides = table["bucket"].to_numpy(zero_copy_only=False), table["split"].to_numpy(zero_copy_only=False)
@@ -117,7 +117,7 @@ def buckets(dataset: Dataset, thumbnails: Thumbnails) -> list[View]:
     return [view | {"bar": view["samples"] / most} for view in views]
 
 
-def sharpness(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
+def sharpness(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     """How sharp the crops are, and the least sharp of them; None for an index without that column."""
     table = dataset.table
     if "sharpness" not in table.column_names:
@@ -125,14 +125,14 @@ def sharpness(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
     values = numbers(table, "sharpness")
     median = float(np.median(values))
     least = np.argsort(values, kind="stable")[:BLURRED]
-    pictures = framed(rows_at(table, least), thumbnails)
+    pictures = equal_area_pictures(rows_at(table, least), thumbnails)
     return {
         "chart": histogram(values, "sharpness (variance of the Laplacian)", [(median, f"median {median:,.0f}")]),
         "least": [one | {"value": f"{values[place]:,.4g}"} for one, place in zip(pictures, least)],
     }
 
 
-def framed(rows: Sequence[View], thumbnails: Thumbnails, side: int = SMALL) -> list[View]:
+def equal_area_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, side: int = SMALL) -> list[View]:
     """The pictures of some rows, each with what makes all of them equal in area."""
     views = []
     for row, data in zip(rows, thumbnails.make(rows, side)):
@@ -142,7 +142,7 @@ def framed(rows: Sequence[View], thumbnails: Thumbnails, side: int = SMALL) -> l
     return views
 
 
-def duplicates(dataset: Dataset, thumbnails: Thumbnails, rejects: pa.Table | None) -> View:
+def duplicates(dataset: Dataset, thumbnails: SampleThumbnails, rejects: pa.Table | None) -> View:
     """Groups of near duplicates, the largest first, and how many sources were exact copies of another one."""
     table = dataset.table
     counted = table.group_by("duplicate_group").aggregate([("key", "count"), ("split", "count_distinct")])
@@ -152,7 +152,9 @@ def duplicates(dataset: Dataset, thumbnails: Thumbnails, rejects: pa.Table | Non
     groups = []
     for name, size in zip(counted["duplicate_group"].to_pylist()[:GROUPS], sizes):
         members = table.filter(pc.equal(table["duplicate_group"], name)).slice(0, GROUP_IMAGES).to_pylist()
-        groups.append({"size": int(size), "split": members[0]["split"], "pictures": framed(members, thumbnails)})
+        groups.append(
+            {"size": int(size), "split": members[0]["split"], "pictures": equal_area_pictures(members, thumbnails)}
+        )
     exact = 0 if rejects is None else pc.sum(pc.equal(rejects["reason"], DUPLICATE)).as_py() or 0
     return {
         "groups": groups,
@@ -163,7 +165,7 @@ def duplicates(dataset: Dataset, thumbnails: Thumbnails, rejects: pa.Table | Non
     }
 
 
-def refused(rejects: pa.Table | None, pictures: RejectPictures) -> list[View]:
+def refused(rejects: pa.Table | None, pictures: RejectThumbnails) -> list[View]:
     """Refused sources by stage and reason, most frequent first, with examples."""
     if rejects is None or not len(rejects):
         return []
@@ -182,7 +184,7 @@ def refused(rejects: pa.Table | None, pictures: RejectPictures) -> list[View]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def captions(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
+def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     """Lengths, cut captions, repeated ones, and a few to read; None without the text layer."""
     if "text" not in dataset.layers:
         return None
@@ -223,14 +225,14 @@ def captions(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
     return view
 
 
-def _with_pictures(rows: Sequence[View], thumbnails: Thumbnails, limit: int, words: Sequence[int]) -> list[View]:
+def _with_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, limit: int, words: Sequence[int]) -> list[View]:
     return [
         {"source": row["source"], "caption": shorten(row["caption"], limit), "data": data, "words": int(count)}
         for row, data, count in zip(rows, thumbnails.make(rows), words)
     ]
 
 
-def repeated_captions(table: pa.Table, thumbnails: Thumbnails) -> View:
+def repeated_captions(table: pa.Table, thumbnails: SampleThumbnails) -> View:
     """Texts that several images share: how many, and the most frequent ones with their images."""
     counted = table.group_by("caption").aggregate([("key", "count")])
     counted = counted.filter(pc.greater(counted["key_count"], 1))
@@ -239,14 +241,14 @@ def repeated_captions(table: pa.Table, thumbnails: Thumbnails) -> View:
     for row in counted.slice(0, TEXTS).to_pylist():
         same = table.filter(pc.equal(table["caption"], row["caption"])).slice(0, TEXT_IMAGES).to_pylist()
         text = shorten(row["caption"], EXTREME_LIMIT)
-        listed.append({"caption": text, "count": row["key_count"], "pictures": framed(same, thumbnails)})
+        listed.append({"caption": text, "count": row["key_count"], "pictures": equal_area_pictures(same, thumbnails)})
     return {"listed": listed, "total": len(counted), "samples": int(numbers(counted, "key_count").sum())}
 
 
 # --- poses ------------------------------------------------------------------------------------------------------------
 
 
-def poses(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
+def poses(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     """How many people, how sure the joints are, and skeletons over pictures; None without the pose layer."""
     if "pose" not in dataset.layers:
         return None
@@ -261,7 +263,7 @@ def poses(dataset: Dataset, thumbnails: Thumbnails) -> View | None:
     for kind, limit in OVERLAYS.items():
         shown = rows_at(table, kinds[kind][:limit])
         drawn = in_parallel(lambda row: _skeleton(dataset, row), shown)
-        pictures = [one | drawing for one, drawing in zip(framed(shown, thumbnails, LARGE), drawn)]
+        pictures = [one | drawing for one, drawing in zip(equal_area_pictures(shown, thumbnails, LARGE), drawn)]
         overlays.append({"kind": kind, "pictures": pictures, "total": len(kinds[kind])})
     judged = rows_at(table, np.flatnonzero(persons > 0)[:JUDGED_POSES])
     confidence = np.array([joints[:, 2] for joints in in_parallel(dataset.pose, judged)])

@@ -47,7 +47,7 @@ class Finding:
 
 
 @dataclass
-class Checked:
+class CheckedUnit:
     """A unit as far as it could be read."""
 
     unit: Unit
@@ -60,9 +60,9 @@ class Checked:
         self.findings.append(Finding("damaged", file, problem, key, self.unit))
 
 
-def check_unit(storage: Storage, unit: Unit) -> Checked:
+def check_unit(storage: Storage, unit: Unit) -> CheckedUnit:
     """Read a unit's index part and tar and compare them with each other and with the format."""
-    checked = Checked(unit)
+    checked = CheckedUnit(unit)
     part = checked.part = _check_part(storage, checked)
     if part is None:
         return checked
@@ -83,7 +83,7 @@ def check_unit(storage: Storage, unit: Unit) -> Checked:
     return checked
 
 
-def _check_part(storage: Storage, checked: Checked) -> Part | None:
+def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
     unit = checked.unit
     try:
         table = read_parquet(storage.read(unit.part))
@@ -118,7 +118,7 @@ def _check_part(storage: Storage, checked: Checked) -> Part | None:
 # --- the tar ----------------------------------------------------------------------------------------------------------
 
 
-def _check_structure(data: bytes, part: Part, checked: Checked) -> None:
+def _check_structure(data: bytes, part: Part, checked: CheckedUnit) -> None:
     """Every header is that of a plain file, in the order and at the place that the part says; nothing follows."""
     tar = part.unit.tar
     expected = [(key, member, offset, length) for key, member, offset, length, _ in _members(part)]
@@ -186,7 +186,7 @@ def _members(part: Part) -> Iterator[tuple[str, str, int, int, str]]:
 # --- what the members say ---------------------------------------------------------------------------------------------
 
 
-def _check_members(data: memoryview, part: Part, checked: Checked) -> None:
+def _check_members(data: memoryview, part: Part, checked: CheckedUnit) -> None:
     """Every member has its hash, and what its layer promises: kind, shape, finite numbers, the words of the index."""
     rows = {row["key"]: row for row in part.table.to_pylist()}
     bad = 0

@@ -29,8 +29,8 @@ from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
 from prep.dataset.layout import LAYERS, Part, Unit, columns_of, fingerprint_of, member_columns, read_parquet
 from prep.dataset.reader import check_index, check_info
-from prep.images import duplicates as dedup
-from prep.verify.units import Checked, Finding, check_unit
+from prep.images import duplicates
+from prep.verify.units import CheckedUnit, Finding, check_unit
 
 PUBLISHED = ("index.parquet", "rejects.parquet", "manifest.parquet")
 PART_NAME = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d{6,})\.(?P<layer>\w+)\.parquet")
@@ -74,10 +74,10 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
             f"{counts['damaged']} damaged, {counts['leak']} leaks, {counts['orphan']} orphans{older}"
         )
         if findings:
-            raise DataError(f"{storage}: {conclude(storage, findings, repair)}")
+            raise DataError(f"{storage}: {advise(storage, findings, repair)}")
 
 
-def conclude(storage: Storage, findings: list[Finding], repair: bool) -> str:
+def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
     """What to do about the findings; with ``repair`` it is done as far as it can be."""
     older = {finding.unit for finding in findings if finding.kind == "older"}
     units = {finding.unit for finding in findings if finding.unit} - older
@@ -127,7 +127,7 @@ def take_inventory(storage: Storage) -> Inventory:
     return Inventory(sorted(parts), other)
 
 
-def check_units(storage: Storage, units: list[Unit]) -> list[Checked]:
+def check_units(storage: Storage, units: list[Unit]) -> list[CheckedUnit]:
     """Check every unit; the readers wait for disks or the network, and hashing needs no interpreter."""
     checked = []
     with (
@@ -146,7 +146,7 @@ def check_units(storage: Storage, units: list[Unit]) -> list[Checked]:
 # --- what was published -----------------------------------------------------------------------------------------------
 
 
-def check_published(storage: Storage, checked: list[Checked]) -> tuple[int, list[Finding]]:
+def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, list[Finding]]:
     """The samples of the index, and what is wrong with dataset.json and the files that it names."""
     findings: list[Finding] = []
 
@@ -187,7 +187,7 @@ def check_published(storage: Storage, checked: list[Checked]) -> tuple[int, list
 
 
 def compare_index(
-    index: pa.Table, info: dict[str, Any], checked: list[Checked], tables: dict[str, pa.Table]
+    index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit], tables: dict[str, pa.Table]
 ) -> list[Finding]:
     """Where the index says other things than the index parts and the manifest that it was made from."""
     findings = []
@@ -289,7 +289,7 @@ def check_counts(index: pa.Table, info: dict[str, Any], tables: dict[str, pa.Tab
 # --- leaks ------------------------------------------------------------------------------------------------------------
 
 
-def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[Checked]) -> list[Finding]:
+def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit]) -> list[Finding]:
     """Groups of near duplicates, computed again, with members on both sides; and what the index says otherwise."""
     stored: dict[str, tuple[str, bytes]] = {}
     tokens: dict[str, np.ndarray] = {}
@@ -304,12 +304,12 @@ def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[Checked]) ->
         for key, side in sides.items()
         if side not in ("train", "holdout")
     ]
-    cosine = info.get("stages", {}).get("split", {}).get("cls_cosine", dedup.OFF)
-    keys = [key for key in sides if key in stored and (cosine >= dedup.OFF or key in tokens)]
-    vectors = np.stack([tokens[key] for key in keys]) if cosine < dedup.OFF and keys else None
+    cosine = info.get("stages", {}).get("split", {}).get("cls_cosine", duplicates.OFF)
+    keys = [key for key in sides if key in stored and (cosine >= duplicates.OFF or key in tokens)]
+    vectors = np.stack([tokens[key] for key in keys]) if cosine < duplicates.OFF and keys else None
     try:
         hashes, thumbnails = [stored[key][0] for key in keys], [stored[key][1] for key in keys]
-        groups = dedup.duplicate_groups(keys, hashes, thumbnails, vectors, cosine)
+        groups = duplicates.duplicate_groups(keys, hashes, thumbnails, vectors, cosine)
     except (ValueError, TypeError) as error:
         return [*findings, Finding("damaged", "parts", f"hashes or thumbnails cannot be compared ({error})")]
     members = defaultdict(list)

@@ -26,8 +26,7 @@ from PIL import Image
 from prep.config import PrepConfig
 from prep.dataset.layout import part_schema, read_part
 from prep.dataset.writer import LayerWriter
-from prep.images import duplicates as dedup
-from prep.images import scan_cache
+from prep.images import duplicates, scan_cache
 from prep.passes.plan import Plan, make_plan, write_manifest
 
 WIDTH = 1024
@@ -84,12 +83,12 @@ def main() -> None:
     generator = np.random.default_rng(0)
     hashes = [f"{number:016x}" for number in generator.integers(0, 1 << 63, count).tolist()]
     thumbnails = [generator.bytes(768) for _ in range(count)]
-    timed("near duplicates by hash", lambda: list(dedup.near_pairs(hashes, thumbnails)))
+    timed("near duplicates by hash", lambda: list(duplicates.near_pairs(hashes, thumbnails)))
     spectrum = np.sqrt(1 / np.arange(1, WIDTH + 1, dtype=np.float32))  # features are never equally wide everywhere
     tokens = generator.standard_normal((count, WIDTH), dtype=np.float32) * spectrum
     tokens[-100:] = tokens[:100] + 0.1 * generator.standard_normal((100, WIDTH), dtype=np.float32) * spectrum
-    groups = dedup.Groups(count)
-    timed("near duplicates by class tokens", lambda: dedup.join_by_cosine(groups, tokens, 0.98))
+    groups = duplicates.DisjointSets(count)
+    timed("near duplicates by class tokens", lambda: duplicates.join_by_cosine(groups, tokens, 0.98))
     assert len(np.unique(groups.roots())) == count - 100
 
 

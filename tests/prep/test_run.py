@@ -18,7 +18,7 @@ from prep.passes.layers import LayerWorker, ShardTask
 from prep.passes.placement import Pass, local_node
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import gate, publish
-from prep.run import current_parts, explain, run
+from prep.run import current_parts, print_plan, run
 from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import FAST
@@ -241,10 +241,10 @@ def test_p18_the_plan_stops_where_the_run_would_and_writes_no_report(folder):
     for name in ALL[:2]:
         (folder / name).write_bytes(b"\0")
     with pytest.raises(DataError, match=r"nothing was published: 2 of 3 sources were rejected \(2 not_an_image\)"):
-        explain(settings)
+        print_plan(settings)
     (folder / ALL[2]).write_bytes(b"\0")
     with pytest.raises(DataError, match="nothing was accepted, so nothing was published: 3 of 3 sources"):
-        explain(settings)
+        print_plan(settings)
     assert not list(folder.parent.glob("out/**/rejects.parquet"))
 
 

@@ -4,11 +4,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.captions.quality import Accepted, Answer, Ask, Flaw, Gate, find_flaw, looped, next_step, same, settle, tidy
+from prep.captions.quality import (
+    Accepted,
+    Answer,
+    Ask,
+    CaptionRules,
+    Flaw,
+    find_flaw,
+    has_loop,
+    next_step,
+    next_steps,
+    normalised,
+    tidy,
+)
 from tests.prep.caption_server import SPOILT, caption
 
 OPTIONS = {"num_predict": 400, "seed": 7, "temperature": 0.0}
-GATE = Gate(min_words=60, max_words=300, options=OPTIONS, reask_temperature=0.5)
+RULES = CaptionRules(min_words=60, max_words=300, options=OPTIONS, reask_temperature=0.5)
 GOOD = caption(b"a picture")
 
 
@@ -17,7 +29,7 @@ def answer(text: str, end: str | None = "stop") -> Answer:
 
 
 def flaw(text: str, end: str | None = "stop") -> str | None:
-    found = find_flaw(answer(text, end), GATE)
+    found = find_flaw(answer(text, end), RULES)
     return found.reason if found else None
 
 
@@ -70,7 +82,7 @@ def test_scripts_without_spaces_count_characters():
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=60))
 def test_loops_are_runs_of_eight_words_that_come_three_times(words):
     runs = [tuple(words[start : start + 8]) for start in range(len(words) - 7)]
-    assert looped(words) == any(runs.count(run) >= 3 for run in runs)
+    assert has_loop(words) == any(runs.count(run) >= 3 for run in runs)
 
 
 @settings(deadline=None)  # a busy machine proves nothing
@@ -97,37 +109,37 @@ def test_questions_end(replies):
     """Each kind of flaw is met once with a further question; three questions settle every case."""
     answers, asked = [], []
     for reply in replies:
-        step = next_step(answers, GATE)
+        step = next_step(answers, RULES)
         if not isinstance(step, Ask):
             break
         assert step.options not in asked  # nobody is asked the same twice
         asked.append(step.options)
         answers.append(reply)
     assert len(asked) <= 3
-    step = next_step(answers, GATE)
-    if answers and find_flaw(answers[-1], GATE) is None:
+    step = next_step(answers, RULES)
+    if answers and find_flaw(answers[-1], RULES) is None:
         assert step == Accepted(GOOD, OPTIONS)
     if len(asked) == 3:
         assert not isinstance(step, Ask)
 
 
 def test_what_is_asked_next_mends_what_was_wrong():
-    assert next_step([], GATE) == Ask(OPTIONS)
+    assert next_step([], RULES) == Ask(OPTIONS)
     cut, refusal = answer(GOOD[:-9], "length"), answer(SPOILT["refusal"])
-    assert next_step([cut], GATE) == Ask(OPTIONS | {"num_predict": 800})
-    assert next_step([refusal], GATE) == Ask(OPTIONS | {"seed": 8, "temperature": 0.5})
-    assert next_step([cut, refusal], GATE) == Ask(OPTIONS | {"num_predict": 800, "seed": 8, "temperature": 0.5})
-    assert next_step([cut, cut], GATE).reason == "caption_truncated"
-    assert next_step([refusal, refusal], GATE).reason == "caption_refused"
-    assert next_step([answer("", "failed")], GATE).reason == "caption_failed"
+    assert next_step([cut], RULES) == Ask(OPTIONS | {"num_predict": 800})
+    assert next_step([refusal], RULES) == Ask(OPTIONS | {"seed": 8, "temperature": 0.5})
+    assert next_step([cut, refusal], RULES) == Ask(OPTIONS | {"num_predict": 800, "seed": 8, "temperature": 0.5})
+    assert next_step([cut, cut], RULES).reason == "caption_truncated"
+    assert next_step([refusal, refusal], RULES).reason == "caption_refused"
+    assert next_step([answer("", "failed")], RULES).reason == "caption_failed"
 
 
 def test_a_changed_limit_judges_old_answers_and_asks_only_about_those_that_fail_now():
     short, longer = answer("A man in a red coat."), answer("A man in a red coat stands here.")
-    assert isinstance(next_step([short, longer], GATE), Flaw)
-    loose = Gate(5, 300, OPTIONS, 0.5)
+    assert isinstance(next_step([short, longer], RULES), Flaw)
+    loose = CaptionRules(5, 300, OPTIONS, 0.5)
     assert next_step([short, longer], loose) == Accepted(short.text, OPTIONS)
-    assert isinstance(next_step([answer(GOOD)], Gate(100, 300, OPTIONS, 0.5)), Ask)
+    assert isinstance(next_step([answer(GOOD)], CaptionRules(100, 300, OPTIONS, 0.5)), Ask)
 
 
 @settings(deadline=None)  # a busy machine proves nothing
@@ -135,9 +147,9 @@ def test_a_changed_limit_judges_old_answers_and_asks_only_about_those_that_fail_
 def test_of_images_with_one_caption_the_first_in_order_keeps_it(order):
     other = answer(caption(b"another"))
     answers = {"a": [answer(GOOD)], "b": [answer(GOOD.upper())], "c": [other], "d": [answer(GOOD), answer(GOOD)]}
-    steps = settle({key: answers[key] for key in order}, GATE)
+    steps = next_steps({key: answers[key] for key in order}, RULES)
     assert isinstance(steps["a"], Accepted)
     assert isinstance(steps["c"], Accepted)
     assert steps["b"] == Ask(OPTIONS | {"seed": 8, "temperature": 0.5})
     assert steps["d"] == Flaw("caption_repeats", "the same caption as that of image a", "quality")
-    assert same(GOOD) == same(GOOD.upper().replace(".", "!"))
+    assert normalised(GOOD) == normalised(GOOD.upper().replace(".", "!"))

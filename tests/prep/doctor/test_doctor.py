@@ -26,8 +26,8 @@ from nanodit.lock import locked
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.doctor import doctor as doctor_module
-from prep.doctor.doctor import CAPTION_SECONDS, Task, caption_servers, cluster, doctor
-from prep.doctor.finding import Check, exit_code, fail, ok, show, to_json, warn, without_secrets
+from prep.doctor.check import Check, exit_code, fail, ok, show, to_json, warn, without_secrets
+from prep.doctor.doctor import CAPTION_SECONDS, CheckTask, caption_servers, cluster, doctor
 from prep.doctor.models import check_model, check_network
 from prep.doctor.node import PROBE_SECONDS, examine_node, read_gpus, read_ollama_memory
 from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_check
@@ -667,9 +667,9 @@ def test_lines_are_aligned_and_plain_without_a_terminal(capsys: pytest.CaptureFi
 
 def test_checks_that_hang_or_break_hide_no_others() -> None:
     slow, broken, refused = (
-        Task("slow", lambda: time.sleep(60)),
-        Task("broken", lambda: 1 / 0),
-        Task("refused", lambda: (_ for _ in ()).throw(ConfigError("set it right"))),
+        CheckTask("slow", lambda: time.sleep(60)),
+        CheckTask("broken", lambda: 1 / 0),
+        CheckTask("refused", lambda: (_ for _ in ()).throw(ConfigError("set it right"))),
     )
     for task in (slow, broken, refused):
         task.start()

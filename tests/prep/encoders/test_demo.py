@@ -14,11 +14,11 @@ from PIL import Image
 from nanodit.errors import DataError
 from prep.encoders import demo
 from prep.encoders.demo import DETECTOR, POSE, DemoEncoders, build_demo_encoders, demo_folder
-from prep.encoders.demo_networks import DETECTOR_OUTPUT, SIMCC, Detector, PoseNet, export
 from prep.encoders.dinov3 import DINOv3Encoder
 from prep.encoders.dwpose import DETECTOR_SIDE, POSE_HEIGHT, POSE_WIDTH, DWPose
 from prep.encoders.t5 import T5Encoder
 from prep.figures.figures import TOP_COLOURS, Figure, draw_figure
+from tools.demo_pose.networks import DETECTOR_OUTPUT, SIMCC, Detector, PoseNet, export
 
 SEED = 20_000  # figures that nothing was trained on
 
@@ -90,7 +90,7 @@ def test_folder_is_named_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_missing_networks_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "ASSETS", tmp_path)
-    with pytest.raises(DataError, match=r"python -m prep\.demo_pose"):
+    with pytest.raises(DataError, match=r"python -m tools\.demo_pose\.train prep/encoders/assets"):
         build_demo_encoders(tmp_path / "demo")
 
 

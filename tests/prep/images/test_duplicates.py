@@ -15,11 +15,11 @@ from prep.dataset.layout import Unit, read_part
 from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
 from prep.figures.figures import draw_figure
-from prep.images import duplicates as dedup
+from prep.images import duplicates
 from prep.images.duplicates import (
     CLS_COSINE,
     OFF,
-    Groups,
+    DisjointSets,
     assign_splits,
     duplicate_groups,
     holdout_size,
@@ -92,7 +92,7 @@ def test_many_equal_pictures_are_one_group():
 
 
 def grouped(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
-    groups = Groups(len(vectors))
+    groups = DisjointSets(len(vectors))
     join_by_cosine(groups, vectors, threshold)
     roots = groups.roots()
     return {frozenset(np.flatnonzero(roots == root).tolist()) for root in roots}
@@ -118,15 +118,15 @@ def test_class_tokens_connect_exactly_the_pairs_above_the_threshold(width, tile,
     centres = generator.standard_normal((12, width)) * np.linspace(3, 0.1, width)
     noise = generator.uniform(0, 0.5, (60, 1)) * generator.standard_normal((60, width)) * np.linspace(3, 0.1, width)
     vectors = (centres[generator.integers(0, 12, 60)] + noise).astype(np.float32)
-    before, dedup.TILE = dedup.TILE, tile
+    before, duplicates.TILE = duplicates.TILE, tile
     try:
         assert grouped(vectors, threshold) == grouped_plainly(vectors, threshold)
     finally:
-        dedup.TILE = before
+        duplicates.TILE = before
 
 
 def test_many_equal_class_tokens_are_one_group_and_none_is_off(monkeypatch):
-    monkeypatch.setattr(dedup, "MEASURED", 256)
+    monkeypatch.setattr(duplicates, "MEASURED", 256)
     vectors = np.ones((400, 128), np.float32)
     assert len(grouped(vectors, 0.98)) == 1
     assert len(grouped(vectors, OFF)) == 400

@@ -17,7 +17,7 @@ from PIL import Image
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from prep.captions.cache import forget_rejects
-from prep.captions.hosts import CaptionHosts
+from prep.captions.hosts import HostPool
 from prep.dataset.codecs import webp_bytes
 from prep.dataset.layout import Unit, fingerprint_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
@@ -415,7 +415,7 @@ def test_a_live_ollama(tmp_path):
 def test_hosts_can_be_asked_directly(tmp_path, server):
     async def ask() -> str:
         config = caption_config(tmp_path, [server.url])
-        async with CaptionHosts(config.captions, DIGEST) as hosts:
+        async with HostPool(config.captions, DIGEST) as hosts:
             answer, _ = await hosts.ask(
                 b"jpeg", "Describe.", {"num_ctx": 1, "num_predict": 9, "seed": 1, "temperature": 0}
             )

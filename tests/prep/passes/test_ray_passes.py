@@ -25,7 +25,7 @@ from prep.passes import ray_passes as pipeline
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Pass
 from prep.passes.plan import make_plan
-from prep.run import explain, locked, run
+from prep.run import locked, print_plan, run
 from tests.prep.caption_server import CaptionServer
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import FINISHED, files_of, poses
@@ -160,7 +160,7 @@ def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_ses
     mirrored = Image.open(source / "figure-000009.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     mirrored.save(source / "new.png")
     (source / "new.txt").write_text("A new picture.")
-    explain(copied)
+    print_plan(copied)
     shards = len(make_plan(copied).shards)
     lines = capsys.readouterr().out.splitlines()
     assert f"text: 1 of {shards} shards: changed: captions" in lines

@@ -29,7 +29,7 @@ from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import REJECT_SCHEMA, publish
 from prep.report import pictures as report_pictures
 from prep.report.facts import read_runs
-from prep.report.pictures import RejectPictures
+from prep.report.pictures import RejectThumbnails
 from prep.report.report import moment, percent, render, size, write_report
 from prep.run import current_parts
 from tests.browser import chromium, look
@@ -384,7 +384,7 @@ def test_pictures_come_from_the_source_folder_alone(copy, source, tmp_path):
     rows = [{"source": name, "stage": "source", "reason": "too_small", "detail": ""} for name in names]
     (copy / "rejects.parquet").write_bytes(parquet_bytes(pa.Table.from_pylist(rows, REJECT_SCHEMA)))
     try:
-        pictures = RejectPictures(Dataset(copy)).make(rows)
+        pictures = RejectThumbnails(Dataset(copy)).make(rows)
         assert [bool(data) for data in pictures] == [False] * 6 + [True]
     finally:
         (source / "link.png").unlink()

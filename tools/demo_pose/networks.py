@@ -1,6 +1,6 @@
 """The demo pose networks: small stand-ins with YOLOX's and DW-LL's exact inputs and outputs, and their ONNX export.
 
-They know nothing but drawn figures (:mod:`prep.encoders.train_demo_pose` trains them). Both look at a much reduced
+They know nothing but drawn figures (:mod:`tools.demo_pose.train` trains them). Both look at a much reduced
 picture, since a figure is large and simple; together they weigh less than a megabyte.
 """
 

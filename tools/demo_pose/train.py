@@ -1,6 +1,6 @@
 """Train the two demo pose networks on drawn figures and export them in DWPose's exact file format.
 
-    python -m prep.encoders.train_demo_pose prep/encoders/assets [--minutes 20] [--figures 4000]
+    python -m tools.demo_pose.train prep/encoders/assets [--minutes 20] [--figures 4000]
 
 A matter of minutes on one core that users need not repeat: the results are part of the package. Training stops by the
 clock, so the weights are not reproducible bit by bit; tests hold the committed ones to what they must find.
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from nanodit.console import Progress, say
 from prep.encoders.demo import DETECTOR, POSE
-from prep.encoders.demo_networks import (
+from prep.encoders.dwpose import DETECTOR_SIDE, PADDING_GREY, POSE_HEIGHT, POSE_MEAN, POSE_STD, POSE_WIDTH
+from prep.figures.figures import draw_figure
+from tools.demo_pose.networks import (
     DETECTOR_OUTPUT,
     DETECTOR_POOL,
     DETECTOR_STRIDE,
@@ -33,8 +35,6 @@ from prep.encoders.demo_networks import (
     PoseNet,
     export,
 )
-from prep.encoders.dwpose import DETECTOR_SIDE, PADDING_GREY, POSE_HEIGHT, POSE_MEAN, POSE_STD, POSE_WIDTH
-from prep.figures.figures import draw_figure
 
 SEED = 7_000_000  # apart from the seeds that people give to `prep figures`
 FIGURE_SIZE = 128
@@ -240,9 +240,7 @@ def train(name: str, net: nn.Module, loss_of: Callable, figures: Figures, minute
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m prep.encoders.train_demo_pose", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_pose.train", description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder of the two ONNX files")
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of both networks together")
     parser.add_argument("--figures", type=int, default=4000, help="figures to train on")

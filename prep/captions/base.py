@@ -1,0 +1,174 @@
+"""The common side of all caption servers: requests over HTTP, facts about a kind of server, and kinds of failure.
+
+Every failure becomes one of three: a ConfigError that ends the run (the model is missing, the request is refused), a
+:class:`HostFault` (ask elsewhere, leave this host alone for a while), or a :class:`SampleFault` (the server failed on
+this image). Redirects are never followed and no key is sent that the config does not name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from nanodit.errors import ConfigError
+from prep.captions.quality import Answer
+
+UNKNOWN = "unknown"
+LISTING_TIMEOUT = 30.0  # seconds to say which models there are
+CONNECT_TIMEOUT = 10.0  # seconds
+
+
+class HostFault(Exception):
+    """A host that cannot answer now; ``wait`` is how many seconds it asked to be left alone, if it did."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class HostTimeout(HostFault):
+    """A host that accepted a question and did not answer in time."""
+
+
+class SampleFault(Exception):
+    """A server that failed on this image (HTTP 500)."""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """A server's own account: the model's digest, the program's version, and bytes of GPU memory that models hold now.
+
+    ``version`` is "" and ``memory`` 0 where the server does not say.
+    """
+
+    digest: str
+    version: str = ""
+    memory: float = 0.0
+
+
+class CaptionServer(ABC):
+    """One caption server, with what a run, ``prep doctor`` and the placement must know about servers of its kind.
+
+    A new kind writes :meth:`digest` and :meth:`caption`, sets what differs of the rest, and gets a line in
+    ``prep/captions/servers.py``. It is used in one event loop and closed there.
+    """
+
+    program: ClassVar[str] = "version"  # what a version is one of, in "the hosts run Ollama 0.9 and 0.12"
+    example_url: ClassVar[str]  # for a config that lacks hosts
+    default_port: ClassVar[int | None] = None  # of a URL that is only a host's name
+    default_path: ClassVar[str] = ""  # of a URL without a path
+    ignored_options: ClassVar[frozenset[str]] = frozenset()  # keys of captions.options that it has no counterpart of
+    start: ClassVar[str] = "start it"  # what the doctor advises where it does not answer; {model} may stand in it
+    reload: ClassVar[str] = "load the same files on each"  # and where hosts have different builds of a model
+
+    def __init__(self, url: str, model: str, timeout: float, key: str | None) -> None:
+        self.url, self.model, self.timeout = url, model, timeout
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.limits = httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout))
+        self._client = httpx.AsyncClient(
+            base_url=self._base_url(), timeout=self.limits, follow_redirects=False, headers=self.headers
+        )
+
+    @staticmethod
+    def default_hosts() -> list[str]:
+        """Return the hosts of a config that names none; an empty list where it must name them."""
+        return []
+
+    @staticmethod
+    def vram_gb(model: str) -> float:
+        """Return the GB of GPU memory to keep free for a model on each host; 0 where nobody needs to."""
+        return 0.0
+
+    @abstractmethod
+    async def digest(self) -> str:
+        """Return the digest of the model's weights, or "unknown".
+
+        Raises ConfigError when the host does not have the model, HostFault or SampleFault when it does not answer.
+        """
+
+    @abstractmethod
+    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
+        """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
+
+    async def examine(self) -> ServerFacts:
+        """Ask what ``prep doctor`` shows of a server; errors as those of :meth:`digest`."""
+        return ServerFacts(await self.digest())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def request(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+        """Send a request and return the JSON object that answers it. Raises ConfigError, HostFault or SampleFault."""
+        async with translate_failures(self.url, seconds):
+            response = await self._client.request(method, path, json=body)
+            reply = response.raise_for_status().json()
+        if not isinstance(reply, dict):
+            raise HostFault("answers what is no JSON object")
+        return reply
+
+    def lacks_model(self, models: Iterable[str], advice: str) -> ConfigError:
+        """Return the error for a host that has only ``models``."""
+        there = ", ".join(sorted(models)) or "none"
+        return ConfigError(f"caption host {self.url} has no model {self.model} (it has {there}). {advice}")
+
+    def _base_url(self) -> str:
+        parts = urlsplit(self.url if "://" in self.url else f"http://{self.url}")
+        port = f":{self.default_port}" if "://" not in self.url and not parts.port and self.default_port else ""
+        return f"{parts.scheme}://{parts.netloc}{port}{parts.path.rstrip('/') or self.default_path}"
+
+
+@asynccontextmanager
+async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
+    """Give what happens inside ``seconds``, and turn what HTTP clients raise into the three kinds of failure."""
+    late = f"no answer within {seconds:g} s"
+    try:
+        async with asyncio.timeout(seconds):  # the clients' own timeouts start again with every byte that arrives
+            yield
+    except httpx.HTTPStatusError as error:
+        response = error.response
+        said = response.headers.get("location", "") if response.is_redirect else response.text
+        wait = response.headers.get("retry-after", "")
+        raise fault_of_status(url, response.status_code, said, float(wait) if wait.isdigit() else 0.0) from error
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise ConfigError(f"caption host {url} is not a URL: {error}. Correct captions.hosts") from error
+    except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        raise HostFault("cannot be reached: the connection timed out") from error
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise HostTimeout(late) from error
+    except (ConnectionError, httpx.HTTPError) as error:
+        # the Ollama client's own words for a refused connection say nothing about the cause
+        cause = error.__context__ if isinstance(error, ConnectionError) else error
+        raise HostFault(f"cannot be reached: {cause or type(error).__name__}") from error
+    except ValueError as error:  # of JSON, or of the client's models
+        raise HostFault("answers what is no reply of such a server") from error
+
+
+def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exception:
+    """Return the failure that an HTTP status means.
+
+    404 and 400 end the run, 500 is about the sample, the rest is about the host.
+    """
+    said = " ".join(str(said).split())[:200]
+    if status in (401, 403):
+        return ConfigError(
+            f"caption host {url} refuses access (HTTP {status}). Name the variable that holds its key in "
+            "captions.api_key_variable"
+        )
+    if 300 <= status < 400:
+        return HostFault(f"redirects elsewhere (HTTP {status}), which is refused: {said}".rstrip(": "))
+    if status == 500:
+        return SampleFault(said)
+    if status in (408, 409, 425, 429) or status > 500:
+        return HostFault(f"is busy or failing (HTTP {status}): {said}".rstrip(": "), wait)
+    return ConfigError(
+        f"caption host {url} refuses the request (HTTP {status}): {said}. Check captions.model and captions.options; "
+        "the model must accept images"
+    )
