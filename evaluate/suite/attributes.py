@@ -9,28 +9,26 @@ its score on the real holdout is printed beside every score it gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
 
-if TYPE_CHECKING:
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
-
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each of the configured conditions."""
     return context.configured()
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
     """``attribute_accuracy/CONDITION`` of every configured condition with text, see :func:`accuracies`."""
-    if context.examiner.blind:
-        return [], [Skipped("attribute_accuracy", context.examiner.blind)]
+    if context.no_detector:
+        return [], [Skipped("attribute_accuracy", context.no_detector)]
     if not context.figures:
         return [], [Skipped("attribute_accuracy", "the dataset has no truth.parquet; only built-in figures have one")]
     arms = [arm for arm in context.arms if "text" in arm.subset]

@@ -8,17 +8,15 @@ below it; that is what :mod:`evaluate.suite.memorisation` looks for. Only values
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid
 from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason
 from evaluate.statistics.intervals import MIN_CLUSTERS, more_samples
-
-if TYPE_CHECKING:
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 ESTIMATORS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Distance], str]] = {
     "fd": (frechet, "Frechet distance of fitted Gaussians, biased upwards at every n"),
@@ -28,12 +26,12 @@ ESTIMATORS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Distance], str]] 
 INTERVAL = "jackknife over images"
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each of the configured conditions."""
     return context.configured()
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
     """``distribution/fd``, ``/kid`` and ``/cmmd`` with ``/CONDITION``, and ``..._above_real``: what is above the floor.
 
     With several noises the value is the mean of one distance for each noise, all at the same n. Baselines: ``real``

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
@@ -21,11 +24,6 @@ from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from nanodit.config import Config
 from nanodit.rng import generator
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 # what the donor gives -> what the model is given, the first that was trained
 GIVEN = {
@@ -67,11 +65,9 @@ def choose_donor(key: str, others: Sequence[str], likeness: Sequence[float], cou
     return Pair(key, chosen[0], tuple(sorted(chosen)))
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture], list[Skipped]]:
     """Each sample with its own and with the donor's features, and the matrix."""
-    from evaluate.drawing.pictures import Picture
-
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
     wanted = []
@@ -91,7 +87,7 @@ def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     return wanted, asked.skipped
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[list[Metric], list[Skipped]]:
     """``swap/NAME`` for features wholly the donor's, ``swap/NAME/cls`` and ``/patches``; ``_pixels`` on mean colours.
 
     ``gain``: similarity to the donor's image (cosine of the judge's features; less the distance, on mean colours) above
@@ -99,14 +95,14 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     of the candidates'. ``text_kept``: on figures, attributes that are still as the text says. ``similarity_kept``:
     elsewhere, likeness to the sample's own image.
     """
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped(f"swap/{name}", context.no_judge) for name in ("gain", "identified")]
-    judged_text = context.figures and not context.examiner.blind
-    if context.figures and context.examiner.blind:
-        skipped.append(Skipped("swap/text_kept", context.examiner.blind))
+    judged_text = context.figures and not context.no_detector
+    if context.figures and context.no_detector:
+        skipped.append(Skipped("swap/text_kept", context.no_detector))
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
@@ -134,10 +130,11 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
 
 @dataclass(frozen=True)
 class _Asked:
-    """The pictures of the test: how each mode is given, the pairs, and what of the test is left out."""
+    """The pictures of the test: how each mode is given, the pairs, the samples of the matrix, and what is left out."""
 
     arms: dict[str, Arm]
     pairs: list[Pair]
+    matrix: int
     skipped: list[Skipped]
 
     @property
@@ -147,7 +144,7 @@ class _Asked:
         return {"prompts": len(self.pairs), "candidates": sizes[0] if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"}
 
 
-def _ask(context: Context) -> _Asked | Skipped:
+def _ask(context: DrawingContext, config: SwapConfig) -> _Asked | Skipped:
     arms, skipped = {}, []
     for mode, names in GIVEN.items():
         found = [context.arm(name, 1.0, test="swap") for name in names]
@@ -158,17 +155,17 @@ def _ask(context: Context) -> _Asked | Skipped:
             arms[mode] = arm
     if not arms:
         return Skipped("swap", "; ".join(dict.fromkeys(one.reason for one in skipped)))
-    pairs = _pairs(context)
+    pairs = _pairs(context, config)
     if len(pairs) < MIN_CLUSTERS:
         return Skipped(
             "swap", f"inconclusive, about {MIN_CLUSTERS - len(pairs)} more samples with others of their size"
         )
-    return _Asked(arms, pairs, skipped)
+    return _Asked(arms, pairs, config.matrix, skipped)
 
 
-def _pairs(context: Context) -> list[Pair]:
+def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
     """A donor for each of the first samples; a sample without two others of its bucket, no duplicates, has none."""
-    config, dataset = context.config.swap, context.subject.dataset
+    dataset = context.subject.dataset
     buckets: dict[str, list[str]] = {}
     for key in context.keys:  # content hashes: the first of them are a random sample
         buckets.setdefault(context.rows[key]["bucket"], []).append(key)
@@ -303,16 +300,16 @@ def _similarity_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
-def _matrix(context: Context, asked: _Asked) -> tuple[str, list[str]]:
+def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
     """The mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
     buckets: dict[str, list[str]] = {}
     for pair in asked.pairs:
         buckets.setdefault(context.rows[pair.key]["bucket"], []).append(pair.key)
     largest = max(sorted(buckets), key=lambda bucket: len(buckets[bucket]))
-    return next(iter(asked.arms)), buckets[largest][: context.config.swap.matrix]
+    return next(iter(asked.arms)), buckets[largest][: asked.matrix]
 
 
-def _extras(context: Context, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _extras(context: DrawingContext, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the report shows: the matrix and some examples, whose pictures are kept."""
     mode, keys = _matrix(context, asked)
     cells = [
