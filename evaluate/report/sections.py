@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.charts import joints_overlay
 from evaluate.metrics.colours import PALETTES
 from evaluate.records import AGAIN, ATTRIBUTES, MODEL, REAL
 from evaluate.report.files import Run
@@ -18,6 +17,7 @@ from evaluate.report.metrics import condition_order, part_name
 from evaluate.report.pictures import Thumbnails, picture, real_of, shorten
 from nanodit.errors import DataError
 from nanodit.keypoints import BONES
+from nanodit.svg import joints_overlay
 
 Section = dict[str, Any] | None
 

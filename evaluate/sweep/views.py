@@ -11,7 +11,7 @@ from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, pair
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
 from evaluate.sweep.files import Sweep
 from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
-from evaluate.sweep_charts import seed_points
+from nanodit.svg import seed_points
 
 STYLES = ("c1", "c2", "c3", "c4", "c5", "c6")
 UNKNOWN_COHORT = ("unknown", None, "")

@@ -71,7 +71,7 @@ def test_donors_are_others_of_the_bucket_drawn_blindly(gallery, asked):
     context = make_context(gallery)
     pairs = swap._pairs(context, context.config.swap)
     assert len(pairs) > 35
-    assert pairs == swap._pairs(make_context(gallery))
+    assert pairs == swap._pairs(make_context(gallery), context.config.swap)
     place = []
     for pair in pairs:
         assert pair.key not in pair.candidates
@@ -97,7 +97,7 @@ def test_near_duplicates_are_no_candidates(gallery):
     context = make_context(gallery)
     rows = {key: {**row, "duplicate_group": "twins"} for key, row in context.rows.items()}
     context.rows = rows
-    assert swap._pairs(context) == []
+    assert swap._pairs(context, context.config.swap) == []
     pictures, (skipped,) = swap.pictures(context, context.config.swap)
     assert (pictures, skipped.name) == ([], "swap")
     assert "10 more samples" in skipped.reason
@@ -121,7 +121,7 @@ def test_pictures_are_paired_by_noise_and_given_the_same_but_for_the_donor(galle
 def test_a_model_that_ignores_the_features_is_at_chance(verdicts, space, mode):  # E08
     metrics, context = verdicts["deaf"]
     identified = metrics[f"swap/identified{space}{mode}"]
-    pairs = swap._pairs(context)
+    pairs = swap._pairs(context, context.config.swap)
     assert identified.baselines["chance"] == pytest.approx(np.mean([1 / len(pair.candidates) for pair in pairs]))
     assert identified.low <= identified.baselines["chance"] <= identified.high
     assert identified.value == identified.baselines["unswapped"]
@@ -149,7 +149,10 @@ def test_models_in_between_are_in_between(verdicts, space):  # E08
 
 
 def test_the_gain_is_that_in_cosine_to_the_donors_image(gallery, models, verdicts):
-    rows, pairs = gallery.rows(models["blend"], detected=True), swap._pairs(make_context(gallery))
+    rows, pairs = (
+        gallery.rows(models["blend"], detected=True),
+        swap._pairs(context := make_context(gallery), context.config.swap),
+    )
     gains = []
     for pair in pairs:
         (own,) = (row for row in rows.select(MODEL, "text+dino") if row["key"] == pair.key)
