@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from evaluate.drawing.context import DrawingConfig
 from evaluate.metrics.examiner import PoseModelsConfig
-from evaluate.suite.divergence import DivergenceConfig
-from evaluate.suite.edit import EditConfig
-from evaluate.suite.heldout_loss import HeldoutLossConfig
-from evaluate.suite.pose import PoseTestConfig
-from evaluate.suite.reconstruction import ReconstructionConfig
-from evaluate.suite.swap import SwapConfig
+from evaluate.suite import TESTS
 
-TestName = Literal[
-    "heldout_loss", "reconstruction", "attributes", "swap", "edit", "divergence", "pose", "memorisation", "distribution"
-]
+TestName = Literal[tuple(TESTS)]
+Sections = create_model(
+    "Sections",
+    __base__=DrawingConfig,
+    **{test.name: (test.config, test.config()) for test in TESTS.values() if test.config},
+)
 
 
-class EvaluateConfig(DrawingConfig):
-    """Everything that ``python -m evaluate run`` reads beside the checkpoint."""
+class EvaluateConfig(Sections):
+    """Everything that ``python -m evaluate run`` reads beside the checkpoint: a test's section has the test's name."""
 
-    tests: list[TestName] = Field(default=list(get_args(TestName)), min_length=1)
-    heldout_loss: HeldoutLossConfig = HeldoutLossConfig()
-    swap: SwapConfig = SwapConfig()
-    edit: EditConfig = EditConfig()
-    divergence: DivergenceConfig = DivergenceConfig()
-    pose: PoseTestConfig = PoseTestConfig()
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
-    judge: str | None = (
-        None  # encoder of likeness, a folder or in the hub's cache; null: see evaluate/metrics/likeness.py
-    )
+    tests: list[TestName] = Field(default=list(TESTS), min_length=1)
+    # encoder of likeness, a folder or in the hub's cache; null: see evaluate/metrics/likeness.py
+    judge: str | None = None
     probe: str | None = None  # CLIP model that is asked for what an edit names, a folder or in the hub's cache
     # DWPose's files; null: the demo networks for datasets made with demo encoders, otherwise no judging of joints
     pose_models: PoseModelsConfig | None = None
     needed: dict[str, float] = Field(default={})  # metric name -> the bar it is held against in the report
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def section(self, test: str) -> Any:
+        """Return a test's own section; None for a test without one."""
+        return getattr(self, test) if TESTS[test].config else None
 
 
 def tier_file(tier: str) -> Path:

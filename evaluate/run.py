@@ -7,21 +7,19 @@ Nothing in it depends on the clock, the batch size or the order of the work.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import torch
 
-from evaluate.config import EvaluateConfig, TestName
+from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.draw import draw_and_examine, show
@@ -34,7 +32,7 @@ from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.pixels import Lpips, lpips_unavailable
 from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
 from evaluate.subject import Subject, dataset_modalities, select_holdout
-from evaluate.suite import heldout_loss
+from evaluate.suite import TESTS
 from nanodit.config import dump_config
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
@@ -115,19 +113,20 @@ def evaluate(
     """
     parts = Parts(folder / "parts" if identity else None, identity)
     context = build_context(subject, config, run_folder, step)
-    tests = {name: importlib.import_module(f"evaluate.suite.{name}") for name in tests_of(config)}
+    tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []
-    for name, test in tests.items():
-        wanted, left_out = test.pictures(context, getattr(config, name, None))
+    for test, section in tests.items():
+        wanted, left_out = test.pictures(context, section)
         pictures += wanted
         skipped += left_out
     pictures = once(pictures)
-    if "heldout_loss" in tests:
-        context.heldout = heldout_loss.measure_all(context, config.heldout_loss, parts)
+    for test, section in tests.items():
+        if test.measure:
+            test.measure(context, section, parts)
     rows = draw_and_examine(context, pictures, parts, folder)
     metrics: list[Metric] = []
-    for name, test in tests.items():
-        found, left_out = test.summarise(Rows(rows), context, getattr(config, name, None))
+    for test, section in tests.items():
+        found, left_out = test.summarise(Rows(rows), context, section)
         metrics += found
         skipped += left_out
     show(context, pictures, rows, folder)
@@ -139,11 +138,6 @@ def perceptual_losses(config: TrainConfig) -> frozenset[str]:
     """The networks of :attr:`Subject.losses`."""
     used = {"lpips": config.perceptual.every > 0, "dinov2": config.perceptual.dino_weight > 0}
     return frozenset(name for name, there in used.items() if there)
-
-
-def tests_of(config: EvaluateConfig) -> list[str]:
-    """The tests to run, in the order in which they are documented."""
-    return [name for name in get_args(TestName) if name in config.tests and find_spec(f"evaluate.suite.{name}")]
 
 
 def build_context(

@@ -27,6 +27,7 @@ from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, Metric, Skipped, degenerate_reason, from_table
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 
 GIVEN = ("text", "nothing")  # the first of these that was trained
@@ -300,3 +301,53 @@ def _alike(rows: Rows, space: str) -> float | None:
     if alike.sum() < MIN_PAIRS:
         return None
     return float(np.linalg.norm(points[first[alike]] - points[second[alike]], axis=1).mean())
+
+
+def strips(page: Any) -> dict[str, Any] | None:
+    """Return pictures of a few prompts from several noises each."""
+    extra = page.extras("divergence")
+    if not extra or not extra["strips"]:
+        return None
+    groups = []
+    for key in extra["strips"]:
+        noises = [page.drawn(label, key, seed, f"noise {seed}") for seed, label in enumerate(extra["labels"])]
+        groups.append(
+            {"caption": page.caption(key), "pictures": [*([page.real(key)] if page.kept(key) else []), *noises]}
+        )
+    note = f"Given {page.words(extra['condition'])}; {len(groups)} of {len(extra['prompts'])} prompts."
+    return {"note": note, "groups": groups}
+
+
+TEST = SuiteTest(
+    name="divergence",
+    title="Divergence",
+    pictures=pictures,
+    summarise=summarise,
+    config=DivergenceConfig,
+    families={
+        "divergence/diversity": "Diversity over noises",
+        "divergence/ratio": "Diversity / pairs of real images",
+        "divergence/variety": "Variety over prompts / real",
+        "divergence/diversity_change": "Diversity, change over checkpoints",
+        "divergence/error_change": "Distance to real, change over checkpoints",
+    },
+    roles={"divergence": (("round_trip", "mean_image"), ("real_pairs", "real"))},
+    alarms={
+        "collapse": "collapse: the noise makes less difference than a JPEG round trip",
+        "collapsing": "collapsing: diversity falls over the checkpoints",
+        "drift": "drift: pictures move away from the real ones over the checkpoints",
+    },
+    terms=(
+        (
+            "Divergence",
+            "Diversity: the mean distance between pictures of one prompt from several noises. Collapse needs two "
+            "spaces to agree: the judge's features and 16 × 16 mean colours.",
+        ),
+    ),
+    section=Section(
+        "Diversity",
+        "What the noise changes: each strip is one prompt drawn from several noises, the first prompts in the order "
+        "of their keys.",
+        strips,
+    ),
+)

@@ -21,16 +21,18 @@ from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.clip import NO_PROBE
 from evaluate.metrics.colours import CHANCE
-from evaluate.metrics.distances import SPACES, as_points
+from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
 EXAMPLES = 8  # samples whose pictures are kept for the report
+SHOWN = 12  # pairs on the page, of all types
 Row = Mapping[str, Any]
 Name = tuple[str, int]  # key and seed of a picture
 
@@ -392,3 +394,70 @@ def _judged(edit: Edit, unedited: Row, edited: Row, context: DrawingContext) -> 
         return None
     column = f"{edit.attribute}_judged"
     return {"unedited": unedited[column], "edited": edited[column]}
+
+
+def pairs_shown(page: Any) -> dict[str, Any] | None:
+    """Return pairs of pictures before and after an edit of the text, with the words that differ."""
+    extra = page.extras("edit")
+    if not extra:
+        return None
+    # of every type in turn, in the order in which the test chose them
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for pair in extra["pairs"]:
+        by_type.setdefault(pair["type"], []).append(pair)
+    room = max(1, SHOWN // max(1, len(by_type)))
+    pairs = []
+    for pair in (one for own in by_type.values() for one in own[:room]):
+        judged = pair["judged"] or {}
+        seen = {side: f"{pair['attribute']}: {judged[side] or 'not found'}" for side in judged}
+        sides = {"unedited": extra["condition"], "edited": pair["condition"]}
+        pictures = [
+            page.drawn(condition, pair["key"], pair["seed"], side, seen.get(side, ""))
+            for side, condition in sides.items()
+        ]
+        distances = [
+            {"space": SPACE_NAMES.get(space, space), "value": value, "null": (pair["null_distance"] or {}).get(space)}
+            for space, value in sorted(pair["distance"].items())
+        ]
+        diff = [(kind, page.shorten(text)) for kind, text in pair["diff"]]
+        pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
+    counts = [{"type": name, **count} for name, count in extra["counts"].items()]
+    return {"condition": page.words(extra["condition"]), "pairs": pairs, "counts": counts, "total": len(extra["pairs"])}
+
+
+TEST = SuiteTest(
+    name="edit",
+    title="Text edits",
+    pictures=pictures,
+    summarise=summarise,
+    config=EditConfig,
+    families={
+        "edit/effect": "Effect beyond the null edit",
+        "edit/direction": "Edited colour is there",
+        "edit/direction_gain": "Edited colour gained",
+        "edit/direction_probe": "Shift of the probe toward the edit",
+        "edit/preserved": "Kept outside of the edit",
+        "edit/pose_kept": "Joints kept under the edit",
+    },
+    default_part="another attribute",
+    parts={"opposite": "the opposite"},
+    roles={
+        "edit/effect": (("null_edit",), ()),
+        "edit/preserved": (("random_pair",), ("null_edit",)),
+        "edit/pose_kept": ((), ("null_edit",)),
+    },
+    terms=(
+        (
+            "Text edits",
+            "The same noise under an edited caption. An edit's effect is the distance that it moves the picture less "
+            "that of a paraphrase, the null edit.",
+        ),
+    ),
+    section=Section(
+        "Text edits",
+        "The same noise before and after an edit of the caption on word boundaries. A paraphrase is the null edit: "
+        "what it changes is what any change of words does.",
+        pairs_shown,
+        "edit.html",
+    ),
+)

@@ -25,6 +25,7 @@ from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
 from evaluate.statistics import intervals as statistics
 from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
+from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 from nanodit.console import Progress
 from nanodit.rng import generator
@@ -142,8 +143,8 @@ def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
     return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
-def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts) -> list[dict[str, Any]]:
-    """Return the rows of heldout_loss.parquet: of the samples, then of as many training images for the gap."""
+def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts) -> None:
+    """Measure the samples, then as many training images for the gap: the rows of heldout_loss.parquet."""
     subject, subsets = context.subject, choose_subsets(config.conditions, context.subject)[0]
     train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
     gap = [subset for subset in choose_subsets(config.gap, subject)[0] if subset in subsets]
@@ -157,7 +158,7 @@ def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts
                 keys = [row["key"] for row in members]
                 rows += parts.get(f"{split}_loss-{bucket}-{number:04d}", keys, compute).to_pylist()
                 progress.advance(len(members))
-    return sorted(rows, key=lambda row: (row["split"], row["condition"], row["key"], row["bin"]))
+    context.heldout = sorted(rows, key=lambda row: (row["split"], row["condition"], row["key"], row["bin"]))
 
 
 def _measure_chunk(
@@ -275,3 +276,46 @@ def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settin
 def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:
     bad = [row["key"] for row in rows if not np.isfinite(row["mse"])]
     return f"degenerate: {len(bad)} predictions are non-finite, the first for sample {bad[0]}" if bad else None
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the points of the grid that a metric is a mean of; None for other metrics."""
+    family, _, rest = name.partition("/")
+    if family not in ("heldout_loss", "heldout_mse"):
+        return None
+    condition, _, bounds = rest.partition("/")
+    column = family.removeprefix("heldout_")
+    rows = [row for row in evidence.heldout if row["split"] == "holdout"]
+    rows = [row for row in rows if row["condition"] == (condition or "all")]
+    bins = sorted({row["bin"] for row in rows})
+    low = float(bounds.partition("-")[0]) if bounds else None
+    rows = [row for row in rows if low is None or round(low * len(bins)) == row["bin"]]
+    return {(row["key"], row["bin"]): (row[column], 1) for row in rows}
+
+
+TEST = SuiteTest(
+    name="heldout_loss",
+    title="Held-out loss",
+    pictures=pictures,
+    summarise=summarise,
+    config=HeldoutLossConfig,
+    measure=measure_all,
+    stem="heldout",
+    families={
+        "heldout_loss": "Held-out flow loss",
+        "heldout_ratio": "Held-out error / best trivial",
+        "heldout_gap": "Loss on training images less held-out",
+    },
+    charted=("heldout_mse",),
+    roles={"heldout": (("best_trivial", "affine"), ())},
+    values=values_of,
+    terms=(
+        (
+            "Held-out flow loss",
+            "‖x̂ − x‖² / max(t, t_min)² on a fixed grid: t uniform in equal strata before the resolution shift, t and "
+            "noise functions of the sample alone. Trivial predictors on the same grid: the training set's mean image, "
+            "x̂ = z, and a z + b fitted on the training set for each stratum. The gap is the loss on as many training "
+            "images less that on the holdout: below zero, training images are known better.",
+        ),
+    ),
+)

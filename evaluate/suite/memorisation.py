@@ -17,10 +17,11 @@ import numpy as np
 from evaluate.drawing.arms import Arm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
-from evaluate.metrics.distances import SPACES, as_points, nearest
+from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points, nearest
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from evaluate.suite.declaration import Section, SuiteTest
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
@@ -219,3 +220,51 @@ def _closest(rows: Rows, context: DrawingContext, searches: Sequence[_Search]) -
             }
         )
     return closest
+
+
+def closest_pairs(page: Any) -> dict[str, Any] | None:
+    """Return the closest pairs of a drawn picture and a training image."""
+    extra = page.extras("memorisation")
+    if not extra or not extra["closest"]:
+        return None
+    pairs = []
+    for one in extra["closest"]:
+        drawn = page.drawn(one["condition"], one["key"], one["seed"], "drawn", f"given {page.words(one['condition'])}")
+        relative = [
+            {"space": SPACE_NAMES.get(space, space), "value": value}
+            for space, value in one["relative"].items()
+            if value is not None
+        ]
+        training = page.stored(one["training_image"], "training image")
+        pairs.append({"pictures": [drawn, training], "relative": relative})
+    return {name: extra[name] for name in ("wording", "training_images")} | {"pairs": pairs}
+
+
+TEST = SuiteTest(
+    name="memorisation",
+    title="Memorisation (an indicator)",
+    pictures=pictures,
+    summarise=summarise,
+    families={
+        "memorisation/copies": "Likely copies",
+        "memorisation/distance_ratio": "Distance to training / that of the holdout",
+    },
+    roles={"memorisation": ((), ("real",))},
+    alarms={
+        "memorisation": "memorisation: more likely copies of training images than chance gives, an indicator",
+    },
+    terms=(
+        (
+            "Memorisation",
+            "An indicator: likely copies are nearer to a training image than all but 5 % of the holdout's images, and "
+            "stand out as rarely among their neighbours (after Carlini et al. 2023). It cannot prove that nothing was "
+            "memorised, nor that something was.",
+        ),
+    ),
+    section=Section(
+        "Nearest training images",
+        "The closest pairs of a drawn picture and a training image, the closest first.",
+        closest_pairs,
+        "memorisation.html",
+    ),
+)

@@ -20,14 +20,19 @@ from evaluate.drawing.arms import Arm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
+from evaluate.suite.declaration import Section, SuiteTest, Values
 from nanodit.config import Config
+from nanodit.keypoints import BONES
+from nanodit.svg import joints_overlay
 
 MIRRORED = "mirrored"  # what follows the name of a condition in that of pictures from the pose's mirror image
 FLOOR, CEILING = "random_pair", "detector_on_real"
 OVERLAYS = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures shown, by their quantile of the body's OKS
+# bones of COCO-WholeBody's body and feet; its other joints are drawn as specks
+LINKS = (*BONES, (15, 17), (15, 18), (15, 19), (16, 20), (16, 21), (16, 22))
 NOBODY_ASKED = "no sample has a pose to ask for"
 
 
@@ -322,3 +327,61 @@ def _overlays(drawn: Drawn) -> list[dict[str, Any]]:
 
 def _places(joints: np.ndarray) -> list[list[float]]:
     return np.round(joints.astype(np.float64), 2).tolist()
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the pictures that the body's PCK is pooled over: joints met, and asked for; None for other metrics."""
+    family, _, rest = name.partition("/")
+    condition, _, part = rest.partition("/")
+    if family != "pose_pck" or part:
+        return None
+    rows = [row for row in select(evidence.samples, MODEL, condition or "all") if row["pose_joints"]]
+    return {(row["key"], row["seed"]): (row["pose_hits"], row["pose_joints"]) for row in rows}
+
+
+def overlays_shown(page: Any) -> dict[str, Any] | None:
+    """Return pictures at quantiles of OKS with the pose given and the joints found, and how many people there were."""
+    extra = page.extras("pose")
+    if not extra:
+        return None
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in extra["overlays"]:
+        note = f"OKS {one['oks']:.2f}, {one['hits']} of {one['joints']} joints"
+        shown = page.drawn(one["condition"], one["key"], one["seed"], one["label"], note)
+        found = [joint if joint[2] >= extra["confidence"] else (0, 0, 0) for joint in one["found"] or ()]
+        drawing = joints_overlay(one["given"], found, LINKS, (one["width"], one["height"]))
+        groups.setdefault(one["condition"], []).append(shown | {"drawing": drawing})
+    grouped = [{"condition": page.words(name), "pictures": groups[name]} for name in sorted(groups, key=page.order)]
+    counts = [{"condition": page.words(name), **extra["counts"][name]} for name in extra["counts"]]
+    return {name: extra.get(name) for name in ("rule", "detector", "alpha")} | {"groups": grouped, "counts": counts}
+
+
+TEST = SuiteTest(
+    name="pose",
+    title="Pose",
+    pictures=pictures,
+    summarise=summarise,
+    config=PoseTestConfig,
+    families={
+        "pose_pck": f"Pose, PCK at {ALPHA}",
+        "pose_oks": "Pose, OKS",
+        "pose_mirror": "Pose met less its mirror image met",
+        "pose_persons": "Persons drawn",
+    },
+    values=values_of,
+    terms=(
+        (
+            f"Pose, PCK at {ALPHA} and OKS",
+            f"PCK: the share of the joints asked for (confidence at least {CONFIDENCE}) that are found in the picture "
+            f"within {ALPHA} of the longer side of the person's box. Not found: wrong (Yang & Ramanan 2013). OKS: "
+            "object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random pair” is "
+            "another sample's pose, “detector on real” the detector on the real image.",
+        ),
+    ),
+    section=Section(
+        "Poses",
+        "The pose that was given, over the picture drawn from it, and the joints that the detector found there.",
+        overlays_shown,
+        "pose.html",
+    ),
+)

@@ -18,6 +18,7 @@ from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
+from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 
 BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
@@ -185,3 +186,44 @@ def _skill(
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:
     values = [row[measure] for row in rows if row[measure] is not None]
     return float(np.mean(values)) if values else None
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the pictures that a metric is a mean over; None for other metrics."""
+    _, _, rest = name.partition("/")
+    measure, _, condition = rest.partition("/")
+    if measure not in MEASURES:
+        return None
+    return {(row["key"], row["seed"]): (row[measure], 1) for row in select(evidence.samples, MODEL, condition or "all")}
+
+
+TEST = SuiteTest(
+    name="reconstruction",
+    title="Reconstruction",
+    pictures=pictures,
+    summarise=summarise,
+    config=ReconstructionConfig,
+    families={
+        "reconstruction/psnr": "PSNR",
+        "reconstruction/psnr_gain": "PSNR gained over a random pair",
+        "reconstruction/ssim": "SSIM",
+        "reconstruction/lpips": "LPIPS",
+        "reconstruction/dino_similarity": "DINO similarity",
+        "reconstruction/skill_mse": "Skill on squared error",
+        "reconstruction/skill_ssim": "Skill on SSIM",
+        "reconstruction/skill_lpips": "Skill on LPIPS",
+        "reconstruction/skill_dino_similarity": "Skill on DINO similarity",
+    },
+    values=values_of,
+    terms=(
+        (
+            "Reconstruction",
+            "A picture drawn from a sample's own conditions against that sample. PSNR on 8-bit pixels; SSIM with an "
+            "11 × 11 Gaussian window (Wang et al. 2004); LPIPS v0.1 with AlexNet (Zhang et al. 2018); DINO "
+            "similarity: cosine of the class tokens of an encoder that was neither condition nor teacher. Random "
+            "pair: another holdout image of the same shape. Mean image: of the training set. JPEG round trip: quality "
+            "95, 4:4:4. Skill: (random pair − model) / (random pair − round trip), on the squared error for PSNR: 0 "
+            "is any other image, 1 a copy.",
+        ),
+    ),
+)

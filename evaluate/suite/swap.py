@@ -22,6 +22,7 @@ from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 from nanodit.rng import generator
 
@@ -32,6 +33,7 @@ GIVEN = {
     "patches": ("text+patches", "text+patches+pose"),
 }
 SWAPPED = {"both": ("cls", "patches"), "cls": ("cls",), "patches": ("patches",)}
+MODE_NAMES = {"both": "CLS and patches", "cls": "CLS alone", "patches": "patches alone"}
 POOL = 64  # samples of a bucket that candidates are looked for among
 EXAMPLES = 4  # samples whose pictures are kept for the report
 
@@ -347,3 +349,70 @@ def _extras(context: DrawingContext, asked: _Asked, nearest: Mapping[str, Mappin
         "matrix": {"mode": mode, "keys": keys, "cells": cells},
         "examples": examples,
     }
+
+
+def matrix_and_examples(page: Any) -> dict[str, Any] | None:
+    """Return the matrix of texts and DINO features, and for each mode whose features a picture shows."""
+    extra = page.extras("swap")
+    if not extra:
+        return None
+    matrix = extra["matrix"]
+    result: dict[str, Any] = {"candidates": extra["candidates"], "matrix": None, "examples": []}
+    if matrix:
+        keys = matrix["keys"]
+        rows = [
+            {
+                "caption": page.caption(key),
+                "real": page.real(key),
+                "cells": [
+                    page.drawn(one["condition"], one["key"], one["seed"], "") | {"own": place == column}
+                    for column, one in enumerate(cells)
+                ],
+            }
+            for place, (key, cells) in enumerate(zip(keys, matrix["cells"]))
+        ]
+        result["matrix"] = {"mode": MODE_NAMES.get(matrix["mode"], matrix["mode"]), "rows": rows}
+    unswapped = {mode["mode"]: mode["unswapped"] for mode in extra["modes"]}
+    for example in extra["examples"]:
+        key, seed, donor = example["key"], example["seed"], example["donor"]
+        pictures = [page.real(key, "real", "gives the text"), page.real(donor, "donor", "gives DINO")]
+        before = next((unswapped[mode] for mode in example["pictures"] if mode in unswapped), None)
+        pictures += [page.drawn(before, key, seed, "unswapped", "own DINO")] if before else []
+        for mode, condition in example["pictures"].items():
+            taken = example.get("nearest", {}).get(mode, {})
+            right = sum(found == donor for found in taken.values())
+            note = f"donor told in {right} of {len(taken)} spaces" if taken else ""
+            pictures.append(page.drawn(condition, key, seed, f"donor's {MODE_NAMES.get(mode, mode)}", note))
+        result["examples"].append({"caption": page.caption(key), "pictures": pictures})
+    return result
+
+
+TEST = SuiteTest(
+    name="swap",
+    title="DINO swap",
+    pictures=pictures,
+    summarise=summarise,
+    config=SwapConfig,
+    families={
+        "swap/gain": "Likeness gained toward the donor",
+        "swap/identified": "Donor identified",
+        "swap/text_kept": "Text kept under the swap",
+        "swap/similarity_kept": "Likeness to the own image kept",
+    },
+    default_part=MODE_NAMES["both"],
+    parts={mode: MODE_NAMES[mode] for mode in ("cls", "patches")},
+    terms=(
+        (
+            "DINO swap",
+            "The text of one sample with the image features of another. “Donor identified”: among K real images, "
+            "chance 1 / K.",
+        ),
+    ),
+    section=Section(
+        "DINO swap",
+        "One sample's text with the DINO features of another, from the sample's own noise: what changes along a row "
+        "comes from the image features, along a column from the text. Framed: a sample with its own features.",
+        matrix_and_examples,
+        "swap.html",
+    ),
+)

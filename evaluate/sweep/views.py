@@ -8,6 +8,7 @@ from typing import Any
 
 from evaluate.statistics.intervals import Interval
 from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, paired, welch
+from evaluate.suite import is_charted
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
 from evaluate.sweep.files import Sweep
 from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
@@ -224,7 +225,7 @@ def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for trial in cohort.trials for name in trial.metrics)
     rows = []
     for name in names:
-        if name.startswith("heldout_mse/"):
+        if is_charted(name):
             continue
         measure = measure_of(name)
         values = {arm: cohort.values(arm, measure) for arm in sweep.arms}

@@ -149,10 +149,8 @@ def test_models_in_between_are_in_between(verdicts, space):  # E08
 
 
 def test_the_gain_is_that_in_cosine_to_the_donors_image(gallery, models, verdicts):
-    rows, pairs = (
-        gallery.rows(models["blend"], detected=True),
-        swap._pairs(context := make_context(gallery), context.config.swap),
-    )
+    rows, context = gallery.rows(models["blend"], detected=True), make_context(gallery)
+    pairs = swap._pairs(context, context.config.swap)
     gains = []
     for pair in pairs:
         (own,) = (row for row in rows.select(MODEL, "text+dino") if row["key"] == pair.key)
