@@ -7,38 +7,33 @@ Nothing in it depends on the clock, the batch size or the order of the work.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import torch
 
-from evaluate.config import EvaluateConfig, TestName
-from evaluate.drawing.arms import choose_subsets
+from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
-from evaluate.drawing.context import Context, Rows
+from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.draw import draw_and_examine, show
 from evaluate.drawing.finished import Parts
 from evaluate.drawing.pictures import once
 from evaluate.drawing.texts import Texts
 from evaluate.metrics.clip import open_probe
-from evaluate.metrics.examiner import Examiner, open_detector
+from evaluate.metrics.examiner import Examiner, detector_label, open_detector
 from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.pixels import Lpips, lpips_unavailable
 from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
-from evaluate.subject import Row, Subject, chunks, dataset_modalities, read_batch, select_holdout
-from evaluate.suite import heldout_loss
+from evaluate.subject import Subject, dataset_modalities, select_holdout
+from evaluate.suite import TESTS
 from nanodit.config import dump_config
-from nanodit.console import Progress
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
@@ -48,7 +43,6 @@ from train.checkpoint.open import load_model
 from train.checkpoint.provenance import git_state
 from train.config import TrainConfig
 from train.loop.tracking import read_metrics
-from train.model.conditions import Subset
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
 CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same training gives again
@@ -119,19 +113,20 @@ def evaluate(
     """
     parts = Parts(folder / "parts" if identity else None, identity)
     context = build_context(subject, config, run_folder, step)
-    tests = {name: importlib.import_module(f"evaluate.suite.{name}") for name in tests_of(config)}
+    tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []
-    for test in tests.values():
-        wanted, left_out = test.pictures(context)
+    for test, section in tests.items():
+        wanted, left_out = test.pictures(context, section)
         pictures += wanted
         skipped += left_out
     pictures = once(pictures)
-    if "heldout_loss" in tests:
-        context.heldout = measure_loss(context, parts)
+    for test, section in tests.items():
+        if test.measure:
+            test.measure(context, section, parts)
     rows = draw_and_examine(context, pictures, parts, folder)
     metrics: list[Metric] = []
-    for test in tests.values():
-        found, left_out = test.summarise(Rows(rows), context)
+    for test, section in tests.items():
+        found, left_out = test.summarise(Rows(rows), context, section)
         metrics += found
         skipped += left_out
     show(context, pictures, rows, folder)
@@ -145,60 +140,30 @@ def perceptual_losses(config: TrainConfig) -> frozenset[str]:
     return frozenset(name for name, there in used.items() if there)
 
 
-def tests_of(config: EvaluateConfig) -> list[str]:
-    """The tests to run, in the order in which they are documented."""
-    return [name for name in get_args(TestName) if name in config.tests and find_spec(f"evaluate.suite.{name}")]
-
-
 def build_context(
     subject: Subject, config: EvaluateConfig, run_folder: Path | None = None, step: int | None = None
-) -> Context:
+) -> DrawingContext:
     """Open the judges and read the training images."""
     lpips = Lpips() if lpips_unavailable() is None else None
     detector, no_detector = open_detector(config.pose_models, subject.dataset)
     judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
     probe, no_probe = open_probe(config.probe, subject.device)
-    examiner = Examiner(subject.dataset, lpips, detector, judge, probe)
-    examiner.blind = no_detector
     buckets = {row["bucket"] for row in subject.rows}
-    return Context(
+    return DrawingContext(
         subject=subject,
         config=config,
         training=load_training_images(subject.dataset, buckets, config.baseline_images),
         judge=judge,
         no_judge=no_judge,
-        examiner=examiner,
+        examiner=Examiner(subject.dataset, lpips, detector, judge, probe),
         texts=Texts(subject.dataset, subject.device),
         run_folder=run_folder,
         step=step,
         probe=probe,
         no_probe=no_probe,
+        detector=detector_label(config.pose_models),
+        no_detector=no_detector,
     )
-
-
-def measure_loss(context: Context, parts: Parts) -> list[dict[str, Any]]:
-    """The rows of heldout_loss.parquet: of the samples, then of as many training images for the gap."""
-    subject, config = context.subject, context.config.heldout_loss
-    train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
-    gap = [subset for subset in choose_subsets(config.gap, subject)[0] if subset in context.subsets[0]]
-    work = [("holdout", subject.rows, context.subsets[0]), ("train", train if gap else (), gap)]
-    rows: list[dict[str, Any]] = []
-    with Progress("held-out loss", sum(len(samples) for _, samples, _ in work)) as progress:
-        for split, samples, subsets in work:
-            for bucket, number, members in chunks(samples, subject.batch_size):
-                compute = partial(_measure_chunk, context, split, subsets, members)
-                keys = [row["key"] for row in members]
-                rows += parts.get(f"{split}_loss-{bucket}-{number:04d}", keys, compute).to_pylist()
-                progress.advance(len(members))
-    return sorted(rows, key=lambda row: (row["split"], row["condition"], row["key"], row["bin"]))
-
-
-def _measure_chunk(context: Context, split: str, subsets: Sequence[Subset], members: tuple[Row, ...]) -> pa.Table:
-    subject = context.subject
-    batch = read_batch(subject.dataset, members)
-    training = context.training if split == "holdout" else None  # the gap needs no trivial predictors
-    rows = heldout_loss.measure_batch(subject, batch, subsets, training, context.config.heldout_loss)
-    return pa.Table.from_pylist([row | {"split": split} for row in rows])
 
 
 def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[list[Metric], list[Skipped]]:

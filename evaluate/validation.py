@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from evaluate.config import EvaluateConfig, TestName, tier_file
+from evaluate.config import EvaluateConfig, tier_file
 from evaluate.drawing.arms import choose_subsets
 from evaluate.report.summary import is_headline
 from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
 from evaluate.subject import Subject, dataset_modalities, select_holdout
+from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
 from nanodit.config import load_config
 from nanodit.console import waiting
@@ -45,8 +46,8 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
     if not subsets:
         reasons = "; ".join(one.reason for one in skipped)
         raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
-    if unknown := [name for name in config.validation.tests if name not in get_args(TestName)]:
-        raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(get_args(TestName))}")
+    if unknown := [name for name in config.validation.tests if name not in TESTS]:
+        raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(TESTS)}")
     return lambda model, step, folder: validate(model, config, dataset, step, folder)
 
 

@@ -12,10 +12,13 @@ from typing import Any
 import jinja2
 
 
-def open_template(path: Path, filters: Mapping[str, Callable[..., Any]]) -> jinja2.Template:
-    """Load a template that may extend ``page.html`` and include its neighbours; an unknown name in it is an error."""
+def open_template(path: Path, filters: Mapping[str, Callable[..., Any]], *folders: Path) -> jinja2.Template:
+    """Load a template; an unknown name in it is an error.
+
+    It may extend ``page.html`` and include its neighbours and templates of ``folders``.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([path.parent, Path(__file__).parent]),
+        loader=jinja2.FileSystemLoader([path.parent, *folders, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

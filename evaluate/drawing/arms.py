@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from evaluate.subject import Batch, Subject, to_uint8
 from nanodit.config import Config
 from train.method.sampling import DRAWING, Grid, Method, Sampling, sample
 from train.model.conditions import MODALITIES, Subset, parse_subset, subset_name
-
-if TYPE_CHECKING:
-    from evaluate.config import EvaluateConfig
 
 TRAINED = "trained"  # in place of names: every subset that training drew
 
@@ -50,10 +46,10 @@ class Arm:
     guidance: float
 
 
-def choose_arms(config: EvaluateConfig, subject: Subject) -> tuple[list[Arm], list[Skipped]]:
-    """The arms that the dataset and the model's training allow; the others are named as skipped."""
-    chosen, skipped = _choose(config.conditions, subject, "samples")
-    arms = [Arm(_label(subset, subject), subset, config.conditions[name]) for name, subset in chosen.items()]
+def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[Arm], list[Skipped]]:
+    """Return the arms (conditions -> guidance) that dataset and training allow; the others are named as skipped."""
+    chosen, skipped = _choose(guidances, subject, "samples")
+    arms = [Arm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
     return arms, skipped
 
 
@@ -66,15 +62,15 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
 
 
 def named_arm(
-    conditions: str, guidance: float | None, config: EvaluateConfig, subject: Subject, test: str
+    conditions: str, guidance: float | None, guidances: Mapping[str, float], subject: Subject, test: str
 ) -> Arm | Skipped:
     """How pictures given ``conditions`` are drawn, or why they are not; see
-    :meth:`evaluate.drawing.context.Context.arm`.
+    :meth:`evaluate.drawing.context.DrawingContext.arm`.
 
-    The name is that of the conditions, with ``@SCALE`` behind it where the configuration draws the same conditions with
-    another scale of guidance.
+    The name is that of the conditions, with ``@SCALE`` behind it where ``guidances`` draw the same ones with another
+    scale of guidance.
     """
-    usual = {_label(_subset(name, subject), subject): scale for name, scale in config.conditions.items()}
+    usual = {_label(_subset(name, subject), subject): scale for name, scale in guidances.items()}
     label = _label(_subset(conditions, subject), subject)
     scale = usual.get(label, 1.0) if guidance is None else guidance
     chosen, skipped = _choose({conditions: scale}, subject, test)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from evaluate.config import EvaluateConfig
-from evaluate.drawing.arms import Arm, choose_arms, choose_subsets, named_arm, untrained
+from pydantic import Field
+
+from evaluate.drawing.arms import Arm, SamplerConfig, choose_arms, named_arm, untrained
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.pictures import Picture
 from evaluate.drawing.texts import Texts
@@ -17,11 +18,26 @@ from evaluate.metrics.clip import ClipProbe
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import Judge
 from evaluate.metrics.training_features import TrainFeatures, load_train_features
-from evaluate.records import REAL, Metric, Skipped, select
+from evaluate.records import REAL, Skipped, select
 from evaluate.subject import Row, Subject
+from nanodit.config import Config
 from train.model.conditions import Subset
 
 RELATED = ", related to a loss of training"  # a judge that the model was trained to please
+
+
+class DrawingConfig(Config):
+    """What is drawn and what it is compared with, the same for all tests."""
+
+    samples: int = Field(default=256, gt=0)  # holdout images, at most
+    seeds: int = Field(default=1, gt=0)  # noises per image and condition
+    # conditions kept -> guidance scale; guidance 1 is none, and what reconstruction is quoted at
+    conditions: dict[str, float] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
+    sampler: SamplerConfig = SamplerConfig()
+    baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
+    training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
+    grid_images: int = Field(default=8, ge=0)  # samples whose pictures are kept for the report
+    batch_size: int = Field(default=32, gt=0)  # changes no number
 
 
 class Rows:
@@ -50,15 +66,16 @@ class Rows:
 
 
 @dataclass
-class Context:
+class DrawingContext:
     """What a test may use, and where it leaves what is no metric.
 
-    ``judge`` is None where its weights are missing, ``no_judge`` says why; ``texts`` encodes captions of one's own.
+    ``judge`` is None where its weights are missing, ``no_judge`` says why; joints are not judged where ``no_detector``
+    says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.
     ``heldout`` are the rows of heldout_loss.parquet. ``extras`` is written to extras.json, a key for each test.
     """
 
     subject: Subject
-    config: EvaluateConfig
+    config: DrawingConfig
     training: TrainingImages
     judge: Judge | None
     no_judge: str | None
@@ -68,6 +85,8 @@ class Context:
     step: int | None = None  # of the checkpoint
     probe: ClipProbe | None = None  # CLIP; ``no_probe`` says why there is none
     no_probe: str | None = None
+    detector: str = ""  # what finds the joints, as metrics name it
+    no_detector: str | None = None
     heldout: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
     shown: dict[tuple[str, str, str, int], None] = field(default_factory=dict)
@@ -86,16 +105,11 @@ class Context:
     @cached_property
     def arms(self) -> list[Arm]:
         """The configured conditions that the dataset and the model's training allow."""
-        return choose_arms(self.config, self.subject)[0]
-
-    @property
-    def subsets(self) -> tuple[list[Subset], list[Skipped]]:
-        """The condition subsets of the held-out loss, and those that are left out."""
-        return choose_subsets(self.config.heldout_loss.conditions, self.subject)
+        return choose_arms(self.config.conditions, self.subject)[0]
 
     def configured(self) -> tuple[list[Picture], list[Skipped]]:
         """Every sample and noise under each of the configured conditions, and the conditions that are left out."""
-        arms, skipped = choose_arms(self.config, self.subject)
+        arms, skipped = choose_arms(self.config.conditions, self.subject)
         return [picture for arm in arms for picture in self.of_all(arm)], skipped
 
     @cached_property
@@ -114,7 +128,7 @@ class Context:
         ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
         ``TEST/CONDITIONS``, where the dataset lacks them or training never saw them.
         """
-        return named_arm(conditions, guidance, self.config, self.subject, test)
+        return named_arm(conditions, guidance, self.config.conditions, self.subject, test)
 
     def untrained(self, subset: Subset, guidance: float = 1.0) -> str | None:
         """Why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
@@ -166,13 +180,3 @@ class Context:
     def show_training(self, key: str) -> str:
         """Keep a training image for the report; returns its path below the output folder."""
         return self.shown_training.setdefault(key, f"images/train-{key}.png")
-
-
-class Test(Protocol):
-    """A module of ``evaluate/suite``: names its pictures, then reads the rows that came of them."""
-
-    def pictures(self, context: Context) -> tuple[list[Picture], list[Skipped]]:
-        """What to draw; a function of the configuration and the dataset alone."""
-
-    def summarise(self, rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
-        """Metrics, their names beginning with the test's."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from evaluate.drawing.arms import Arm, draw
 from evaluate.drawing.baselines import nearest, round_trip
-from evaluate.drawing.context import Context
+from evaluate.drawing.context import DrawingContext
 from evaluate.drawing.finished import Parts
 from evaluate.drawing.pictures import Picture, PictureBatch, batches, compose
 from evaluate.metrics.likeness import pixel_features
@@ -46,7 +46,9 @@ class Album:
         Image.fromarray(picture).save(self.folder / row["image"])
 
 
-def draw_and_examine(context: Context, pictures: Sequence[Picture], parts: Parts, folder: Path) -> list[dict[str, Any]]:
+def draw_and_examine(
+    context: DrawingContext, pictures: Sequence[Picture], parts: Parts, folder: Path
+) -> list[dict[str, Any]]:
     """Draw every picture and score it beside the real image and the baselines.
 
     Returns the rows of samples.parquet, sorted; keeps the pictures of the first ``grid_images`` samples.
@@ -73,7 +75,7 @@ def draw_and_examine(context: Context, pictures: Sequence[Picture], parts: Parts
     return sorted(rows, key=lambda row: (row["key"], ORDER[row["kind"]], row["condition"], row["seed"] or 0))
 
 
-def _drawn(context: Context, asked: PictureBatch, album: Album) -> pa.Table:
+def _drawn(context: DrawingContext, asked: PictureBatch, album: Album) -> pa.Table:
     """Draw and score one batch."""
     batch, images, reasons = _draw(context, asked)
     first = asked.pictures[0]
@@ -85,7 +87,7 @@ def _drawn(context: Context, asked: PictureBatch, album: Album) -> pa.Table:
     return to_table(rows)
 
 
-def _draw(context: Context, asked: PictureBatch) -> tuple[Batch, np.ndarray, list[str | None]]:
+def _draw(context: DrawingContext, asked: PictureBatch) -> tuple[Batch, np.ndarray, list[str | None]]:
     batch = compose(context.subject.dataset, context.rows, asked.pictures, context.texts.embed)
     first = asked.pictures[0]
     arm = Arm(asked.condition, first.subset, first.guidance)
@@ -101,7 +103,7 @@ def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | 
     return [(picture.giver("pose"), pose.numpy()) for picture, pose in zip(asked.pictures, batch.conditions.pose)]
 
 
-def _references(context: Context, members: tuple[Row, ...], album: Album) -> pa.Table:
+def _references(context: DrawingContext, members: tuple[Row, ...], album: Album) -> pa.Table:
     """The rows that need no model: the real images under the judges, and the baselines in their place."""
     subject, examiner = context.subject, context.examiner
     batch = read_batch(subject.dataset, members)
@@ -127,8 +129,8 @@ def _references(context: Context, members: tuple[Row, ...], album: Album) -> pa.
     return to_table(rows)
 
 
-def show(context: Context, pictures: Sequence[Picture], rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Save the pictures that tests want shown (:meth:`Context.show`), drawn again where they were not kept."""
+def show(context: DrawingContext, pictures: Sequence[Picture], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Save the pictures that tests want shown (:meth:`DrawingContext.show`), drawn again where they were not kept."""
     named = {(row["kind"], row["condition"], row["key"], row["seed"] or 0): row for row in rows}
     wanted = [named[name] for name in sorted(context.shown) if named[name]["image"] is None]
     album = Album(folder, ())

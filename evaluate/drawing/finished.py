@@ -6,7 +6,6 @@ code and packages) and what the batch was; a part of another evaluation is not r
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,3 @@ class Parts:
         table = compute()
         write_atomic(path, parquet_bytes(table.replace_schema_metadata(header)))
         return table
-
-    def remove(self) -> None:
-        """Delete all parts: what they held has been merged."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)

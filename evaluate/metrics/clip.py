@@ -15,7 +15,7 @@ from evaluate.metrics.likeness import local_folder
 from nanodit.errors import ConfigError
 from prep.encoders.weights import cannot_load, quiet_transformers
 
-NONE = "no probe: name a CLIP model in probe"
+NO_PROBE = "no probe: name a CLIP model in probe"
 
 
 class ClipProbe:
@@ -71,7 +71,7 @@ def open_probe(model: str | None, device: str) -> tuple[ClipProbe | None, str | 
     Raises :class:`ConfigError` for files that are there and are no CLIP model.
     """
     if model is None:
-        return None, NONE
+        return None, NO_PROBE
     try:
         folder = local_folder(model)
     except ConfigError as error:

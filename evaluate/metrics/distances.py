@@ -22,6 +22,7 @@ FRECHET_WIDTHS = 2  # the Fréchet distance needs this many images for each dime
 FRECHET_GROUPS = 20  # left out one after the other: one image at a time would cost n eigendecompositions
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # of the paper
 SPACES = ("feature", "feature_pixels")  # the judge encoder's CLS, and 16 x 16 pixels
+SPACE_NAMES = {"feature": "DINO", "feature_pixels": "mean colours"}  # as people say them
 _CHUNK = 2**22  # numbers held at once
 
 

@@ -42,7 +42,6 @@ class Examiner:
         self._dataset, self._lpips, self._detector, self._judge = dataset, lpips, detector, judge
         self._probe = probe
         self.no_lpips: str | None = None if lpips else lpips_unavailable()
-        self.blind: str | None = None  # why joints are not judged, or None when they are
         self._real: dict[str, np.ndarray] = {}  # the judge's feature of each real image seen
         self._truth = dataset.truth()
         self.figures = self._truth is not None
@@ -215,3 +214,8 @@ def open_detector(models: PoseModelsConfig | None, dataset: Dataset) -> tuple[DW
         demo = build_demo_encoders(demo_folder())
         return DWPose(demo.detector, demo.pose), None
     return None, "no detector: name DWPose's files in pose_models"
+
+
+def detector_label(models: PoseModelsConfig | None) -> str:
+    """Return what metrics call the detector of :func:`open_detector`."""
+    return "demo networks, not a quality claim" if models is None else ", ".join(file.name for file in models.files)

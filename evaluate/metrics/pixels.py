@@ -86,23 +86,6 @@ def degenerate(image: np.ndarray) -> str | None:
     return "constant" if np.ptp(flat, axis=1).max() <= 2 / 255 else None
 
 
-def keypoint_hits(
-    found: np.ndarray, target: np.ndarray, longer_side: float, alpha: float = 0.1, confidence: float = 0.3
-) -> tuple[int, int]:
-    """Count the joints that are where they were asked for, and those that were asked for: ``(hits, joints)``.
-
-    ``found``, ``target``: float (J, 3) of x, y in pixels and confidence; ``longer_side``: of the person's true box, in
-    pixels. A joint counts when its target confidence is at least ``confidence`` and is hit when it was detected (found
-    confidence >= ``confidence``) at most ``alpha * longer_side`` away. PCK is hits / joints, pooled over people
-    (Yang & Ramanan 2013).
-    """
-    asked = target[:, 2] >= confidence
-    detected = found[:, 2] >= confidence
-    distance = np.hypot(found[:, 0] - target[:, 0], found[:, 1] - target[:, 1])
-    hits = asked & detected & (distance <= alpha * longer_side)
-    return int(hits.sum()), int(asked.sum())
-
-
 class Lpips:
     """LPIPS v0.1 with the AlexNet backbone (Zhang et al. 2018); lower is closer, 0 is identical.
 

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evaluate.records import ATTRIBUTES, MEASURES, MODEL, select
+from evaluate.records import MODEL, select
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import Interval, more_samples
+from evaluate.suite import TESTS
+from evaluate.suite.declaration import Values
 
-Values = Mapping[tuple[str, int], tuple[Any, int]]  # (key, noise or bin) -> numerator and weight
 FACTS = ("fingerprint", "base", "encoders")  # of the dataset, in a report's provenance
 
 
@@ -107,33 +108,9 @@ def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Dif
 
 
 def values_of(name: str, evidence: Evidence) -> Values | None:
-    """The pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
-    test, _, rest = name.partition("/")
-    if test in ("heldout_loss", "heldout_mse"):
-        condition, _, bounds = rest.partition("/")
-        column = test.removeprefix("heldout_")
-        rows = [row for row in evidence.heldout if row["split"] == "holdout"]
-        rows = [row for row in rows if row["condition"] == (condition or "all")]
-        bins = sorted({row["bin"] for row in rows})
-        low = float(bounds.partition("-")[0]) if bounds else None
-        rows = [row for row in rows if low is None or round(low * len(bins)) == row["bin"]]
-        return {(row["key"], row["bin"]): (row[column], 1) for row in rows}
-    measure, _, condition = rest.partition("/") if test == "reconstruction" else ("", "", rest)
-    condition, _, part = (
-        (condition or "all").partition("/") if test != "reconstruction" else (condition or "all", "", "")
-    )
-    rows = select(evidence.samples, MODEL, condition)
-    if test == "reconstruction" and measure in MEASURES:
-        return {(row["key"], row["seed"]): (row[measure], 1) for row in rows}
-    if test == "attribute_accuracy":
-        judged = (part,) if part else ATTRIBUTES
-        return {
-            (row["key"], row["seed"]): (sum(row[f"{one}_judged"] == row[f"{one}_true"] for one in judged), len(judged))
-            for row in rows
-        }
-    if test == "pose_pck" and not part:
-        return {(row["key"], row["seed"]): (row["pose_hits"], row["pose_joints"]) for row in rows if row["pose_joints"]}
-    return None
+    """Return the pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
+    test = next((test for test in TESTS.values() if test.owns(name)), None)
+    return test.values(name, evidence) if test and test.values else None
 
 
 def _paired(values: Values, others: Values) -> Interval | None:

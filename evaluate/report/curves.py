@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from evaluate.charts import Axes, Series, line_chart, smooth, thin
 from evaluate.report.compare import differing, objections
 from evaluate.report.files import Run
 from evaluate.report.metrics import baseline_name, condition_order, label, metric_order, part_name
+from evaluate.suite import is_charted
 from evaluate.suite.heldout_loss import PREDICTORS, RATIO_FROM
+from nanodit.svg import Axes, Series, line_chart, smooth, thin
 
 PREDICTOR_STYLES = {"mean_image": "b1", "identity": "b2", "affine": "b3"}
 NARROW = 340
@@ -112,7 +113,7 @@ def _headline_metrics(run: Run) -> list[Mapping[str, Any]]:
     """The first metric of each family."""
     found: dict[str, Mapping[str, Any]] = {}
     for metric in sorted(run.files.metrics, key=metric_order):
-        if not metric["name"].startswith("heldout_mse/"):
+        if not is_charted(metric["name"]):
             found.setdefault(label(metric["name"])[0], metric)
     return list(found.values())
 

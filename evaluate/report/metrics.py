@@ -9,65 +9,14 @@ from typing import Any
 from evaluate.report.compare import difference, differing, objections
 from evaluate.report.files import Run
 from evaluate.statistics.intervals import Interval, more_samples
+from evaluate.suite import TESTS, is_charted
+from evaluate.suite.declaration import SuiteTest
 
 Metric = Mapping[str, Any]
 
 USUAL = ("all", "text+pose", "text")  # conditions in this order, others behind them
-TESTS = {  # the first part of a metric's name -> the heading it stands under, in the order of the page
-    "heldout": "Held-out loss",
-    "reconstruction": "Reconstruction",
-    "attribute": "Attributes",
-    "swap": "DINO swap",
-    "edit": "Text edits",
-    "divergence": "Divergence",
-    "pose": "Pose",
-    "memorisation": "Memorisation (an indicator)",
-    "distribution": "Distribution",
-}
-FAMILIES = {  # the beginning of metric names -> how people say it; in the order of the page
-    "heldout_loss": "Held-out flow loss",
-    "heldout_ratio": "Held-out error / best trivial",
-    "heldout_gap": "Loss on training images less held-out",
-    "reconstruction/psnr": "PSNR",
-    "reconstruction/psnr_gain": "PSNR gained over a random pair",
-    "reconstruction/ssim": "SSIM",
-    "reconstruction/lpips": "LPIPS",
-    "reconstruction/dino_similarity": "DINO similarity",
-    "reconstruction/skill_mse": "Skill on squared error",
-    "reconstruction/skill_ssim": "Skill on SSIM",
-    "reconstruction/skill_lpips": "Skill on LPIPS",
-    "reconstruction/skill_dino_similarity": "Skill on DINO similarity",
-    "attribute_accuracy": "Attribute accuracy",
-    "swap/gain": "Likeness gained toward the donor",
-    "swap/identified": "Donor identified",
-    "swap/text_kept": "Text kept under the swap",
-    "swap/similarity_kept": "Likeness to the own image kept",
-    "edit/effect": "Effect beyond the null edit",
-    "edit/direction": "Edited colour is there",
-    "edit/direction_gain": "Edited colour gained",
-    "edit/direction_probe": "Shift of the probe toward the edit",
-    "edit/preserved": "Kept outside of the edit",
-    "edit/pose_kept": "Joints kept under the edit",
-    "divergence/diversity": "Diversity over noises",
-    "divergence/ratio": "Diversity / pairs of real images",
-    "divergence/variety": "Variety over prompts / real",
-    "divergence/diversity_change": "Diversity, change over checkpoints",
-    "divergence/error_change": "Distance to real, change over checkpoints",
-    "pose_pck": "Pose, PCK at 0.1",
-    "pose_oks": "Pose, OKS",
-    "pose_mirror": "Pose met less its mirror image met",
-    "pose_persons": "Persons drawn",
-    "memorisation/copies": "Likely copies",
-    "memorisation/distance_ratio": "Distance to training / that of the holdout",
-    "distribution/fd": "FD",
-    "distribution/kid": "KID",
-    "distribution/cmmd": "CMMD",
-    "distribution/fd_above_real": "FD above real",
-    "distribution/kid_above_real": "KID above real",
-    "distribution/cmmd_above_real": "CMMD above real",
-}
-DEFAULT_PARTS = {"swap": "CLS and patches", "edit": "another attribute"}  # where the name does not say which
-PARTS = {"cls": "CLS alone", "patches": "patches alone", "opposite": "the opposite"}
+FAMILIES = {start: words for test in TESTS.values() for start, words in test.families.items()}  # in the page's order
+PARTS = {name: words for test in TESTS.values() for name, words in test.parts.items()}
 PIXELS = ", mean colours"  # what is told by these instead of the judge's features
 BASELINE_NAMES = {
     "round_trip": "JPEG round trip",
@@ -78,20 +27,12 @@ BASELINE_NAMES = {
 # What no skill at all gives, and what a perfect model could reach: the first of each that a metric has.
 FLOORS = ("random_pair", "chance", "best_trivial", "mean_image", "no_swap", "null_edit", "no_edit")
 CEILINGS = ("round_trip", "judge_on_real", "detector_on_real", "real", "donor_itself", "unswapped")
-ROLES = {  # metrics, by the beginning of their names, that mean something else by the same names
-    "heldout": (("best_trivial", "affine"), ()),
-    "edit/effect": (("null_edit",), ()),
-    "edit/preserved": (("random_pair",), ("null_edit",)),
-    "edit/pose_kept": ((), ("null_edit",)),
-    "divergence": (("round_trip", "mean_image"), ("real_pairs", "real")),
-    "memorisation": ((), ("real",)),
-    "distribution": (("mean_image",), ("real",)),
-}
+ROLES = {start: meant for test in TESTS.values() for start, meant in test.roles.items()}
 
 
-def test_of(name: str) -> str:
-    """The test that a metric belongs to."""
-    return name.partition("/")[0].partition("_")[0]
+def test_of(name: str) -> SuiteTest | None:
+    """Return the test that a metric belongs to; None for one of another version."""
+    return next((test for test in TESTS.values() if test.owns(name)), None)
 
 
 def label(name: str) -> tuple[str, str, str]:
@@ -105,7 +46,8 @@ def label(name: str) -> tuple[str, str, str]:
     else:
         title = FAMILIES[family] + (PIXELS if "_pixels" in name else "")
     condition, _, detail = stem[len(family) + 1 :].partition("/")
-    return title, part_name(condition or DEFAULT_PARTS.get(test_of(name), "all")), detail
+    test = test_of(name)
+    return title, part_name(condition or (test.default_part if test else "all")), detail
 
 
 def part_name(condition: str) -> str:
@@ -129,7 +71,7 @@ def condition_order(condition: str) -> tuple[int, str]:
 def metric_order(metric: Metric) -> tuple[int, int, str, tuple[int, str], bool, str]:
     """A key to sort metrics by: test, family, the judge's space before mean colours, condition, detail."""
     title, _, detail = label(metric["name"])
-    tests, titles = list(TESTS), list(FAMILIES.values())
+    tests, titles = list(TESTS.values()), list(FAMILIES.values())
     test, plain = test_of(metric["name"]), title.removesuffix(PIXELS)
     place = titles.index(plain) if plain in titles else len(titles)
     condition = condition_order(str(metric["settings"].get("conditions", "")))
@@ -182,12 +124,14 @@ def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for metric in sorted(metrics, key=metric_order):
-        if not metric["name"].startswith("heldout_mse/"):
+        if not is_charted(metric["name"]):
             title, part, detail = label(metric["name"])
             row = {**metric, "title": title, "part": part, "detail": detail, "floor": against_floor(metric)}
-            groups.setdefault(test_of(metric["name"]), {}).setdefault(title, []).append(row)
+            test = test_of(metric["name"])
+            group = test.title if test else metric["name"].partition("/")[0]
+            groups.setdefault(group, {}).setdefault(title, []).append(row)
     result = []
-    for test, families in groups.items():
+    for group, families in groups.items():
         for rows in families.values():
             scale = scale_of(rows)
             for row in rows:
@@ -198,7 +142,7 @@ def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
         ]
         count = sum(map(len, families.values()))
         others = families if count > len(headline) else {}
-        result.append({"title": TESTS.get(test, test), "headline": headline, "others": others, "count": count})
+        result.append({"title": group, "headline": headline, "others": others, "count": count})
     return result
 
 
@@ -228,18 +172,13 @@ def forest(metric: Metric, low: float, high: float) -> dict[str, Any]:
 
 
 def alarms(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The alarms of the divergence and memorisation tests, and whether each fired (None: cannot be told)."""
-    words = {
-        "collapse": "collapse: the noise makes less difference than a JPEG round trip",
-        "collapsing": "collapsing: diversity falls over the checkpoints",
-        "drift": "drift: pictures move away from the real ones over the checkpoints",
-        "memorisation": "memorisation: more likely copies of training images than chance gives, an indicator",
-    }
+    """Return the alarms of the tests that have any, and whether each fired (None: cannot be told)."""
     found: dict[tuple[str, str, bool | None], list[str]] = {}
     for run in runs:
-        for test in ("divergence", "memorisation"):
-            for alarm in run.files.extras.get(test, {}).get("alarms", []):
-                given = found.setdefault((run.letter, words.get(alarm["name"], alarm["name"]), alarm["fired"]), [])
+        for test in (test for test in TESTS.values() if test.alarms):
+            for alarm in run.files.extras.get(test.name, {}).get("alarms", []):
+                words = test.alarms.get(alarm["name"], alarm["name"])
+                given = found.setdefault((run.letter, words, alarm["fired"]), [])
                 given += [part_name(alarm["condition"])] if "condition" in alarm else []
     return [
         {"run": run, "words": text, "fired": fired, "given": "; ".join(given)}
@@ -259,7 +198,7 @@ def comparisons(runs: Sequence[Run]) -> dict[str, Any]:
     names = {name: metric for table in reversed(tables) for name, metric in table.items()}
     rows = []
     for metric in sorted(names.values(), key=metric_order):
-        if metric["name"].startswith("heldout_mse/"):
+        if is_charted(metric["name"]):
             continue
         members = [table.get(metric["name"]) for table in tables]
         title, part, detail = label(metric["name"])

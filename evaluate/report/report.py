@@ -1,7 +1,7 @@
 """``evaluate report``: one HTML page about one evaluation, or several side by side, with JSON and CSV beside it.
 
 A pure function of the files, offline and without a script. The template ``report.html`` gets plain values from
-:mod:`evaluate.report.metrics`, ``report_curves``, ``report_pictures`` and ``report_sections``. jinja2 escapes every
+the other modules of this folder. jinja2 escapes every
 string, and the page's Content-Security-Policy forbids it to load or run anything.
 """
 
@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.records import SCHEMA_VERSION
+from evaluate import suite
+from evaluate.records import ATTRIBUTES, SCHEMA_VERSION
 from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
@@ -23,7 +24,7 @@ from evaluate.report.files import OUTPUTS, UNKNOWN, Files, Run, find_output, nam
 from evaluate.report.metrics import number
 from evaluate.report.pictures import SIDES, Thumbnails, gallery
 from evaluate.report.sections import colour, sections
-from evaluate.suite.attributes import ATTRIBUTES
+from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from nanodit.errors import ConfigError, ResourceError
@@ -76,7 +77,7 @@ def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
         "percent": lambda share: f"{100 * share:.2f}%",
         "count": lambda value: f"{value:,}" if isinstance(value, int) else str(value),
     }
-    template = open_template(Path(__file__).with_name("report.html"), filters)
+    template = open_template(Path(__file__).with_name("report.html"), filters, Path(suite.__file__).parent)
     return template.render(
         runs=[facts(run) for run in runs],
         several=len(runs) > 1,
@@ -89,6 +90,7 @@ def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
         heldout=curves.heldout_charts(runs),
         training=curves.training_charts(runs),
         history=curves.history_charts(runs),
+        tests=list(TESTS.values()),
         sections=sections(runs, thumbnails),
         missing=[{"run": run, **missing(run)} for run in runs],
         scaled=None if thumbnails.lossless else thumbnails.side,

@@ -1,239 +1,110 @@
-"""What the tests leave beside metrics, for the page: matrices, pairs of words and pictures, strips, overlays, copies.
-
-Every function takes one evaluation and returns plain values, or None where the test left nothing.
-"""
+"""The tests' own sections of the page: what they left beside metrics, and the pictures that they kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.charts import joints_overlay
 from evaluate.metrics.colours import PALETTES
-from evaluate.records import AGAIN, ATTRIBUTES, MODEL, REAL
+from evaluate.records import AGAIN, MODEL, REAL
 from evaluate.report.files import Run
 from evaluate.report.metrics import condition_order, part_name
-from evaluate.report.pictures import Thumbnails, picture, real_of, shorten
+from evaluate.report.pictures import Thumbnails, picture, shorten
+from evaluate.suite import TESTS
+from evaluate.suite.declaration import SuiteTest
 from nanodit.errors import DataError
-from nanodit.keypoints import BONES
 
-Section = dict[str, Any] | None
-
-# bones of COCO-WholeBody's body and feet; its other joints are drawn as specks
-LINKS = (*BONES, (15, 17), (15, 18), (15, 19), (16, 20), (16, 21), (16, 22))
-PAIRS = 12  # edits shown
 WORDS = 160  # characters of a caption beside a small picture
 
 
-def swap(run: Run, thumbnails: Thumbnails) -> Section:
-    """The matrix of texts (rows) and DINO features (columns), and for each mode whose features a picture shows."""
-    extra = run.files.extras.get("swap")
-    if not extra:
-        return None
-    matrix = extra["matrix"]
-    result: dict[str, Any] = {"candidates": extra["candidates"], "matrix": None, "examples": []}
-    if matrix:
-        keys = matrix["keys"]
-        rows = [
-            {
-                "caption": _caption(run, key),
-                "real": real_of(run, key, thumbnails, "real"),
-                "cells": [
-                    picture(run, (MODEL, one["condition"], one["key"], one["seed"]), thumbnails, "")
-                    | {"own": place == column}
-                    for column, one in enumerate(cells)
-                ],
-            }
-            for place, (key, cells) in enumerate(zip(keys, matrix["cells"]))
-        ]
-        result["matrix"] = {"mode": _mode(matrix["mode"]), "rows": rows}
-    unswapped = {mode["mode"]: mode["unswapped"] for mode in extra["modes"]}
-    for example in extra["examples"]:
-        key, seed, donor = example["key"], example["seed"], example["donor"]
-        drawn = []
-        for mode, condition in example["pictures"].items():
-            taken = example.get("nearest", {}).get(mode, {})
-            right = sum(found == donor for found in taken.values())
-            note = f"donor told in {right} of {len(taken)} spaces" if taken else ""
-            drawn.append(picture(run, (MODEL, condition, key, seed), thumbnails, f"donor's {_mode(mode)}", note))
-        before = next((unswapped[mode] for mode in example["pictures"] if mode in unswapped), None)
-        own = [picture(run, (MODEL, before, key, seed), thumbnails, "unswapped", "own DINO")] if before else []
-        sides = [
-            real_of(run, key, thumbnails, "real", "gives the text"),
-            real_of(run, donor, thumbnails, "donor", "gives DINO"),
-        ]
-        pictures = [one | {"judged": []} for one in (*sides, *own, *drawn)]
-        result["examples"].append({"caption": _caption(run, key), "pictures": pictures})
-    return result
+@dataclass(frozen=True)
+class Page:
+    """One evaluation as a test's section sees it: what the test left, and pictures and words for the page."""
 
+    run: Run
+    thumbnails: Thumbnails
 
-def edits(run: Run, thumbnails: Thumbnails) -> Section:
-    """Pairs of pictures before and after an edit of the text, with the words that differ."""
-    extra = run.files.extras.get("edit")
-    if not extra:
-        return None
-    pairs = []
-    # of every type in turn, in the order in which the test chose them
-    by_type: dict[str, list[dict[str, Any]]] = {}
-    for pair in extra["pairs"]:
-        by_type.setdefault(pair["type"], []).append(pair)
-    room = max(1, PAIRS // max(1, len(by_type)))
-    for pair in (one for own in by_type.values() for one in own[:room]):
-        judged = pair["judged"] or {}
-        seen = {side: f"{pair['attribute']}: {judged[side] or 'not found'}" for side in judged}
-        names = {side: (MODEL, condition, pair["key"], pair["seed"]) for side, condition in _sides(extra, pair).items()}
-        pictures = [
-            picture(run, name, thumbnails, side, seen.get(side, "")) | {"judged": []} for side, name in names.items()
-        ]
-        distances = [
-            {"space": _space(space), "value": value, "null": (pair["null_distance"] or {}).get(space)}
-            for space, value in sorted(pair["distance"].items())
-        ]
-        diff = [(kind, shorten(text, 4 * WORDS)) for kind, text in pair["diff"]]
-        pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
-    counts = [{"type": name, **count} for name, count in extra["counts"].items()]
-    return {"condition": part_name(extra["condition"]), "pairs": pairs, "counts": counts, "total": len(extra["pairs"])}
+    def extras(self, test: str) -> dict[str, Any] | None:
+        """Return what a test left in extras.json."""
+        return self.run.files.extras.get(test)
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The entries of report.json."""
+        return self.run.files.metrics
 
-def _sides(extra: dict[str, Any], pair: dict[str, Any]) -> dict[str, str]:
-    return {"unedited": extra["condition"], "edited": pair["condition"]}
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of samples.parquet."""
+        return self.run.files.samples
 
+    def drawn(self, condition: str, key: str, seed: int, title: str, note: str = "") -> dict[str, Any]:
+        """Return a picture of the model."""
+        return picture(self.run, (MODEL, condition, key, seed), self.thumbnails, title, note) | {"judged": []}
 
-def poses(run: Run, thumbnails: Thumbnails) -> Section:
-    """Pictures at quantiles of OKS with the pose given and the joints found, and how many people there were."""
-    extra = run.files.extras.get("pose")
-    if not extra:
-        return None
-    overlays = []
-    for one in extra["overlays"]:
-        note = f"OKS {one['oks']:.2f}, {one['hits']} of {one['joints']} joints"
-        shown = picture(run, (MODEL, one["condition"], one["key"], one["seed"]), thumbnails, one["label"], note)
-        found = [joint if joint[2] >= extra["confidence"] else (0, 0, 0) for joint in one["found"] or ()]
-        drawing = joints_overlay(one["given"], found, LINKS, (one["width"], one["height"]))
-        overlays.append({**shown, "condition": one["condition"], "drawing": drawing, "judged": []})
-    conditions = sorted({one["condition"] for one in overlays}, key=condition_order)
-    grouped = [
-        {"condition": part_name(name), "pictures": [one for one in overlays if one["condition"] == name]}
-        for name in conditions
-    ]
-    counts = [{"condition": part_name(name), **extra["counts"][name]} for name in extra["counts"]]
-    return {name: extra.get(name) for name in ("rule", "detector", "alpha")} | {"groups": grouped, "counts": counts}
+    def real(self, key: str, title: str = "real", note: str = "holdout") -> dict[str, Any]:
+        """Return the real image of a sample."""
+        return picture(self.run, (REAL, "real", key, 0), self.thumbnails, title, note) | {"judged": []}
 
+    def kept(self, key: str) -> bool:
+        """Whether the real image of a sample was kept."""
+        return bool(self.run.files.rows[REAL, "real", key, 0]["image"])
 
-def strips(run: Run, thumbnails: Thumbnails) -> Section:
-    """Pictures of a few prompts from several noises each."""
-    extra = run.files.extras.get("divergence")
-    if not extra or not extra["strips"]:
-        return None
-    found = []
-    for key in extra["strips"]:
-        drawn = [
-            picture(run, (MODEL, label, key, seed), thumbnails, f"noise {seed}") | {"judged": []}
-            for seed, label in enumerate(extra["labels"])
-        ]
-        real = [real_of(run, key, thumbnails) | {"judged": []}] if run.files.rows[REAL, "real", key, 0]["image"] else []
-        found.append({"caption": _caption(run, key), "pictures": [*real, *drawn]})
-    return {"condition": part_name(extra["condition"]), "prompts": len(extra["prompts"]), "strips": found}
-
-
-def neighbours(run: Run, thumbnails: Thumbnails) -> Section:
-    """The closest pairs of a drawn picture and a training image."""
-    extra = run.files.extras.get("memorisation")
-    if not extra or not extra["closest"]:
-        return None
-    pairs = []
-    for one in extra["closest"]:
-        name = (MODEL, one["condition"], one["key"], one["seed"])
-        drawn = picture(run, name, thumbnails, "drawn", f"given {part_name(one['condition'])}")
-        path = run.files.folder / _below(one["training_image"])
-        width, height = thumbnails.size(path)
-        training = {
-            **{"title": "training image", "note": "", "judged": [], "data": thumbnails.make(path)},
+    def stored(self, name: str, title: str) -> dict[str, Any]:
+        """Return another picture of the folder; raises ``ValueError`` for a path that leads out of it."""
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name} leads out of the folder")
+        path = self.run.files.folder / path
+        width, height = self.thumbnails.size(path)
+        return {
+            **{"title": title, "note": "", "judged": [], "data": self.thumbnails.make(path)},
             **{"width": width, "height": height, "stretch": math.sqrt(width / height)},
         }
-        relative = [
-            {"space": _space(space), "value": value} for space, value in one["relative"].items() if value is not None
-        ]
-        pairs.append({"pictures": [drawn | {"judged": []}, training], "relative": relative})
-    return {name: extra[name] for name in ("wording", "training_images")} | {"pairs": pairs}
 
+    def caption(self, key: str) -> str:
+        """Return the beginning of a sample's caption."""
+        return shorten(self.run.files.rows[REAL, "real", key, 0]["caption"], WORDS)
 
-def confusions(run: Run, thumbnails: Thumbnails) -> Section:
-    """For each condition and attribute, how often a colour of the caption (row) was judged to be which (column)."""
-    named = [metric for metric in run.files.metrics if metric["name"].startswith("attribute_accuracy/")]
-    result = []
-    for condition in dict.fromkeys(metric["settings"]["conditions"] for metric in named):
-        rows = [row for row in run.files.samples if row["kind"] == MODEL and row["condition"] == condition]
-        tables = []
-        for name in ATTRIBUTES:
-            pairs = [(row[f"{name}_true"], row[f"{name}_judged"]) for row in rows if not row["degenerate"]]
-            columns = [*PALETTES[name], *([None] if any(judged is None for _, judged in pairs) else [])]
-            lines = []
-            for true in PALETTES[name]:
-                counts = [pairs.count((true, judged)) for judged in columns]
-                lines.append({"true": true, "counts": counts, "total": sum(counts)})
-            right = sum(true == judged for true, judged in pairs)
-            tables.append({"name": name, "columns": columns, "lines": lines, "right": right, "n": len(pairs)})
-        result.append({"condition": part_name(condition), "tables": tables})
-    return {"blocks": result} if result else None
+    def shorten(self, text: str) -> str:
+        """Return the beginning of a text that is longer than some lines."""
+        return shorten(text, 4 * WORDS)
+
+    def words(self, condition: str) -> str:
+        """Return the name of a condition as people say it."""
+        return part_name(condition)
+
+    def order(self, condition: str) -> tuple[int, str]:
+        """Return a key to sort conditions by."""
+        return condition_order(condition)
 
 
 def colour(attribute: str, name: str) -> str:
-    """The CSS colour of a palette name."""
+    """Return the CSS colour of a palette name."""
     return "#{:02x}{:02x}{:02x}".format(*PALETTES[attribute][name])
 
 
-SECTIONS: dict[str, Callable[[Run, Thumbnails], Section]] = {
-    "swap": swap,
-    "edit": edits,
-    "pose": poses,
-    "divergence": strips,
-    "memorisation": neighbours,
-    "attributes": confusions,
-}
-
-
 def sections(runs: Sequence[Run], thumbnails: Thumbnails) -> dict[str, list[dict[str, Any]]]:
-    """By test, what each run has of it: ``run`` and ``shown``, or why there is nothing."""
+    """Return by test what each run has of it: ``run`` and ``shown``, or ``why`` there is nothing."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for test, make in SECTIONS.items():
+    for test in (test for test in TESTS.values() if test.section):
         for run in runs:
             try:
-                shown = make(run, thumbnails)
+                shown = test.section.values(Page(run, thumbnails))
             except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
                 path = run.files.folder / "extras.json"
-                raise DataError(f"{path} is damaged ({test}: {type(error).__name__} {error}). {AGAIN}") from error
-            found.setdefault(test, []).append({"run": run, "shown": shown, "why": "" if shown else why(run, test)})
+                raise DataError(f"{path} is damaged ({test.name}: {type(error).__name__} {error}). {AGAIN}") from error
+            found.setdefault(test.name, []).append({"run": run, "shown": shown, "why": "" if shown else why(run, test)})
     return {test: own for test, own in found.items() if any(one["shown"] or one["why"] for one in own)}
 
 
-def why(run: Run, test: str) -> str:
-    """Why a run has nothing to show of a test, empty where the test was not asked for."""
+def why(run: Run, test: SuiteTest) -> str:
+    """Return why a run has nothing to show of a test, empty where the test was not asked for."""
     asked = (run.files.provenance.get("evaluation") or {}).get("tests")
-    if asked is not None and test not in asked:
+    if asked is not None and test.name not in asked:
         return ""
-    stem = {"attributes": "attribute"}.get(test, test)
-    reasons = [one["reason"] for one in run.files.report["skipped"] if one["name"].startswith(stem)]
+    reasons = [one["reason"] for one in run.files.report["skipped"] if test.owns(one["name"])]
     return "skipped: " + "; ".join(dict.fromkeys(reasons)) if reasons else ""
-
-
-def _caption(run: Run, key: str) -> str:
-    return shorten(run.files.rows[REAL, "real", key, 0]["caption"], WORDS)
-
-
-def _mode(mode: str) -> str:
-    return {"both": "CLS and patches", "cls": "CLS alone", "patches": "patches alone"}.get(mode, mode)
-
-
-def _space(space: str) -> str:
-    return {"feature": "DINO", "feature_pixels": "mean colours"}.get(space, space)
-
-
-def _below(name: str) -> Path:
-    """A path of extras.json, which must not lead out of its folder."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} leads out of the folder")
-    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.records import Metric, Skipped
+from evaluate.suite import is_charted
 
 
 def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
@@ -24,7 +25,7 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
 
 def is_headline(name: str) -> bool:
     """Whether a metric is the one of its test and condition, and no breakdown of it."""
-    return name.count("/") <= 1 and not name.startswith("heldout_mse")
+    return name.count("/") <= 1 and not is_charted(name)
 
 
 def _row(metric: Metric) -> tuple[str, ...]:

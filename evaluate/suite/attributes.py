@@ -9,28 +9,27 @@ its score on the real holdout is printed beside every score it gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from evaluate.metrics.colours import CHANCE
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
+from evaluate.metrics.colours import CHANCE, PALETTES
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
-
-if TYPE_CHECKING:
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
+from evaluate.suite.declaration import Section, SuiteTest, Values
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each of the configured conditions."""
     return context.configured()
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
     """``attribute_accuracy/CONDITION`` of every configured condition with text, see :func:`accuracies`."""
-    if context.examiner.blind:
-        return [], [Skipped("attribute_accuracy", context.examiner.blind)]
+    if context.no_detector:
+        return [], [Skipped("attribute_accuracy", context.no_detector)]
     if not context.figures:
         return [], [Skipped("attribute_accuracy", "the dataset has no truth.parquet; only built-in figures have one")]
     arms = [arm for arm in context.arms if "text" in arm.subset]
@@ -70,3 +69,59 @@ def accuracies(
 def _right(row: Mapping[str, Any], attributes: Sequence[str]) -> int:
     """How many of these attributes were judged to be what the caption says."""
     return sum(row[f"{name}_judged"] == row[f"{name}_true"] for name in attributes)
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the pictures that an accuracy is pooled over: how many attributes were right, and of how many."""
+    _, _, rest = name.partition("/")
+    condition, _, attribute = rest.partition("/")
+    judged = (attribute,) if attribute else ATTRIBUTES
+    rows = select(evidence.samples, MODEL, condition or "all")
+    return {(row["key"], row["seed"]): (_right(row, judged), len(judged)) for row in rows}
+
+
+def confusions(page: Any) -> dict[str, Any] | None:
+    """Count for each condition and attribute how often a colour of the caption (row) was judged which (column)."""
+    named = [metric for metric in page.metrics if metric["name"].startswith("attribute_accuracy/")]
+    result = []
+    for condition in dict.fromkeys(metric["settings"]["conditions"] for metric in named):
+        rows = [row for row in select(page.samples, MODEL, condition) if not row["degenerate"]]
+        tables = []
+        for name in ATTRIBUTES:
+            pairs = [(row[f"{name}_true"], row[f"{name}_judged"]) for row in rows]
+            columns = [*PALETTES[name], *([None] if any(judged is None for _, judged in pairs) else [])]
+            lines = []
+            for true in PALETTES[name]:
+                counts = [pairs.count((true, judged)) for judged in columns]
+                lines.append({"true": true, "counts": counts, "total": sum(counts)})
+            right = sum(true == judged for true, judged in pairs)
+            tables.append({"name": name, "columns": columns, "lines": lines, "right": right, "n": len(pairs)})
+        result.append({"condition": page.words(condition), "tables": tables})
+    return {"blocks": result} if result else None
+
+
+TEST = SuiteTest(
+    name="attributes",
+    title="Attributes",
+    pictures=pictures,
+    summarise=summarise,
+    stem="attribute",
+    families={"attribute_accuracy": "Attribute accuracy"},
+    values=values_of,
+    terms=(
+        (
+            "Attribute accuracy",
+            "The share of the colours named in the caption (top, trousers, background, hair) that are there. The "
+            "joints are found again in the picture judged, the median colour is taken inside each garment, and the "
+            "nearest palette colour in CIELAB under any of the lights decides. No figure found: wrong. “Judge on "
+            "real” is the same judge on the holdout's own images.",
+        ),
+    ),
+    section=Section(
+        "Which colours come out",
+        "Rows are the colours that the captions name, columns what the judge saw in the picture: counts of pictures, "
+        "– where no figure was found.",
+        confusions,
+        "attributes.html",
+    ),
+)

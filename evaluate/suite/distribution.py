@@ -8,17 +8,16 @@ below it; that is what :mod:`evaluate.suite.memorisation` looks for. Only values
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import FRECHET_WIDTHS, Distance, cmmd, frechet, frechet_needs, kid
 from evaluate.records import BASELINE, MODEL, Metric, Skipped, degenerate_reason
 from evaluate.statistics.intervals import MIN_CLUSTERS, more_samples
-
-if TYPE_CHECKING:
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
+from evaluate.suite.declaration import SuiteTest
 
 ESTIMATORS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Distance], str]] = {
     "fd": (frechet, "Frechet distance of fitted Gaussians, biased upwards at every n"),
@@ -28,12 +27,12 @@ ESTIMATORS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Distance], str]] 
 INTERVAL = "jackknife over images"
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each of the configured conditions."""
     return context.configured()
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
     """``distribution/fd``, ``/kid`` and ``/cmmd`` with ``/CONDITION``, and ``..._above_real``: what is above the floor.
 
     With several noises the value is the mean of one distance for each noise, all at the same n. Baselines: ``real``
@@ -97,3 +96,28 @@ def _features(rows: Any, keys: list[str]) -> np.ndarray:
     """The judge's features of one picture for each key, float32 (n, width)."""
     by_key = {row["key"]: row["feature"] for row in rows}
     return np.stack([by_key[key] for key in keys])
+
+
+TEST = SuiteTest(
+    name="distribution",
+    title="Distribution",
+    pictures=pictures,
+    summarise=summarise,
+    families={
+        "distribution/fd": "FD",
+        "distribution/kid": "KID",
+        "distribution/cmmd": "CMMD",
+        "distribution/fd_above_real": "FD above real",
+        "distribution/kid_above_real": "KID above real",
+        "distribution/cmmd_above_real": "CMMD above real",
+    },
+    roles={"distribution": (("mean_image",), ("real",))},
+    terms=(
+        (
+            "FD, KID, CMMD",
+            "Fréchet distance (Heusel et al. 2017), unbiased KID (Bińkowski et al. 2018) and CMMD (Jayasumana et al. "
+            "2024) on the judge's features against training images; the last two may be negative. Only values of one "
+            "n and one encoder can be compared: the floor is what the real holdout images score at that n.",
+        ),
+    ),
+)

@@ -14,22 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, Metric, Skipped, degenerate_reason, from_table
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 GIVEN = ("text", "nothing")  # the first of these that was trained
 ALIKE = 3  # real figures are much alike where they share this many of ATTRIBUTES
@@ -95,11 +94,9 @@ def trend(steps: Sequence[int], values: np.ndarray) -> np.ndarray:
     return x @ values / (x @ x)
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: DivergenceConfig) -> tuple[list[Picture], list[Skipped]]:
     """Some prompts, each from several noises; those that other tests draw too are the same pictures."""
-    from evaluate.drawing.pictures import Picture
-
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
     arm = asked.arm
@@ -110,7 +107,7 @@ def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     ], []
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> tuple[list[Metric], list[Skipped]]:
     """``divergence/NAME`` in the judge's space and ``divergence/NAME_pixels``, each ``/CONDITION``.
 
     ``diversity``: over noises. ``ratio``: that over the distance of real images of different prompts. ``variety``: the
@@ -120,7 +117,7 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     less difference than a JPEG round trip, ``collapsing`` where diversity falls and ``drift`` where the error rises,
     by intervals that exclude zero.
     """
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
@@ -155,9 +152,9 @@ class _Asked:
     labels: list[str]
 
 
-def _ask(context: Context) -> _Asked | Skipped:
+def _ask(context: DrawingContext, config: DivergenceConfig) -> _Asked | Skipped:
     """What to draw; skipped where training saw neither text alone nor nothing, or where there are too few samples."""
-    config, arms = context.config.divergence, [context.arm(name, test="divergence") for name in GIVEN]
+    arms = [context.arm(name, test="divergence") for name in GIVEN]
     arm = next((arm for arm in arms if not isinstance(arm, Skipped)), arms[0])
     if isinstance(arm, Skipped):
         return arm
@@ -169,7 +166,7 @@ def _ask(context: Context) -> _Asked | Skipped:
     return _Asked(arm, keys, labels)
 
 
-def _settings(context: Context, asked: _Asked, space: str) -> dict[str, Any]:
+def _settings(context: DrawingContext, asked: _Asked, space: str) -> dict[str, Any]:
     judged = context.judged if space == "feature" else {}
     drawn = {"prompts": len(asked.keys), "noises": len(asked.labels), "interval_by": "jackknife over prompts"}
     return context.settings(asked.arm.name, asked.arm.guidance, space=space, **drawn, **judged)
@@ -224,7 +221,7 @@ def _alarms(intervals: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, A
 
 
 def _earlier(
-    context: Context, asked: _Asked, settings: Mapping[str, Mapping[str, Any]]
+    context: DrawingContext, asked: _Asked, settings: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Past], str | None]:
     """The last CHECKPOINTS - 1 earlier evaluations of this run with the same ``settings``; or none, and why."""
     if context.run_folder is None or context.step is None:
@@ -258,8 +255,6 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
 
 def _read_rows(path: Path, asked: _Asked) -> Rows | None:
     """The rows of the prompts' real and drawn pictures; None where any is missing or cannot be scored."""
-    from evaluate.drawing.context import Rows
-
     try:
         table = pq.read_table(path, columns=list(COLUMNS), filters=[("condition", "in", ["real", *asked.labels])])
     except (OSError, ValueError, pa.ArrowException):
@@ -306,3 +301,53 @@ def _alike(rows: Rows, space: str) -> float | None:
     if alike.sum() < MIN_PAIRS:
         return None
     return float(np.linalg.norm(points[first[alike]] - points[second[alike]], axis=1).mean())
+
+
+def strips(page: Any) -> dict[str, Any] | None:
+    """Return pictures of a few prompts from several noises each."""
+    extra = page.extras("divergence")
+    if not extra or not extra["strips"]:
+        return None
+    groups = []
+    for key in extra["strips"]:
+        noises = [page.drawn(label, key, seed, f"noise {seed}") for seed, label in enumerate(extra["labels"])]
+        groups.append(
+            {"caption": page.caption(key), "pictures": [*([page.real(key)] if page.kept(key) else []), *noises]}
+        )
+    note = f"Given {page.words(extra['condition'])}; {len(groups)} of {len(extra['prompts'])} prompts."
+    return {"note": note, "groups": groups}
+
+
+TEST = SuiteTest(
+    name="divergence",
+    title="Divergence",
+    pictures=pictures,
+    summarise=summarise,
+    config=DivergenceConfig,
+    families={
+        "divergence/diversity": "Diversity over noises",
+        "divergence/ratio": "Diversity / pairs of real images",
+        "divergence/variety": "Variety over prompts / real",
+        "divergence/diversity_change": "Diversity, change over checkpoints",
+        "divergence/error_change": "Distance to real, change over checkpoints",
+    },
+    roles={"divergence": (("round_trip", "mean_image"), ("real_pairs", "real"))},
+    alarms={
+        "collapse": "collapse: the noise makes less difference than a JPEG round trip",
+        "collapsing": "collapsing: diversity falls over the checkpoints",
+        "drift": "drift: pictures move away from the real ones over the checkpoints",
+    },
+    terms=(
+        (
+            "Divergence",
+            "Diversity: the mean distance between pictures of one prompt from several noises. Collapse needs two "
+            "spaces to agree: the judge's features and 16 × 16 mean colours.",
+        ),
+    ),
+    section=Section(
+        "Diversity",
+        "What the noise changes: each strip is one prompt drawn from several noises, the first prompts in the order "
+        "of their keys.",
+        strips,
+    ),
+)

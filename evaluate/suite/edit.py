@@ -10,28 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
+from evaluate.drawing.pictures import Picture
+from evaluate.metrics.clip import NO_PROBE
 from evaluate.metrics.colours import CHANCE
-from evaluate.metrics.distances import SPACES, as_points
+from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
 EXAMPLES = 8  # samples whose pictures are kept for the report
+SHOWN = 12  # pairs on the page, of all types
 Row = Mapping[str, Any]
 Name = tuple[str, int]  # key and seed of a picture
 
@@ -43,11 +44,9 @@ class EditConfig(Config):
     types: list[ChangeType] = Field(default=["attribute", "opposite"], min_length=1)
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: EditConfig) -> tuple[list[Picture], list[Skipped]]:
     """Some samples with their own text, with each edit of it, and with the paraphrase."""
-    from evaluate.drawing.pictures import Picture
-
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
     arm, wanted = asked.arm, []
@@ -66,7 +65,7 @@ def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     ]
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[list[Metric], list[Skipped]]:
     """``edit/NAME`` of another attribute, ``edit/NAME/opposite`` of the opposite; ``_pixels`` on mean colours.
 
     ``effect``: distance to the unedited picture less that of the paraphrase's picture. ``direction``: share of figures
@@ -74,7 +73,7 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     how much more probable CLIP finds the new words than the old (:mod:`evaluate.metrics.clip`). ``preserved``: share of
     cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do.
     """
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
@@ -94,19 +93,19 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
             skipped += left_out
         if context.probe is not None:
             metrics.append(test.probed(context.probe))
-    if context.no_probe and (context.config.probe or not context.figures):  # figures are judged at the garment
+    if context.no_probe and not (context.figures and context.no_probe == NO_PROBE):  # figures are judged at the garment
         skipped.append(Skipped("edit/direction_probe", context.no_probe))
     context.extras["edit"] = _extras(context, asked, drawn, spaces)
     return metrics, skipped
 
 
-def _attribute_metrics(test: _Type, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def _attribute_metrics(test: _Type, context: DrawingContext) -> tuple[list[Metric], list[Skipped]]:
     """Where the new colour is, and what else has changed."""
     if not context.figures:
         why = "the dataset has no truth.parquet; only built-in figures have colours at known places"
         return [test.preserved(None), *test.pose_kept()], [Skipped("edit/direction", why)]
-    if context.examiner.blind:
-        return [test.preserved(None)], [Skipped("edit/direction", context.examiner.blind)]
+    if context.no_detector:
+        return [test.preserved(None)], [Skipped("edit/direction", context.no_detector)]
     return [*test.direction(), test.preserved(garment), *test.pose_kept()], []
 
 
@@ -123,8 +122,8 @@ class _Asked:
         return {"captions": len(self.keys), "edited": len(self.edits[type]), "null_edited": len(self.edits[NULL])}
 
 
-def _ask(context: Context) -> _Asked | Skipped:
-    config, arms = context.config.edit, [context.arm(name, test="edit") for name in GIVEN]
+def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
+    arms = [context.arm(name, test="edit") for name in GIVEN]
     arm = next((arm for arm in arms if not isinstance(arm, Skipped)), None)
     if arm is None:
         return Skipped("edit", arms[0].reason)
@@ -340,7 +339,7 @@ def _images(names: Sequence[Name]) -> int:
     return len(set(_keys(names)))
 
 
-def _extras(context: Context, asked: _Asked, drawn: _Drawn, spaces: Sequence[str]) -> dict[str, Any]:
+def _extras(context: DrawingContext, asked: _Asked, drawn: _Drawn, spaces: Sequence[str]) -> dict[str, Any]:
     """What the report shows: counts, mean distances, and some pairs of pictures, which are kept."""
     degenerate = {name for own in (drawn.unedited, *drawn.edited.values()) for name in own if own[name]["degenerate"]}
 
@@ -390,8 +389,75 @@ def _extras(context: Context, asked: _Asked, drawn: _Drawn, spaces: Sequence[str
     }
 
 
-def _judged(edit: Edit, unedited: Row, edited: Row, context: Context) -> dict[str, str | None] | None:
-    if not context.figures or context.examiner.blind or edit.attribute is None:
+def _judged(edit: Edit, unedited: Row, edited: Row, context: DrawingContext) -> dict[str, str | None] | None:
+    if not context.figures or context.no_detector or edit.attribute is None:
         return None
     column = f"{edit.attribute}_judged"
     return {"unedited": unedited[column], "edited": edited[column]}
+
+
+def pairs_shown(page: Any) -> dict[str, Any] | None:
+    """Return pairs of pictures before and after an edit of the text, with the words that differ."""
+    extra = page.extras("edit")
+    if not extra:
+        return None
+    # of every type in turn, in the order in which the test chose them
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for pair in extra["pairs"]:
+        by_type.setdefault(pair["type"], []).append(pair)
+    room = max(1, SHOWN // max(1, len(by_type)))
+    pairs = []
+    for pair in (one for own in by_type.values() for one in own[:room]):
+        judged = pair["judged"] or {}
+        seen = {side: f"{pair['attribute']}: {judged[side] or 'not found'}" for side in judged}
+        sides = {"unedited": extra["condition"], "edited": pair["condition"]}
+        pictures = [
+            page.drawn(condition, pair["key"], pair["seed"], side, seen.get(side, ""))
+            for side, condition in sides.items()
+        ]
+        distances = [
+            {"space": SPACE_NAMES.get(space, space), "value": value, "null": (pair["null_distance"] or {}).get(space)}
+            for space, value in sorted(pair["distance"].items())
+        ]
+        diff = [(kind, page.shorten(text)) for kind, text in pair["diff"]]
+        pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
+    counts = [{"type": name, **count} for name, count in extra["counts"].items()]
+    return {"condition": page.words(extra["condition"]), "pairs": pairs, "counts": counts, "total": len(extra["pairs"])}
+
+
+TEST = SuiteTest(
+    name="edit",
+    title="Text edits",
+    pictures=pictures,
+    summarise=summarise,
+    config=EditConfig,
+    families={
+        "edit/effect": "Effect beyond the null edit",
+        "edit/direction": "Edited colour is there",
+        "edit/direction_gain": "Edited colour gained",
+        "edit/direction_probe": "Shift of the probe toward the edit",
+        "edit/preserved": "Kept outside of the edit",
+        "edit/pose_kept": "Joints kept under the edit",
+    },
+    default_part="another attribute",
+    parts={"opposite": "the opposite"},
+    roles={
+        "edit/effect": (("null_edit",), ()),
+        "edit/preserved": (("random_pair",), ("null_edit",)),
+        "edit/pose_kept": ((), ("null_edit",)),
+    },
+    terms=(
+        (
+            "Text edits",
+            "The same noise under an edited caption. An edit's effect is the distance that it moves the picture less "
+            "that of a paraphrase, the null edit.",
+        ),
+    ),
+    section=Section(
+        "Text edits",
+        "The same noise before and after an edit of the caption on word boundaries. A paraphrase is the null edit: "
+        "what it changes is what any change of words does.",
+        pairs_shown,
+        "edit.html",
+    ),
+)

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from evaluate.drawing.arms import TRAINED
+from evaluate.drawing.arms import TRAINED, choose_subsets
 from evaluate.drawing.baselines import TrainingImages
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.finished import Parts
+from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
 from evaluate.statistics import intervals as statistics
-from evaluate.subject import Batch, Subject, to_float
+from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
+from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
+from nanodit.console import Progress
 from nanodit.rng import generator
 from train.method.flow import flow_loss, interpolate, shift, to_x
 from train.model.conditions import Subset, subset_name
-
-if TYPE_CHECKING:
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 PREDICTORS = ("mean_image", "identity", "affine")
 RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
@@ -140,14 +143,43 @@ def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
     return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts) -> None:
+    """Measure the samples, then as many training images for the gap: the rows of heldout_loss.parquet."""
+    subject, subsets = context.subject, choose_subsets(config.conditions, context.subject)[0]
+    train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
+    gap = [subset for subset in choose_subsets(config.gap, subject)[0] if subset in subsets]
+    work = [("holdout", subject.rows, subsets), ("train", train if gap else (), gap)]
+    rows: list[dict[str, Any]] = []
+    with Progress("held-out loss", sum(len(samples) for _, samples, _ in work)) as progress:
+        for split, samples, given in work:
+            training = context.training if split == "holdout" else None  # the gap needs no trivial predictors
+            for bucket, number, members in chunks(samples, subject.batch_size):
+                compute = partial(_measure_chunk, subject, split, given, training, config, members)
+                keys = [row["key"] for row in members]
+                rows += parts.get(f"{split}_loss-{bucket}-{number:04d}", keys, compute).to_pylist()
+                progress.advance(len(members))
+    context.heldout = sorted(rows, key=lambda row: (row["split"], row["condition"], row["key"], row["bin"]))
+
+
+def _measure_chunk(
+    subject: Subject,
+    split: str,
+    subsets: Sequence[Subset],
+    training: TrainingImages | None,
+    config: HeldoutLossConfig,
+    members: tuple[Row, ...],
+) -> pa.Table:
+    rows = measure_batch(subject, read_batch(subject.dataset, members), subsets, training, config)
+    return pa.Table.from_pylist([row | {"split": split} for row in rows])
+
+
+def pictures(context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[Picture], list[Skipped]]:
     """No pictures: predictions are scored (:func:`measure`). Skipped are the conditions that were never trained."""
-    return [], context.subsets[1]
+    return [], choose_subsets(config.conditions, context.subject)[1]
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[Metric], list[Skipped]]:
     """The metrics of :func:`losses` for every subset measured, and :func:`gaps` to training images."""
-    config = context.config.heldout_loss
     held, train = ([row for row in context.heldout if row["split"] == split] for split in ("holdout", "train"))
     return losses(held, config, context.common) + gaps(held, train, config, context.common), []
 
@@ -244,3 +276,46 @@ def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settin
 def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:
     bad = [row["key"] for row in rows if not np.isfinite(row["mse"])]
     return f"degenerate: {len(bad)} predictions are non-finite, the first for sample {bad[0]}" if bad else None
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the points of the grid that a metric is a mean of; None for other metrics."""
+    family, _, rest = name.partition("/")
+    if family not in ("heldout_loss", "heldout_mse"):
+        return None
+    condition, _, bounds = rest.partition("/")
+    column = family.removeprefix("heldout_")
+    rows = [row for row in evidence.heldout if row["split"] == "holdout"]
+    rows = [row for row in rows if row["condition"] == (condition or "all")]
+    bins = sorted({row["bin"] for row in rows})
+    low = float(bounds.partition("-")[0]) if bounds else None
+    rows = [row for row in rows if low is None or round(low * len(bins)) == row["bin"]]
+    return {(row["key"], row["bin"]): (row[column], 1) for row in rows}
+
+
+TEST = SuiteTest(
+    name="heldout_loss",
+    title="Held-out loss",
+    pictures=pictures,
+    summarise=summarise,
+    config=HeldoutLossConfig,
+    measure=measure_all,
+    stem="heldout",
+    families={
+        "heldout_loss": "Held-out flow loss",
+        "heldout_ratio": "Held-out error / best trivial",
+        "heldout_gap": "Loss on training images less held-out",
+    },
+    charted=("heldout_mse",),
+    roles={"heldout": (("best_trivial", "affine"), ())},
+    values=values_of,
+    terms=(
+        (
+            "Held-out flow loss",
+            "‖x̂ − x‖² / max(t, t_min)² on a fixed grid: t uniform in equal strata before the resolution shift, t and "
+            "noise functions of the sample alone. Trivial predictors on the same grid: the training set's mean image, "
+            "x̂ = z, and a z + b fitted on the training set for each stratum. The gap is the loss on as many training "
+            "images less that on the holdout: below zero, training images are known better.",
+        ),
+    ),
+)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from evaluate.metrics.distances import SPACES, as_points, nearest
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
+from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points, nearest
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
+from evaluate.suite.declaration import Section, SuiteTest
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
@@ -82,12 +81,12 @@ def _quantile(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return values[order][(cumulated < QUANTILE * cumulated[:, -1:]).sum(1)]
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each of the configured conditions."""
     return context.configured()
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
     """``memorisation/copies`` and ``memorisation/distance_ratio`` with ``/CONDITION``; ``_pixels`` on mean colours.
 
     ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest training image over that of the
@@ -143,7 +142,7 @@ class _Search:
         return as_points(np.stack([row[self.space] for row in rows]), self.space)
 
 
-def _metrics(rows: Rows, context: Context, arm: Arm, search: _Search) -> list[Metric]:
+def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> list[Metric]:
     """``copies`` and ``distance_ratio`` of one condition in one space."""
     end = f"{'' if search.space == 'feature' else '_pixels'}{'' if arm.name == 'all' else f'/{arm.name}'}"
     names = {name: f"memorisation/{name}{end}" for name in ("copies", "distance_ratio")}
@@ -190,7 +189,7 @@ def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[s
     return alarms
 
 
-def _closest(rows: Rows, context: Context, searches: Sequence[_Search]) -> list[dict[str, Any]]:
+def _closest(rows: Rows, context: DrawingContext, searches: Sequence[_Search]) -> list[dict[str, Any]]:
     """The CLOSEST pairs of a drawn picture and its nearest training image, in the judge's space where there is one.
 
     Of pictures of one sample with one training image in common only the nearest counts. ``distance`` is that of the
@@ -221,3 +220,51 @@ def _closest(rows: Rows, context: Context, searches: Sequence[_Search]) -> list[
             }
         )
     return closest
+
+
+def closest_pairs(page: Any) -> dict[str, Any] | None:
+    """Return the closest pairs of a drawn picture and a training image."""
+    extra = page.extras("memorisation")
+    if not extra or not extra["closest"]:
+        return None
+    pairs = []
+    for one in extra["closest"]:
+        drawn = page.drawn(one["condition"], one["key"], one["seed"], "drawn", f"given {page.words(one['condition'])}")
+        relative = [
+            {"space": SPACE_NAMES.get(space, space), "value": value}
+            for space, value in one["relative"].items()
+            if value is not None
+        ]
+        training = page.stored(one["training_image"], "training image")
+        pairs.append({"pictures": [drawn, training], "relative": relative})
+    return {name: extra[name] for name in ("wording", "training_images")} | {"pairs": pairs}
+
+
+TEST = SuiteTest(
+    name="memorisation",
+    title="Memorisation (an indicator)",
+    pictures=pictures,
+    summarise=summarise,
+    families={
+        "memorisation/copies": "Likely copies",
+        "memorisation/distance_ratio": "Distance to training / that of the holdout",
+    },
+    roles={"memorisation": ((), ("real",))},
+    alarms={
+        "memorisation": "memorisation: more likely copies of training images than chance gives, an indicator",
+    },
+    terms=(
+        (
+            "Memorisation",
+            "An indicator: likely copies are nearer to a training image than all but 5 % of the holdout's images, and "
+            "stand out as rarely among their neighbours (after Carlini et al. 2023). It cannot prove that nothing was "
+            "memorised, nor that something was.",
+        ),
+    ),
+    section=Section(
+        "Nearest training images",
+        "The closest pairs of a drawn picture and a training image, the closest first.",
+        closest_pairs,
+        "memorisation.html",
+    ),
+)

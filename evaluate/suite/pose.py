@@ -11,50 +11,53 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
+from evaluate.suite.declaration import Section, SuiteTest, Values
 from nanodit.config import Config
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
+from nanodit.keypoints import BONES
+from nanodit.svg import joints_overlay
 
 MIRRORED = "mirrored"  # what follows the name of a condition in that of pictures from the pose's mirror image
 FLOOR, CEILING = "random_pair", "detector_on_real"
 OVERLAYS = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures shown, by their quantile of the body's OKS
+# bones of COCO-WholeBody's body and feet; its other joints are drawn as specks
+LINKS = (*BONES, (15, 17), (15, 18), (15, 19), (16, 20), (16, 21), (16, 22))
 NOBODY_ASKED = "no sample has a pose to ask for"
 
 
-class PoseConfig(Config):
+class PoseTestConfig(Config):
     """What is drawn for this test alone."""
 
     conditions: list[str] = Field(default=["pose"])  # without guidance, beside the configured ones
     mirrored: int = Field(default=64, ge=0)  # samples drawn from the mirror image of their pose too, one noise each
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Picture], list[Skipped]]:
     """Every sample under each condition with a pose, and some from the mirror image of their pose."""
     drawn, skipped = context.configured()
-    if context.examiner.blind:
+    if context.no_detector:
         return drawn, skipped
-    arms, left_out = _arms(context)
+    arms, left_out = _arms(context, config)
     drawn += [picture for arm in arms if arm not in context.arms for picture in context.of_all(arm)]
-    return drawn + _mirrored(context, arms), skipped + left_out
+    return drawn + _mirrored(context, arms, config.mirrored), skipped + left_out
 
 
-def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
+def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Arm], list[Skipped]]:
     """The configured conditions with a pose, then those of this test."""
     arms = {arm.name: arm for arm in context.arms if "pose" in arm.subset}
     skipped = []
-    for conditions in context.config.pose.conditions:
+    for conditions in config.conditions:
         arm = context.arm(conditions, 1.0, test="pose")
         if isinstance(arm, Skipped):
             skipped.append(arm)
@@ -65,11 +68,9 @@ def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
     return list(arms.values()), skipped
 
 
-def _mirrored(context: Context, arms: Sequence[Arm]) -> list[Picture]:
+def _mirrored(context: DrawingContext, arms: Sequence[Arm], count: int) -> list[Picture]:
     """Some samples with a person, given the mirror image of their pose and as little beside it as any condition."""
-    from evaluate.drawing.pictures import Picture
-
-    keys = [key for key in context.keys if context.rows[key]["persons"]][: context.config.pose.mirrored]
+    keys = [key for key in context.keys if context.rows[key]["persons"]][:count]
     arm = min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)
     return [Picture(key, _turned(arm), arm.subset, arm.guidance, mirrored_pose=True) for key in keys] if arm else []
 
@@ -79,7 +80,7 @@ def _turned(arm: Arm) -> str:
     return f"{arm.name}/{MIRRORED}"
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tuple[list[Metric], list[Skipped]]:
     """``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, ``.../PART`` of other parts and of the whole.
 
     ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
@@ -88,9 +89,9 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     image. Both are above zero for a model that looks at the pose. Baselines: another sample's joints in their place
     (floor), and the detector on the real image (ceiling), against the truth where there is one.
     """
-    if context.examiner.blind:
-        return [], [Skipped("pose_pck", context.examiner.blind)]
-    arms, _ = _arms(context)
+    if context.no_detector:
+        return [], [Skipped("pose_pck", context.no_detector)]
+    arms, _ = _arms(context, config)
     if not arms:
         return [], [Skipped("pose_pck", "no condition with a pose can be drawn")]
     references = {FLOOR: rows.select(BASELINE, "random_pair"), CEILING: rows.select(REAL, "real")}
@@ -120,16 +121,14 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     return metrics, []
 
 
-def _settings(context: Context, arm: Arm, turned: bool = False) -> dict[str, Any]:
+def _settings(context: DrawingContext, arm: Arm, turned: bool = False) -> dict[str, Any]:
     more = {"pose": MIRRORED, "seeds": 1} if turned else {}
     return context.settings(arm.name, arm.guidance, **_judged(context), box=context.examiner.box, **more)
 
 
-def _judged(context: Context) -> dict[str, Any]:
+def _judged(context: DrawingContext) -> dict[str, Any]:
     """Settings of what finds the joints."""
-    models = context.config.pose_models
-    label = "demo networks, not a quality claim" if models is None else ", ".join(file.name for file in models.files)
-    return {"detector": label, "confidence": CONFIDENCE}
+    return {"detector": context.detector, "confidence": CONFIDENCE}
 
 
 @dataclass(frozen=True)
@@ -328,3 +327,61 @@ def _overlays(drawn: Drawn) -> list[dict[str, Any]]:
 
 def _places(joints: np.ndarray) -> list[list[float]]:
     return np.round(joints.astype(np.float64), 2).tolist()
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the pictures that the body's PCK is pooled over: joints met, and asked for; None for other metrics."""
+    family, _, rest = name.partition("/")
+    condition, _, part = rest.partition("/")
+    if family != "pose_pck" or part:
+        return None
+    rows = [row for row in select(evidence.samples, MODEL, condition or "all") if row["pose_joints"]]
+    return {(row["key"], row["seed"]): (row["pose_hits"], row["pose_joints"]) for row in rows}
+
+
+def overlays_shown(page: Any) -> dict[str, Any] | None:
+    """Return pictures at quantiles of OKS with the pose given and the joints found, and how many people there were."""
+    extra = page.extras("pose")
+    if not extra:
+        return None
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in extra["overlays"]:
+        note = f"OKS {one['oks']:.2f}, {one['hits']} of {one['joints']} joints"
+        shown = page.drawn(one["condition"], one["key"], one["seed"], one["label"], note)
+        found = [joint if joint[2] >= extra["confidence"] else (0, 0, 0) for joint in one["found"] or ()]
+        drawing = joints_overlay(one["given"], found, LINKS, (one["width"], one["height"]))
+        groups.setdefault(one["condition"], []).append(shown | {"drawing": drawing})
+    grouped = [{"condition": page.words(name), "pictures": groups[name]} for name in sorted(groups, key=page.order)]
+    counts = [{"condition": page.words(name), **extra["counts"][name]} for name in extra["counts"]]
+    return {name: extra.get(name) for name in ("rule", "detector", "alpha")} | {"groups": grouped, "counts": counts}
+
+
+TEST = SuiteTest(
+    name="pose",
+    title="Pose",
+    pictures=pictures,
+    summarise=summarise,
+    config=PoseTestConfig,
+    families={
+        "pose_pck": f"Pose, PCK at {ALPHA}",
+        "pose_oks": "Pose, OKS",
+        "pose_mirror": "Pose met less its mirror image met",
+        "pose_persons": "Persons drawn",
+    },
+    values=values_of,
+    terms=(
+        (
+            f"Pose, PCK at {ALPHA} and OKS",
+            f"PCK: the share of the joints asked for (confidence at least {CONFIDENCE}) that are found in the picture "
+            f"within {ALPHA} of the longer side of the person's box. Not found: wrong (Yang & Ramanan 2013). OKS: "
+            "object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random pair” is "
+            "another sample's pose, “detector on real” the detector on the real image.",
+        ),
+    ),
+    section=Section(
+        "Poses",
+        "The pose that was given, over the picture drawn from it, and the joints that the detector found there.",
+        overlays_shown,
+        "pose.html",
+    ),
+)

@@ -8,19 +8,18 @@ bucket, the mean image, the nearest training image, a JPEG.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals as statistics
+from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
 SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
@@ -35,11 +34,11 @@ class ReconstructionConfig(Config):
     conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
 
 
-def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
+def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Arm], list[Skipped]]:
     """The configured conditions, then those of this test, and what of either is left out."""
     _, skipped = context.configured()
     arms = {arm.name: arm for arm in context.arms}
-    for conditions in context.config.reconstruction.conditions:
+    for conditions in config.conditions:
         arm = context.arm(conditions, 1.0, test="reconstruction")
         if isinstance(arm, Skipped):
             skipped.append(arm)
@@ -48,18 +47,18 @@ def _arms(context: Context) -> tuple[list[Arm], list[Skipped]]:
     return list(arms.values()), skipped
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Picture], list[Skipped]]:
     """Every sample and noise, given each of these conditions."""
-    arms, skipped = _arms(context)
+    arms, skipped = _arms(context, config)
     return [picture for arm in arms for picture in context.of_all(arm)], skipped
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Metric], list[Skipped]]:
     """Every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
     missing = {"lpips": context.examiner.no_lpips, "dino_similarity": context.no_judge}
     skipped = [Skipped(f"reconstruction/{measure}", reason) for measure, reason in missing.items() if reason]
     measures = [measure for measure in MEASURES if not missing.get(measure)]
-    arms, _ = _arms(context)
+    arms, _ = _arms(context, config)
     names, settings = [arm.name for arm in arms], context.settings_of(arms, **context.judged)
     found = likeness(rows.all, names, settings, measures) + skills(rows.all, names, settings, measures)
     extras = {"lpips_scale": LPIPS_SCALE} if "lpips" in measures else {}
@@ -187,3 +186,44 @@ def _skill(
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:
     values = [row[measure] for row in rows if row[measure] is not None]
     return float(np.mean(values)) if values else None
+
+
+def values_of(name: str, evidence: Any) -> Values | None:
+    """Return the pictures that a metric is a mean over; None for other metrics."""
+    _, _, rest = name.partition("/")
+    measure, _, condition = rest.partition("/")
+    if measure not in MEASURES:
+        return None
+    return {(row["key"], row["seed"]): (row[measure], 1) for row in select(evidence.samples, MODEL, condition or "all")}
+
+
+TEST = SuiteTest(
+    name="reconstruction",
+    title="Reconstruction",
+    pictures=pictures,
+    summarise=summarise,
+    config=ReconstructionConfig,
+    families={
+        "reconstruction/psnr": "PSNR",
+        "reconstruction/psnr_gain": "PSNR gained over a random pair",
+        "reconstruction/ssim": "SSIM",
+        "reconstruction/lpips": "LPIPS",
+        "reconstruction/dino_similarity": "DINO similarity",
+        "reconstruction/skill_mse": "Skill on squared error",
+        "reconstruction/skill_ssim": "Skill on SSIM",
+        "reconstruction/skill_lpips": "Skill on LPIPS",
+        "reconstruction/skill_dino_similarity": "Skill on DINO similarity",
+    },
+    values=values_of,
+    terms=(
+        (
+            "Reconstruction",
+            "A picture drawn from a sample's own conditions against that sample. PSNR on 8-bit pixels; SSIM with an "
+            "11 × 11 Gaussian window (Wang et al. 2004); LPIPS v0.1 with AlexNet (Zhang et al. 2018); DINO "
+            "similarity: cosine of the class tokens of an encoder that was neither condition nor teacher. Random "
+            "pair: another holdout image of the same shape. Mean image: of the training set. JPEG round trip: quality "
+            "95, 4:4:4. Skill: (random pair − model) / (random pair − round trip), on the squared error for PSNR: 0 "
+            "is any other image, 1 a copy.",
+        ),
+    ),
+)

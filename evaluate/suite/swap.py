@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from evaluate.drawing.arms import Arm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
 from evaluate.statistics import intervals as statistics
 from evaluate.statistics.intervals import MIN_CLUSTERS
+from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 from nanodit.rng import generator
-
-if TYPE_CHECKING:
-    from evaluate.drawing.arms import Arm
-    from evaluate.drawing.context import Context, Rows
-    from evaluate.drawing.pictures import Picture
 
 # what the donor gives -> what the model is given, the first that was trained
 GIVEN = {
@@ -34,6 +33,7 @@ GIVEN = {
     "patches": ("text+patches", "text+patches+pose"),
 }
 SWAPPED = {"both": ("cls", "patches"), "cls": ("cls",), "patches": ("patches",)}
+MODE_NAMES = {"both": "CLS and patches", "cls": "CLS alone", "patches": "patches alone"}
 POOL = 64  # samples of a bucket that candidates are looked for among
 EXAMPLES = 4  # samples whose pictures are kept for the report
 
@@ -67,11 +67,9 @@ def choose_donor(key: str, others: Sequence[str], likeness: Sequence[float], cou
     return Pair(key, chosen[0], tuple(sorted(chosen)))
 
 
-def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
+def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture], list[Skipped]]:
     """Each sample with its own and with the donor's features, and the matrix."""
-    from evaluate.drawing.pictures import Picture
-
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
     wanted = []
@@ -91,7 +89,7 @@ def pictures(context: Context) -> tuple[list[Picture], list[Skipped]]:
     return wanted, asked.skipped
 
 
-def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]]:
+def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[list[Metric], list[Skipped]]:
     """``swap/NAME`` for features wholly the donor's, ``swap/NAME/cls`` and ``/patches``; ``_pixels`` on mean colours.
 
     ``gain``: similarity to the donor's image (cosine of the judge's features; less the distance, on mean colours) above
@@ -99,14 +97,14 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
     of the candidates'. ``text_kept``: on figures, attributes that are still as the text says. ``similarity_kept``:
     elsewhere, likeness to the sample's own image.
     """
-    asked = _ask(context)
+    asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped(f"swap/{name}", context.no_judge) for name in ("gain", "identified")]
-    judged_text = context.figures and not context.examiner.blind
-    if context.figures and context.examiner.blind:
-        skipped.append(Skipped("swap/text_kept", context.examiner.blind))
+    judged_text = context.figures and not context.no_detector
+    if context.figures and context.no_detector:
+        skipped.append(Skipped("swap/text_kept", context.no_detector))
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
@@ -134,10 +132,11 @@ def summarise(rows: Rows, context: Context) -> tuple[list[Metric], list[Skipped]
 
 @dataclass(frozen=True)
 class _Asked:
-    """The pictures of the test: how each mode is given, the pairs, and what of the test is left out."""
+    """The pictures of the test: how each mode is given, the pairs, the samples of the matrix, and what is left out."""
 
     arms: dict[str, Arm]
     pairs: list[Pair]
+    matrix: int
     skipped: list[Skipped]
 
     @property
@@ -147,7 +146,7 @@ class _Asked:
         return {"prompts": len(self.pairs), "candidates": sizes[0] if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"}
 
 
-def _ask(context: Context) -> _Asked | Skipped:
+def _ask(context: DrawingContext, config: SwapConfig) -> _Asked | Skipped:
     arms, skipped = {}, []
     for mode, names in GIVEN.items():
         found = [context.arm(name, 1.0, test="swap") for name in names]
@@ -158,17 +157,17 @@ def _ask(context: Context) -> _Asked | Skipped:
             arms[mode] = arm
     if not arms:
         return Skipped("swap", "; ".join(dict.fromkeys(one.reason for one in skipped)))
-    pairs = _pairs(context)
+    pairs = _pairs(context, config)
     if len(pairs) < MIN_CLUSTERS:
         return Skipped(
             "swap", f"inconclusive, about {MIN_CLUSTERS - len(pairs)} more samples with others of their size"
         )
-    return _Asked(arms, pairs, skipped)
+    return _Asked(arms, pairs, config.matrix, skipped)
 
 
-def _pairs(context: Context) -> list[Pair]:
+def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
     """A donor for each of the first samples; a sample without two others of its bucket, no duplicates, has none."""
-    config, dataset = context.config.swap, context.subject.dataset
+    dataset = context.subject.dataset
     buckets: dict[str, list[str]] = {}
     for key in context.keys:  # content hashes: the first of them are a random sample
         buckets.setdefault(context.rows[key]["bucket"], []).append(key)
@@ -303,16 +302,16 @@ def _similarity_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
-def _matrix(context: Context, asked: _Asked) -> tuple[str, list[str]]:
+def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
     """The mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
     buckets: dict[str, list[str]] = {}
     for pair in asked.pairs:
         buckets.setdefault(context.rows[pair.key]["bucket"], []).append(pair.key)
     largest = max(sorted(buckets), key=lambda bucket: len(buckets[bucket]))
-    return next(iter(asked.arms)), buckets[largest][: context.config.swap.matrix]
+    return next(iter(asked.arms)), buckets[largest][: asked.matrix]
 
 
-def _extras(context: Context, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _extras(context: DrawingContext, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the report shows: the matrix and some examples, whose pictures are kept."""
     mode, keys = _matrix(context, asked)
     cells = [
@@ -350,3 +349,70 @@ def _extras(context: Context, asked: _Asked, nearest: Mapping[str, Mapping[str, 
         "matrix": {"mode": mode, "keys": keys, "cells": cells},
         "examples": examples,
     }
+
+
+def matrix_and_examples(page: Any) -> dict[str, Any] | None:
+    """Return the matrix of texts and DINO features, and for each mode whose features a picture shows."""
+    extra = page.extras("swap")
+    if not extra:
+        return None
+    matrix = extra["matrix"]
+    result: dict[str, Any] = {"candidates": extra["candidates"], "matrix": None, "examples": []}
+    if matrix:
+        keys = matrix["keys"]
+        rows = [
+            {
+                "caption": page.caption(key),
+                "real": page.real(key),
+                "cells": [
+                    page.drawn(one["condition"], one["key"], one["seed"], "") | {"own": place == column}
+                    for column, one in enumerate(cells)
+                ],
+            }
+            for place, (key, cells) in enumerate(zip(keys, matrix["cells"]))
+        ]
+        result["matrix"] = {"mode": MODE_NAMES.get(matrix["mode"], matrix["mode"]), "rows": rows}
+    unswapped = {mode["mode"]: mode["unswapped"] for mode in extra["modes"]}
+    for example in extra["examples"]:
+        key, seed, donor = example["key"], example["seed"], example["donor"]
+        pictures = [page.real(key, "real", "gives the text"), page.real(donor, "donor", "gives DINO")]
+        before = next((unswapped[mode] for mode in example["pictures"] if mode in unswapped), None)
+        pictures += [page.drawn(before, key, seed, "unswapped", "own DINO")] if before else []
+        for mode, condition in example["pictures"].items():
+            taken = example.get("nearest", {}).get(mode, {})
+            right = sum(found == donor for found in taken.values())
+            note = f"donor told in {right} of {len(taken)} spaces" if taken else ""
+            pictures.append(page.drawn(condition, key, seed, f"donor's {MODE_NAMES.get(mode, mode)}", note))
+        result["examples"].append({"caption": page.caption(key), "pictures": pictures})
+    return result
+
+
+TEST = SuiteTest(
+    name="swap",
+    title="DINO swap",
+    pictures=pictures,
+    summarise=summarise,
+    config=SwapConfig,
+    families={
+        "swap/gain": "Likeness gained toward the donor",
+        "swap/identified": "Donor identified",
+        "swap/text_kept": "Text kept under the swap",
+        "swap/similarity_kept": "Likeness to the own image kept",
+    },
+    default_part=MODE_NAMES["both"],
+    parts={mode: MODE_NAMES[mode] for mode in ("cls", "patches")},
+    terms=(
+        (
+            "DINO swap",
+            "The text of one sample with the image features of another. “Donor identified”: among K real images, "
+            "chance 1 / K.",
+        ),
+    ),
+    section=Section(
+        "DINO swap",
+        "One sample's text with the DINO features of another, from the sample's own noise: what changes along a row "
+        "comes from the image features, along a column from the text. Framed: a sample with its own features.",
+        matrix_and_examples,
+        "swap.html",
+    ),
+)

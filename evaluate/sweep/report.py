@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from evaluate.suite import is_charted
 from evaluate.sweep import sections, views
 from evaluate.sweep.analysis import Cohort, Contrast, at_equal, contrasts, factorial, measure_of, split_cohorts
 from evaluate.sweep.files import SWEEP, Sweep
@@ -161,7 +162,7 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
 def sweep_csv(sweep: Sweep) -> str:
     """One row for each trial: how it ended, what it took, and every metric of its last evaluation."""
     cohorts = {trial.folder: number for number, one in enumerate(split_cohorts(sweep), 1) for trial in one.trials}
-    names = sorted({name for trial in sweep.trials for name in trial.metrics if not name.startswith("heldout_mse/")})
+    names = sorted({name for trial in sweep.trials for name in trial.metrics if not is_charted(name)})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *names])

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluate.charts import Axes, Series, line_chart, smooth, thin
 from evaluate.statistics.verdicts import MIN_SEEDS
 from evaluate.sweep.analysis import Cohort, Equal, Factorial, band, flatten, front, measure_of, rate
 from evaluate.sweep.files import VALIDATION, Sweep
 from evaluate.sweep.views import WHY_NO_TIME, forest, scale, styles
 from evaluate.sweep.words import digits, duration, metric_title, p_words, setting, words_of
-from evaluate.sweep_charts import Point, scatter
+from nanodit.svg import Axes, Point, Series, line_chart, scatter, smooth, thin
 
 NARROW = 340
 AXES = {"step": "step", "minutes": "minutes of training", "images": "images seen"}

@@ -8,10 +8,11 @@ from typing import Any
 
 from evaluate.statistics.intervals import Interval
 from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, paired, welch
+from evaluate.suite import is_charted
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
 from evaluate.sweep.files import Sweep
 from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
-from evaluate.sweep_charts import seed_points
+from nanodit.svg import seed_points
 
 STYLES = ("c1", "c2", "c3", "c4", "c5", "c6")
 UNKNOWN_COHORT = ("unknown", None, "")
@@ -224,7 +225,7 @@ def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for trial in cohort.trials for name in trial.metrics)
     rows = []
     for name in names:
-        if name.startswith("heldout_mse/"):
+        if is_charted(name):
             continue
         measure = measure_of(name)
         values = {arm: cohort.values(arm, measure) for arm in sweep.arms}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images, round_trip
-from evaluate.drawing.context import Context, Rows
+from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.training_features import TrainFeatures
@@ -182,10 +182,10 @@ class Judged:
         self._references: dict[bool, list[dict[str, Any]]] = {}
         self._train_features: TrainFeatures | None = None
 
-    def context(self, run_folder: Path | None = None, step: int | None = None, **config: Any) -> Context:
+    def context(self, run_folder: Path | None = None, step: int | None = None, **config: Any) -> DrawingContext:
         config = EvaluateConfig.model_validate(config)
         parts = (self._subject, config, self._training, self.judge, None, self._examiner, None)
-        context = Context(*parts, run_folder=run_folder, step=step)
+        context = DrawingContext(*parts, run_folder=run_folder, step=step)
         self._train_features = self._train_features or context.train_features
         context.train_features = self._train_features
         return context

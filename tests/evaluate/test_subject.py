@@ -78,7 +78,7 @@ def test_pixels_survive_the_way_to_the_model_and_back(figures):
 def test_conditions_never_trained_are_skipped_by_name(make_subject):
     subject = make_subject("noise")
     config = EvaluateConfig.model_validate({"conditions": {"all": 1.0, "cls": 1.0, "text": 2.0}})
-    arms, skipped = choose_arms(config, subject)
+    arms, skipped = choose_arms(config.conditions, subject)
     assert [arm.name for arm in arms] == ["all", "text"]
     assert [(one.name, one.reason) for one in skipped] == [("samples/cls", "subset cls never trained")]
     subsets, skipped = choose_subsets(["all", "pose"], subject)
@@ -89,7 +89,7 @@ def test_conditions_never_trained_are_skipped_by_name(make_subject):
 def test_guidance_needs_the_unconditional_to_be_trained(make_subject):
     subject = make_subject("noise")
     table = {subset: share for subset, share in subject.table.items() if subset}
-    arms, skipped = choose_arms(EvaluateConfig(), replace(subject, table=table))
+    arms, skipped = choose_arms(EvaluateConfig().conditions, replace(subject, table=table))
     assert [arm.name for arm in arms] == ["all"]  # guidance 1 needs nothing else
     assert {one.reason for one in skipped} == {"subset nothing never trained"}
 
@@ -117,7 +117,7 @@ def test_named_conditions_that_the_dataset_lacks_are_skipped(make_subject, figur
     table = ConditioningConfig(preset="quickstart").resolve(dataset_modalities(smaller))
     subject = replace(make_subject("noise"), dataset=smaller, table=table)
     config = EvaluateConfig()
-    arms, skipped = choose_arms(config, subject)
+    arms, skipped = choose_arms(config.conditions, subject)
     assert [arm.name for arm in arms] == expected
     assert {one.name: one.reason for one in skipped} == {f"samples/{name}": why for name, why in left_out.items()}
     assert arms[0].subset == frozenset(dataset_modalities(smaller))

@@ -37,8 +37,7 @@ RATE = "sys/iter_per_sec"
 PACKAGES = ("nanodit", "prep", "train", "evaluate")
 # what only reads what trials wrote
 READERS = (
-    "evaluate/report/", "evaluate/sweep/", "evaluate/charts", "evaluate/sweep_charts", "evaluate/statistics/verdicts",
-    "nanodit/svg", "nanodit/pages",
+    "evaluate/report/", "evaluate/sweep/", "evaluate/statistics/verdicts", "nanodit/svg", "nanodit/pages",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-from evaluate.metrics.clip import NONE, open_probe
+from evaluate.metrics.clip import NO_PROBE, open_probe
 from evaluate.metrics.examiner import Examiner
 from evaluate.records import MODEL, REAL
 from evaluate.subject import read_batch
@@ -77,7 +77,7 @@ def test_long_phrases_are_cut(probe):
 
 
 def test_without_its_files_there_is_none(tmp_path):  # E04
-    assert open_probe(None, "cpu") == (None, NONE)
+    assert open_probe(None, "cpu") == (None, NO_PROBE)
     probe, reason = open_probe("somebody/a-clip-that-is-not-here", "cpu")
     assert probe is None
     assert "not in the hub's cache" in reason
@@ -105,7 +105,7 @@ def test_edits_are_held_against_the_unedited_picture(judged, known_pictures):
     for label in LABELS[1:]:
         for row in rows.select(MODEL, label):
             row["feature_probe"] = np.float32([0.9 if label == "edit/attribute" else 0.21])
-    metrics, _ = edit.summarise(rows, context)
+    metrics, _ = edit.summarise(rows, context, context.config.edit)
     found = {metric.name: metric for metric in metrics}
     assert found["edit/direction_probe"].value == pytest.approx(0.69)
     assert found["edit/direction_probe"].low > 0.6

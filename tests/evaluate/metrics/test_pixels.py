@@ -69,25 +69,6 @@ def test_constant_outputs_are_named(level):
     assert metrics.degenerate(np.full((3, 16, 16), level, np.float32)) == "constant"
 
 
-def joints(*rows):
-    return np.array(rows, np.float32)
-
-
-def test_keypoint_hits_follow_the_definition():
-    target = joints((10, 10, 1), (50, 50, 0.9), (30, 30, 0.29), (70, 20, 0.3))
-    found = joints((13, 14, 1), (50, 50, 0.1), (30, 30, 1), (79, 20, 0.5))
-    # joint 0 is 5 px off, joint 1 undetected, joint 2 was not asked for, joint 3 is 9 px off
-    assert metrics.keypoint_hits(found, target, longer_side=50) == (1, 3)  # 5 px allowed
-    assert metrics.keypoint_hits(found, target, longer_side=49) == (0, 3)
-    assert metrics.keypoint_hits(found, target, longer_side=90) == (2, 3)
-    assert metrics.keypoint_hits(target, target, longer_side=10) == (3, 3)
-
-
-def test_keypoint_hits_without_joints_is_zero_of_zero():
-    nothing = np.zeros((17, 3), np.float32)
-    assert metrics.keypoint_hits(nothing, nothing, longer_side=50) == (0, 0)
-
-
 @pytest.fixture
 def random_backbone(tmp_path, monkeypatch):
     """A seeded random AlexNet where torch.hub looks: the real code path, meaningless values."""

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate.charts import joints_overlay
 from evaluate.report.curves import minutes
 from evaluate.report.files import Files, name_runs
 from evaluate.report.metrics import label, roles
@@ -12,6 +11,7 @@ from evaluate.report.pictures import Thumbnails, shorten
 from evaluate.report.sections import sections
 from evaluate.suite.reconstruction import quantiles
 from nanodit.errors import DataError
+from nanodit.svg import joints_overlay
 
 HOSTILE = "<script>alert(1)</script>"
 

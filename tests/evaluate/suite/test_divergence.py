@@ -62,14 +62,14 @@ def rows(judged, models):
 
 
 def summarise(rows, context):
-    metrics, skipped = divergence.summarise(rows, context)
+    metrics, skipped = divergence.summarise(rows, context, context.config.divergence)
     fired = {alarm["name"]: alarm["fired"] for alarm in context.extras["divergence"]["alarms"]}
     return {metric.name: metric for metric in metrics}, skipped, fired
 
 
 def test_several_pictures_of_some_prompts_are_asked_for(judged):
     context = judged.context(**CONFIG | {"divergence": {"prompts": 12, "noises": NOISES}})
-    pictures, skipped = divergence.pictures(context)
+    pictures, skipped = divergence.pictures(context, context.config.divergence)
     assert skipped == []
     assert [(one.key, one.condition, one.seed) for one in pictures] == [
         (key, label, seed) for key in context.keys[:12] for label, seed in LABELS
@@ -119,7 +119,7 @@ def test_known_models_come_out_in_order(judged, rows):  # E08
 def past(judged, rows, run_folder, step, **config):
     """Evaluate and write one checkpoint as ``evaluate run`` does."""
     context = judged.context(run_folder, step, **CONFIG | config)
-    metrics, skipped = divergence.summarise(rows, context)
+    metrics, skipped = divergence.summarise(rows, context, context.config.divergence)
     evidence = Evidence(rows.all, [], metrics, skipped, context.extras)
     write(run_folder / "validation_outputs" / f"step-{step:06d}", context.config, evidence, {"step": step}, [])
 
@@ -138,7 +138,7 @@ def test_diversity_that_falls_from_checkpoint_to_checkpoint_raises_the_alarm(jud
         assert (change.settings["from_step"], change.settings["to_step"]) == (100, 300)
         assert metrics[f"divergence/error_change{end}"].high < 0  # the truth is nearer to the truth
     again = judged.context(tmp_path, 300, **CONFIG)
-    divergence.summarise(rows["deaf"], again)
+    divergence.summarise(rows["deaf"], again, again.config.divergence)
     assert [one["step"] for one in again.extras["divergence"]["checkpoints"]] == [100, 200]
     assert json.loads(json.dumps(again.extras["divergence"])) == again.extras["divergence"]
 
@@ -233,14 +233,17 @@ def test_degenerate_pictures_are_null_with_a_reason(judged, models):  # E02
 
 def test_what_was_never_trained_or_is_too_small_is_skipped(judged):
     context = judged.context(**CONFIG | {"divergence": {"prompts": 9, "noises": 2}})
-    pictures, (skipped,) = divergence.pictures(context)
+    pictures, (skipped,) = divergence.pictures(context, context.config.divergence)
     assert (pictures, skipped.reason) == ([], "inconclusive, about 1 more samples")
-    assert divergence.summarise(judged.rows({}), context) == ([], [])
+    assert divergence.summarise(judged.rows({}), context, context.config.divergence) == ([], [])
     context.config = judged.context(**CONFIG).config
     context.subject = replace(context.subject, table={frozenset(): 1.0})
-    assert {one.condition for one in divergence.pictures(context)[0]} == {"nothing", "noises/nothing"}
+    assert {one.condition for one in divergence.pictures(context, context.config.divergence)[0]} == {
+        "nothing",
+        "noises/nothing",
+    }
     context.subject = replace(context.subject, table={frozenset({"text", "pose"}): 1.0})
-    pictures, (skipped,) = divergence.pictures(context)
+    pictures, (skipped,) = divergence.pictures(context, context.config.divergence)
     assert pictures == []
     assert skipped.name == "divergence/text"
     assert "never trained" in skipped.reason

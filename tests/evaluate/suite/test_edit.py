@@ -77,7 +77,7 @@ def verdicts(judged, models):
     found = {}
     for name, drawn in models.items():
         context = make_context(judged)
-        metrics, skipped = edit.summarise(judged.rows(drawn, detected=True), context)
+        metrics, skipped = edit.summarise(judged.rows(drawn, detected=True), context, context.config.edit)
         assert skipped == []
         found[name] = {metric.name: metric for metric in metrics}, context
     return found
@@ -90,7 +90,7 @@ def test_the_drawings_are_those_of_the_dataset(figures):
 
 def test_pictures_share_the_noise_and_differ_in_the_text(judged, edits):
     context = make_context(judged, seeds=2, edit={"prompts": 12})
-    pictures, skipped = edit.pictures(context)
+    pictures, skipped = edit.pictures(context, context.config.edit)
     assert skipped == []
     assert len(pictures) == 2 * 12 * 4
     named = {one.name: one for one in pictures}
@@ -151,7 +151,7 @@ def test_another_colour_than_the_one_asked_for_has_an_effect_and_no_direction(ve
 def test_the_effect_is_the_distance_beyond_that_of_the_paraphrase(judged, models, verdicts):
     drawn = dict(models["perfect"])
     drawn["edit/paraphrase", 0] = models["wrong"]["edit/attribute", 0]
-    metrics, _ = edit.summarise(judged.rows(drawn, detected=True), make_context(judged))
+    metrics, _ = edit.summarise(judged.rows(drawn, detected=True), context := make_context(judged), context.config.edit)
     effect = next(metric for metric in metrics if metric.name == "edit/effect_pixels")
     rows = judged.rows(drawn)
     points = {label: {row["key"]: row["feature_pixels"] for row in rows.select(MODEL, label)} for label, _ in drawn}
@@ -172,7 +172,7 @@ def test_what_moves_is_not_preserved(judged, models):
     rows = judged.rows(drawn, detected=True)
     for row in rows.select(MODEL, "edit/attribute"):
         row["joints"] = None  # and nobody is found
-    metrics, _ = edit.summarise(rows, make_context(judged))
+    metrics, _ = edit.summarise(rows, context := make_context(judged), context.config.edit)
     found = {metric.name: metric for metric in metrics}
     assert found["edit/pose_kept"].value == 0
     assert found["edit/pose_kept"].baselines["null_edit"] == 1
@@ -183,7 +183,7 @@ def test_pictures_without_a_figure_have_no_place_to_leave_out(judged, models):
     rows = judged.rows(models["perfect"], detected=True)
     for row in rows.select(MODEL, "text")[:4]:
         row["joints"] = None
-    metrics, _ = edit.summarise(rows, make_context(judged))
+    metrics, _ = edit.summarise(rows, context := make_context(judged), context.config.edit)
     found = {metric.name: metric for metric in metrics}
     assert (found["edit/pose_kept"].n, found["edit/direction"].n) == (20, 24)
     assert found["edit/preserved"].n <= 20
@@ -212,12 +212,12 @@ def test_captions_without_an_edit_are_counted(judged, models):
     context.rows = {
         key: row | {"caption": "Nobody is here."} if key in plain else row for key, row in context.rows.items()
     }
-    pictures, skipped = edit.pictures(context)
+    pictures, skipped = edit.pictures(context, context.config.edit)
     assert {one.key for one in pictures} == set(context.keys[5:])
     assert skipped == []
     kept = {name: {key: image for key, image in own.items() if key not in plain or name[0] == "text"}
             for name, own in models["perfect"].items()}  # fmt: skip
-    metrics, _ = edit.summarise(judged.rows(kept, detected=True), context)
+    metrics, _ = edit.summarise(judged.rows(kept, detected=True), context, context.config.edit)
     found = {metric.name: metric for metric in metrics}
     assert found["edit/effect"].n == found["edit/direction"].n == 19
     assert found["edit/effect"].settings["edited"] == 19
@@ -227,20 +227,20 @@ def test_captions_without_an_edit_are_counted(judged, models):
 def test_captions_that_no_edit_applies_to_are_skipped(judged, known_pictures):
     context = make_context(judged)
     context.rows = {key: row | {"caption": "Nobody is here."} for key, row in context.rows.items()}
-    pictures, skipped = edit.pictures(context)
+    pictures, skipped = edit.pictures(context, context.config.edit)
     assert pictures == []
     assert {one.name for one in skipped} == {"edit/attribute", "edit/opposite", "edit/paraphrase"}
     assert "none of 24 captions" in skipped[0].reason
-    metrics, _ = edit.summarise(judged.rows({("text", 0): known_pictures["truth"]}), context)
+    metrics, _ = edit.summarise(judged.rows({("text", 0): known_pictures["truth"]}), context, context.config.edit)
     assert metrics == []
 
 
 def test_photographs_are_judged_as_a_whole(judged, models):
     """Not at a garment, of which nobody knows where it is: the share of all that stays."""
     context = make_context(judged)
-    context.examiner = SimpleNamespace(figures=False, blind=None, lpips_label=None)
+    context.examiner = SimpleNamespace(figures=False, lpips_label=None)
     context.no_probe = "no probe: name a CLIP model in probe"
-    metrics, skipped = edit.summarise(judged.rows(models["perfect"], detected=True), context)
+    metrics, skipped = edit.summarise(judged.rows(models["perfect"], detected=True), context, context.config.edit)
     found = {metric.name: metric for metric in metrics}
     assert {one.name: one.reason for one in skipped}["edit/direction_probe"] == context.no_probe
     assert "edit/direction" in {one.name for one in skipped}
@@ -254,7 +254,7 @@ def test_degenerate_pictures_are_null_with_a_reason(judged, models):  # E02
     row = rows.select(MODEL, "edit/attribute")[0]
     row |= {"degenerate": "constant", "feature": None, "feature_pixels": None, "joints": None}
     context = make_context(judged)
-    metrics, _ = edit.summarise(rows, context)
+    metrics, _ = edit.summarise(rows, context, context.config.edit)
     for metric in metrics:
         assert (metric.value is None) == ("opposite" not in metric.name)
         assert metric.value is not None or "constant" in metric.reason
@@ -264,19 +264,19 @@ def test_degenerate_pictures_are_null_with_a_reason(judged, models):  # E02
 def test_what_cannot_be_drawn_is_skipped(judged, figures):
     context = make_context(judged)
     context.texts = SimpleNamespace(unavailable="no text encoder: none here")
-    pictures, (skipped,) = edit.pictures(context)
+    pictures, (skipped,) = edit.pictures(context, context.config.edit)
     assert (pictures, skipped.name, skipped.reason) == ([], "edit", "no text encoder: none here")
-    assert edit.summarise(judged.rows({}), context) == ([], [])
+    assert edit.summarise(judged.rows({}), context, context.config.edit) == ([], [])
     context = make_context(judged)
     context.subject = replace(context.subject, table={frozenset({"text", "pose"}): 0.9, frozenset(): 0.1})
-    assert {one.condition for one in edit.pictures(context)[0]} == {"text+pose", *LABELS[1:]}
+    assert {one.condition for one in edit.pictures(context, context.config.edit)[0]} == {"text+pose", *LABELS[1:]}
     context.subject = replace(context.subject, table={frozenset({"cls"}): 1.0})
-    pictures, (skipped,) = edit.pictures(context)
+    pictures, (skipped,) = edit.pictures(context, context.config.edit)
     assert (pictures, skipped.reason) == ([], "subset text never trained")
     smaller = copy(figures)
     smaller.info = {**figures.info, "layers": {"px": {}, "pose": {}}}
     context.subject = replace(context.subject, dataset=smaller)
-    assert edit.pictures(context)[1][0].reason == "the dataset has no text"
+    assert edit.pictures(context, context.config.edit)[1][0].reason == "the dataset has no text"
 
 
 @pytest.mark.parametrize("attribute", ["top", "trousers", "background", "hair"])

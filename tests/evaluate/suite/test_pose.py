@@ -245,7 +245,7 @@ def test_the_settings_say_whose_box_the_allowance_is_part_of(figures):
 
 def test_pictures_are_those_with_a_pose_and_some_from_its_mirror_image(figures, judged):
     context = judged.context(conditions={"all": 1.0, "text+pose": 2.0, "text": 2.0}, pose={"mirrored": 5}, seeds=2)
-    wanted, skipped = pose.pictures(context)
+    wanted, skipped = pose.pictures(context, context.config.pose)
     mirrored = [picture for picture in wanted if picture.mirrored_pose]
     assert [picture.key for picture in mirrored] == context.keys[:5]
     assert {(picture.condition, picture.guidance, picture.seed) for picture in mirrored} == {
@@ -253,14 +253,15 @@ def test_pictures_are_those_with_a_pose_and_some_from_its_mirror_image(figures, 
     }
     assert {picture.condition for picture in wanted} == {"all", "text+pose", "text", "text+pose/mirrored"}
     assert [(one.name, one.reason) for one in skipped] == [("pose/pose", "subset pose never trained")]
-    none, _ = pose.pictures(judged.context(conditions={"text+pose": 2.0}, pose={"mirrored": 0, "conditions": ["text"]}))
+    context = judged.context(conditions={"text+pose": 2.0}, pose={"mirrored": 0, "conditions": ["text"]})
+    none, _ = pose.pictures(context, context.config.pose)
     assert {picture.condition for picture in none} == {"text+pose"}
 
 
 def test_nobody_is_mirrored_where_nobody_is(figures, judged):
     context = judged.context(conditions={"text+pose": 2.0}, pose={"mirrored": 5})
     context.rows = {**context.rows, context.keys[0]: {**context.rows[context.keys[0]], "persons": 0}}
-    keys = [picture.key for picture in pose.pictures(context)[0] if picture.mirrored_pose]
+    keys = [picture.key for picture in pose.pictures(context, context.config.pose)[0] if picture.mirrored_pose]
     assert keys == context.keys[1:6]
 
 

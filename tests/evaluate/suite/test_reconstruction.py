@@ -84,7 +84,7 @@ def test_degenerate_pictures_have_no_skill():
 
 def test_conditions_are_compared_without_guidance_and_untrained_ones_are_named(judged):
     context = judged.context(conditions={"all": 1.0, "text": 2.0})
-    pictures, skipped = reconstruction.pictures(context)
+    pictures, skipped = reconstruction.pictures(context, context.config.reconstruction)
     drawn = {picture.condition: picture.guidance for picture in pictures}
     assert drawn == {"all": 1.0, "text": 2.0, "text@1": 1.0, "nothing": 1.0}
     reasons = {one.name: one.reason for one in skipped}
@@ -100,7 +100,7 @@ def test_the_judge_orders_known_pictures(judged, known_pictures):  # fault E08
     alone = {"conditions": {"all": 1.0}, "reconstruction": {"conditions": ["all"]}}
     for name in ("truth", "shuffled", "noise"):
         rows = judged.rows({("all", 0): known_pictures[name]})
-        metrics, _ = reconstruction.summarise(rows, judged.context(**alone))
+        metrics, _ = reconstruction.summarise(rows, context := judged.context(**alone), context.config.reconstruction)
         values[name] = {metric.name: metric for metric in metrics}
     for name in ("reconstruction/psnr", "reconstruction/ssim", "reconstruction/dino_similarity"):
         assert values["truth"][name].value > values["shuffled"][name].value > values["noise"][name].value, name

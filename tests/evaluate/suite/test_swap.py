@@ -30,7 +30,8 @@ def make_context(judged, preset="default", **config):
 
 @pytest.fixture(scope="module")
 def asked(gallery):
-    return swap.pictures(make_context(gallery))[0]
+    context = make_context(gallery)
+    return swap.pictures(context, context.config.swap)[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +61,17 @@ def verdicts(gallery, models):
         context = make_context(gallery)
         if ("swap/cls", 0) not in drawn:  # given both alone
             context.subject = replace(context.subject, table={frozenset({"text", "cls", "patches"}): 1.0})
-        metrics, _ = swap.summarise(gallery.rows(drawn, detected=True), context)
+        metrics, _ = swap.summarise(gallery.rows(drawn, detected=True), context, context.config.swap)
         found[name] = {metric.name: metric for metric in metrics}, context
     return found
 
 
 def test_donors_are_others_of_the_bucket_drawn_blindly(gallery, asked):
     rows = {row["key"]: row for row in gallery.figures.rows()}
-    pairs = swap._pairs(make_context(gallery))
+    context = make_context(gallery)
+    pairs = swap._pairs(context, context.config.swap)
     assert len(pairs) > 35
-    assert pairs == swap._pairs(make_context(gallery))
+    assert pairs == swap._pairs(make_context(gallery), context.config.swap)
     place = []
     for pair in pairs:
         assert pair.key not in pair.candidates
@@ -95,8 +97,8 @@ def test_near_duplicates_are_no_candidates(gallery):
     context = make_context(gallery)
     rows = {key: {**row, "duplicate_group": "twins"} for key, row in context.rows.items()}
     context.rows = rows
-    assert swap._pairs(context) == []
-    pictures, (skipped,) = swap.pictures(context)
+    assert swap._pairs(context, context.config.swap) == []
+    pictures, (skipped,) = swap.pictures(context, context.config.swap)
     assert (pictures, skipped.name) == ([], "swap")
     assert "10 more samples" in skipped.reason
 
@@ -119,7 +121,7 @@ def test_pictures_are_paired_by_noise_and_given_the_same_but_for_the_donor(galle
 def test_a_model_that_ignores_the_features_is_at_chance(verdicts, space, mode):  # E08
     metrics, context = verdicts["deaf"]
     identified = metrics[f"swap/identified{space}{mode}"]
-    pairs = swap._pairs(context)
+    pairs = swap._pairs(context, context.config.swap)
     assert identified.baselines["chance"] == pytest.approx(np.mean([1 / len(pair.candidates) for pair in pairs]))
     assert identified.low <= identified.baselines["chance"] <= identified.high
     assert identified.value == identified.baselines["unswapped"]
@@ -147,7 +149,8 @@ def test_models_in_between_are_in_between(verdicts, space):  # E08
 
 
 def test_the_gain_is_that_in_cosine_to_the_donors_image(gallery, models, verdicts):
-    rows, pairs = gallery.rows(models["blend"], detected=True), swap._pairs(make_context(gallery))
+    rows, context = gallery.rows(models["blend"], detected=True), make_context(gallery)
+    pairs = swap._pairs(context, context.config.swap)
     gains = []
     for pair in pairs:
         (own,) = (row for row in rows.select(MODEL, "text+dino") if row["key"] == pair.key)
@@ -176,17 +179,17 @@ def test_what_is_kept_of_the_text(gallery, models, verdicts):
     rows = gallery.rows(models["perfect"], detected=True)
     for row in rows.select(MODEL, "swap/both"):
         row |= {f"{name}_judged": row[f"{name}_true"] for name in ATTRIBUTES}
-    metrics, _ = swap.summarise(rows, make_context(gallery))
+    metrics, _ = swap.summarise(rows, context := make_context(gallery), context.config.swap)
     (metric,) = (one for one in metrics if one.name == "swap/text_kept")
     assert metric.value == 1
 
 
 def test_without_figures_likeness_to_the_sample_stands_for_the_text(gallery, models):
     context = make_context(gallery)
-    context.examiner = type("Photographs", (), {"figures": False, "blind": None, "lpips_label": None})()
+    context.examiner = type("Photographs", (), {"figures": False, "lpips_label": None})()
     found = {}
     for name in ("deaf", "perfect"):
-        metrics, _ = swap.summarise(gallery.rows(models[name]), context)
+        metrics, _ = swap.summarise(gallery.rows(models[name]), context, context.config.swap)
         found[name] = {metric.name: metric for metric in metrics}
         assert "swap/text_kept" not in found[name]
     deaf, perfect = (one["swap/similarity_kept"] for one in found.values())
@@ -224,7 +227,7 @@ def test_examples_say_whose_image_each_was_taken_for(verdicts):
 
 def test_what_was_never_trained_is_skipped(gallery):
     context = make_context(gallery, "quickstart")
-    pictures, skipped = swap.pictures(context)
+    pictures, skipped = swap.pictures(context, context.config.swap)
     assert {one.condition.split("/")[1] for one in pictures if one.donor} == {"both"}
     assert {one.subset for one in pictures} == {frozenset({"text", "cls", "patches", "pose"})}  # the pose stays
     assert {one.name: one.reason for one in skipped} == {
@@ -232,17 +235,17 @@ def test_what_was_never_trained_is_skipped(gallery):
         "swap/text+patches": "subset text+patches never trained",
     }
     context.subject = replace(context.subject, table={frozenset({"text"}): 1.0})
-    pictures, (skipped,) = swap.pictures(context)
+    pictures, (skipped,) = swap.pictures(context, context.config.swap)
     assert pictures == []
     assert "never trained" in skipped.reason
-    assert swap.summarise(gallery.rows({}), context) == ([], [])
+    assert swap.summarise(gallery.rows({}), context, context.config.swap) == ([], [])
 
 
 def test_degenerate_pictures_are_null_with_a_reason(gallery, models):  # E02
     rows = gallery.rows(models["perfect"], detected=True)
     row = rows.select(MODEL, "swap/cls")[0]
     row |= {"degenerate": "constant", "feature": None, "feature_pixels": None}
-    metrics, _ = swap.summarise(rows, make_context(gallery))
+    metrics, _ = swap.summarise(rows, context := make_context(gallery), context.config.swap)
     found = {metric.name: metric for metric in metrics}
     for name in ("gain", "identified", "gain_pixels", "text_kept"):
         assert found[f"swap/{name}/cls"].value is None
@@ -253,9 +256,8 @@ def test_degenerate_pictures_are_null_with_a_reason(gallery, models):  # E02
 def test_without_a_judge_or_a_detector_the_rest_is_measured(gallery, models):  # E04
     context = make_context(gallery)
     context.judge, context.no_judge = None, "no judge: none here"
-    blind = type("Blind", (), {"figures": True, "blind": "no detector: none here", "lpips_label": None})
-    context.examiner = blind()
-    metrics, skipped = swap.summarise(gallery.rows(models["perfect"]), context)
+    context.no_detector = "no detector: none here"
+    metrics, skipped = swap.summarise(gallery.rows(models["perfect"]), context, context.config.swap)
     assert {metric.name for metric in metrics} == {
         f"swap/{name}_pixels{mode}" for name in ("gain", "identified") for mode in ("", "/cls", "/patches")
     }
