@@ -18,6 +18,7 @@ from prep.dataset.reader import Dataset
 from train.data.samples import load_conditions
 from train.method.flow import FlowConfig
 from train.model.conditions import Conditions, Subset
+from train.model.modalities import present
 
 Row = Mapping[str, Any]
 
@@ -88,9 +89,7 @@ class Subject:
 
 def dataset_modalities(dataset: Dataset) -> tuple[str, ...]:
     """The conditions that a dataset's layers provide, in the model's order."""
-    layers = dataset.info["layers"]
-    provided = {"t5": ("text",), "dino": ("cls", "patches"), "pose": ("pose",)}
-    return tuple(name for layer, names in provided.items() if layer in layers for name in names)
+    return present(dataset.info["layers"])
 
 
 def chunks(rows: Sequence[Row], size: int) -> Iterator[tuple[str, int, tuple[Row, ...]]]:

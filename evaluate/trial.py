@@ -17,7 +17,7 @@ from nanodit.console import say, waiting
 from nanodit.errors import ConfigError
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import build_model
 
 FEW = 4  # samples that show which metrics there are

@@ -14,7 +14,8 @@ from evaluate.records import Skipped
 from evaluate.subject import Batch, Subject, to_uint8
 from nanodit.config import Config
 from train.method.sampling import DRAWING, Grid, Method, Sampling, sample
-from train.model.conditions import MODALITIES, Subset, parse_subset, subset_name
+from train.model.conditions import Subset, parse_subset, subset_name
+from train.model.modalities import MODALITIES
 
 TRAINED = "trained"  # in place of names: every subset that training drew
 

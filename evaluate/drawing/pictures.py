@@ -15,11 +15,10 @@ import numpy as np
 
 from evaluate.subject import Batch, Row
 from prep.dataset.reader import Dataset
-from train.data.flip import flip_pose
-from train.model.conditions import MODALITIES, Conditions, Subset, collate
+from train.model.conditions import Conditions, Subset, collate
+from train.model.modalities import MODALITIES, Modality
 
 Embed = Callable[[str], np.ndarray]  # a text to its T5 features, float16 (L, width)
-LAYER_OF = {"text": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}
 
 
 @dataclass(frozen=True)
@@ -120,21 +119,15 @@ def _conditions(
     """What the pictures are given, cut down to what each keeps."""
     kept = frozenset().union(*(picture.subset for picture in pictures))
 
-    def text(picture: Picture) -> np.ndarray:
-        return dataset.t5(rows[picture.giver("text")]) if picture.text is None else embed(picture.text)
+    def read(picture: Picture, modality: Modality) -> np.ndarray:
+        if modality.name == "text" and picture.text is not None:
+            return embed(picture.text)
+        mirrored = modality.name == "pose" and picture.mirrored_pose
+        return modality.load(dataset, rows[picture.giver(modality.name)], mirrored)
 
-    def pose(picture: Picture) -> np.ndarray:
-        stored = dataset.pose(rows[picture.giver("pose")])
-        return flip_pose(stored) if picture.mirrored_pose else stored
-
-    read = {
-        "text": text,
-        "cls": lambda picture: dataset.cls(rows[picture.giver("cls")]),
-        "patches": lambda picture: dataset.patches(rows[picture.giver("patches")]),
-        "pose": pose,
-    }
-    features = {name: [read[name](picture) for picture in pictures] for name in MODALITIES if name in kept}
-    if len({grid.shape for grid in features.get("patches", [])}) > 1:
-        raise ValueError(f"pictures called {pictures[0].condition}: a donor of patches is of another bucket")
+    features = {name: [read(picture, MODALITIES[name]) for picture in pictures] for name in MODALITIES if name in kept}
+    for name, arrays in features.items():
+        if not MODALITIES[name].ragged and len({array.shape for array in arrays}) > 1:
+            raise ValueError(f"pictures called {pictures[0].condition}: a donor of {name} is of another bucket")
     conditions = collate(**features, count=len(pictures))
     return conditions.keeping([picture.subset for picture in pictures])

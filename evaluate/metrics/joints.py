@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.flip import MIRRORED_JOINTS
+from train.model.mirror import MIRRORED_JOINTS
 
 # of the 133, in the order of COCO-WholeBody: where each part of the body begins and ends
 PARTS = {

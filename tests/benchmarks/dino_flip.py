@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from prep.dataset.reader import Dataset
-from train.data.flip import flip_pixels
+from train.model.mirror import flip_pixels
 
 SAMPLES = 256
 

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanodit.rng import generator
 from train.loop.microbatch import split
 from train.method.dropout import PRESETS, ConditioningConfig, deal
-from train.model.conditions import MODALITIES, Conditions, Subset, subset_name
-from train.model.config import Features, ModelConfig
+from train.model.conditions import Conditions, Subset, subset_name
+from train.model.config import ModelConfig
+from train.model.modalities import MODALITIES, Features
 from train.model.network import build_model
 from train.model.tread import TreadConfig
 
@@ -34,7 +35,9 @@ class Counter:
         config = ModelConfig(hidden_size=768, depth=18, num_heads=12, patch_size=PATCH, context_patches=context_patches)
         self.tread = TreadConfig(enabled=True)
         with torch.device("meta"):
-            self.model = build_model(config, Features(SIDE, WIDTH, WIDTH, True), self.tread)
+            self.model = build_model(
+                config, Features(SIDE, {"text": WIDTH, "cls": WIDTH, "patches": WIDTH, "pose": 3}), self.tread
+            )
         self._known: dict[tuple[Subset, bool], tuple[int, float]] = {}
 
     def __call__(self, subset: Subset, routed: bool = False) -> tuple[int, float]:
@@ -60,7 +63,7 @@ class Counter:
         }  # fmt: skip
         mask = torch.ones(1, TEXT, dtype=torch.bool, device="meta") if "text" in subset else None
         keep = torch.ones(1, len(MODALITIES), dtype=torch.bool, device="meta")
-        return Conditions(keep=keep, text_mask=mask, **{name: zeros[name] for name in subset})
+        return Conditions(keep, {}).replace(text_mask=mask, **{name: zeros[name] for name in subset})
 
 
 def main() -> None:

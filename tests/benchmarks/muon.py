@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from train.method import optim
 from train.method.optim import NS_COEFFICIENTS, NS_STEPS, Muon, OptimizerConfig, parameter_groups
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
+from train.model.modalities import Features
 from train.model.network import build_model
 
 REPEATS = 5
@@ -43,7 +44,7 @@ def matrices(hidden_size: int, depth: int, num_heads: int) -> dict[str, nn.Param
     """A model's Muon group, with gradients."""
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-    model = build_model(config, Features(base=64, text_width=64, dino_width=64, pose=True))
+    model = build_model(config, Features(64, {"text": 64, "cls": 64, "patches": 64, "pose": 3}))
     group = parameter_groups(model)["muon"]
     for parameter in group.values():
         parameter.grad = torch.randn_like(parameter)

@@ -35,7 +35,8 @@ from train.checkpoint.open import load_model
 from train.method.flow import FlowConfig
 from train.method.sampling import Grid, Method, Sampling, sample, trajectory_keep_ids
 from train.model.conditions import Conditions, collate
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
+from train.model.modalities import Features
 from train.model.network import NanoDiT, build_model
 from train.model.tread import TreadConfig
 
@@ -158,7 +159,7 @@ def untrained() -> Task:
     tread, rng = TreadConfig(enabled=True), np.random.default_rng(0)
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=384, depth=12, num_heads=6, patch_size=patch)
-    model = build_model(config, Features(side, width, width, True), tread)
+    model = build_model(config, Features(side, {"text": width, "cls": width, "patches": width, "pose": 3}), tread)
     features = {name: [rng.standard_normal(shape, np.float32)] for name, shape in {
         "text": (128, width), "cls": (width,), "patches": (16, 16, width), "pose": (133, 3),
     }.items()}  # fmt: skip

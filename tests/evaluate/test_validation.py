@@ -18,7 +18,7 @@ from tests.train.tiny import tiny_config, write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint.open import load_model
 from train.loop.tracking import read_metrics
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import build_model
 
 ON = ["train.steps=6", "validation.every_steps=2"]

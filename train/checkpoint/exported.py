@@ -16,7 +16,7 @@ from nanodit.errors import ConfigError, DataError
 from train.checkpoint.checkpoint import load_weights
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import NanoDiT, build_model
 
 SCHEMA = 1

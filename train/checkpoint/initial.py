@@ -20,8 +20,7 @@ from train.checkpoint.checkpoint import checkpoint_steps, resolve_checkpoint
 from train.checkpoint.open import load_model
 from train.checkpoint.tensorfile import Tensors
 from train.config import TrainConfig
-from train.model.conditions import MODALITIES
-from train.model.config import Features
+from train.model.modalities import MODALITIES, Features
 from train.model.network import TRAINING_ONLY
 
 WEIGHTS = "ema"
@@ -30,7 +29,6 @@ MUST_AGREE = (
     "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size", "model.bottleneck",
     "model.context_joints", "flow.prediction",
 )  # fmt: skip
-LAYERS = {"text": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}  # of the dataset, by modality
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,16 @@ def init_weights(model: nn.Module, parent: Parent, config: TrainConfig, layers: 
     that the new data lacks are left out. Raises :class:`ConfigError` naming every key and layer that does not fit.
     """
     features: Features = model.features
+    shared = [name for name in parent.features.modalities if name in features.modalities]
     problems = [
         f"{key}: {then!r} there, {now!r} here"
         for key in MUST_AGREE
         if (then := _value(parent.config, key)) != (now := _value(config, key))
-        and (key != "model.context_joints" or (parent.features.pose and features.pose))
+        and (key != "model.context_joints" or "pose" in shared)
     ]
     if parent.config.model.output_conv and not config.model.output_conv:
         problems.append("model.output_conv: true there, false here")
-    shared = [name for name in MODALITIES if name in parent.features.modalities and name in features.modalities]
-    for layer in dict.fromkeys(LAYERS[name] for name in shared):
+    for layer in dict.fromkeys(MODALITIES[name].layer for name in shared):
         then, now = (info[layer].get("width") for info in (parent.layers, layers))
         if then != now:
             problems.append(f"{layer} features: {then} wide there, {now} here")
@@ -110,7 +108,7 @@ def init_weights(model: nn.Module, parent: Parent, config: TrainConfig, layers: 
         lines.append("  not trained there, so begun afresh: the output convolution, which changes nothing at first")
     if left := [name for name in parent.features.modalities if name not in features.modalities]:
         lines.append(f"  trained there, but not in this dataset, so left out: {', '.join(left)}")
-    for layer in dict.fromkeys(LAYERS[name] for name in shared):
+    for layer in dict.fromkeys(MODALITIES[name].layer for name in shared):
         if parent.layers[layer].get("encoder") != layers[layer].get("encoder"):
             lines.append(f"  warning: {layer} features are of another encoder here; what was learned of them is lost")
     if parent.features.base != features.base:

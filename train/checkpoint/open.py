@@ -13,7 +13,7 @@ from train.checkpoint.exported import is_exported, load_exported
 from train.checkpoint.posthoc import parse_weights, reconstruct
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import TRAINING_ONLY, NanoDiT, build_model
 
 

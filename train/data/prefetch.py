@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from nanodit.console import duration, say
-from train.data.samples import T, TrainingSet
+from train.data.samples import TrainingSet
 
 STALL_SECONDS = 10.0  # that reading a member may take before it is said
 ABANDON_SECONDS = 5.0  # that the thread which reads ahead is waited for at the end
+
+T = TypeVar("T")
 
 
 @contextmanager

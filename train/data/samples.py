@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +14,12 @@ from torch import Tensor
 
 from nanodit.errors import ConfigError, DataError
 from prep.dataset.layout import Unit
-from train.data.flip import flip_pixels, flip_pose
 from train.data.order import Slot
 from train.model.conditions import Conditions, collate
-
-LAYER_OF = {"pixels": "px", "t5": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}
+from train.model.mirror import flip_pixels
+from train.model.modalities import MODALITIES, Modality, present
 
 Row = dict[str, Any]
-T = TypeVar("T")
 
 
 class TrainingSet:
@@ -64,7 +62,7 @@ class TrainingSet:
         ``size`` (width, height) is what the images are resized to; the conditions know no size. ``flips`` says which
         are mirrored, with all their conditions.
         """
-        return load_pixels(self, rows, size, flips), load_conditions(self, rows, flips)
+        return load_pixels(self, rows, size, flips), self.conditions(rows, flips)
 
     def flippable(self, row: Row) -> bool:
         """Whether the image may be mirrored."""
@@ -76,42 +74,27 @@ class TrainingSet:
         cached = self._cache.get((row["key"], "pixels"))
         if cached is not None and cached.shape[:2] != (height, width):  # of another phase
             self._budget += self._cache.pop((row["key"], "pixels")).nbytes
-        return self._cached("pixels", row, lambda array: resize(array, width, height))
+        return self._cached("pixels", "px", row, lambda: resize(self._dataset.pixels(row), width, height))
 
-    def t5(self, row: Row, flipped: bool = False) -> np.ndarray:
-        """The caption's tokens, float16 (L, width)."""
-        return self._cached("t5", row, flipped=flipped)
+    def conditions(self, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> Conditions:
+        """Do what :func:`load_conditions` does, and keep what was read in memory."""
+        return load_conditions(self, rows, flips, self._features)
 
-    def cls(self, row: Row, flipped: bool = False) -> np.ndarray:
-        """The DINO CLS token, (width,)."""
-        return self._cached("cls", row, flipped=flipped)
+    def _features(self, modality: Modality, row: Row, flipped: bool) -> np.ndarray:
+        if flipped and modality.mirror:  # made of what is in memory
+            return modality.mirror(self._features(modality, row, False))
+        name = f"{modality.name} flipped" if flipped else modality.name
+        return self._cached(name, modality.layer, row, lambda: modality.read(self._dataset, row, flipped))
 
-    def patches(self, row: Row, flipped: bool = False) -> np.ndarray:
-        """The DINO patches, float32 (h, w, width)."""
-        return self._cached("patches", row, flipped=flipped)
-
-    def pose(self, row: Row) -> np.ndarray:
-        """The keypoints, float32 (133, 3)."""
-        return self._cached("pose", row)
-
-    def _cached(
-        self,
-        member: str,
-        row: Row,
-        prepare: Callable[[np.ndarray], np.ndarray] = lambda array: array,
-        flipped: bool = False,
-    ) -> np.ndarray:
-        name = row["key"], f"{member} flipped" if flipped else member
-        array = self._cache.get(name)
+    def _cached(self, name: str, layer: str, row: Row, read: Callable[[], np.ndarray]) -> np.ndarray:
+        array = self._cache.get((row["key"], name))
         if array is None:
-            load = getattr(self._dataset, member)
-            tar = Unit(row["bucket"], row["shard"], LAYER_OF[member]).tar
-            self.reading = f"{tar}, sample {row['key']}", time.monotonic()
-            array = prepare(load(row, flipped=True) if flipped else load(row))
+            self.reading = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {row['key']}", time.monotonic()
+            array = read()
             self.reading = None
             if array.nbytes <= self._budget:
                 self._budget -= array.nbytes
-                self._cache[name] = array
+                self._cache[row["key"], name] = array
         return array
 
 
@@ -158,25 +141,19 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-def load_conditions(dataset: Any, rows: Sequence[dict[str, Any]], flips: Sequence[bool] | None = None) -> Conditions:
+def load_conditions(
+    dataset: Any,
+    rows: Sequence[Row],
+    flips: Sequence[bool] | None = None,
+    read: Callable[[Modality, Row, bool], np.ndarray] | None = None,
+) -> Conditions:
     """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
 
-    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none.
+    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none. ``read``
+    takes the place of :meth:`train.model.modalities.Modality.load`.
     """
-    layers = dataset.info["layers"]
-    has = {"text": "t5" in layers, "cls": "dino" in layers, "patches": "dino" in layers, "pose": "pose" in layers}
+    read = read or (lambda modality, row, flip: modality.load(dataset, row, flip))
     flips = flips or [False] * len(rows)
-
-    def read(member: str) -> list[np.ndarray]:
-        load = getattr(dataset, member)
-        return [load(row, flipped=True) if flip else load(row) for row, flip in zip(rows, flips)]
-
-    return collate(
-        text=read("t5") if has["text"] else None,
-        cls=read("cls") if has["cls"] else None,
-        patches=read("patches") if has["patches"] else None,
-        pose=[flip_pose(dataset.pose(row)) if flip else dataset.pose(row) for row, flip in zip(rows, flips)]
-        if has["pose"]
-        else None,
-        count=len(rows),
-    )
+    stored = [MODALITIES[name] for name in present(dataset.info["layers"])]
+    features = {one.name: [read(one, row, flip) for row, flip in zip(rows, flips)] for one in stored}
+    return collate(**features, count=len(rows))

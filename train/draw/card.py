@@ -14,6 +14,7 @@ from nanodit.config import dump_config
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from train.config import TrainConfig
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
 REPORT_SCHEMA = 1
@@ -159,11 +160,12 @@ def _data(data: Mapping[str, Any], report: Report | None) -> str:
     samples = "not recorded"
     if isinstance(counts, Mapping):  # a report may say "unknown"
         samples = f"{counts['train']} for training, {counts['holdout']} held out"
+    encoded = dict.fromkeys(one.layer for one in MODALITIES.values() if one.layer in data["layers"])
     rows = [
         ("fingerprint", f"`{data['fingerprint']}`"),
         ("samples", samples),
         ("size", f"{data['base']}x{data['base']} pixels, and other shapes of about that area"),
-        *((label, _encoder(data, layer)) for layer, label in _ENCODERS.items() if layer in data["layers"]),
+        *((_ENCODERS.get(layer, f"{layer} encoder"), _encoder(data, layer)) for layer in encoded),
     ]
     lines = ["## Data", table(("", ""), rows)]
     if data["encoders"] == "demo":

@@ -28,7 +28,8 @@ from train.draw.export import write_loaders
 from train.draw.request import Given, canonical, encode
 from train.hardware import autocast
 from train.method.sampling import DRAWING, Sampling, sample, to_uint8, trajectory_keep_ids
-from train.model.conditions import MODALITIES, Conditions
+from train.model.conditions import Conditions
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
 

@@ -28,11 +28,11 @@ from train.draw.request import Given, encode
 from train.loop.visual import lay_out
 from train.method.sampling import Sampling, sample, to_uint8, trajectory_keep_ids
 from train.model.conditions import Conditions, Subset, parse_subset, subset_name
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
 BATCH = 8  # images sampled together
 PROMPT_NOISE_KEY = "prompt"  # one noise per seed for all prompts, so that prompts can be compared
-OPTIONS = {"text": "--prompt", "cls": "--reference", "patches": "--reference", "pose": "--pose"}
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def choose(name: str | None, offered: Subset, modalities: Collection[str]) -> Su
     """
     subset = offered if name is None else frozenset(modalities) if name == "all" else parse_subset(name)
     if absent := subset - frozenset(modalities):
-        asked = OPTIONS[min(absent)] if name is None else f"--conditions {name}"
+        asked = MODALITIES[min(absent)].option if name is None else f"--conditions {name}"
         has = ", ".join(modalities) or "no conditions"
         raise ConfigError(f"{asked}: the dataset has no {', no '.join(sorted(absent))}; it has {has}")
     if missing := subset - offered:
         condition = min(missing)
-        raise ConfigError(f"--conditions {name}: no {condition} is given; add {OPTIONS[condition]}")
+        raise ConfigError(f"--conditions {name}: no {condition} is given; add {MODALITIES[condition].option}")
     return subset
 
 

@@ -35,6 +35,7 @@ from train.data.samples import bucket_size, load_conditions
 from train.draw.card import Report, model_card
 from train.method.sampling import Sampling, sample, to_uint8
 from train.model.conditions import Conditions, subset_name
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
 PIPELINE, CARD = "pipeline.py", "README.md"
@@ -211,8 +212,8 @@ def _probe(
     except DataError:
         rows = []
     if not rows:
-        keep = torch.zeros(PROBES, 4, dtype=torch.bool)
-        return Conditions(keep=keep), (base, base), "no conditions, the dataset not being at hand"
+        keep = torch.zeros(PROBES, len(MODALITIES), dtype=torch.bool)
+        return Conditions(keep, {}), (base, base), "no conditions, the dataset not being at hand"
     table = config.conditioning.resolve(modalities)
     subset = max(table, key=lambda subset: (len(subset), table[subset]))
     rows = [row for row in rows if row["bucket"] == rows[0]["bucket"]][:PROBES]

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -27,7 +27,8 @@ from prep.dataset.buckets import Bucket, buckets_for, centre_crop, choose_bucket
 from prep.dataset.quantise import dequantise, quantise
 from prep.encoders.registry import build_encoder
 from prep.images.sources import BadImage, canonical_pixels, decode, read_orientation
-from train.model.conditions import MODALITIES, Conditions, Subset, collate
+from train.model.conditions import Conditions, Subset, collate
+from train.model.modalities import MODALITIES
 
 if TYPE_CHECKING:  # onnxruntime, which a prompt does not need, takes a while to import
     from train.draw.pose_file import Skeleton
@@ -35,9 +36,8 @@ if TYPE_CHECKING:  # onnxruntime, which a prompt does not need, takes a while to
 T = TypeVar("T")
 # what --encoder names -> the layer that it is of
 ENCODERS = {"t5": "t5", "dino": "dino", "detector": "pose", "pose": "pose"}
-LAYER_OF = {"text": "t5", "cls": "dino", "patches": "dino", "pose": "pose"}
 # layer -> what it encodes, and the name of its networks
-NAMES = {"t5": ("prompt", "T5"), "dino": ("reference", "DINO"), "pose": ("pose", "DWPose")}
+NAMES = {one.layer: (one.option.removeprefix("--"), one.networks) for one in MODALITIES.values()}
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Given:
     @property
     def subset(self) -> Subset:
         """The conditions that these give."""
-        given = {"text": self.prompts, "cls": self.reference, "patches": self.reference, "pose": self.pose}
-        return frozenset(name for name in MODALITIES if given[name])
+        given = {"--prompt": self.prompts, "--reference": self.reference, "--pose": self.pose}
+        return frozenset(name for name, modality in MODALITIES.items() if given.get(modality.option))
 
     def bucket(self, base: int) -> Bucket:
         """The bucket that ``prep`` would choose for the pose's picture, else for the reference, else the square."""
@@ -158,7 +158,7 @@ def encode(
         pose=None if pose is None else [pose],
         count=1,
     ).map(lambda tensor: tensor.expand(len(texts), *tensor.shape[1:]))  # a view: many prompts may share one reference
-    return replace(shared, keep=shared.keep | texts.keep, text=texts.text, text_mask=texts.text_mask)
+    return Conditions(shared.keep | texts.keep, {**texts.tensors, **shared.tensors})
 
 
 def encoder_config(dataset: Mapping[str, Any], encoders: Mapping[str, str]) -> PrepConfig:

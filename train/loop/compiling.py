@@ -22,7 +22,7 @@ from train.data.samples import Row
 from train.hardware import can_compile
 from train.loop.microbatch import MicroBatches, deal_subsets, part_sizes, split
 from train.model.conditions import TEXT_MULTIPLE, Subset
-from train.model.context import pooled_grid
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
 FORESEEN_STEPS = 100  # whose shapes are counted before a run begins
@@ -104,9 +104,7 @@ def _padded(tokens: int) -> int:
 
 def _context_tokens(config: TrainConfig, row: Row, kept: Subset, text: int, modalities: Sequence[str]) -> int:
     """Count what images of a bucket, of which ``row`` is one, attend to: a null token a modality, and what is kept."""
-    patches = pooled_grid(row["dino_h"], row["dino_w"], config.model.context_patches) if "patches" in kept else (0,)
-    joints = config.model.context_joints if "pose" in kept else 0
-    return len(modalities) + (text if "text" in kept else 0) + ("cls" in kept) + math.prod(patches) + joints
+    return len(modalities) + sum(MODALITIES[name].count(config.model, row, text) for name in kept)
 
 
 def unions(subsets: Collection[Subset]) -> set[Subset]:

@@ -21,7 +21,8 @@ from train.method.dino_loss import DinoLoss, PatchFeatures, patch_distance
 from train.method.perceptual import PerceptualConfig, PerceptualLoss, View, load_lpips, show
 from train.method.repa import RepaHead
 from train.model.conditions import Conditions
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
+from train.model.modalities import Features
 from train.model.network import NanoDiT
 
 META = torch.device("meta")
@@ -136,7 +137,7 @@ def flop_counter(
 
 def _shape(argument: Argument) -> Any:
     if isinstance(argument, Conditions):
-        return tuple(map(_shape, vars(argument).values()))
+        return tuple((name, tensor.shape[1:]) for name, tensor in argument.tensors.items())
     return None if argument is None else argument.shape[1:]
 
 

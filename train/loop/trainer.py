@@ -52,7 +52,7 @@ from train.method.optim import build_optimizer
 from train.method.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
 from train.method.repa import RepaHead, alignment_loss, alignment_values, check_alignment
 from train.method.schedule import Course, learning_rate
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import NanoDiT, build_model
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag

@@ -11,9 +11,10 @@ import numpy as np
 
 from nanodit.config import Config
 from nanodit.errors import ConfigError
-from train.model.conditions import MODALITIES, Subset, parse_subset, subset_name
+from train.model.conditions import Subset, parse_subset, subset_name
+from train.model.modalities import MODALITIES
 
-# which conditions are kept -> probability; the rest of the four is dropped
+# which conditions are kept -> probability; the rest is dropped
 PRESETS: dict[str, dict[str, float]] = {
     "seed": {
         "nothing": 0.10, "text": 0.25, "cls": 0.05, "patches": 0.05, "text+cls+patches": 0.10, "pose": 0.05,

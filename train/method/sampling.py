@@ -17,18 +17,20 @@ from torch import Tensor
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
 from train.method.flow import FlowConfig, shift, to_x
-from train.model.conditions import MODALITIES, Conditions, Subset, subset_name
+from train.model.conditions import Conditions, Subset, subset_name
+from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 from train.model.tread import TreadConfig, draw_keep_ids
 
 SELF_GUIDANCE = 3.0  # the usual scale
 _MARGIN = (-1e-9, 1e-9)  # an interval's ends belong to it however the grid's times were rounded
 INTERVAL = (0.0, 0.9)  # unshifted t; at nearly pure noise guidance distorts and helps nothing (arXiv 2404.07724)
+_SCALES = {name: modality.guidance or name for name, modality in MODALITIES.items()}
+_LAST = ("text", "dino")
 # what one scale of guidance stands for, in the order in which the chain adds it: a pose is kept longest
 GROUPS: Mapping[str, Subset] = {
-    "pose": frozenset({"pose"}),
-    "text": frozenset({"text"}),
-    "dino": frozenset({"cls", "patches"}),
+    group: frozenset(name for name, scale in _SCALES.items() if scale == group)
+    for group in (*(scale for scale in dict.fromkeys(_SCALES.values()) if scale not in _LAST), *_LAST)
 }
 Method = Literal["euler", "heun", "dpm++2m"]
 Grid = Literal["uniform", "cosine"]

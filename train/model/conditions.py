@@ -1,18 +1,18 @@
-"""What an image is conditioned on, and which of it is dropped: text, DINO CLS, DINO patches, pose."""
+"""What the images of a batch are conditioned on, and which of it is dropped."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanodit.errors import ConfigError
+from train.model.modalities import MODALITIES
 
-MODALITIES = ("text", "cls", "patches", "pose")
 TEXT_MULTIPLE = 32  # text is padded to a multiple of this within a micro-batch, so that few shapes occur
 
 Subset = frozenset[str]
@@ -41,30 +41,41 @@ def subset_name(subset: Iterable[str], modalities: Iterable[str] = MODALITIES) -
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a batch of equally large images; a modality that no image keeps is None.
+    """The conditions of a batch of equally large images.
 
-    text (B, L, text width) with text_mask (B, L), True at real tokens; cls (B, DINO width); patches (B, h, w, DINO
-    width); pose (B, 133, 3) with x, y in [-1, 1] and confidence; keep (B, 4) says which of MODALITIES each image keeps.
+    ``keep`` (B, modalities) says which of ``MODALITIES`` each image keeps. ``tensors`` holds their features by name:
+    text (B, L, width) with text_mask (B, L), True at real tokens; cls (B, DINO width); patches (B, h, w, DINO width);
+    pose (B, 133, 3) with x, y in [-1, 1] and confidence. Each is an attribute, too, and None where no image keeps it.
     """
 
     keep: Tensor
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    cls: Tensor | None = None
-    patches: Tensor | None = None
-    pose: Tensor | None = None
+    tensors: Mapping[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.keep)
 
+    def __getattr__(self, name: str) -> Tensor | None:
+        if _modality(name) not in MODALITIES:
+            raise AttributeError(f"conditions have no {name!r}")
+        return self.tensors.get(name)
+
     def keeps(self, modality: str) -> Tensor:
         """Say which images keep a modality, (B,)."""
-        return self.keep[:, MODALITIES.index(modality)]
+        return self.keep[:, list(MODALITIES).index(modality)]
+
+    def replace(self, **tensors: Tensor | None) -> Conditions:
+        """Return these conditions with other tensors, or without those that are None."""
+        merged = {**self.tensors, **tensors}
+        return Conditions(self.keep, {name: tensor for name, tensor in merged.items() if tensor is not None})
+
+    def only(self, subset: Iterable[str]) -> Conditions:
+        """Return these conditions without the tensors of modalities that are not in ``subset``."""
+        kept = frozenset(subset)
+        return Conditions(self.keep, {name: value for name, value in self.tensors.items() if _modality(name) in kept})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditions:
         """Apply ``function`` to every tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Conditions(**{name: None if value is None else function(value) for name, value in values.items()})
+        return Conditions(function(self.keep), {name: function(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move every tensor."""
@@ -85,32 +96,35 @@ class Conditions:
             subsets = [frozenset(subsets)] * len(self)
         wanted = torch.tensor([[name in kept for name in MODALITIES] for kept in subsets], device=self.keep.device)
         keep = self.keep & wanted
-        kept_by_any = dict(zip(MODALITIES, keep.any(0).tolist()))
-        result = replace(self, keep=keep, **{name: None for name, kept in kept_by_any.items() if not kept})
-        if result.text is None:
-            return replace(result, text_mask=None)
-        longest = int(result.text_mask[keep[:, 0]].sum(1).max())
-        length = math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE
-        return replace(result, text=result.text[:, :length], text_mask=result.text_mask[:, :length])
+        kept_by_any = [name for name, kept in zip(MODALITIES, keep.any(0).tolist()) if kept]
+        result = Conditions(keep, self.only(kept_by_any).tensors)
+        for name in (one.name for one in MODALITIES.values() if one.ragged and one.name in result.tensors):
+            mask = result.tensors[MODALITIES[name].mask]
+            longest = int(mask[result.keeps(name)].sum(1).max())
+            shown = slice(math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE)
+            tensors = {name: result.tensors[name][:, shown], MODALITIES[name].mask: mask[:, shown]}
+            result = result.replace(**tensors)
+        return result
 
 
-def collate(*, text=None, cls=None, patches=None, pose=None, count: int) -> Conditions:
-    """Stack per-image NumPy features into :class:`Conditions`; text is padded with zeros and masked."""
-    keep = torch.tensor([[feature is not None for feature in (text, cls, patches, pose)]] * count)
-    stack = lambda arrays: torch.from_numpy(np.stack(arrays).astype(np.float32))  # noqa: E731
-    padded = mask = None
-    if text is not None:
-        length = math.ceil(max(len(tokens) for tokens in text) / TEXT_MULTIPLE) * TEXT_MULTIPLE
-        padded = torch.zeros(count, length, text[0].shape[1])
+def _modality(tensor: str) -> str:
+    """Return the modality that a tensor of :class:`Conditions`, features or their mask, belongs to."""
+    return tensor.removesuffix("_mask")
+
+
+def collate(*, count: int, **features: Sequence[np.ndarray] | None) -> Conditions:
+    """Stack the features of ``count`` images, by modality; text is padded with zeros and masked."""
+    given = {name: arrays for name, arrays in features.items() if arrays is not None}
+    tensors: dict[str, Tensor] = {}
+    for name, arrays in given.items():
+        if not MODALITIES[name].ragged:
+            tensors[name] = torch.from_numpy(np.stack(arrays).astype(np.float32))
+            continue
+        length = math.ceil(max(len(rows) for rows in arrays) / TEXT_MULTIPLE) * TEXT_MULTIPLE
+        padded = torch.zeros(count, length, arrays[0].shape[1])
         mask = torch.zeros(count, length, dtype=torch.bool)
-        for i, tokens in enumerate(text):
-            padded[i, : len(tokens)] = torch.from_numpy(tokens.astype(np.float32))
-            mask[i, : len(tokens)] = True
-    return Conditions(
-        keep=keep,
-        text=padded,
-        text_mask=mask,
-        cls=None if cls is None else stack(cls),
-        patches=None if patches is None else stack(patches),
-        pose=None if pose is None else stack(pose),
-    )
+        for i, rows in enumerate(arrays):
+            padded[i, : len(rows)] = torch.from_numpy(rows.astype(np.float32))
+            mask[i, : len(rows)] = True
+        tensors |= {name: padded, MODALITIES[name].mask: mask}
+    return Conditions(torch.tensor([[name in given for name in MODALITIES]] * count), tensors)

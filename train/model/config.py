@@ -1,15 +1,13 @@
-"""The shape of the network, and what the data fixes of it."""
+"""The shape of the network."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from nanodit.config import Config
 from nanodit.keypoints import JOINTS
-from train.model.conditions import MODALITIES
 
 
 class ModelConfig(Config):
@@ -32,26 +30,3 @@ class ModelConfig(Config):
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} x a multiple of 4")
         return self
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the data fixes: feature widths (None where a modality is absent) and the base bucket's side in pixels."""
-
-    base: int
-    text_width: int | None
-    dino_width: int | None
-    pose: bool
-
-    @classmethod
-    def from_dataset(cls, info: dict[str, Any]) -> Features:
-        """Read them from the content of a dataset.json."""
-        layers = info["layers"]
-        width = lambda layer: layers[layer]["width"] if layer in layers else None  # noqa: E731
-        return cls(base=info["base"], text_width=width("t5"), dino_width=width("dino"), pose="pose" in layers)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The subset of MODALITIES that exists."""
-        present = (self.text_width, self.dino_width, self.dino_width, self.pose or None)
-        return tuple(name for name, exists in zip(MODALITIES, present) if exists is not None)

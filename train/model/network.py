@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train.model.conditions import Conditions
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
 from train.model.context import Context, ContextEncoder
 from train.model.layers import Block, TimestepEmbedding, _linear, _modulate, grid_positions, rope
+from train.model.modalities import Features
 from train.model.tread import TreadConfig, put_back, take
 
 TRAINING_ONLY = "repa_head."  # parameters of this prefix are neither averaged nor loaded for sampling

@@ -24,9 +24,10 @@ from train.loop.flops import META, DinoFlops, HeadFlops, LpipsFlops, ModelFlops
 from train.method.ema import averaged
 from train.method.flow import shift, timesteps
 from train.method.repa import counted_share
-from train.model.conditions import MODALITIES, Subset
+from train.model.conditions import Subset
+from train.model.modalities import MODALITIES
 from train.plan.memory import tensor_bytes
-from train.plan.rehearsal import Shapes, only
+from train.plan.rehearsal import Shapes
 
 MFU = 0.3  # assumed: of a GPU's peak, in model FLOPs (:mod:`train.loop.flops`), for blocks that are not compiled
 CARDS = ("GeForce RTX 3060", "GeForce RTX 4070", "GeForce RTX 4090", "H100 80GB HBM3")
@@ -130,7 +131,7 @@ class _StepFlops:
 
     def _counted(self, bucket: str, size: tuple[int, int], kept: int | None, subset: Subset) -> float:
         width, height = size
-        conditions = only(self.shapes.conditions(bucket, 1, self.shapes.mean_text, META), subset)
+        conditions = self.shapes.conditions(bucket, 1, self.shapes.mean_text, META).only(subset)
         keep_ids = None if kept is None else torch.empty(1, kept, dtype=torch.int64, device=META)
         z, t = torch.empty(1, 3, height, width, device=META), torch.empty(1, device=META)
         key = "model", *sorted(size), kept, subset

@@ -26,7 +26,7 @@ from train.loop.flops import META
 from train.loop.trainer import Trainer
 from train.method.dino_loss import DinoLoss, load_features
 from train.method.perceptual import PerceptualConfig, PerceptualLoss, check_views, load_lpips
-from train.plan.rehearsal import Shapes, drawing_request, largest_batch, only
+from train.plan.rehearsal import Shapes, drawing_request, largest_batch
 
 CONTEXT = 0.7e9  # bytes: CUDA's context, kernels, cuBLAS's and attention's workspaces; assumed
 FRAGMENTATION = 0.06  # of the tensors: what the allocator rounds up and cannot use again; assumed
@@ -202,7 +202,7 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
     if config.visual_debug.every_steps:
         with LiveBytes() as live, LikeGpu(bf16=False), torch.no_grad():
             conditions, noise = drawing_request(trainer, shapes, META)
-            arms = [conditions] if config.visual_debug.guidance == 1 else [conditions, only(conditions, frozenset())]
+            arms = [conditions] if config.visual_debug.guidance == 1 else [conditions, conditions.only(())]
             height, width = noise.shape[2:]
             average = trainer.ema_model()
             contexts = [average.encode_context(arm, height, width, cache=True) for arm in arms]

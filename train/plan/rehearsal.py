@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, product
 from operator import getitem
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from nanodit.config import load_config
 from nanodit.errors import ConfigError
-from nanodit.keypoints import JOINTS
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
@@ -32,8 +31,9 @@ from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
 from train.loop.microbatch import MicroBatch, Part
 from train.method.perceptual import View
-from train.model.conditions import MODALITIES, TEXT_MULTIPLE, Conditions, Subset
-from train.model.config import Features
+from train.model.conditions import TEXT_MULTIPLE, Conditions
+from train.model.config import ModelConfig
+from train.model.modalities import MODALITIES, Features
 
 
 class StandIn:
@@ -96,35 +96,36 @@ def _prep_config(dataset: str, config_file: Path) -> PrepConfig | None:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What sizes of a micro-batch depend on: caption tokens, DINO grid (h, w) by bucket, feature widths."""
+    """What sizes of a micro-batch depend on: caption tokens, and of each bucket a row, whose features are as large."""
 
     longest_text: int  # padded
     mean_text: int  # padded
-    grids: dict[str, tuple[int, int]]
+    rows: dict[str, Row]
     features: Features
 
     @classmethod
     def of(cls, info: dict[str, Any], rows: Sequence[Row]) -> Shapes:
         """Read them from a dataset.json and the rows of the training split."""
         features = Features.from_dataset(info)
-        grids = {row["bucket"]: (row["dino_h"], row["dino_w"]) for row in rows} if features.dino_width else {}
-        tokens = [row["t5_tokens"] for row in rows] if features.text_width else [0]
-        return cls(_padded(max(tokens)), _padded(sum(tokens) / len(tokens)), grids, features)
+        tokens = [row["t5_tokens"] for row in rows] if "text" in features.modalities else [0]
+        one_of_each = {row["bucket"]: row for row in rows}
+        return cls(_padded(max(tokens)), _padded(sum(tokens) / len(tokens)), one_of_each, features)
 
     def conditions(self, bucket: str, images: int, text_tokens: int, device: torch.device) -> Conditions:
         """Return everything that images of a bucket can be conditioned on, without content."""
-        features = self.features
-        zeros = lambda *shape, **how: torch.zeros(images, *shape, device=device, **how)  # noqa: E731
-        dino, text = features.dino_width, features.text_width
-        kept = torch.tensor([name in features.modalities for name in MODALITIES], device=device)
-        return Conditions(
-            keep=kept.repeat(images, 1),
-            text=None if text is None else zeros(text_tokens, text),
-            text_mask=None if text is None else ~zeros(text_tokens, dtype=torch.bool),
-            cls=None if dino is None else zeros(dino),
-            patches=None if dino is None else zeros(*self.grids[bucket], dino),
-            pose=zeros(JOINTS, 3) if features.pose else None,
-        )
+        row, tensors = self.rows[bucket], {}
+        for name, width in self.features.widths.items():
+            shape = images, *MODALITIES[name].shape(row, width, text_tokens)
+            tensors[name] = torch.zeros(shape, device=device)
+            if MODALITIES[name].ragged:
+                tensors[MODALITIES[name].mask] = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        kept = torch.tensor([name in self.features.widths for name in MODALITIES], device=device)
+        return Conditions(kept.repeat(images, 1), tensors)
+
+    def context_tokens(self, config: ModelConfig, bucket: str) -> int:
+        """Count the tokens that all conditions of an image become, with the longest caption there is."""
+        counts = (MODALITIES[name].count for name in self.features.modalities)
+        return sum(count(config, self.rows[bucket], self.longest_text) for count in counts)
 
 
 def changed(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -137,12 +138,6 @@ def changed(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{', '.join(overrides)}: {error.errors()[0]['msg']}") from None
-
-
-def only(conditions: Conditions, subset: Subset) -> Conditions:
-    """Return the conditions of ``subset`` alone; as :meth:`Conditions.keeping`, for tensors without content."""
-    gone = {name: None for name in MODALITIES if name not in subset}
-    return replace(conditions, **gone, **({} if "text" in subset else {"text_mask": None}))
 
 
 def _padded(tokens: float) -> int:
@@ -173,10 +168,11 @@ def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
     """
     features, total = Features.from_dataset(dataset.info), 0
     for row in dataset.rows("train"):
-        pixels, joints = 3 * math.prod(bucket_size(row["bucket"])), 3 * 4 * JOINTS if features.pose else 0
-        text = 2 * row["t5_tokens"] * features.text_width if features.text_width else 0
-        dino = 4 * (row["dino_h"] * row["dino_w"] + 1) * features.dino_width if features.dino_width else 0
-        total += pixels + joints + (text + dino) * (2 if flip else 1)
+        total += 3 * math.prod(bucket_size(row["bucket"]))
+        for name, width in features.widths.items():
+            modality = MODALITIES[name]
+            values = math.prod(modality.shape(row, width, row.get("t5_tokens", 0)))
+            total += modality.value_bytes * values * (2 if flip and modality.mirror is None else 1)
     return total
 
 
@@ -187,11 +183,10 @@ def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBa
     token where some micro-batches are not routed, REPA and the perceptual loss on every image. ``trainer`` is a
     :class:`train.loop.trainer.Trainer`.
     """
-    plan, limit = trainer.batches.plan, trainer.config.model.context_patches or math.inf
+    plan, model = trainer.batches.plan, trainer.config.model
 
     def size(kind: tuple[str, float]) -> float:
-        context = shapes.longest_text + JOINTS + min(math.prod(shapes.grids.get(kind[0], (0,))), limit)
-        return plan.most_images(*kind) * (plan.tokens(scaled_size(*kind)) + context)
+        return plan.most_images(*kind) * (plan.tokens(scaled_size(*kind)) + shapes.context_tokens(model, kind[0]))
 
     kind = max(product(plan.order.sizes, plan.scales), key=size)
     return _full_batch(trainer, shapes, *kind, plan.most_images(*kind), device)

@@ -7,8 +7,8 @@ import torch
 from evaluate.drawing.pictures import Picture, batches, compose, once
 from evaluate.subject import read_batch
 from nanodit.rng import noise
-from train.data.flip import flip_pose
 from train.data.samples import load_conditions
+from train.model.mirror import flip_pose
 
 ALL = frozenset({"text", "cls", "patches", "pose"})
 

@@ -8,7 +8,7 @@ from pycocotools.cocoeval import COCOeval
 
 from evaluate.metrics.joints import AREA_OF_BOX, PARTS, SIGMAS, Box, Joints, hits, inside, mirror, oks, similarity
 from prep.encoders.dwpose import denormalise, normalise
-from train.data.flip import flip_pose
+from train.model.mirror import flip_pose
 
 
 def people(count, seed=0, width=200, height=150):

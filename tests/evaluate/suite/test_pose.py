@@ -17,9 +17,9 @@ from evaluate.subject import Subject, read_batches
 from evaluate.suite import pose
 from prep.encoders.dwpose import denormalise
 from tests.evaluate.conftest import to_tensor
-from train.data.flip import flip_pixels, flip_pose
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
+from train.model.mirror import flip_pixels, flip_pose
 
 BOX = Box(40.0, 50.0)
 SIDE = 64

@@ -34,7 +34,7 @@ from train.draw.request import Given
 from train.method.ema import join_averages
 from train.method.sampling import Sampling, sample, to_uint8
 from train.model.conditions import Conditions, collate
-from train.model.config import Features
+from train.model.modalities import Features
 from train.model.network import build_model
 
 ROOT = Path(__file__).parents[3]

@@ -18,16 +18,17 @@ from train.method.dino_loss import DinoLoss
 from train.method.perceptual import PerceptualConfig
 from train.method.repa import RepaConfig, RepaHead
 from train.model.conditions import Conditions
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
+from train.model.modalities import MODALITIES, Features
 from train.model.network import NanoDiT
 
-FEATURES = Features(base=64, text_width=24, dino_width=16, pose=True)
+FEATURES = Features(64, {"text": 24, "cls": 16, "patches": 16, "pose": 3})
 CONFIG = ModelConfig(hidden_size=64, depth=5, num_heads=4, patch_size=8, bottleneck=16)
 
 
 def conditions(images: int, text: int | None = 32) -> Conditions:
-    return Conditions(
-        keep=torch.ones(images, 4, dtype=torch.bool, device=META),
+    nothing = Conditions(torch.ones(images, len(MODALITIES), dtype=torch.bool, device=META), {})
+    return nothing.replace(
         text=None if text is None else torch.empty(images, text, 24, device=META),
         text_mask=None if text is None else torch.ones(images, text, dtype=torch.bool, device=META),
         cls=torch.empty(images, 16, device=META),

@@ -8,27 +8,28 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.model.conditions import MODALITIES, Conditions
-from train.model.config import Features, ModelConfig
+from train.model.conditions import Conditions
+from train.model.config import ModelConfig
+from train.model.modalities import MODALITIES, Features
 from train.model.network import build_model
 from train.model.tread import TreadConfig
 
 IMAGES, ROWS, COLUMNS, TEXT, PATCHES = 3, 6, 4, 32, (4, 4)
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, patch_size=8, bottleneck=16, context_joints=23)
-FEATURES = Features(base=64, text_width=24, dino_width=16, pose=True)
+FEATURES = Features(64, {"text": 24, "cls": 16, "patches": 16, "pose": 3})
 SUBSETS = [frozenset(c) for size in range(5) for c in combinations(MODALITIES, size)]
 
 
 def counted(subsets, kept: int | None = None, tread: TreadConfig | None = None) -> int:
     """FLOPs of one forward; ``subsets`` is one for all images or one for each."""
-    conditions = Conditions(
-        keep=torch.ones(IMAGES, 4, dtype=torch.bool),
-        text=torch.zeros(IMAGES, TEXT, FEATURES.text_width),
-        text_mask=torch.ones(IMAGES, TEXT, dtype=torch.bool),
-        cls=torch.zeros(IMAGES, FEATURES.dino_width),
-        patches=torch.zeros(IMAGES, *PATCHES, FEATURES.dino_width),
-        pose=torch.ones(IMAGES, 133, 3),
-    )
+    tensors = {
+        "text": torch.zeros(IMAGES, TEXT, FEATURES.widths["text"]),
+        "text_mask": torch.ones(IMAGES, TEXT, dtype=torch.bool),
+        "cls": torch.zeros(IMAGES, FEATURES.dino_width),
+        "patches": torch.zeros(IMAGES, *PATCHES, FEATURES.dino_width),
+        "pose": torch.ones(IMAGES, 133, 3),
+    }
+    conditions = Conditions(torch.ones(IMAGES, len(MODALITIES), dtype=torch.bool), tensors)
     with torch.device("meta"):
         model = build_model(CONFIG, FEATURES, tread)
         z, t = torch.zeros(IMAGES, 3, 8 * ROWS, 8 * COLUMNS), torch.zeros(IMAGES)
@@ -43,7 +44,7 @@ def expected(subset: frozenset[str]) -> int:
     d, joints = CONFIG.hidden_size, CONFIG.context_joints
     tokens = {"text": TEXT, "cls": 1, "patches": PATCHES[0] * PATCHES[1], "pose": joints}
     embedding = {
-        "text": TEXT * FEATURES.text_width * d,
+        "text": TEXT * FEATURES.widths["text"] * d,
         "cls": 2 * FEATURES.dino_width * d,  # as a token and into adaLN
         "patches": tokens["patches"] * FEATURES.dino_width * d,
         "pose": joints * (3 * d + d * d + 24 * d),

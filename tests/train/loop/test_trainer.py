@@ -30,7 +30,7 @@ from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
 from train.method.dropout import ConditioningConfig
 from train.method.flow import flow_loss, interpolate, to_x
-from train.model.conditions import MODALITIES
+from train.model.modalities import MODALITIES
 
 CPU = torch.device("cpu")
 TEXT, POSE, ALL = frozenset({"text"}), frozenset({"text", "pose"}), frozenset(MODALITIES)

@@ -11,7 +11,8 @@ import torch
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
 from train.method.dropout import PRESETS, ConditioningConfig, deal
-from train.model.conditions import MODALITIES, collate, parse_subset, subset_name
+from train.model.conditions import collate, parse_subset, subset_name
+from train.model.modalities import MODALITIES
 
 
 def batch(count=4, tokens=(5, 40, 7, 9)):
@@ -103,5 +104,5 @@ def test_select_and_length():
     conditions = batch().select(slice(1, 3))
     assert len(conditions) == 2
     assert conditions.pose.shape == (2, 133, 3)
-    assert MODALITIES == ("text", "cls", "patches", "pose")
+    assert tuple(MODALITIES) == ("text", "cls", "patches", "pose")
     assert isinstance(conditions.text_mask, torch.Tensor)

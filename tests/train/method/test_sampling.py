@@ -24,7 +24,8 @@ from train.method.sampling import (
     trajectory_keep_ids,
 )
 from train.model.conditions import collate, parse_subset
-from train.model.config import Features, ModelConfig
+from train.model.config import ModelConfig
+from train.model.modalities import Features
 from train.model.network import build_model
 from train.model.tread import TreadConfig
 
@@ -131,7 +132,9 @@ def model_and_conditions():
     torch.manual_seed(0)
     tread = TreadConfig(enabled=True, start=1, end=1)
     model = build_model(
-        ModelConfig(hidden_size=32, depth=3, num_heads=2, patch_size=8, bottleneck=16), Features(32, 16, 8, True), tread
+        ModelConfig(hidden_size=32, depth=3, num_heads=2, patch_size=8, bottleneck=16),
+        Features(32, {"text": 16, "cls": 8, "patches": 8, "pose": 3}),
+        tread,
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

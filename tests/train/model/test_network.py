@@ -10,19 +10,19 @@ import torch
 
 from train.method.optim import OptimizerConfig, build_optimizer
 from train.model.conditions import collate
-from train.model.config import Features, ModelConfig
-from train.model.context import _cells
+from train.model.config import ModelConfig
 from train.model.layers import grid_positions, rope, rotate
+from train.model.modalities import MODALITIES, Features, Grid, _cells, _pose_tokens
 from train.model.network import build_model
 
-FEATURES = Features(base=32, text_width=16, dino_width=8, pose=True)
+FEATURES = Features(base=32, widths={"text": 16, "cls": 8, "patches": 8, "pose": 3})
 
 
-def make_model(**overrides):
+def make_model(features=FEATURES, **overrides):
     torch.manual_seed(0)
     return build_model(
         ModelConfig(**{"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "bottleneck": 16} | overrides),
-        FEATURES,
+        features,
     )
 
 
@@ -58,6 +58,22 @@ def test_trap_11_every_block_is_the_identity_at_initialisation():
     assert output.abs().max() == 0
 
 
+@pytest.mark.parametrize("absent", [(), ("pose",), ("text",), ("cls", "patches")])
+def test_a_modality_that_the_data_lacks_changes_no_weight(absent, monkeypatch):
+    """So old checkpoints fit, and a run begins as it did before somebody added a modality."""
+    features = Features(32, {name: width for name, width in FEATURES.widths.items() if name not in absent})
+    before = make_model(features).state_dict()
+    own = {"text": {"text", "text_order"}, "pose": {"pose", "pose_position", "joint", "null_joint", "no_person"}}
+    own |= {"cls": {"cls", "cls_to_adaln", "null_cls_to_adaln"}, "patches": {"patches"}}
+    parts = {name.split(".")[1] for name in before if name.startswith("context.")}
+    assert parts == {"null", "role"}.union(*(own[name] for name in features.modalities))
+    assert before["context.null"].shape == before["context.role"].shape == (4, 32)
+    monkeypatch.setitem(MODALITIES, "depth", replace(MODALITIES["patches"], name="depth", layer="depth"))
+    after = make_model(features).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_trap_12_final_layer_moves_first_and_everything_within_four_steps(optimizer):
     model = make_model(output_conv=True)
@@ -74,7 +90,7 @@ def test_trap_12_final_layer_moves_first_and_everything_within_four_steps(optimi
         frozenset({"text", "cls", "patches", "pose"}),
         frozenset({"cls"}),
     ]
-    batch = replace(every, pose=pose).keeping(mixed)
+    batch = every.replace(pose=pose).keeping(mixed)
     for step in range(4):
         loss = (model(torch.randn(4, 3, 32, 32), torch.rand(4), batch) - torch.randn(4, 3, 32, 32)).square().mean()
         loss.backward()
@@ -89,8 +105,7 @@ def test_trap_12_final_layer_moves_first_and_everything_within_four_steps(optimi
 def test_padding_the_text_changes_nothing():
     model = randomised(make_model())
     batch = conditions(2, (5, 9))
-    padded = replace(
-        batch,
+    padded = batch.replace(
         text=torch.cat((batch.text, torch.randn(2, 32, 16)), 1),
         text_mask=torch.cat((batch.text_mask, torch.zeros(2, 32, dtype=torch.bool)), 1),
     )
@@ -113,7 +128,7 @@ def test_trap_14_a_dropped_condition_is_one_null_token_and_leaks_nothing(subset)
     everything = frozenset(full)
     results = []
     for batch in (conditions(), others):
-        swapped = replace(batch, **{name: getattr(conditions(), name) for name in subset}, text_mask=batch.text_mask)
+        swapped = batch.replace(**{name: getattr(conditions(), name) for name in subset}, text_mask=batch.text_mask)
         alone = model(z, t, swapped.keeping(subset))
         mixed = model(z, t, swapped.keeping([frozenset(subset), everything]))
         torch.testing.assert_close(alone[:1], mixed[:1], atol=1e-5, rtol=1e-5)
@@ -124,7 +139,7 @@ def test_trap_14_a_dropped_condition_is_one_null_token_and_leaks_nothing(subset)
 def test_no_person_differs_from_a_dropped_pose():
     model = randomised(make_model())
     batch = conditions()
-    nobody = replace(batch, pose=torch.zeros_like(batch.pose))
+    nobody = batch.replace(pose=torch.zeros_like(batch.pose))
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
     assert not torch.allclose(model(z, t, nobody), model(z, t, nobody.keeping({"text", "cls", "patches"})), atol=1e-4)
 
@@ -137,7 +152,7 @@ def test_coordinates_of_joints_not_found_are_ignored():
     elsewhere = pose.clone()
     elsewhere[:, 10:20, :2] += 0.5
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
-    outputs = [model(z, t, replace(batch, pose=joints)) for joints in (pose, elsewhere)]
+    outputs = [model(z, t, batch.replace(pose=joints)) for joints in (pose, elsewhere)]
     torch.testing.assert_close(*outputs)
 
 
@@ -145,10 +160,10 @@ def test_trap_13_patches_and_joints_know_where_they_are():
     model = randomised(make_model(), std=0.3)
     batch = conditions()
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
-    flipped = replace(batch, patches=batch.patches.flip(2))
-    moved = replace(batch, pose=batch.pose * torch.tensor([-1.0, 1.0, 1.0]))
-    reordered = replace(batch, text=batch.text[:, :5].flip(1), text_mask=batch.text_mask[:, :5])
-    reference = replace(batch, text=batch.text[:, :5], text_mask=batch.text_mask[:, :5])
+    flipped = batch.replace(patches=batch.patches.flip(2))
+    moved = batch.replace(pose=batch.pose * torch.tensor([-1.0, 1.0, 1.0]))
+    reordered = batch.replace(text=batch.text[:, :5].flip(1), text_mask=batch.text_mask[:, :5])
+    reference = batch.replace(text=batch.text[:, :5], text_mask=batch.text_mask[:, :5])
     for one, other in ((batch, flipped), (batch, moved), (reference, reordered)):
         assert not torch.allclose(model(z, t, one), model(z, t, other), atol=1e-4)
 
@@ -157,7 +172,7 @@ def test_trap_13_joints_carry_fourier_features_of_their_place():
     model = randomised(make_model(context_joints=17)).context
     torch.nn.init.zeros_(model.pose[-1].weight)  # what the MLP sees of x and y is left out
     pose = conditions().pose[:, :17]
-    tokens, _ = model._pose(pose, 4, 4, 8.0)
+    tokens = _pose_tokens(model, pose, None, Grid(4, 4, 8.0)).x
     angles = pose[..., :2].unsqueeze(3) * torch.pi * torch.tensor([0.5, 1, 2, 4, 8, 16])
     features = torch.cat((angles.cos().flatten(2), angles.sin().flatten(2)), 2)  # x and then y, from slow to fast
     expected = features @ model.pose_position.weight.T + model.joint + model.pose[-1].bias
@@ -171,7 +186,7 @@ def test_trap_13_a_joint_lies_on_the_image_tokens_axes():
     pose = batch.pose.clone()
     pose[0, : rows * columns] = torch.stack((x, y, torch.ones_like(x)), -1).flatten(0, 1)  # one in each cell's centre
     encode = make_model(context_joints=rows * columns).context
-    _, _, positions, _ = encode(replace(batch, pose=pose), rows, columns, 8.0)
+    _, _, positions, _ = encode(batch.replace(pose=pose), rows, columns, 8.0)
     torch.testing.assert_close(positions[0, -rows * columns :], grid_positions(rows, columns, 8.0))
 
 

@@ -20,7 +20,7 @@ from tests.train.loop.test_trainer import CPU, make, weights_of
 from tests.train.tiny import tiny_config, write_config
 from train.__main__ import main
 from train.config import TrainConfig
-from train.loop.flops import flop_counter
+from train.loop.flops import META, flop_counter
 from train.loop.trainer import Trainer
 from train.plan.cost import check_disk, disk_of, folder_bytes, most_checkpoints, phase_costs
 from train.plan.memory import meta_trainer
@@ -178,8 +178,8 @@ def test_without_a_dataset_the_config_that_would_write_it_says_what_it_will_be(c
     assert "does not exist yet" in what
     assert "base 1024, production encoders (the config of prep that writes it)" in what
     shapes = shapes_of(dataset)
-    assert shapes.grids["1216x832"] == (26, 38)
-    assert (shapes.features.text_width, shapes.features.dino_width, shapes.features.pose) == (1024, 1024, True)
+    assert shapes.conditions("1216x832", 1, 32, META).patches.shape == (1, 26, 38, 1024)
+    assert shapes.features.widths == {"text": 1024, "cls": 1024, "patches": 1024, "pose": 3}
     assert (shapes.longest_text, shapes.mean_text) == (512, 288)
 
 
