@@ -16,7 +16,7 @@ CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of every verb."""
+    """Return the parser of every verb's arguments."""
     about = "Prepare a dataset from a folder of images."
     # a beginning of an option is no option: --prun must not drop samples
     top = argparse.ArgumentParser(prog="python -m prep", description=about, allow_abbrev=False)
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb."""
+    """Run one verb, and return the exit code."""
     options = parser().parse_args(arguments)
     return VERBS[options.verb](options) or 0
 
@@ -104,7 +104,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _dataset(options: argparse.Namespace) -> str:
-    """The dataset that a verb is about, named by ``--dataset`` or by a config."""
+    """Return the dataset that a verb is about, named by ``--dataset`` or by a config."""
     if options.dataset:
         if options.config or options.overrides:
             raise ConfigError("--dataset names the dataset already; leave out --config and key=value")

@@ -86,7 +86,7 @@ def _check_place(data: Dataset, storage: Storage) -> None:
 
 
 def _mark(data: Dataset, storage: Storage) -> None:
-    """Note in the output which dataset it is the export of. Raises ConfigError when it already is another one's."""
+    """Record in the output which dataset it exports. Raises ConfigError when it already exports another one."""
     if storage.exists(MARKER):
         try:
             before = json.loads(storage.read(MARKER))["dataset"]
@@ -140,7 +140,7 @@ def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str
 
 
 def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
-    """The members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
+    """Return the members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
     bucket, layers = Bucket.parse(row["bucket"]), data.layers
     members = {
         "image.npy": npy_bytes((data.pixels(row).astype(np.float32) / 255).astype(np.float16).transpose(2, 0, 1))
@@ -160,7 +160,7 @@ def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
 
 
 def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Valid tokens (L, width) as float16 (512, width) with zeros after them, and their mask, uint8 (512,)."""
+    """Return valid tokens (L, width) as float16 (512, width), zeros after them, and their mask, uint8 (512,)."""
     count, width = tokens.shape
     if count > TEXT_TOKENS:
         raise DataError(f"sample {row['key']} has {count} text tokens, the flat layout has room for {TEXT_TOKENS}")
@@ -170,6 +170,6 @@ def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.nd
 
 
 def flat_pose(joints: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """Our joints (133, 3), with x as 2 (x + .5) / W - 1, in float16 with 2 x / W - 1; y alike. Absent joints stay 0."""
+    """Turn our joints (133, 3), x as 2 (x + .5) / W - 1, into float16 of 2 x / W - 1; y alike, absent joints stay 0."""
     shift = np.array([1 / bucket.width, 1 / bucket.height, 0], np.float32)
     return np.where(joints[:, 2:] > 0, joints - shift, 0).astype(np.float16)

@@ -69,7 +69,7 @@ class RunFolder:
 def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> None:
     """Print what ``prep run`` would compute and why, where, how long and how many GB.
 
-    Writes nothing but what the scan saw, in a dataset that is there, so that the run need not read the sources again.
+    Nothing is written but what the scan saw, in a dataset that exists, so that the run need not read the sources again.
     Raises ResourceError for what could never fit, and DataError where the run would stop at once.
     """
     config = pin_config(config, read_pins(config.output))
@@ -88,7 +88,7 @@ def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fa
 
 
 def known_nodes() -> list[Node]:
-    """The nodes of the cluster that ``RAY_ADDRESS`` names, else this machine; a Ray is not started for it."""
+    """Return the nodes of the cluster that ``RAY_ADDRESS`` names, else this machine; no Ray is started for it."""
     if not os.environ.get("RAY_ADDRESS"):
         return [local_node()]
     with waiting("loading Ray"):
@@ -139,7 +139,7 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
 
 
 def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: bool = False) -> Plan:
-    """The plan of a run, with its gate passed, its models recorded and its membership of shards fixed.
+    """Make the plan of a run, pass its gate, record its models and fix which samples each shard holds.
 
     Models are not downloaded before the sources have passed the gate, nor when nothing is missing.
     """
@@ -162,14 +162,14 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
 
 @dataclass
 class LayerWork:
-    """What computing a layer took: samples, and seconds summed over the actors."""
+    """The cost of computing a layer: samples, and seconds summed over the actors."""
 
     samples: int = 0
     seconds: float = 0.0
 
 
 def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
-    """Compute and commit the missing units, pass by pass; adds what each layer took to ``work``.
+    """Compute and commit the missing units, pass by pass, and add what each layer took to ``work``.
 
     Between two passes the rejects are counted again: captions of a day are not asked for when half of the pictures
     turned out to be unusable.
@@ -220,7 +220,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
 
 
 def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:
-    """Everything that is known to be refused when some layers have been computed."""
+    """Return everything that is known to be refused when some layers have been computed."""
     rejects = list(plan.rejects)
     for unit in plan.recipes:
         part = plan.parts.get(unit) or (read_part(plan.config.output, unit) if unit.layer in computed else None)
@@ -243,7 +243,7 @@ def interruptible() -> Iterator[None]:
 
 
 def current_parts(plan: Plan) -> dict[Unit, Part]:
-    """Every unit of the plan as committed. Raises DataError for one that is not there, or is of another recipe."""
+    """Return every unit of the plan as committed. Raises DataError for one that is missing or of another recipe."""
     root, parts = open_storage(plan.config.output), {}
     for unit, recipe in plan.recipes.items():
         part = plan.parts.get(unit) or read_part(root, unit)

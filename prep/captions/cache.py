@@ -1,4 +1,4 @@
-"""The answers of caption servers, kept one file per image and recipe: the most expensive thing that ``prep`` makes.
+"""A cache of the answers of caption servers, one file per image and recipe: they are the costliest output of ``prep``.
 
 ``captions/KK/KEY-HASH.json`` below the dataset, where KEY is the image's key, KK its first two digits and HASH the
 SHA-256 of everything the answers depend on: key, prompt, model, digest and options. A file holds the list of answers so
@@ -29,12 +29,12 @@ class CaptionCache:
         self.storage, self.recipe = open_storage(root), dict(recipe)
 
     def name(self, key: str) -> str:
-        """The file of an image, below the dataset."""
+        """Return the name of an image's file, below the dataset."""
         digest = sha256_bytes(canonical_json({"key": key, **self.recipe}).encode())
         return f"{_prefix(key)}{digest}.json"
 
     def read(self, key: str) -> list[Answer]:
-        """The answers about an image so far; none where the file is missing or damaged (it is then made again)."""
+        """Return the answers about an image so far; none where the file is missing or damaged."""
         try:
             entry = json.loads(self.storage.read(self.name(key)))
             return [Answer(**answer) for answer in entry["answers"]]
@@ -50,7 +50,7 @@ class CaptionCache:
 
 
 def forget_captions(root: Path | str | Storage, keys: Iterable[str]) -> int:
-    """Delete what servers answered about some images, whatever the recipe; returns the number of files."""
+    """Delete what servers answered about some images, whatever the recipe, and return the number of files."""
     storage = open_storage(root)
     names = [name for key in keys for name in storage.names(_prefix(key))]
     for name in names:
@@ -59,7 +59,7 @@ def forget_captions(root: Path | str | Storage, keys: Iterable[str]) -> int:
 
 
 def forget_rejects(root: Path | str | Storage, units: Iterable[Unit]) -> int:
-    """Delete what servers answered about the images that some text units rejected; returns the number of files.
+    """Delete what servers answered about the images that some text units rejected, and return the number of files.
 
     For ``--retry-rejects``, before the parts of these units go: computing them again then asks about those images.
     """

@@ -1,4 +1,4 @@
-"""Which captions images get: the section ``captions`` of a config of ``prep``."""
+"""The section ``captions`` of a config of ``prep``: which captions images get."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CaptionHost(Config):
 
 
 class CaptionOptions(Config):
-    """How the model is to write; the names are Ollama's. Part of what a caption is made from."""
+    """Options of the model, under Ollama's names; a part of what a caption is made from."""
 
     num_ctx: int = Field(4096, ge=512)
     num_predict: int = Field(400, ge=1)
@@ -28,7 +28,7 @@ class CaptionOptions(Config):
 
 
 class CaptionConfig(Config):
-    """Where captions come from, and what happens to an image without a usable one."""
+    """The origin of captions, and what happens to an image without a usable one."""
 
     backend: Literal["sidecar", *SERVERS] = "sidecar"
     on_missing: Literal["error", "reject"] = "error"
@@ -49,12 +49,12 @@ class CaptionConfig(Config):
 
     @property
     def generated(self) -> bool:
-        """Whether a model writes the captions."""
+        """Tell whether a model writes the captions."""
         return self.backend != "sidecar"
 
     @property
     def servers(self) -> tuple[CaptionHost, ...]:
-        """The caption servers with their slots; without ``hosts`` those that the backend has by default."""
+        """Return the caption servers with their slots; without ``hosts`` those that the backend has by default."""
         hosts = (self.hosts or SERVERS[self.backend].default_hosts()) if self.generated else []
         return tuple(CaptionHost(url=host, slots=self.slots) if isinstance(host, str) else host for host in hosts)
 

@@ -1,6 +1,6 @@
-"""Several caption hosts behind one question: whichever has a free slot answers, those that fail are left alone a while.
+"""A pool of caption hosts: whichever has a free slot answers a question, and those that fail are left alone a while.
 
-There is no queue per host: who asks waits for the next free slot anywhere, so that unequal hosts are busy to the end.
+There is no queue per host: a question waits for the next free slot anywhere, so that unequal hosts are busy to the end.
 A host that fails cools down, twice as long each time; then it is asked which weights it serves and gets one single
 question, and all its slots again when that is answered. All of it runs in one event loop.
 """
@@ -28,7 +28,7 @@ SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often a server may fail on one image
 
 @dataclass
 class HostState:
-    """One server and how it is doing; times are those of the monotonic clock."""
+    """One server and its state; times are those of the monotonic clock."""
 
     server: CaptionServer
     slots: int
@@ -43,17 +43,17 @@ class HostState:
 
     @property
     def url(self) -> str:
-        """How the config names the host."""
+        """Return the URL as the config gives it."""
         return self.server.url
 
     def free(self, now: float) -> bool:
-        """Whether another question may be sent: one at a time to a host that has yet to prove itself."""
+        """Tell whether another question may be sent: one at a time to a host that has yet to prove itself."""
         proven = self.admitted and not self.failures
         return now >= self.resume_at and self.active < (self.slots if proven else 1)
 
 
 class HostPool:
-    """Answers questions through the hosts of a config, all of which must serve the weights of ``digest``.
+    """The hosts of a config, all of which must serve the weights of ``digest``.
 
     Use as an async context manager; :meth:`watch` must run beside the questions.
     """
@@ -71,20 +71,19 @@ class HostPool:
 
     @property
     def slots(self) -> int:
-        """How many questions all hosts together answer at a time."""
+        """Return how many questions all hosts together answer at a time."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def up(self) -> int:
-        """How many hosts are not known to be down."""
+        """Return how many hosts are not known to be down."""
         return sum(host.down_since is None for host in self.hosts)
 
     async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> tuple[Answer, float]:
-        """The answer of some host, and the seconds that hosts spent on it.
+        """Return the answer of some host, and the seconds that hosts spent on it.
 
-        It is a failed one after ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` that were the image's.
-
-        Waits as long as it takes: :meth:`watch` ends the wait when no host is left. Raises ConfigError.
+        After ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` on this image the answer says that the image failed. This waits
+        as long as it takes: :meth:`watch` ends the wait when no host is left. Raises ConfigError.
         """
         faults = timeouts = 0
         alive, spent = False, 0.0
@@ -115,7 +114,7 @@ class HostPool:
                 await self._wake()
 
     async def watch(self) -> None:
-        """Wake those who wait for a cool-down to end; raises ResourceError when all hosts were down for too long."""
+        """Wake whoever waits for a cool-down to end. Raises ResourceError when all hosts were down for too long."""
         while True:
             await asyncio.sleep(TICK)
             await self._wake()
@@ -150,7 +149,7 @@ class HostPool:
     async def _admit(self, host: HostState) -> bool:
         """Make sure that a host serves the right weights, when it is first used and whenever it comes back.
 
-        Returns whether it was asked just now. Raises ConfigError for other weights, HostFault as the server does.
+        Return whether it was asked just now. Raises ConfigError for other weights, HostFault as the server does.
         """
         if host.admitted:
             return False
@@ -209,7 +208,7 @@ def api_key(config: CaptionConfig) -> str | None:
 
 
 async def agreed_digest(config: CaptionConfig) -> str:
-    """The digest that all hosts that answer agree on.
+    """Return the digest on which all hosts that answer agree.
 
     Raises ConfigError when two differ or one lacks the model, ResourceError when none answers.
     """
@@ -239,12 +238,12 @@ async def agreed_digest(config: CaptionConfig) -> str:
 
 
 def list_faults(faults: Iterable[tuple[str, str]]) -> str:
-    """Hosts and what is wrong with each, for a message."""
+    """Return hosts and what is wrong with each, for a message."""
     return "; ".join(f"{url} {fault}" for url, fault in faults)
 
 
 def unequal_weights(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
-    """The error for hosts that serve other weights under the same name."""
+    """Return the error for hosts that serve other weights under the same name."""
     found = ", ".join(f"{url} has {digest}" for url, digest in digests.items())
     rest = f", the captions are made with {wanted}" if wanted else ""
     return ConfigError(

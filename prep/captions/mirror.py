@@ -2,7 +2,7 @@
 
 A small set of rules, and strict: a word that could be a direction or something else ("left the room", "the right
 moment", "right at the edge") makes the whole caption one that cannot be flipped safely, and so does writing in the
-image, which would be mirrored, too. Sure idioms ("right now", "right-angled", "copyright") stay as they are.
+image, which would be mirrored too. Sure idioms ("right now", "right-angled", "copyright") stay as they are.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ _NEAR = 40  # characters around a word that are looked at
 
 
 def flip_caption(text: str) -> str | None:
-    """The caption of the mirrored image, or None where no rule is sure of it; an image of that is never mirrored.
+    """Return the caption of the mirrored image, or None where no rule is sure of it; such an image is never mirrored.
 
-    Flipping what was flipped gives ``text`` again: captions for which the rules would not are refused.
+    Flipping the result gives ``text`` again; a caption of which this is not true gets None.
     """
     flipped = _swap(text)
     return flipped if flipped is not None and _swap(flipped) == text else None
@@ -124,7 +124,7 @@ def _in_the_case_of(word: str, other: str) -> str | None:
 
 
 def _is_direction(text: str, match: re.Match[str]) -> bool | None:
-    """Whether the "left" or "right" of ``match`` is one of the two sides; None where that is not sure."""
+    """Tell whether the "left" or "right" of ``match`` is one of the two sides; None where that is not sure."""
     word = match.group().lower()
     before, after = text[max(0, match.start() - _NEAR) : match.start()], text[match.end() : match.end() + _NEAR]
     if _IDIOM.match(text, match.start()):
@@ -162,7 +162,7 @@ def _is_direction(text: str, match: re.Match[str]) -> bool | None:
 
 
 def _in_a_pair(text: str, match: re.Match[str]) -> bool:
-    """Whether the word is one of "left and right", "right to left" and the like."""
+    """Tell whether the word is one of "left and right", "right to left" and the like."""
     for pair in _PAIR.finditer(text, max(0, match.start() - _NEAR), match.end() + _NEAR):
         if match.start() in (pair.start(1), pair.start(2)):
             return pair.group(1).lower() != pair.group(2).lower()

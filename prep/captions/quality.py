@@ -1,4 +1,4 @@
-"""Which answers of a model are captions: pure rules, and what is asked next when an answer is none.
+"""Rules for which answers of a model are captions, and for what is asked next when an answer is none.
 
 An answer has at most one flaw, the first that is found. A flaw of the kind "room" (empty, or cut off) leads to one
 further question with more room, one of the kind "quality" to one further question with another seed, and a flaw whose
@@ -38,15 +38,13 @@ PREAMBLE = re.compile(
     r"|\b(?:let me know if|would you like me to|do you want me to|i hope this helps|feel free to)\b",
     re.IGNORECASE,
 )
-LOOP_WORDS, LOOP_TIMES = (
-    8,
-    3,
-)  # the same eight words in a row three times: no prose, but a model that is caught in a loop
+# the same eight words in a row three times: no prose, but a model that is caught in a loop
+LOOP_WORDS, LOOP_TIMES = 8, 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered: ``text``, and why it ended, as servers call it.
+    """The answer of a server: ``text``, and why it ended, in the servers' words.
 
     ``end`` is "stop", "length" (cut off), "refused" (the server's own filter), None where the server does not say, and
     "failed" or "timeout" for a sample that servers could not answer for. ``options`` are those of the question.
@@ -59,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What the rules depend on besides the answers: limits, and the options of a first and of a further question."""
+    """The limits, and the options of a first and of a further question."""
 
     min_words: int
     max_words: int
@@ -69,7 +67,7 @@ class CaptionRules:
 
 @dataclass(frozen=True)
 class Flaw:
-    """Why an answer is no caption; ``kind`` is "room", "quality" or "final"."""
+    """The reason why an answer is no caption; ``kind`` is "room", "quality" or "final"."""
 
     reason: str
     detail: str
@@ -78,7 +76,7 @@ class Flaw:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The answer that is the caption."""
+    """An answer that is the caption."""
 
     text: str
     options: Mapping[str, Any]
@@ -86,19 +84,19 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question is open: ask with these options."""
+    """A question that is open, with its options."""
 
     options: Mapping[str, Any]
 
 
 def tidy(text: str) -> str:
-    """One line with single spaces; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
+    """Return one line with single spaces; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return " ".join(text.split())
 
 
 def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
-    """The first flaw of an answer on its own; None for a caption."""
+    """Return the first flaw of an answer on its own; None for a caption."""
     text = answer.text.replace("’", "'").replace("“", '"').replace("”", '"')
     words = WORD.findall(text.lower())
     if answer.end == "failed":
@@ -128,7 +126,7 @@ def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
 
 
 def has_loop(words: Sequence[str]) -> bool:
-    """Whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
+    """Tell whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
     runs = Counter(zip(*(words[start:] for start in range(LOOP_WORDS))))
     return any(count >= LOOP_TIMES for count in runs.values())
 
@@ -136,7 +134,7 @@ def has_loop(words: Sequence[str]) -> bool:
 def next_step(
     answers: Sequence[Answer], rules: CaptionRules, taken: Mapping[str, str] | None = None
 ) -> Accepted | Flaw | Ask:
-    """What follows from the answers so far: the caption, the reason why there is none, or the next question.
+    """Return what follows from the answers so far: the caption, why there is none, or the next question.
 
     ``taken`` maps the captions of other images, :func:`normalised`, to their keys; none of them is one of this image.
     """
@@ -160,9 +158,9 @@ def next_step(
 
 
 def next_steps(answers: Mapping[str, Sequence[Answer]], rules: CaptionRules) -> dict[str, Accepted | Flaw | Ask]:
-    """:func:`next_step` for all images of a shard, by key: of two images with one caption the first in order keeps it.
+    """Return :func:`next_step` for all images of a shard, by key; of two with one caption the first in order keeps it.
 
-    A server that says the same of every picture is found here, whatever the order in which answers came.
+    This finds a server that says the same of every picture, whatever the order in which answers came.
     """
     taken: dict[str, str] = {}
     steps = {}
@@ -174,7 +172,7 @@ def next_steps(answers: Mapping[str, Sequence[Answer]], rules: CaptionRules) -> 
 
 
 def normalised(text: str) -> str:
-    """What two captions share that differ in case and punctuation alone."""
+    """Return a caption without case and punctuation."""
     return " ".join(WORD.findall(text.lower()))
 
 

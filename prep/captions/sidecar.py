@@ -1,5 +1,4 @@
-"""Captions: where the text of an image comes from: a ``.txt`` sidecar beside it, or a model
-(``prep/passes/captions.py``)."""
+"""Captions from a ``.txt`` sidecar beside each image; those of a model are made in ``prep/passes/captions.py``."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ class BadCaption(Exception):
 
 
 def gone_without_caption(source: str) -> BadCaption:
-    """Why a sample has no caption whose image and sidecar are gone before one was committed."""
+    """Return the problem of a sample whose image and sidecar are gone before a caption was committed."""
     return BadCaption(SOURCE_GONE, f"{source} is gone, and its caption was not committed before")
 
 
@@ -43,9 +42,9 @@ class Caption:
 
 
 def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Members and columns of a caption in the text layer; ``recipe`` says whether the flipped one goes with it.
+    """Return members and columns of a caption in the text layer; ``recipe`` says whether the flipped one is stored too.
 
-    That of a caption that cannot be flipped safely is empty, and null in the index.
+    The flipped caption is empty, and null in the index, where the caption cannot be flipped safely.
     """
     members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
     columns = {"caption": caption.text}
@@ -56,7 +55,7 @@ def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 class SidecarCaptions:
-    """Reads ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark; any whitespace is one space.
+    """Captions in ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark, whitespace as single spaces.
 
     The case of the suffix does not matter; of several files ``.txt`` is read.
     """
@@ -65,12 +64,12 @@ class SidecarCaptions:
         self.folder = folder
 
     def path(self, source: str) -> str:
-        """Name of the sidecar of a source, below the folder; the usual name where there is none."""
+        """Return the name of a source's sidecar, below the folder; the usual name where there is none."""
         names = [str(PurePosixPath(source).with_suffix(suffix)) for suffix in SUFFIXES]
         return next((name for name in names if os.path.lexists(self.folder / name)), names[0])
 
     def caption(self, source: str) -> Caption:
-        """The caption of a source. Raises BadCaption: a caption is text or an error, never an empty string."""
+        """Return the caption of a source. Raises BadCaption: a caption is text or an error, never an empty string."""
         name = self.path(source)
         data = self._read(name)
         if len(data) > MAX_BYTES:
@@ -100,7 +99,7 @@ class SidecarCaptions:
             raise BadCaption("caption_missing", f"{name}: {error.strerror}") from error
 
     def fingerprint(self, source: str) -> str:
-        """What the text of a source depends on: the hash of its sidecar, or the reason why it has none."""
+        """Return what the text of a source depends on: the hash of its sidecar, or the reason why it has none."""
         try:
             return self.caption(source).provenance["sha256"]
         except BadCaption as bad:

@@ -1,4 +1,4 @@
-"""What one check of ``prep doctor`` found: the type, the exit code of a list, and how it is shown."""
+"""The result of one check of ``prep doctor``, the exit code of several, and how they are shown."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Check:
 
 
 def ok(name: str, found: str) -> Check:
-    """A check with nothing to do."""
+    """Return a check with nothing to do."""
     return Check(name, "OK", found)
 
 
 def warn(name: str, found: str, fix: str) -> Check:
-    """Something that a run survives, but slower, or with less than the user may expect."""
+    """Return a check of something that a run survives, but slower, or with less than the user may expect."""
     return Check(name, "WARN", found, fix)
 
 
 def fail(name: str, code: int, found: str, fix: str) -> Check:
-    """Something that stops a run; ``code`` is SETUP, DATA or RESOURCE."""
+    """Return a check of something that stops a run; ``code`` is SETUP, DATA or RESOURCE."""
     return Check(name, "FAIL", found, fix, code=code)
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """0 without a FAIL; else 2 (set something up) before 3 (data or files are missing) before 4 (too few resources).
+    """Return 0 without a FAIL, else the lowest of 2 (something to set up), 3 (missing data or files) and 4 (resources).
 
     That is the order in which they are mended: a machine without its packages says little about its memory.
     """
@@ -81,7 +81,7 @@ def without_secrets(check: Check) -> Check:
 
 
 def to_json(checks: Sequence[Check]) -> str:
-    """The checks for scripts: ``schema``, ``status`` (the worst), ``exit_code`` and ``checks``."""
+    """Return the checks for scripts: ``schema``, ``status`` (the worst), ``exit_code`` and ``checks``."""
     rows = [
         {
             "name": check.name,
@@ -116,7 +116,7 @@ def show(check: Check) -> None:
 
 
 def summary(checks: Sequence[Check], seconds: float) -> str:
-    """The last line: how many of each, and how long it took."""
+    """Return the last line: how many checks of each status, and how long it took."""
     counts = {status: sum(check.status == status for check in checks) for status in STYLES}
     parts = [f"{count} {status}" for status, count in counts.items() if count]
     code = exit_code(checks)

@@ -1,4 +1,4 @@
-"""``prep doctor``: look for everything that would stop or slow a run, and name one fix for each finding.
+"""``prep doctor``: checks for everything that would stop or slow a run, with one fix for each finding.
 
 Nothing is changed, downloaded or started. The checks run side by side, each with a time limit, so that a slow network
 or a sick GPU costs seconds. With ``RAY_ADDRESS`` every node of that cluster is examined, without it this machine alone.
@@ -59,11 +59,11 @@ class CheckTask:
     done: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Begin; the thread does not keep the process alive."""
+        """Start the checks in a thread that does not keep the process alive."""
         threading.Thread(target=self._run, daemon=True, name=f"doctor-{self.name}").start()
 
     def result(self, deadline: float) -> Checks:
-        """The checks there are by ``deadline`` (a ``time.monotonic``), with one that says so if more were to come."""
+        """Return the checks there are by ``deadline`` (a ``time.monotonic``), and a warning if more were to come."""
         if self.done.wait(max(0.0, deadline - time.monotonic())):
             return self.checks
         fix = "look at the network, the disk or the driver behind it, and ask again"
@@ -113,7 +113,7 @@ def doctor(config: PrepConfig, as_json: bool) -> int:
 
 
 def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
-    """Everything to look at, in the order in which it is shown."""
+    """Return everything to check, in the order in which it is shown."""
     needs = needs_of(config)
     machines = CheckTask(
         "node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False)
@@ -129,7 +129,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
 
 
 def caption_tasks(config: PrepConfig) -> list[CheckTask]:
-    """The checks of the servers that captions come from."""
+    """Return the checks of the servers that captions come from; none for sidecars."""
     if "text" not in config.active_layers or not config.captions.generated:  # sidecars lie in the source
         return []
     return [CheckTask(config.captions.backend, lambda: caption_servers(config.captions))]
@@ -153,7 +153,7 @@ def caption_servers(captions: CaptionConfig) -> Checks:
 
 
 def cluster(needs: Needs, address: str) -> Iterator[Check]:
-    """Examine every node of the running Ray; the checks of each carry its name. Without one, this machine alone."""
+    """Examine every node of the running Ray, or this machine alone where there is none; checks name the node."""
     refusal, examination = _unreachable(address), ClusterExamination()
     if refusal is None:
         examination.start()
@@ -179,10 +179,10 @@ def cluster(needs: Needs, address: str) -> Iterator[Check]:
 
 
 class ClusterExamination(threading.Thread):
-    """Joins Ray and examines its nodes, in a thread, because Ray tries for a minute where it is not let in.
+    """A thread that joins Ray and examines its nodes, because Ray tries for a minute where it is not let in.
 
-    ``joined`` is set then, or when ``error`` is; ``machines`` are the answers by name, and ``before`` and ``after`` the
-    times around them.
+    ``joined`` is set when Ray was joined, or when ``error`` is set; ``machines`` are the answers by name, and
+    ``before`` and ``after`` the times around them.
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class ClusterExamination(threading.Thread):
         self.nodes, self.before, self.after = 0, 0.0, 0.0
 
     def run(self) -> None:
-        """The thread's work."""
+        """Join Ray and examine its nodes."""
         try:
             from prep.passes.ray_passes import cluster_nodes, on_every_node, ray_session
 
@@ -213,7 +213,7 @@ class ClusterExamination(threading.Thread):
 
 
 def _unreachable(address: str) -> Check | None:
-    """A quick look at whether somebody listens there: Ray itself tries for a minute."""
+    """Return a FAIL where nobody listens at ``address``; Ray itself would try for a minute."""
     if "://" in address or ":" not in address:  # "auto", "local", or a client's URL
         parts = urlsplit(address) if "://" in address else None
         host, port = (parts.hostname or "", parts.port) if parts else ("", None)

@@ -1,4 +1,4 @@
-"""What ``prep doctor`` says of models: those of the hub, DWPose's files, and the servers that write captions.
+"""Checks of models: those of the hub, DWPose's files, and the servers that write captions.
 
 Nothing is downloaded. Every request has a timeout of a few seconds; credentials are sent as a run would send them and
 never shown.
@@ -36,7 +36,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def encoder_names(config: PrepConfig) -> dict[str, str | None]:
-    """What each of ``t5``, ``dino``, ``detector`` and ``pose`` is made with; None for a built-in demo network.
+    """Return the model of each of ``t5``, ``dino``, ``detector`` and ``pose``; None for a built-in demo network.
 
     Only those of the layers that the config asks for.
     """
@@ -55,7 +55,7 @@ def encoder_names(config: PrepConfig) -> dict[str, str | None]:
 
 
 def check_model(config: PrepConfig, layer: str, name: str | None) -> Check:
-    """Whether the model of ``t5`` or ``dino`` is at hand, or can be downloaded by this machine's user."""
+    """Check that the model of ``t5`` or ``dino`` is at hand, or can be downloaded by this machine's user."""
     label = f"model_{layer}"
     if name is None:
         return ok(label, "a built-in demo encoder; nothing to download")
@@ -71,7 +71,7 @@ def check_model(config: PrepConfig, layer: str, name: str | None) -> Check:
 
 
 def check_network(config: PrepConfig, part: str, name: str | None) -> Check:
-    """Whether one of DWPose's two ONNX files is there, and whether it is the published one."""
+    """Check that one of DWPose's two ONNX files is there, and that it is the published one."""
     label = f"dwpose_{part}"
     if name is None:
         return ok(label, "a built-in demo network")
@@ -104,7 +104,7 @@ def check_network(config: PrepConfig, part: str, name: str | None) -> Check:
 
 
 def _cached_commit(reference: Reference, name: str) -> str:
-    """The commit of a file in the hub's cache; "" where it is not there."""
+    """Return the commit of a file in the hub's cache; "" where it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -143,7 +143,7 @@ def _ask_hub(label: str, section: str, reference: Reference, files: Sequence[str
 
 
 def _advice(text: str, reference: Reference) -> str:
-    """``text``, preceded by the licence for models that have one to accept."""
+    """Return ``text``, preceded by the licence for models that have one to accept."""
     if not reference.model.startswith(GATED):
         return text
     licence = f"accept its licence at {HUB}/{reference.model} and run `hf auth login`"

@@ -1,4 +1,4 @@
-"""What ``prep doctor`` measures on one machine; ``prep/doctor/rules.py`` says what that means for a run."""
+"""Measurements of one machine for ``prep doctor``; ``prep/doctor/rules.py`` says what they mean for a run."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def _version(package: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """The packages on which the talk between nodes and the bytes of a dataset depend."""
+    """Return the versions of the packages on which Ray's protocol and the bytes of a dataset depend."""
     names = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow", "webdataset", *RUNTIMES)
     return {name: version for name in names if (version := _version(name))}
 
 
 def _unmet_requirements() -> list[str]:
-    """What pyproject.toml asks for and this environment lacks, such as ``ray>=2.60 (not installed)``."""
+    """Return what pyproject.toml asks for and this environment lacks, such as ``ray>=2.60 (not installed)``."""
     from packaging.requirements import Requirement
 
     try:
@@ -119,7 +119,7 @@ def _unmet_requirements() -> list[str]:
 
 
 def _nvidia_smi() -> dict[str, Any]:
-    """The GPUs as the driver sees them, what it says is wrong, and how much of their memory Ollama holds."""
+    """Return the GPUs as the driver sees them, what it says is wrong, and how much of their memory Ollama holds."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"gpus": [], "gpu_error": "", "ollama_memory": 0.0}
@@ -143,7 +143,10 @@ def _nvidia_smi() -> dict[str, Any]:
 
 
 def read_gpus(table: str) -> list[dict[str, Any]]:
-    """The rows of ``nvidia-smi --query-gpu``: name, driver, capability ("8.9"), memory and free in bytes or None."""
+    """Return the rows of ``nvidia-smi --query-gpu``: name, driver, capability ("8.9"), memory and free in bytes.
+
+    A size is None where the memory is shared with the CPU.
+    """
     gpus = []
     for line in table.splitlines():
         name, driver, capability, total, free = (cell.strip() for cell in line.rsplit(",", 4))
@@ -154,7 +157,7 @@ def read_gpus(table: str) -> list[dict[str, Any]]:
 
 
 def read_ollama_memory(table: str) -> float:
-    """Bytes of GPU memory of Ollama's processes, from the rows of ``nvidia-smi --query-compute-apps``."""
+    """Return the bytes of GPU memory of Ollama's processes, from the rows of ``nvidia-smi --query-compute-apps``."""
     rows = (line.rpartition(",") for line in table.splitlines())
     return sum(_mib(used) or 0.0 for program, _, used in rows if "ollama" in program.lower())
 
@@ -167,7 +170,7 @@ def _mib(cell: str) -> float | None:
 
 
 def first_line(text: str) -> str:
-    """The first line of ``text`` that says anything."""
+    """Return the first line of ``text`` that is not blank."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
 
 
@@ -192,7 +195,7 @@ def _probe(device: str, in_ray: bool) -> dict[str, Any]:
 
 
 def _memory() -> tuple[float, float]:
-    """Bytes of memory of this machine or its container, and how many of them are free."""
+    """Return the bytes of memory of this machine or its container, and how many of them are free."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     free = total
     with contextlib.suppress(OSError):
@@ -206,7 +209,7 @@ def _memory() -> tuple[float, float]:
 
 
 def _listening(port: int) -> list[str]:
-    """The addresses on which some program of this machine listens at ``port`` (none where the system cannot say)."""
+    """Return the addresses on which a program of this machine listens at ``port``; none where the system cannot say."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -219,7 +222,7 @@ def _listening(port: int) -> list[str]:
 
 
 def _address(digits: str) -> str:
-    """An address of /proc/net/tcp: 32-bit words in the byte order of the machine."""
+    """Return an address of /proc/net/tcp as text: 32-bit words in the byte order of the machine."""
     words = [int(digits[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(digits), 8)]
     return str(ipaddress.ip_address(b"".join(words)))
 

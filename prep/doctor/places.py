@@ -1,4 +1,4 @@
-"""What ``prep doctor`` says of the places of a run: the source folder, the output, its disk and its lock."""
+"""Checks of the places of a run: the source folder, the output, its disk and its lock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMED = 3
 
 @dataclass
 class FolderImages:
-    """What the names of a folder's files say, and which of them were reached in ``SCAN_SECONDS``.
+    """The images of a folder as far as their names were reached in ``SCAN_SECONDS``.
 
     ``uncaptioned`` counts images without a sidecar; ``examples`` and ``wanted`` are the first images and the first
     missing sidecars, as paths below the folder.
@@ -66,7 +66,7 @@ def count_images(source: Path) -> FolderImages:
 
 
 def place_checks(config: PrepConfig) -> list[Check]:
-    """Source, output, disk and lock; an output in an object store is left to :func:`store_checks`."""
+    """Check source, output, disk and lock; an output in an object store is left to :func:`store_checks`."""
     if config.source == config.output == NAMED_LATER:
         return [
             warn(
@@ -88,13 +88,13 @@ def place_checks(config: PrepConfig) -> list[Check]:
 
 
 def store_checks(config: PrepConfig) -> list[Check]:
-    """The output, where that is an object store: whether the credentials of this environment let files be written."""
+    """Check that this environment's credentials let files be written, where the output is an object store."""
     storage = open_storage(config.output)
     return [] if storage.is_local else [store_check(storage)]
 
 
 def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
-    """Whether the source can be read, and which images it has (looked for 3 s at most)."""
+    """Check that the source can be read, and return its images too (as far as 3 s reach)."""
     source = Path(config.source)
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
@@ -118,7 +118,7 @@ def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
 
 
 def caption_check(config: PrepConfig, images: FolderImages) -> Check:
-    """Whether every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
+    """Check that every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
     if not images.uncaptioned:
         return ok("captions", "NAME.txt beside each image; no server needed")
     more = ", ..." if images.uncaptioned > len(images.wanted) else ""
@@ -133,7 +133,7 @@ def caption_check(config: PrepConfig, images: FolderImages) -> Check:
 
 
 def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
-    """A warning when some of the first images would be refused for their size; nothing else is said of them."""
+    """Warn when some of the first images would be refused for their size; nothing else about them is checked."""
     refused = []
     for name in images.examples:
         try:
@@ -151,7 +151,7 @@ def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
 
 
 def output_check(config: PrepConfig) -> Check:
-    """Whether files can be written where the dataset goes; leaves nothing behind."""
+    """Check that files can be written where the dataset goes, and leave nothing behind."""
     source, output = Path(config.source).resolve(), Path(config.output).resolve()
     if output.is_relative_to(source) or source.is_relative_to(output):
         found = f"source {config.source} and output {config.output} lie inside each other"
@@ -172,7 +172,7 @@ def output_check(config: PrepConfig) -> Check:
 
 
 def store_check(storage: Storage) -> Check:
-    """Whether an object store can be listed, written and cleaned with the credentials of this environment."""
+    """Check that an object store can be listed, written and cleaned with the credentials of this environment."""
     name = f"runs/.doctor-{os.getpid()}"
     try:
         storage.write(name, b"written by prep doctor")
@@ -185,7 +185,7 @@ def store_check(storage: Storage) -> Check:
 
 
 def disk_check(config: PrepConfig, images: int) -> Check:
-    """Free space at the output against what ``images`` images take, and at the hub's cache."""
+    """Compare the free space at the output with what ``images`` images take."""
     folder = _existing(Path(config.output).resolve())
     free = shutil.disk_usage(folder).free
     need = images * SAMPLE_BYTES[config.image.format] * (config.base / 1024) ** 2
@@ -199,7 +199,7 @@ def disk_check(config: PrepConfig, images: int) -> Check:
 
 
 def cache_check() -> Check:
-    """Room for downloaded models."""
+    """Check the room for downloaded models."""
     from huggingface_hub import constants
 
     folder = _existing(Path(constants.HF_HUB_CACHE))
@@ -211,7 +211,7 @@ def cache_check() -> Check:
 
 
 def lock_check(storage: LocalFolder) -> Check:
-    """Whether another run holds the dataset. Looks for the blink of an eye, and writes nothing."""
+    """Check that no other run holds the dataset. The lock is tried for an instant, and nothing is written."""
     try:
         file = open(storage.root / LOCK, encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError:
@@ -226,7 +226,7 @@ def lock_check(storage: LocalFolder) -> Check:
 
 
 def _existing(path: Path) -> Path:
-    """``path``, or the nearest folder above it that exists."""
+    """Return ``path``, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path

@@ -1,4 +1,4 @@
-"""What the facts about machines mean for a run: pure functions of what ``examine_node`` returns."""
+"""Rules for what the facts about machines mean for a run: pure functions of what ``examine_node`` returns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUSY = "ask again when the machine is idle; if it stays so, the GPU or its drive
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes of a machine: ``vram_gb`` by layer, ``memory_gb`` per worker on a CPU (0: not worth counting).
+    """The demands of a run on a machine: ``vram_gb`` by layer, ``memory_gb`` per worker on a CPU (0: not counted).
 
     ``workers`` is the number of actors, None for one per CPU; ``device`` is ``placement.device``.
     """
@@ -42,7 +42,7 @@ class Needs:
 
 
 def needs_of(config: PrepConfig) -> Needs:
-    """The needs of a config."""
+    """Return the needs of a config."""
     encoders = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
     return Needs(
         {layer: vram_need(config, [layer]) for layer in encoders},
@@ -53,7 +53,7 @@ def needs_of(config: PrepConfig) -> Needs:
 
 
 def node_checks(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check]:
-    """What the facts of ``examine_node`` mean for a run; ``joined``: it uses a Ray that is already running."""
+    """Return the checks of one machine's facts; ``joined`` when the run uses a Ray that is already running."""
     return [
         _packages(facts),
         *_gpus(facts, needs, joined),
@@ -278,7 +278,7 @@ def _tokens(facts: dict[str, Any]) -> Check:
 
 
 def named(machines: Mapping[str, Any]) -> dict[str, Any]:
-    """The answers by what people call the machines: the host's name, with the address where two share a name."""
+    """Return the answers by the hosts' names, with the address where two hosts share a name."""
     hosts = {
         address: address if isinstance(facts, BaseException) else facts["host"] for address, facts in machines.items()
     }
@@ -290,7 +290,7 @@ def named(machines: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cluster_checks(machines: Mapping[str, Any], needs: Needs, before: float, after: float) -> list[Check]:
-    """Whether the machines of a cluster agree, and have a GPU among them.
+    """Check that the machines of a cluster agree, and have a GPU among them.
 
     The values are facts of ``examine_node``, or the exception that was raised instead; ``before`` and ``after`` are
     this machine's times around the examination.
@@ -327,7 +327,7 @@ def _clock(answers: Mapping[str, Any], before: float, after: float) -> Check:
 
 
 def _equal_versions(versions: dict[str, dict[str, str]]) -> list[Check]:
-    """FAIL for an unequal Python or Ray, with which nodes cannot talk; WARN for others, with which bytes may differ."""
+    """Return a FAIL for an unequal Python or Ray, which keep nodes from talking, and a WARN for other packages."""
     checks = []
     packages = sorted({package for node in versions.values() for package in node})
     for package in packages:
@@ -347,10 +347,10 @@ def _equal_versions(versions: dict[str, dict[str, str]]) -> list[Check]:
 
 
 def clock_difference(there: float, before: float, after: float) -> float:
-    """Seconds by which a clock that read ``there`` some time between ``before`` and ``after`` is certainly wrong."""
+    """Return the seconds by which a clock that read ``there`` between ``before`` and ``after`` is surely wrong."""
     return max(before - there, there - after, 0.0)
 
 
 def counted(number: int, what: str) -> str:
-    """``1 node``, ``2 nodes``."""
+    """Return a count in words: ``1 node``, ``2 nodes``."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -30,11 +30,11 @@ class Canvas:
         self._shift = self._depth * np.array(TOWARDS_LIGHT[scene.light])
 
     def fill(self, polygon: np.ndarray, colour: Colour) -> None:
-        """A polygon (n, 2) without outline."""
+        """Fill a polygon (n, 2), without outline."""
         self._draw.polygon((polygon * self._scale).ravel().tolist(), fill=colour)
 
     def shapes(self, polygons: Sequence[np.ndarray], colour: Colour, edge: Colour | None = None) -> None:
-        """Polygons as one body: all outlines lie behind all fills, and the side away from the light is in shade."""
+        """Draw polygons as one body: all outlines behind all fills, and the side away from the light in shade."""
         normals = [outward_normals(polygon) for polygon in polygons]
         for polygon, normal in zip(polygons, normals):
             self.fill(polygon + self._outline * normal, edge or outline_colour(colour))
@@ -48,7 +48,7 @@ class Canvas:
             self.fill(polygon - self._depth * normal + self._shift, colour)
 
     def stroke(self, path: np.ndarray, thickness: float, colour: Colour) -> None:
-        """A line with round ends through ``path`` (n, 2), without outline."""
+        """Draw a line with round ends through ``path`` (n, 2), without outline."""
         points = [tuple(p) for p in (path * self._scale).tolist()]
         thick = max(1.0, thickness * self._scale[1])
         self._draw.line(points, fill=colour, width=round(thick), joint="curve")
@@ -58,22 +58,22 @@ class Canvas:
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """The colour with its light multiplied by ``factor``, clipped."""
+    """Return the colour with its light multiplied by ``factor``, clipped."""
     return tuple(min(255, max(0, round(c * factor))) for c in colour)
 
 
 def mix(colour: Colour, other: Colour, share: float) -> Colour:
-    """The colour with ``share`` of another one in it."""
+    """Return the colour with ``share`` of another one in it."""
     return tuple(round(c + (o - c) * share) for c, o in zip(colour, other))
 
 
 def outline_colour(colour: Colour) -> Colour:
-    """A darker tone of the fill; black shapes get a lighter one, so that limbs stay apart."""
+    """Return a darker tone of the fill; black shapes get a lighter one, so that limbs stay apart."""
     return shade(colour, 0.62) if sum(colour) > 160 else (84, 84, 90)
 
 
 def outward_normals(polygon: np.ndarray) -> np.ndarray:
-    """Unit vectors (n, 2) that point out of the polygon (n, 2) at its vertices."""
+    """Return unit vectors (n, 2) that point out of the polygon (n, 2) at its vertices."""
     following, preceding = np.concatenate([polygon[1:], polygon[:1]]), np.concatenate([polygon[-1:], polygon[:-1]])
     tangent = following - preceding
     length = np.sqrt(tangent[:, 0] ** 2 + tangent[:, 1] ** 2)
@@ -82,19 +82,19 @@ def outward_normals(polygon: np.ndarray) -> np.ndarray:
 
 
 def ellipse(centre: np.ndarray, rx: float, ry: float | None = None, angle: float = 0.0, count: int = 40) -> np.ndarray:
-    """An ellipse as a polygon, its x axis turned clockwise by ``angle`` radians."""
+    """Return an ellipse as a polygon, its x axis turned clockwise by ``angle`` radians."""
     a = np.linspace(0, 2 * math.pi, count, endpoint=False)
     points = np.stack([rx * np.cos(a), (rx if ry is None else ry) * np.sin(a)], 1)
     return centre + points @ rotation(angle).T
 
 
 def rotation(angle: float) -> np.ndarray:
-    """The matrix that turns clockwise by ``angle`` radians (y points down)."""
+    """Return the matrix that turns clockwise by ``angle`` radians (y points down)."""
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
 def capsule(a: np.ndarray, b: np.ndarray, ra: float, rb: float, flat: bool = False) -> np.ndarray:
-    """Two discs and everything between them: a tapered limb; ``flat`` cuts it straight at ``b``, like a cuff."""
+    """Return two discs and all between them, a tapered limb; ``flat`` cuts it straight at ``b``, like a cuff."""
     angle = math.atan2(b[1] - a[1], b[0] - a[0])
     around = np.linspace(-math.pi / 2, math.pi / 2, 13)
     start = a + ra * np.stack([np.cos(angle + math.pi + around), np.sin(angle + math.pi + around)], 1)
@@ -107,7 +107,7 @@ def capsule(a: np.ndarray, b: np.ndarray, ra: float, rb: float, flat: bool = Fal
 
 
 def smooth(points: Sequence[np.ndarray], steps: int = 6) -> np.ndarray:
-    """A closed Catmull-Rom curve through ``points`` as a polygon."""
+    """Return a closed Catmull-Rom curve through ``points`` as a polygon."""
     p = np.asarray(points)
     t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
     a, b, c, d = np.roll(p, 1, 0), p, np.roll(p, -1, 0), np.roll(p, -2, 0)

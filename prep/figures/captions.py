@@ -141,7 +141,7 @@ def scene_caption(scene: Scene, dice: Dice, short: bool = False) -> str:
 
 
 def _sentences(scene: Scene, dice: Dice, short: bool) -> tuple[str, list[str], list[str]]:
-    """The opening, the sentences that every caption has, and those that say more."""
+    """Return the opening, the sentences that every caption has, and those that say more."""
     words = _words(scene, dice, short)
 
     def say(templates: tuple[str, ...]) -> str:
@@ -154,7 +154,7 @@ def _sentences(scene: Scene, dice: Dice, short: bool) -> tuple[str, list[str], l
 
 
 def _words(scene: Scene, dice: Dice, short: bool) -> dict[str, str]:
-    """What the fields of the templates stand for in this scene."""
+    """Return what the fields of the templates stand for in this scene."""
     subject, possessive = ("she", "her") if scene.person == "woman" else ("he", "his")
     free = "right" if scene.held_hand == "left" else "left"
     held_arm = scene.left_arm if scene.held_hand == "left" else scene.right_arm

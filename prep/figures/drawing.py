@@ -1,4 +1,4 @@
-"""Draw a figure scene: flat, friendly vector art with outlines, supersampled with Pillow."""
+"""The drawing of a figure scene: flat, friendly vector art with outlines, supersampled with Pillow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _lit(image: Image.Image, source: str) -> Image.Image:
 
 
 def _draw_room(canvas: Canvas) -> None:
-    """Floor and the shadow under the figure; the wall is the canvas itself."""
+    """Draw the floor and the shadow under the figure; the wall is the canvas itself."""
     scene, wall = canvas.scene, BACKGROUND_COLOURS[canvas.scene.background]
     horizon = scene.ground - 0.055 * scene.unit
     if horizon < 1:
@@ -75,7 +75,7 @@ def _draw_room(canvas: Canvas) -> None:
 
 
 def _draw_behind(canvas: Canvas) -> None:
-    """What is behind the body: a stool, long hair, a bun, pigtails."""
+    """Draw what is behind the body: a stool, long hair, a bun, pigtails."""
     scene, u = canvas.scene, canvas.unit
     if scene.legs == "sitting":
         seat = scene.points["pelvis"] + np.array([0, 0.075 * u])
@@ -105,7 +105,7 @@ def _draw_behind(canvas: Canvas) -> None:
 
 
 def _head_outline(scene: Scene, half: Sequence[Pair], rest: Sequence[Pair] = ()) -> np.ndarray:
-    """A smooth shape in the head frame: ``half`` on the right side, mirrored to the left, then ``rest``."""
+    """Return a smooth shape in the head frame: ``half`` on the right side, mirrored to the left, then ``rest``."""
     outline = [*half, *((-x, y) for x, y in reversed(half)), *rest]
     return smooth([head_point(scene, *point) for point in outline])
 
@@ -122,14 +122,14 @@ def _draw_legs(canvas: Canvas) -> None:
 
 
 def _torso_point(canvas: Canvas, x: float, y: float) -> np.ndarray:
-    """A point of the torso's frame: x across (scaled by the build), y up from the pelvis, in figure heights."""
+    """Return a point of the torso's frame: x across (scaled by the build), y up from the pelvis, in figure heights."""
     spine = canvas.points["neck"] - canvas.points["pelvis"]
     up = spine / math.hypot(*spine)
     return canvas.points["pelvis"] + np.array([-up[1], up[0]]) * x * canvas.girth + up * y * canvas.unit
 
 
 def _draw_torso(canvas: Canvas) -> None:
-    """Neck and top: a jumper has a ribbed hem, a shirt a collar and buttons, a short-sleeved top a low neck."""
+    """Draw neck and top: a jumper has a ribbed hem, a shirt a collar and buttons, a short-sleeved top a low neck."""
     scene, u = canvas.scene, canvas.unit
     skin, colour = SKIN_COLOURS[scene.skin], TOP_COLOURS[scene.top]
     edge = outline_colour(colour)
@@ -174,7 +174,7 @@ def _draw_arm(canvas: Canvas, side: str) -> None:
 
 
 def _draw_hand(canvas: Canvas, side: str) -> None:
-    """A palm and five fingers along the keypoints of the hand."""
+    """Draw a palm and five fingers along the keypoints of the hand."""
     u, skin = canvas.unit, SKIN_COLOURS[canvas.scene.skin]
     hand = canvas.keypoints[LEFT_HAND if side == "left" else RIGHT_HAND]
     palm = hand[0] + (canvas.points[f"{side}_finger"] - hand[0]) * 0.36
@@ -208,7 +208,7 @@ def _draw_head(canvas: Canvas) -> None:
 
 
 def _draw_hair(canvas: Canvas) -> None:
-    """The cap of hair round the face, and long locks over the shoulders."""
+    """Draw the cap of hair round the face, and long locks over the shoulders."""
     scene, hair = canvas.scene, HAIR_COLOURS[canvas.scene.hair]
     low = {"short": 0.0, "curly": 0.28}.get(scene.hair_style, 0.1)
     parting = 0.2 if scene.hair_style in ("short", "long", "pigtails") else 0.0
@@ -233,7 +233,7 @@ def _draw_hair(canvas: Canvas) -> None:
 
 
 def _draw_object(canvas: Canvas) -> None:
-    """The held object, and fingers over what they grip."""
+    """Draw the held object, and the fingers over what they grip."""
     scene, u = canvas.scene, canvas.unit
     colour = TOP_COLOURS[scene.held_colour]
     edge, gleam = outline_colour(colour), mix(colour, WHITE, 0.55)

@@ -76,7 +76,7 @@ class Figure:
 
 
 def draw_figure(seed: int, index: int, size: int, short_caption: bool = False, mirrored: bool = False) -> Figure:
-    """Figure ``index`` of the set ``seed``, with an area of about ``size`` * ``size`` pixels.
+    """Draw figure ``index`` of the set ``seed``, with an area of about ``size`` * ``size`` pixels.
 
     The scene depends on (seed, index) alone, so that every size shows the same picture; ``mirrored`` gives its mirror
     image, with joints and words of the mirrored scene.
@@ -154,7 +154,7 @@ def _check(out: Path, parameters: dict) -> None:
 
 
 def _in_processes(draw: Callable[[range], list[dict]], batches: list[range], workers: int) -> Iterator[list[dict]]:
-    """The results of ``draw`` over ``batches``, in order, computed by ``workers`` processes."""
+    """Yield the results of ``draw`` over ``batches``, in order, computed by ``workers`` processes."""
     if workers == 1:
         yield from map(draw, batches)
         return
@@ -163,7 +163,7 @@ def _in_processes(draw: Callable[[range], list[dict]], batches: list[range], wor
 
 
 def _write_batch(out: Path, size: int, seed: int, short_captions: bool, indices: range) -> list[dict]:
-    """Draw and write some figures; returns their rows of truth."""
+    """Draw and write some figures, and return their rows of truth."""
     return [_write_one(out, draw_figure(seed, index, size, short_captions), index) for index in indices]
 
 
@@ -180,7 +180,7 @@ def _write_one(out: Path, figure: Figure, index: int) -> dict:
 
 
 def _truth_bytes(rows: list[dict]) -> bytes:
-    """``truth.parquet``: one row per figure, in order."""
+    """Return the bytes of ``truth.parquet``: one row per figure, in order."""
     kinds = {
         "width": pa.int32(),
         "height": pa.int32(),

@@ -29,7 +29,7 @@ _FINGERS = ((52, 0.22, 0.52), (15, 0.5, 0.42), (2, 0.52, 0.48), (-11, 0.5, 0.43)
 
 
 def scene_keypoints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (133, 2) in the scene's relative coordinates and visibility (133,): 1 hidden by something, 2 in view.
+    """Return positions (133, 2) in the scene's relative coordinates and visibility (133,): 1 hidden, 2 in view.
 
     Joints of the body are where the drawing puts its limbs' axes; being under clothes is being in view, as in COCO.
     Ears are hidden by hair that covers them, other points by a ball, balloon or book in front of them.
@@ -58,7 +58,7 @@ def scene_keypoints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def face_points(scene: Scene) -> np.ndarray:
-    """The 68 face points (68, 2): jaw from the figure's right ear to its left, brows, nose, eyes, mouth."""
+    """Return the 68 face points (68, 2): jaw from the figure's right ear to its left, brows, nose, eyes, mouth."""
     shift = 0.16 * scene.turn
 
     def arc(centre: float, middle: float, half: float, rise: float, count: int, start: float = -1, end: float = 1):
@@ -81,7 +81,7 @@ def face_points(scene: Scene) -> np.ndarray:
 
 
 def hand_points(scene: Scene, side: str) -> np.ndarray:
-    """Wrist, then four points of the thumb, index, middle, ring and little finger (21, 2)."""
+    """Return the wrist, then four points of the thumb, index, middle, ring and little finger (21, 2)."""
     wrist, finger = scene.points[f"{side}_wrist"], scene.points[f"{side}_finger"]
     along = finger - wrist
     # the thumb is towards the body when the arm hangs and towards the head when it is raised

@@ -12,7 +12,7 @@ _OPPOSITE = {"left": "right", "right": "left"}
 
 
 def mirror_scene(scene: Scene) -> Scene:
-    """The scene whose picture is the mirror image: x becomes aspect - x, and a left joint is a right one.
+    """Return the scene whose picture is the mirror image: x becomes aspect - x, and a left joint is a right one.
 
     A pure function of the scene, and its own inverse up to rounding. Keypoints and caption of the result are those of
     the mirror image. Its drawing is not, to the pixel: the parting of the hair and gleams of light are drawn on one

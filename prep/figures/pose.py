@@ -1,4 +1,4 @@
-"""Sample figure scenes: who, in which colours, in which pose, and where in the picture."""
+"""The sampling of figure scenes: who, in which colours, in which pose, and where in the picture."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ FORESHORTENED_THIGH = 0.11  # a sitting figure's thighs point at the viewer
 
 
 def sample_scene(seed: int, index: int) -> Scene:
-    """The scene of figure ``index`` of the set ``seed``: a pure function, whatever the size of the picture."""
+    """Return the scene of figure ``index`` of the set ``seed``: a pure function, whatever the size of the picture."""
     dice = Dice("figure", seed, index)
     width, height = dice.weighted(SHAPES)
     aspect = width / height * (1 + dice.uniform(-ASPECT_JITTER, ASPECT_JITTER))
@@ -118,7 +118,7 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 
 def _sample_pose(dice: Dice, looks: dict) -> Scene:
-    """A scene in figure heights, its pelvis at the origin."""
+    """Return a scene in figure heights, its pelvis at the origin."""
     hand = dice.pick(("left", "right"))
     thing = dice.pick(OBJECTS)
     arms = {hand: dice.pick(HELD_ARM_POSES[thing]), _other(hand): dice.pick(FREE_ARM_POSES)}
@@ -180,7 +180,7 @@ def _sample_pose(dice: Dice, looks: dict) -> Scene:
 
 
 def _foot(side: str, sign: int, ankle: np.ndarray, shin: float, legs: str, leading: str) -> dict[str, np.ndarray]:
-    """Toes and heel: the foot points outwards, or where the figure walks, and follows the shin when off the ground."""
+    """Return toes and heel: a foot points outwards, or where the figure walks, and follows the shin off the ground."""
     towards = (1 if leading == "left" else -1) if legs == "walking" else sign
     turn = shin * (0.7 if abs(shin) > math.radians(6) else 0.0)
     down, aside = _direction(turn), towards * _direction(turn + math.pi / 2)
@@ -231,7 +231,7 @@ def _place(dice: Dice, scene: Scene) -> Scene | None:
 
 
 def _joints_clear_of_border(scene: Scene) -> bool:
-    """Whether every body joint is either well inside the picture or wholly outside."""
+    """Tell whether every body joint is either well inside the picture or wholly outside."""
     for name, point in scene.points.items():
         x, y = point[0] / scene.aspect, point[1]
         inside = MARGIN <= x <= 1 - MARGIN and MARGIN <= y <= 1 - MARGIN
@@ -242,7 +242,7 @@ def _joints_clear_of_border(scene: Scene) -> bool:
 
 
 def _covers_something_judged(scene: Scene) -> bool:
-    """Whether the held object hides the face, the middle of the top or a thigh."""
+    """Tell whether the held object hides the face, the middle of the top or a thigh."""
     p = scene.points
     spots = [(p["head"], HEAD_RADIUS * 0.8), (p["neck"] * 0.5, 0.07)]
     spots += [((p[f"{side}_hip"] + p[f"{side}_knee"]) / 2, 0.03) for side in ("left", "right")]
@@ -254,7 +254,7 @@ def _covers_something_judged(scene: Scene) -> bool:
 
 
 def _direction(angle: float) -> np.ndarray:
-    """Unit vector at ``angle`` radians from straight down, towards the right of the picture."""
+    """Return the unit vector at ``angle`` radians from straight down, towards the right of the picture."""
     return np.array([math.sin(angle), math.cos(angle)])
 
 

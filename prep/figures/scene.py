@@ -1,4 +1,4 @@
-"""What a figure picture shows, as plain data: attributes and joints of an articulated person, before anything is drawn.
+"""The content of a figure picture as plain data: attributes and joints of an articulated person, before any drawing.
 
 A :class:`Scene` is in relative coordinates (x from 0 to the aspect ratio, y from 0 to 1, y down), so that one scene is
 the same picture at every size and a change of the scene (a mirror image, say) is a pure function. "Left" and "right" of
@@ -109,7 +109,7 @@ class Scene:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """Everything about the picture that is a word."""
+        """Return everything about the picture that is a word."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.type == "str"}
 
 
@@ -125,15 +125,15 @@ class Dice:
         self._generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
     def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high)."""
+        """Return a number in [low, high)."""
         return low + (high - low) * float(self._generator.random())
 
     def pick(self, items: Sequence[T]) -> T:
-        """One of ``items``, all equally likely."""
+        """Return one of ``items``, all equally likely."""
         return items[int(self._generator.random() * len(items))]
 
     def weighted(self, weights: dict[T, float]) -> T:
-        """A key of ``weights``, as likely as its value says (the values sum to 1)."""
+        """Return a key of ``weights``, as likely as its value says (the values sum to 1)."""
         mark = float(self._generator.random())
         for item, weight in weights.items():
             mark -= weight
@@ -142,20 +142,20 @@ class Dice:
         return item
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """The items in a random order."""
+        """Return the items in a random order."""
         marks = self._generator.random(len(items))
         return [items[i] for i in np.argsort(marks, kind="stable")]
 
 
 def union_box(circles: Sequence[Circle]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the smallest box round all circles (centre, radius)."""
+    """Return left, top, right and bottom of the smallest box round all circles (centre, radius)."""
     centres = np.array([centre for centre, _ in circles])
     radii = np.array([radius for _, radius in circles])[:, None]
     return (*(centres - radii).min(0).tolist(), *(centres + radii).max(0).tolist())
 
 
 def body_circles(scene: Scene) -> list[Circle]:
-    """Circles that together span the drawn person: the basis of its box and of its place in the picture."""
+    """Return circles that together span the drawn person: the basis of its box and its place in the picture."""
     p, u = scene.points, scene.unit * BUILDS[scene.build]
     circles = [(head_point(scene, 0, -0.1), HEAD_RADIUS * scene.unit * 1.08)]
     circles += [
@@ -173,7 +173,7 @@ def body_circles(scene: Scene) -> list[Circle]:
 
 
 def object_circles(scene: Scene) -> list[Circle]:
-    """Circles (centre, radius) that bound the held object."""
+    """Return circles (centre, radius) that bound the held object."""
     grip, u = object_grip(scene), scene.unit
     outward = 1 if scene.held_hand == "left" else -1
 
@@ -194,18 +194,18 @@ def object_circles(scene: Scene) -> list[Circle]:
 
 
 def object_grip(scene: Scene) -> np.ndarray:
-    """The middle of the holding hand."""
+    """Return the middle of the holding hand."""
     side = scene.held_hand
     return scene.points[f"{side}_wrist"] * 0.4 + scene.points[f"{side}_finger"] * 0.6
 
 
 def ball_centre(scene: Scene) -> np.ndarray:
-    """A ball lies against the fingers."""
+    """Return the centre of a ball that lies against the fingers."""
     wrist, finger = (scene.points[f"{scene.held_hand}_{part}"] for part in ("wrist", "finger"))
     return finger + (finger - wrist) / np.hypot(*(finger - wrist)) * 0.036 * scene.unit
 
 
 def head_point(scene: Scene, u: float, v: float) -> np.ndarray:
-    """A point of the head frame (in head radii, u to the right of the picture, v towards the chin) in the picture."""
+    """Return a point of the head frame (in head radii, u to the right, v towards the chin) in the picture."""
     cos, sin = math.cos(scene.tilt), math.sin(scene.tilt)
     return scene.points["head"] + HEAD_RADIUS * scene.unit * np.array([u * cos - v * sin, u * sin + v * cos])

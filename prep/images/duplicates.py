@@ -23,9 +23,8 @@ HASH_SIDE = 8  # the 8x8 lowest frequencies of a 32x32 DCT: the usual "pHash", 6
 DCT_SIDE = 32
 THUMBNAIL_SIDE = 16
 MAX_DISTANCE = 4  # JPEG q50 and half the size change 0 to 4 bits of a photograph
-MAX_DIFFERENCE = (
-    3.0  # mean absolute difference of thumbnails, 0-255: those edits stay below 2.5, two figures are above 10
-)
+# mean absolute difference of thumbnails, 0-255: those edits stay below 2.5, two figures are above 10
+MAX_DIFFERENCE = 3.0
 BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits; see near_pairs
 # fastdup, which compares features by cosine too, calls images above .98 nearly identical
 CLS_COSINE = {"production": 0.98, "demo": 1.0}
@@ -40,7 +39,7 @@ _DCT = np.cos(np.pi * np.outer(np.arange(HASH_SIDE), np.arange(DCT_SIDE) + 0.5) 
 
 
 def perceptual_hash(pixels: np.ndarray) -> str:
-    """64 bits as 16 hexadecimal digits: which low frequencies of uint8 (H, W, 3) are above their median."""
+    """Return 16 hexadecimal digits, 64 bits: which low frequencies of uint8 (H, W, 3) are above their median."""
     grey = Image.fromarray(pixels).convert("L").resize((DCT_SIDE, DCT_SIDE), Image.Resampling.BOX)
     frequencies = (_DCT @ np.asarray(grey, np.float64) @ _DCT.T).ravel()
     bits = frequencies > np.median(frequencies[1:])  # the first is the mean brightness
@@ -48,18 +47,18 @@ def perceptual_hash(pixels: np.ndarray) -> str:
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
-    """16x16 RGB bytes (768) of uint8 (H, W, 3), the aspect ratio not kept."""
+    """Return the 16x16 RGB bytes (768) of uint8 (H, W, 3); the aspect ratio is not kept."""
     return Image.fromarray(pixels).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
 
 
 class DisjointSets:
-    """Which of ``count`` items are connected (a disjoint-set forest)."""
+    """Sets of connected items among ``count`` (a disjoint-set forest)."""
 
     def __init__(self, count: int) -> None:
         self._parent = list(range(count))
 
     def root(self, index: int) -> int:
-        """The item that stands for all that ``index`` is connected with."""
+        """Return the item that stands for all that ``index`` is connected with."""
         parent = self._parent
         while parent[index] != index:
             parent[index] = parent[parent[index]]
@@ -71,7 +70,7 @@ class DisjointSets:
         self._parent[self.root(b)] = self.root(a)
 
     def roots(self) -> np.ndarray:
-        """The root of every item, int64 (count,)."""
+        """Return the root of every item, int64 (count,)."""
         return np.array([self.root(index) for index in range(len(self._parent))], np.int64)
 
 
@@ -124,7 +123,7 @@ def join_by_cosine(groups: DisjointSets, vectors: np.ndarray, threshold: float) 
 
 
 def _projection(unit: np.ndarray) -> np.ndarray:
-    """Rows in the directions of the largest variance, float32 (N, at most PROJECTED); a sample of rows is enough."""
+    """Return the rows in the directions of largest variance, float32 (N, at most PROJECTED), found from a sample."""
     if unit.shape[1] <= PROJECTED:
         return unit
     sample = unit[:: 1 + len(unit) // 8192].astype(np.float64)
@@ -168,14 +167,14 @@ def duplicate_groups(
 
 @dataclass(frozen=True)
 class Split:
-    """``sides`` maps keys to "train" or "holdout"; ``linking`` lists the new keys that would connect both sides."""
+    """A split: ``sides`` maps keys to "train" or "holdout", ``linking`` are the new keys that would connect both."""
 
     sides: dict[str, str]
     linking: list[str]
 
 
 def holdout_size(count: int, fraction: float, minimum: int) -> int:
-    """How many of ``count`` samples to hold out: the fraction, or the minimum where a fifth of the set allows it."""
+    """Return how many of ``count`` samples to hold out: the fraction, or the minimum if a fifth of the set allows."""
     return max(math.floor(count * fraction + 0.5), min(minimum, count // HOLDOUT_CAP))
 
 

@@ -1,4 +1,4 @@
-"""Which images are wanted: rules on the header, on the sharpness of the crop and on the number of people.
+"""Rules for which images are wanted: on the header, on the sharpness of the crop and on the number of people.
 
 Pure functions. Each answers with a reason code and a sentence for ``rejects.parquet``, or None for an image that may
 stay. The header is judged in the plan, before anything is computed; sharpness in the px layer, which is where the
@@ -24,7 +24,7 @@ Problem = tuple[str, str]
 
 
 class FilterConfig(Config):
-    """Which images are wanted; None switches a rule off."""
+    """The limits of wanted images; None switches a rule off."""
 
     min_side: int | None = Field(None, ge=1)  # pixels
     min_pixels: int | None = Field(None, ge=1)
@@ -35,7 +35,7 @@ class FilterConfig(Config):
 
     @property
     def counts_persons(self) -> bool:
-        """Whether the number of people decides about a sample."""
+        """Tell whether the number of people decides about a sample."""
         return self.min_persons is not None or self.max_persons is not None
 
     @model_validator(mode="after")
@@ -46,7 +46,7 @@ class FilterConfig(Config):
 
 
 def header_problem(width: int, height: int, filters: FilterConfig, base: int, max_upscale: float) -> Problem | None:
-    """What is wrong with an upright image of ``width`` x ``height`` pixels."""
+    """Return what is wrong with an upright image of ``width`` x ``height`` pixels."""
     size = f"{width}x{height}"
     if filters.min_side is not None and min(width, height) < filters.min_side:
         return "too_small", f"{size}: the shorter side is below filters.min_side {filters.min_side}"
@@ -62,7 +62,9 @@ def header_problem(width: int, height: int, filters: FilterConfig, base: int, ma
 
 
 def sharpness(pixels: np.ndarray) -> float:
-    """Variance of the Laplacian of uint8 (H, W, 3), in squared grey levels; three decimals, equal on every machine.
+    """Return the variance of the Laplacian of uint8 (H, W, 3), in squared grey levels, to three decimals.
+
+    The value is equal on every machine.
 
     Pictures are first reduced to the area of a square of ``SHARPNESS_SIDE``, so that the value belongs to the picture
     and not to its resolution; smaller ones stay as they are. A flat picture has 0, a blurred photograph some tens, a
@@ -79,14 +81,14 @@ def sharpness(pixels: np.ndarray) -> float:
 
 
 def blur_problem(value: float, filters: FilterConfig) -> Problem | None:
-    """What is wrong with a crop of this :func:`sharpness`."""
+    """Return what is wrong with a crop of this :func:`sharpness`."""
     if filters.min_sharpness is None or value >= filters.min_sharpness:
         return None
     return "blurred", f"sharpness {value:.1f} is below filters.min_sharpness {filters.min_sharpness}"
 
 
 def persons_problem(persons: int, filters: FilterConfig) -> Problem | None:
-    """What is wrong with a crop in which so many people were found."""
+    """Return what is wrong with a crop in which so many people were found."""
     if filters.min_persons is not None and persons < filters.min_persons:
         return "too_few_persons", f"{persons} found, filters.min_persons is {filters.min_persons}"
     if filters.max_persons is not None and persons > filters.max_persons:
@@ -95,7 +97,7 @@ def persons_problem(persons: int, filters: FilterConfig) -> Problem | None:
 
 
 def filter_recipe(layer: str, filters: FilterConfig) -> dict[str, Any]:
-    """What the recipe of a layer says of the filters that act in it; empty without any."""
+    """Return the part of a layer's recipe about the filters that act in it; empty without any."""
     acting = {"px": ("min_sharpness",), "pose": ("min_persons", "max_persons")}.get(layer, ())
     set_ = {name: value for name in acting if (value := getattr(filters, name)) is not None}
     return {"filters": set_} if set_ else {}

@@ -1,7 +1,7 @@
-"""What the scan knows of files that have not changed, so that looking at a folder again costs one ``stat`` per file.
+"""A cache of what a scan found in files, so that scanning a folder again costs one ``stat`` per unchanged file.
 
-Only a memory: whatever is missing in it is read again, and the px layer checks the hash of every file that it decodes.
-It lies below ``runs/`` of the dataset, the place for what belongs to one machine and one moment.
+It can be deleted at any time: whatever is missing in it is read again, and the px layer checks the hash of every file
+that it decodes. It lies below ``runs/`` of the dataset, the place for what belongs to one machine and one moment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Stamp = tuple[int, int, int]
 
 
 class ScanCache:
-    """Remembers a plain value per file of ``folder``; use as a context manager, which writes it at the end.
+    """One plain value per file of ``folder``, to be used as a context manager, which writes them at the end.
 
     Nothing is written where no run has begun: a plan may name any place, also a wrong one.
     ``settings`` is everything besides the file that the values depend on: with others nothing is remembered. An
@@ -59,7 +59,7 @@ class ScanCache:
         return {name: (tuple(stamp), value) for name, *stamp, value in zip(*columns)}
 
     def look(self, name: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``read`` says of the file, without reading it when it has not changed. Raises what ``read`` raises."""
+        """Return what ``read`` says of the file, from memory for an unchanged one. Raises what ``read`` raises."""
         try:
             stat = os.stat(self.folder / name)
         except OSError:
@@ -73,7 +73,7 @@ class ScanCache:
         return json.loads(known[1])
 
     def forget(self, name: str) -> None:
-        """Read the file again next time: it turned out to be another one than remembered."""
+        """Forget a file, which turned out to be another one than remembered, so that it is read again."""
         self._old.pop(name, None)
         self._new.pop(name, None)
 

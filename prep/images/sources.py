@@ -1,4 +1,4 @@
-"""Source images: find them, hash them, look at their headers, and decode them to canonical pixels.
+"""Source images: finding and hashing them, checking their headers, and decoding them to canonical pixels.
 
 Canonical pixels are 8-bit sRGB, upright, without alpha: EXIF orientation applied, an embedded ICC profile converted to
 sRGB, transparency composited over white, 16-bit grey scaled (not cut) to 8 bits, CMYK and palettes converted. What
@@ -88,7 +88,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source folder holds, each list sorted by name; ``sources`` has distinct keys."""
+    """The content of a source folder, each list sorted by name; ``sources`` has distinct keys."""
 
     sources: list[Source]
     rejects: list[Reject]
@@ -140,7 +140,7 @@ def _name_problem(path: Path, root: Path) -> BadImage | None:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is a link to something outside ``folder``."""
+    """Tell whether ``path`` is a link to something outside ``folder``."""
     # realpath, because Path.resolve raises for a link that leads to itself
     return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder.resolve())
 
@@ -267,7 +267,7 @@ def load_canonical(
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
+    """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
     file = io.BytesIO(data)
     with _open_image(file) as image:
         _check_header(image, max_pixels)
@@ -284,7 +284,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def read_orientation(image: Image.Image, file: io.IOBase) -> int:
-    """The EXIF orientation (1 to 8) of an opened image, without decoding it; 1 where EXIF is missing or damaged."""
+    """Return the EXIF orientation (1 to 8) of an opened image, without decoding it; 1 for missing or damaged EXIF."""
     try:
         if image.format == "TIFF":  # Pillow's TIFF reader turns the picture itself, and reports the upright size
             return 1
@@ -315,7 +315,7 @@ def _png_chunk(file: io.IOBase, wanted: bytes) -> bytes | None:
 
 
 def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
-    """Upright 8-bit sRGB without alpha; see the module's docstring. Raises BadImage for modes without a meaning."""
+    """Return upright 8-bit sRGB without alpha, as the module says. Raises BadImage for modes without a meaning."""
     profile = image.info.get("icc_profile")
     if image.mode in ("I", "F"):
         raise BadImage(

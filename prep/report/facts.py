@@ -1,4 +1,4 @@
-"""What the dataset report says of bytes, models and time: from the index, dataset.json, and the logs of the runs."""
+"""Facts for the dataset report about bytes, models and time: from the index, dataset.json and the runs' logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ View = dict[str, Any]
 
 
 def layer_bytes(dataset: Dataset) -> View:
-    """Bytes of every layer and member in all and per sample, and what the framing of the tars adds."""
+    """Return the bytes of every layer and member, in all and per sample, and what the framing of the tars adds."""
     table, samples = dataset.table, len(dataset)
     layers, framing = [], 0
     for layer in dataset.layers:
@@ -36,7 +36,7 @@ def layer_bytes(dataset: Dataset) -> View:
 
 
 def models(info: Mapping[str, Any]) -> list[View]:
-    """What dataset.json says of every layer: model, fingerprint, and everything else as dotted names."""
+    """Return what dataset.json says of every layer: model, fingerprint, and everything else as dotted names."""
     views = []
     for layer in [name for name in LAYERS if name in info["layers"]]:
         facts = _flat(info["layers"][layer])
@@ -54,7 +54,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def timings(runs: Sequence[Mapping[str, Any]]) -> View | None:
-    """What the logs of the runs say: work per layer over all runs, and the newest runs; None without logs."""
+    """Return the work per layer over all runs, and the newest runs, from the logs; None without logs."""
     if not runs:
         return None
     work: dict[str, View] = {}
@@ -77,7 +77,7 @@ def timings(runs: Sequence[Mapping[str, Any]]) -> View | None:
 
 
 def short_duration(seconds: float) -> str:
-    """Seconds as people read them; short ones with a digit after the point."""
+    """Return seconds as people read them; short ones have a digit after the point."""
     return f"{seconds:.1f}s" if seconds < 9.95 else duration(seconds)
 
 
@@ -87,8 +87,10 @@ def _in_order(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_runs(storage: Storage) -> list[View]:
-    """What the logs say of every run, oldest first: ``number``, ``start`` (Unix time) and ``seconds`` where they are
-    known, ``end``, and the ``units`` that were computed. Lines that are cut off, by a kill for example, are skipped.
+    """Return what the logs say of every run, oldest first.
+
+    ``number``, ``start`` (Unix time) and ``seconds`` where they are known, ``end``, and the ``units`` that were
+    computed. Lines that are cut off, by a kill for example, are skipped.
     """
     runs = []
     for name in storage.names("runs/"):

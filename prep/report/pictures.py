@@ -33,7 +33,7 @@ MAX_FILE_BYTES, MAX_PIXELS = 64 << 20, 64_000_000  # of a refused source that is
 
 
 def embed(image: Image.Image, side: int) -> str:
-    """``image`` with its longer side reduced to at most ``side`` pixels, as a data URI."""
+    """Return ``image`` as a data URI, its longer side reduced to at most ``side`` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
@@ -42,7 +42,7 @@ def embed(image: Image.Image, side: int) -> str:
 
 
 def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """``function`` of every item, in their order."""
+    """Return ``function`` of every item, in their order."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
 
@@ -55,7 +55,7 @@ class SampleThumbnails:
         self._made: dict[tuple[str, int], str] = {}
 
     def make(self, rows: Sequence[Mapping[str, Any]], side: int = SMALL) -> list[str]:
-        """One picture per row of the index. Raises DataError for a damaged shard."""
+        """Return one picture per row of the index. Raises DataError for a damaged shard."""
         new = {row["key"]: row for row in rows if (row["key"], side) not in self._made}
         pictures = in_parallel(lambda row: embed(Image.fromarray(self.dataset.pixels(row)), side), new.values())
         self._made |= {(key, side): picture for key, picture in zip(new, pictures)}
@@ -63,9 +63,10 @@ class SampleThumbnails:
 
 
 class RejectThumbnails:
-    """Finds pictures of refused sources: the crop if the sample came as far as that, else the source itself.
+    """Pictures of refused sources: the crop if the sample came as far as that, else the source itself.
 
-    Sources are looked for in the folder that the newest run was given. No picture is "", never an error: files move.
+    Sources are looked for in the folder that the newest run was given. Where there is no picture it is "", and never an
+    error: files move.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -74,7 +75,7 @@ class RejectThumbnails:
         self._places: dict[str, tuple[str, str, int]] = {}
 
     def make(self, rejects: Sequence[Mapping[str, str]]) -> list[str]:
-        """One data URI, or "", per row of the rejects table."""
+        """Return one data URI, or "", per row of the rejects table."""
         self._places = _places(self.dataset.storage, [reject["source"] for reject in rejects])
         return in_parallel(self._picture, rejects)
 
@@ -111,7 +112,7 @@ class RejectThumbnails:
 
 
 def source_folder(storage: Storage) -> Path | None:
-    """The source folder of the newest run, where that is a folder of this machine."""
+    """Return the source folder of the newest run, where that is a folder of this machine."""
     configs = [name for name in storage.names("runs/") if name.endswith("/config.yaml")]
     try:
         folder = Path(yaml.safe_load(storage.read(max(configs)))["source"])
@@ -121,7 +122,7 @@ def source_folder(storage: Storage) -> Path | None:
 
 
 def _places(storage: Storage, sources: Sequence[str]) -> dict[str, tuple[str, str, int]]:
-    """Key, bucket and shard of those of ``sources`` that the manifest knows."""
+    """Return key, bucket and shard of those of ``sources`` that the manifest knows."""
     columns = ["source", "key", "bucket", "shard"]
     try:
         table = read_parquet(storage.read("manifest.parquet"), columns)

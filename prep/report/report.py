@@ -30,7 +30,7 @@ REPORT = "report.html"
 def write_report(dataset: Path | str | Storage, output: Path | None = None) -> Path | str:
     """Write the page about a dataset (a folder, or the URL of an object store), by default ``report.html`` in it.
 
-    Returns its path or URL. Raises DataError for something that is no dataset, holds no sample, or is damaged.
+    Return its path or URL. Raises DataError for something that is no dataset, holds no sample, or is damaged.
     """
     storage = open_storage(dataset)
     page = render(storage)
@@ -42,7 +42,7 @@ def write_report(dataset: Path | str | Storage, output: Path | None = None) -> P
 
 
 def render(storage: Storage) -> str:
-    """The page as text."""
+    """Return the page as text."""
     dataset = Dataset(storage)
     if not len(dataset):
         raise DataError(f"{storage}: the index holds no sample, so there is nothing to show")
@@ -79,7 +79,7 @@ def render(storage: Storage) -> str:
 
 
 def read_rejects(storage: Storage) -> pa.Table | None:
-    """The refused sources; None where the table is missing. Raises DataError when it is damaged."""
+    """Return the refused sources; None where the table is missing. Raises DataError when it is damaged."""
     try:
         return read_parquet(storage.read(REJECTS))
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def read_rejects(storage: Storage) -> pa.Table | None:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them, with three significant digits: ``1.03 MB``."""
+    """Return bytes as people read them, with three significant digits: ``1.03 MB``."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 999.5 and len(units) > 1:
         count, units = count / 1000, units[1:]
@@ -98,7 +98,7 @@ def size(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as people read it, ``4.2 %``; only nothing is 0 and only all is 100."""
+    """Return a share as people read it, ``4.2 %``; only nothing is 0 and only all is 100."""
     if share in (0, 1) or 0.1 <= share < 0.99:
         return f"{100 * share:.0f}\u00a0%"
     if share < 0.001:
@@ -107,5 +107,5 @@ def percent(share: float) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """A Unix time as UTC, to the minute."""
+    """Return a Unix time as UTC, to the minute."""
     return "unknown" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,4 +1,4 @@
-"""What the dataset report shows of the samples, as plain values: counts over all of them, and a few of each kind.
+"""Views of the samples for the dataset report, as plain values: counts over all of them, and a few of each kind.
 
 The index is read as whole columns; only samples that are shown become rows. Keys are hashes of the sources, so the
 first samples in the order of keys are a fair draw that is the same every time.
@@ -50,24 +50,24 @@ View = dict[str, Any]
 
 
 def rows_at(table: pa.Table, places: Sequence[int] | np.ndarray) -> list[View]:
-    """Some rows of the index as plain dicts."""
+    """Return some rows of the index as plain dicts."""
     return table.take(pa.array(places, pa.int64())).to_pylist()
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A numeric column as an array."""
+    """Return a numeric column as an array."""
     return table[name].to_numpy()
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most about ``limit`` characters of a text, and how much more there is."""
+    """Return at most about ``limit`` characters of a text, and how much more there is."""
     if len(text) <= limit:
         return text
     return f"{text[:limit].rstrip()} … ({len(text) - limit:,} more characters)"
 
 
 def crop_loss(table: pa.Table) -> np.ndarray:
-    """The share of each source image's area that the crop cuts away, (n,) in [0, 1)."""
+    """Return the share of each source image's area that the crop cuts away, (n,) in [0, 1)."""
     left, top, right, bottom, width, height = (
         numbers(table, name) for name in ("crop_left", "crop_top", "crop_right", "crop_bottom", "width", "height")
     )
@@ -76,7 +76,7 @@ def crop_loss(table: pa.Table) -> np.ndarray:
 
 
 def crops(table: pa.Table) -> View:
-    """How much of the sources the crops cut away, over all samples."""
+    """Return how much of the sources the crops cut away, over all samples."""
     loss = crop_loss(table)
     median = float(np.median(loss))
     marks = [(median, f"median {100 * median:.1f} %")]
@@ -88,7 +88,7 @@ def crops(table: pa.Table) -> View:
 
 
 def buckets(dataset: Dataset, thumbnails: SampleThumbnails) -> list[View]:
-    """Every bucket, the fullest first: counts, crop loss, enlargement and a contact sheet."""
+    """Return every bucket, the fullest first: counts, crop loss, enlargement and a contact sheet."""
     table, views = dataset.table, []
     names, sides = table["bucket"].to_numpy(zero_copy_only=False), table["split"].to_numpy(zero_copy_only=False)
     loss, shards = crop_loss(table), numbers(table, "shard")
@@ -118,7 +118,7 @@ def buckets(dataset: Dataset, thumbnails: SampleThumbnails) -> list[View]:
 
 
 def sharpness(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
-    """How sharp the crops are, and the least sharp of them; None for an index without that column."""
+    """Return how sharp the crops are, and the least sharp of them; None for an index without that column."""
     table = dataset.table
     if "sharpness" not in table.column_names:
         return None
@@ -133,7 +133,7 @@ def sharpness(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
 
 
 def equal_area_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, side: int = SMALL) -> list[View]:
-    """The pictures of some rows, each with what makes all of them equal in area."""
+    """Return the pictures of some rows, each with the stretch that makes all of them equal in area."""
     views = []
     for row, data in zip(rows, thumbnails.make(rows, side)):
         bucket = Bucket.parse(row["bucket"])
@@ -143,7 +143,7 @@ def equal_area_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, side
 
 
 def duplicates(dataset: Dataset, thumbnails: SampleThumbnails, rejects: pa.Table | None) -> View:
-    """Groups of near duplicates, the largest first, and how many sources were exact copies of another one."""
+    """Return groups of near duplicates, the largest first, and how many sources were exact copies of another."""
     table = dataset.table
     counted = table.group_by("duplicate_group").aggregate([("key", "count"), ("split", "count_distinct")])
     counted = counted.filter(pc.greater(counted["key_count"], 1))
@@ -166,7 +166,7 @@ def duplicates(dataset: Dataset, thumbnails: SampleThumbnails, rejects: pa.Table
 
 
 def refused(rejects: pa.Table | None, pictures: RejectThumbnails) -> list[View]:
-    """Refused sources by stage and reason, most frequent first, with examples."""
+    """Return the refused sources by stage and reason, the most frequent first, with examples."""
     if rejects is None or not len(rejects):
         return []
     counted = rejects.group_by(["stage", "reason"]).aggregate([("source", "count")])
@@ -185,7 +185,7 @@ def refused(rejects: pa.Table | None, pictures: RejectThumbnails) -> list[View]:
 
 
 def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
-    """Lengths, cut captions, repeated ones, and a few to read; None without the text layer."""
+    """Return lengths, cut captions, repeated ones, and a few to read; None without the text layer."""
     if "text" not in dataset.layers:
         return None
     table = dataset.table
@@ -233,7 +233,7 @@ def _with_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, limit: in
 
 
 def repeated_captions(table: pa.Table, thumbnails: SampleThumbnails) -> View:
-    """Texts that several images share: how many, and the most frequent ones with their images."""
+    """Return how many texts several images share, and the most frequent ones with their images."""
     counted = table.group_by("caption").aggregate([("key", "count")])
     counted = counted.filter(pc.greater(counted["key_count"], 1))
     counted = counted.sort_by([("key_count", "descending"), ("caption", "ascending")])
@@ -249,7 +249,7 @@ def repeated_captions(table: pa.Table, thumbnails: SampleThumbnails) -> View:
 
 
 def poses(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
-    """How many people, how sure the joints are, and skeletons over pictures; None without the pose layer."""
+    """Return how many people, how sure the joints are, and skeletons over pictures; None without the pose layer."""
     if "pose" not in dataset.layers:
         return None
     table = dataset.table
@@ -299,7 +299,7 @@ def _skeleton(dataset: Dataset, row: View) -> View:
 
 
 def joint_summary(confidence: np.ndarray) -> list[View]:
-    """For each group of joints the share that was found and the median confidence, from (samples, 133)."""
+    """Return for each group of joints the share that was found and the median confidence, from (samples, 133)."""
     return [
         {
             "name": name,

@@ -1,4 +1,4 @@
-"""What ``prep verify`` asks of one unit: its tar is the committed one, built as ours are, and holds what it should.
+"""Checks of one unit: its tar is the committed one, is built as ours are, and holds what it should.
 
 Nothing is extracted and no name from a tar is ever opened: the tar is read as bytes, its headers are compared with what
 the index part says must be there, and arrays are parsed from NPY headers that cannot hold a pickle.
@@ -34,7 +34,7 @@ NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half w
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: ``kind`` is "damaged", "leak", "orphan" or "older", ``file`` a name below the dataset."""
+    """A problem: ``kind`` is "damaged", "leak", "orphan" or "older", ``file`` a name below the dataset."""
 
     kind: str
     file: str
@@ -56,7 +56,7 @@ class CheckedUnit:
     class_tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
     def damaged(self, file: str, problem: str, key: str = "") -> None:
-        """Note a damage."""
+        """Add a finding of damage."""
         self.findings.append(Finding("damaged", file, problem, key, self.unit))
 
 
@@ -119,7 +119,7 @@ def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
 
 
 def _check_structure(data: bytes, part: Part, checked: CheckedUnit) -> None:
-    """Every header is that of a plain file, in the order and at the place that the part says; nothing follows."""
+    """Check that every header is a plain file's, in the order and place that the part says, and nothing follows."""
     tar = part.unit.tar
     expected = [(key, member, offset, length) for key, member, offset, length, _ in _members(part)]
     names: set[str] = set()
@@ -149,7 +149,7 @@ def _check_structure(data: bytes, part: Part, checked: CheckedUnit) -> None:
 
 
 def _problem(info: tarfile.TarInfo, names: set[str], ours: set[str], wanted: tuple | None) -> str:
-    """Why a member is not the wanted one; empty if it is. ``names`` came before it, ``ours`` are all that belong."""
+    """Return why a member is not the wanted one, or "". ``names`` came before it, ``ours`` are all that belong."""
     if not info.isreg() or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         kinds = {"issym": "symbolic link", "islnk": "hard link", "isdir": "folder", "isdev": "device"}
         return (
@@ -172,7 +172,7 @@ def _problem(info: tarfile.TarInfo, names: set[str], ours: set[str], wanted: tup
 
 
 def _members(part: Part) -> Iterator[tuple[str, str, int, int, str]]:
-    """Key, member, offset, length and SHA-256 of everything in a unit, in the order of its tar."""
+    """Yield key, member, offset, length and SHA-256 of everything in a unit, in the order of its tar."""
     layer, members = part.unit.layer, members_of(part.unit.layer, part.recipe)
     columns = [
         [part.table[f"{layer}/{member}/{name}"].to_pylist() for name in ("offset", "length", "sha256")]
@@ -187,7 +187,7 @@ def _members(part: Part) -> Iterator[tuple[str, str, int, int, str]]:
 
 
 def _check_members(data: memoryview, part: Part, checked: CheckedUnit) -> None:
-    """Every member has its hash, and what its layer promises: kind, shape, finite numbers, the words of the index."""
+    """Check that every member has its hash, and the kind, shape, finite numbers and words that its layer promises."""
     rows = {row["key"]: row for row in part.table.to_pylist()}
     bad = 0
     for key, member, offset, length, sha256 in _members(part):
@@ -208,7 +208,7 @@ def _check_members(data: memoryview, part: Part, checked: CheckedUnit) -> None:
 
 
 def parse_npy(data: bytes) -> np.ndarray:
-    """The array in the bytes of an ``.npy`` file, without a copy. Raises DataError for pickles and wrong lengths."""
+    """Return the array of an ``.npy`` file's bytes, without a copy. Raises DataError for pickles or wrong lengths."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in NPY_VERSIONS:

@@ -41,7 +41,7 @@ READERS = 4  # tars in memory at a time, half a gigabyte each at most
 
 @dataclass
 class Inventory:
-    """What lies in a dataset's folder: units by their index parts, and what belongs to none."""
+    """The content of a dataset's folder: units by their index parts, and what belongs to none."""
 
     units: list[Unit]
     orphans: list[Finding] = field(default_factory=list)
@@ -78,7 +78,7 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
 
 
 def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
-    """What to do about the findings; with ``repair`` it is done as far as it can be."""
+    """Return what to do about the findings; with ``repair``, do it as far as possible."""
     older = {finding.unit for finding in findings if finding.kind == "older"}
     units = {finding.unit for finding in findings if finding.unit} - older
     others = [finding for finding in findings if not finding.unit]
@@ -147,7 +147,7 @@ def check_units(storage: Storage, units: list[Unit]) -> list[CheckedUnit]:
 
 
 def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, list[Finding]]:
-    """The samples of the index, and what is wrong with dataset.json and the files that it names."""
+    """Return the number of samples, and what is wrong with dataset.json and the files that it names."""
     findings: list[Finding] = []
 
     def bad(file: str, problem: str, key: str = "") -> None:
@@ -189,7 +189,7 @@ def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, 
 def compare_index(
     index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit], tables: dict[str, pa.Table]
 ) -> list[Finding]:
-    """Where the index says other things than the index parts and the manifest that it was made from."""
+    """Return where the index differs from the index parts and the manifest that it was made from."""
     findings = []
     layers = [layer for layer in LAYERS if layer in info["layers"]]
     keys = index["key"].to_pylist()
@@ -229,7 +229,7 @@ def compare_index(
 
 
 def _with_place(parts: Iterable[Part]) -> pa.Table | None:
-    """The rows of some units of one layer, with bucket, shard and fingerprint."""
+    """Return the rows of some units of one layer, with bucket, shard and fingerprint."""
     tables = []
     for part in parts:
         unit, table = part.unit, part.table.replace_schema_metadata(None)
@@ -243,7 +243,7 @@ def _with_place(parts: Iterable[Part]) -> pa.Table | None:
 
 
 def _different(ours: pa.Table, theirs: pa.Table, name: str) -> list[str]:
-    """The keys at which a column of two tables of equal keys differs; the first few."""
+    """Return the first few keys at which a column of two tables of equal keys differs."""
     if ours[name].equals(theirs[name]):
         return []
     pairs = zip(ours["key"].to_pylist(), ours[name].to_pylist(), theirs[name].to_pylist())
@@ -251,7 +251,7 @@ def _different(ours: pa.Table, theirs: pa.Table, name: str) -> list[str]:
 
 
 def _compare_manifest(index: pa.Table, complete: set[str], tables: dict[str, pa.Table]) -> list[Finding]:
-    """Samples whose place is not the planned one, and planned ones that are neither in the index nor refused."""
+    """Return samples whose place is not the planned one, and planned ones that are neither in the index nor refused."""
     findings = []
     if "manifest.parquet" not in tables or "rejects.parquet" not in tables:
         return findings
@@ -273,7 +273,7 @@ def _compare_manifest(index: pa.Table, complete: set[str], tables: dict[str, pa.
 
 
 def check_counts(index: pa.Table, info: dict[str, Any], tables: dict[str, pa.Table]) -> list[Finding]:
-    """Where the numbers of dataset.json are not those of the tables."""
+    """Return where the numbers of dataset.json are not those of the tables."""
     sides = Counter(index["split"].to_pylist())
     counts = {"samples": len(index), "train": sides["train"], "holdout": sides["holdout"]}
     if "rejects.parquet" in tables:
@@ -290,7 +290,7 @@ def check_counts(index: pa.Table, info: dict[str, Any], tables: dict[str, pa.Tab
 
 
 def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit]) -> list[Finding]:
-    """Groups of near duplicates, computed again, with members on both sides; and what the index says otherwise."""
+    """Return groups of near duplicates, computed again, on both sides, and where the index names other groups."""
     stored: dict[str, tuple[str, bytes]] = {}
     tokens: dict[str, np.ndarray] = {}
     for item in checked:
