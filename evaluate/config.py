@@ -10,6 +10,7 @@ from pydantic import Field, create_model
 from evaluate.drawing.context import DrawingConfig
 from evaluate.metrics.examiner import PoseModelsConfig
 from evaluate.suite import TESTS
+from nanodit.place import PROJECT
 
 TestName = Literal[tuple(TESTS)]
 Sections = create_model(
@@ -20,7 +21,7 @@ Sections = create_model(
 
 
 class EvaluateConfig(Sections):
-    """Everything that ``python -m evaluate run`` reads beside the checkpoint: a test's section has the test's name."""
+    """Everything that ``nanodit evaluate run`` reads beside the checkpoint: a test's section has the test's name."""
 
     tests: list[TestName] = Field(default=list(TESTS), min_length=1)
     # encoder of likeness, a folder or in the hub's cache; null: see evaluate/metrics/likeness.py
@@ -37,6 +38,6 @@ class EvaluateConfig(Sections):
 
 
 def tier_file(tier: str) -> Path:
-    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
+    """Return the config of a tier: in the working directory's configs/evaluate, otherwise the installed one."""
     name = Path("configs") / "evaluate" / f"{tier}.yaml"
-    return name if name.is_file() else Path(__file__).parents[1] / name
+    return name if name.is_file() else PROJECT / "nanodit" / name

@@ -1,4 +1,4 @@
-"""Command line: ``python -m train run | plan | sample | sweep | export``.
+"""Command line: ``nanodit train run | plan | sample | sweep | export``, or ``python -m train``.
 
 What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.place import PACKAGES, claim
 
 if TYPE_CHECKING:
     from prep.dataset.reader import Dataset
@@ -29,12 +30,17 @@ SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.method.sampling.DRAWI
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: options.verb(options))
+
+    def command() -> None:
+        claim(*PACKAGES)
+        options.verb(options)
+
+    return run_command(command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m train", description="Train NanoDiT, and draw images with it.", allow_abbrev=False
+        prog="nanodit train", description="Train NanoDiT, and draw images with it.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -80,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(verb=_sample)
     sample.add_argument(
         "--checkpoint", type=Path, required=True,
-        help="a step folder, a run folder for its newest, or what `train export` wrote",
+        help="a step folder, a run folder for its newest, or what `nanodit train export` wrote",
     )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
@@ -158,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--report", type=Path, metavar="report.json",
-        help="what `evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
+        help="what `nanodit evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
     )  # fmt: skip
     export.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --half's comparison")
     return parser

@@ -38,7 +38,7 @@ from prep.doctor.check import (
 )
 from prep.doctor.models import NoAnswer, check_model, check_network, encoder_names, examine_server, server_checks
 from prep.doctor.node import GCS_PORT, examine_node, first_line
-from prep.doctor.places import cache_check, place_checks, store_checks
+from prep.doctor.places import cache_check, place_checks, project_check, store_checks
 from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
 
 LIMIT = 14.0  # seconds for everything
@@ -125,7 +125,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     places = [CheckTask("dataset", lambda: place_checks(config)), CheckTask("output", lambda: store_checks(config))]
     if any(names.values()):
         models.append(CheckTask("model_cache", lambda: [cache_check()]))
-    return [machines, *models, *caption_tasks(config), *places]
+    return [CheckTask("nanodit", lambda: [project_check()]), machines, *models, *caption_tasks(config), *places]
 
 
 def caption_tasks(config: PrepConfig) -> list[CheckTask]:

@@ -1,4 +1,4 @@
-"""Checks of the places of a run: the source folder, the output, its disk and its lock."""
+"""Checks of places: the project's own, and a run's source folder, output, disk and lock."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from nanodit import __version__
 from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
+from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
@@ -65,6 +67,17 @@ def count_images(source: Path) -> FolderImages:
     return found
 
 
+def project_check() -> Check:
+    """Return whether ``train`` and ``evaluate`` are the project's own too; of ``prep`` the command made sure."""
+    if damage := overwritten(*PACKAGES):
+        return warn("nanodit", *damage)
+    for name in PACKAGES:
+        if other := shadow(name):
+            found = f"Python finds {other} before {PROJECT / name}"
+            return warn("nanodit", found, f"run `nanodit {name}`, not `python -m {name}`")
+    return ok("nanodit", f"{__version__} in {PROJECT}")
+
+
 def place_checks(config: PrepConfig) -> list[Check]:
     """Check source, output, disk and lock; an output in an object store is left to :func:`store_checks`."""
     if config.source == config.output == NAMED_LATER:
@@ -72,7 +85,7 @@ def place_checks(config: PrepConfig) -> list[Check]:
             warn(
                 "dataset",
                 "no source and no output given: images, disk and lock are not looked at",
-                "prep doctor --config FILE, or source=FOLDER output=FOLDER",
+                "nanodit prep doctor --config FILE, or source=FOLDER output=FOLDER",
             )
         ]
     source, images = source_check(config)
@@ -147,7 +160,13 @@ def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
     if not refused:
         return []
     found = f"{len(refused)} of {len(images.examples)} images looked at would be refused: {refused[0]}"
-    return [warn("images", found, f"take larger images, or a base below {config.base}; `prep plan` counts all of them")]
+    return [
+        warn(
+            "images",
+            found,
+            f"take larger images, or a base below {config.base}; `nanodit prep plan` counts all of them",
+        )
+    ]
 
 
 def output_check(config: PrepConfig) -> Check:
@@ -194,7 +213,9 @@ def disk_check(config: PrepConfig, images: int) -> Check:
         return fail("disk", RESOURCE, found, "make room, or choose an output on another disk")
     if free < need:
         found += f"; {images} images take about {need / GB:.1f} GB"
-        return warn("disk", found, "make room, choose another disk, or image.format=jpeg; `prep plan` says how much")
+        return warn(
+            "disk", found, "make room, choose another disk, or image.format=jpeg; `nanodit prep plan` says how much"
+        )
     return ok("disk", found + (f"; {images} images take about {max(need / GB, 0.1):.1f} GB" if images else ""))
 
 

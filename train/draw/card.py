@@ -51,7 +51,7 @@ class Report:
         except (ValueError, TypeError, KeyError, AttributeError):
             known = False
         if not known:
-            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; python -m evaluate run")
+            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; nanodit evaluate run")
         return report
 
     def check(self, source: Mapping[str, Any], fingerprint: str) -> None:
@@ -122,7 +122,7 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     asked = 'prompt="..."' if text else "reference=image"
     demo = described["dataset"]["encoders"] == "demo"
     encoder = "" if demo or not text else f" The text encoder is {_encoder(described['dataset'], 't5')}."
-    command = f"python -m train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
+    command = f"nanodit train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
     lines = [
         "## Use",
         "The code is the package nanodit, which is not on PyPI: `pip install -e '.[export]'` in a clone of its source, "
@@ -224,8 +224,8 @@ def _evaluation(report: Report | None, rounding: str | None) -> str:
             "one training seed, whose luck they do not hold.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],
-            f"From `report.json` of `evaluate run`, SHA-256 `{report.sha256}`, which names these weights by theirs; it "
-            f"has {len(report.metrics)} metrics.",
+            f"From `report.json` of `nanodit evaluate run`, SHA-256 `{report.sha256}`, which names these weights by "
+            f"theirs; it has {len(report.metrics)} metrics.",
         ]
     if rounding:
         measured = " The figures above are of the float32 weights." if report else ""

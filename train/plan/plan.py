@@ -1,4 +1,4 @@
-"""``python -m train plan``: what a run will need, before anything runs.
+"""``nanodit train plan``: what a run will need, before anything runs.
 
 Measured is what is called so; everything else is counted (parameters, tokens, FLOPs, bytes), or an estimate from what
 is counted, and labelled. A run that cannot fit ends the verb with exit code 4 and what would help, the best first.
@@ -222,7 +222,7 @@ def _notes(trainer: Any, dataset: Any) -> list[str]:
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
         notes.append("checkpoint.every_minutes without keep_last: fills the disk with more than are counted")
     if config.perceptual.every and not vgg_path().is_file():
-        notes.append(f"perceptual: VGG-16's weights are not at {vgg_path()}; `train run` says how to get them")
+        notes.append(f"perceptual: VGG-16's weights are not at {vgg_path()}; `nanodit train run` says how to get them")
     return notes
 
 
