@@ -28,15 +28,15 @@ constraints:
 
 # figures -> shards -> a trained model -> a report, without any download
 quickstart: install
-	$(BIN)/python -m prep figures $(Q)/figures --count 2500 --size 96 --seed 1 --short-captions
-	$(BIN)/python -m prep run --config configs/prep/quickstart.yaml
-	$(BIN)/python -m train run --config configs/train/quickstart.yaml
-	$(BIN)/python -m evaluate run --checkpoint $(Q)/run --config configs/evaluate/quickstart.yaml
-	$(BIN)/python -m evaluate report $(Q)/run --output $(Q)/report.html
+	$(BIN)/nanodit prep figures $(Q)/figures --count 2500 --size 96 --seed 1 --short-captions
+	$(BIN)/nanodit prep run --config configs/prep/quickstart.yaml
+	$(BIN)/nanodit train run --config configs/train/quickstart.yaml
+	$(BIN)/nanodit evaluate run --checkpoint $(Q)/run --config configs/evaluate/quickstart.yaml
+	$(BIN)/nanodit evaluate report $(Q)/run --output $(Q)/report.html
 	@printf '\n%s\n\n%s\n  %s\n  %s\n  %s\n' "The report: $(CURDIR)/$(Q)/report.html" "To go on:" \
-		"$(VENV)/bin/python -m train sample --checkpoint $(Q)/run --prompt 'A woman with long ginger hair stands in front of an azure wall. She wears a yellow jumper and black trousers.' --output $(Q)/sample.png" \
-		"$(VENV)/bin/python -m train run --config configs/train/figures-64-long.yaml" \
-		"$(VENV)/bin/python -m prep run --config configs/prep/production.yaml source=FOLDER output=DATASET"
+		"$(VENV)/bin/nanodit train sample --checkpoint $(Q)/run --prompt 'A woman with long ginger hair stands in front of an azure wall. She wears a yellow jumper and black trousers.' --output $(Q)/sample.png" \
+		"$(VENV)/bin/nanodit train run --config configs/train/figures-64-long.yaml" \
+		"$(VENV)/bin/nanodit prep run --config configs/prep/production.yaml source=FOLDER output=DATASET"
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

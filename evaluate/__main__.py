@@ -1,4 +1,7 @@
-"""Command line: ``python -m evaluate run | report``."""
+"""Command line: ``nanodit evaluate run | report``.
+
+``python -m evaluate`` is the same where no other package of that name comes first; see :mod:`nanodit.place`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, SkippedError, run_command
+from nanodit.place import PACKAGES, claim
 
 TIERS = ("pulse", "table", "full")
 
@@ -16,12 +20,17 @@ TIERS = ("pulse", "table", "full")
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: options.verb(options))
+
+    def command() -> None:
+        claim(*PACKAGES)
+        options.verb(options)
+
+    return run_command(command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluate", description="Say how good a checkpoint is, and how sure.", allow_abbrev=False
+        prog="nanodit evaluate", description="Say how good a checkpoint is, and how sure.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -63,7 +72,7 @@ def _run(options: argparse.Namespace) -> None:
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
-    say(f"wrote {folder}: report.json, samples.parquet. Next: python -m evaluate report {folder} --output report.html")
+    say(f"wrote {folder}: report.json, samples.parquet. Next: nanodit evaluate report {folder} --output report.html")
     if options.strict and evidence.skipped:
         names = ", ".join(skipped.name for skipped in evidence.skipped)
         raise SkippedError(f"--strict: {len(evidence.skipped)} metrics were skipped: {names}; the reasons are above")

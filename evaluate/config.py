@@ -16,6 +16,7 @@ from evaluate.suite.pose import PoseConfig
 from evaluate.suite.reconstruction import ReconstructionConfig
 from evaluate.suite.swap import SwapConfig
 from nanodit.config import Config
+from nanodit.place import PROJECT
 
 TestName = Literal[
     "heldout_loss", "reconstruction", "attributes", "swap", "edit", "divergence", "pose", "memorisation", "distribution"
@@ -23,7 +24,7 @@ TestName = Literal[
 
 
 class EvaluateConfig(Config):
-    """Everything that ``python -m evaluate run`` reads beside the checkpoint."""
+    """Everything that ``nanodit evaluate run`` reads beside the checkpoint."""
 
     tests: list[TestName] = Field(default=list(get_args(TestName)), min_length=1)
     samples: int = Field(default=256, gt=0)  # holdout images, at most
@@ -52,6 +53,6 @@ class EvaluateConfig(Config):
 
 
 def tier_file(tier: str) -> Path:
-    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
+    """Return the config of a tier: in the working directory's configs/evaluate, otherwise the installed one."""
     name = Path("configs") / "evaluate" / f"{tier}.yaml"
-    return name if name.is_file() else Path(__file__).parents[1] / name
+    return name if name.is_file() else PROJECT / "nanodit" / name

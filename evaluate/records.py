@@ -11,7 +11,7 @@ import pyarrow as pa
 from evaluate.statistics.intervals import Interval
 
 SCHEMA_VERSION = 1
-AGAIN = "Run python -m evaluate run again"  # what mends files that are missing or damaged
+AGAIN = "Run nanodit evaluate run again"  # what mends files that are missing or damaged
 ATTRIBUTES = ("top", "trousers", "background", "hair")  # judged on figures, in this order everywhere
 
 # what a row of samples.parquet is: a picture of the model, a baseline in its place, or the holdout image itself

@@ -1,4 +1,4 @@
-"""Command line of prep: ``python -m prep run | plan | figures | doctor | report | verify | export``."""
+"""Command line: ``nanodit prep run | plan | figures | doctor | report | verify | export``, or ``python -m prep``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.place import claim
 from prep.config import PrepConfig
 
 CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
@@ -19,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of every verb."""
     about = "Prepare a dataset from a folder of images."
     # a beginning of an option is no option: --prun must not drop samples
-    top = argparse.ArgumentParser(prog="python -m prep", description=about, allow_abbrev=False)
+    top = argparse.ArgumentParser(prog="nanodit prep", description=about, allow_abbrev=False)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb."""
     options = parser().parse_args(arguments)
+    claim("prep")
     return VERBS[options.verb](options) or 0
 
 

@@ -27,7 +27,7 @@ def test_no_placeholder_was_left(document):
 def test_the_readme_lists_the_makefiles_quickstart():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.split("\nquickstart:")[1].split("\n\n")[0]
-    commands = re.findall(r"^\t\$\(BIN\)/(python -m .*)$", recipe, flags=re.MULTILINE)
+    commands = re.findall(r"^\t\$\(BIN\)/(nanodit .*)$", recipe, flags=re.MULTILINE)
     assert len(commands) == 5
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in commands:

@@ -1,4 +1,4 @@
-"""Command line: ``python -m train run | plan | sample | sweep | export``.
+"""Command line: ``nanodit train run | plan | sample | sweep | export``, or ``python -m train``.
 
 What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.place import PACKAGES, claim
 
 if TYPE_CHECKING:
     from prep.dataset.reader import Dataset
@@ -29,12 +30,17 @@ SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.method.sampling.DRAWI
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: options.verb(options))
+
+    def command() -> None:
+        claim(*PACKAGES)
+        options.verb(options)
+
+    return run_command(command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m train", description="Train NanoDiT, and draw images with it.", allow_abbrev=False
+        prog="nanodit train", description="Train NanoDiT, and draw images with it.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

@@ -110,7 +110,7 @@ class ValidationSection(Config):
 
 
 class TrainConfig(Config):
-    """Everything that ``python -m train run`` reads."""
+    """Everything that ``nanodit train run`` reads."""
 
     dataset: Place
     output: Place

@@ -91,7 +91,7 @@ def find_output(folder: Path) -> Path:
         raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it goes on from what is there")
     outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if _step(path.parent) is not None]
     if not outputs:
-        raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run python -m evaluate run first")
+        raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run nanodit evaluate run first")
     return max(outputs, key=_step)
 
 

@@ -124,7 +124,7 @@ def facts(run: Run) -> dict[str, Any]:
     place = training.get("output", UNKNOWN)
     step = given.get("checkpoint", UNKNOWN)
     config = f"{place}/{OUTPUTS}/{step}/config.yaml"
-    command = ["python", "-m", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
+    command = ["nanodit", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
     return {
         "letter": run.letter,
         "style": run.style,

@@ -16,7 +16,7 @@ from train.loop.tracking import read_metrics
 SCHEMA = 1
 SWEEP, TRIAL, TRIALS = "sweep.json", "trial.json", "trials"
 OUTPUTS = "validation_outputs"
-AGAIN = "Run python -m train sweep --resume to make what is missing"
+AGAIN = "Run nanodit train sweep --resume to make what is missing"
 RATE = "sys/iter_per_sec"
 VALIDATION = "validation/heldout_loss"
 NEEDED = ("arms", "seeds", "primary", "time_claims")

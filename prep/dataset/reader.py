@@ -44,7 +44,7 @@ class Dataset:
             if not self.storage.exists(name):
                 raise DataError(
                     f"{self.storage.where(name)} does not exist: {self.root} is not a finished dataset. "
-                    "Run: python -m prep run"
+                    "Run: nanodit prep run"
                 )
         try:
             self.info: dict[str, Any] = json.loads(self.storage.read("dataset.json"))

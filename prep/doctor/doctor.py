@@ -37,7 +37,7 @@ from prep.doctor.finding import (
 )
 from prep.doctor.models import check_model, check_network, encoder_names, examine_server, server_checks
 from prep.doctor.node import GCS_PORT, examine_node, first_line
-from prep.doctor.places import cache_check, place_checks, store_checks
+from prep.doctor.places import cache_check, place_checks, project_check, store_checks
 from prep.doctor.rules import Needs, cluster_checks, count, named, needs_of, node_checks
 
 LIMIT = 14.0  # seconds for everything
@@ -122,7 +122,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[Task]:
     places = [Task("dataset", lambda: place_checks(config)), Task("output", lambda: store_checks(config))]
     if any(names.values()):
         models.append(Task("model_cache", lambda: [cache_check()]))
-    return [machines, *models, *caption_tasks(config), *places]
+    return [Task("nanodit", lambda: [project_check()]), machines, *models, *caption_tasks(config), *places]
 
 
 def caption_tasks(config: PrepConfig) -> list[Task]:

@@ -1,4 +1,4 @@
-"""What ``prep doctor`` says of the places of a run: the source folder, the output, its disk and its lock."""
+"""What ``prep doctor`` says of places: that of the project, and a run's source folder, output, disk and lock."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from nanodit import __version__
 from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
+from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
 from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
@@ -63,6 +65,17 @@ def count_images(source: Path) -> Images:
             found.complete = False
             break
     return found
+
+
+def project_check() -> Check:
+    """Return whether ``train`` and ``evaluate`` are the project's own too; of ``prep`` the command made sure."""
+    if damage := overwritten(*PACKAGES):
+        return warn("nanodit", *damage)
+    for name in PACKAGES:
+        if other := shadow(name):
+            found = f"Python finds {other} before {PROJECT / name}"
+            return warn("nanodit", found, f"run `nanodit {name}`, not `python -m {name}`")
+    return ok("nanodit", f"{__version__} in {PROJECT}")
 
 
 def place_checks(config: PrepConfig) -> list[Check]:

@@ -123,7 +123,7 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     if lost := [name for name in members if name not in told]:
         raise DataError(
             f"nothing was published: {len(lost)} samples are neither complete nor refused, for example "
-            f"{', '.join(lost[:NAMED])}. Run: python -m prep verify --repair, then prep run"
+            f"{', '.join(lost[:NAMED])}. Run: nanodit prep verify --repair, then nanodit prep run"
         )
     return table, rejects
 

@@ -19,12 +19,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from nanodit.console import say, waiting
 from nanodit.errors import NanoditError, ResourceError, resource_error
+from nanodit.place import PROJECT, hides
 from nanodit.storage import absolute_place
 from prep.config import PrepConfig
 from prep.passes.layers import ShardTask
@@ -62,10 +63,10 @@ def ray_session() -> Iterator[None]:
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
-        with waiting(f"joining Ray at {address}"):
+        with waiting(f"joining Ray at {address}"), _away():
             ray.init(**quiet)
     else:
-        with waiting("starting Ray on this machine"):
+        with waiting("starting Ray on this machine"), _away():
             resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
             ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
         protect_token(Path.home() / ".ray" / "auth_token")
@@ -74,6 +75,15 @@ def ray_session() -> Iterator[None]:
     finally:
         end_jobs()
         ray.shutdown()
+
+
+def _away() -> AbstractContextManager[None]:
+    """Leave a working directory that has, say, a ``train.py``: Ray puts the one it starts in first on workers' path.
+
+    Only in the main thread, when no other one reads relative paths.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    return chdir(PROJECT) if alone and hides(os.getcwd()) else nullcontext()
 
 
 def end_jobs() -> None:

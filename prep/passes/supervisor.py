@@ -13,18 +13,16 @@ the unit starts again.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from nanodit.errors import ConfigError, DataError, NanoditError, ResourceError
+from nanodit.place import child_command, child_environment
 from prep.config import PrepConfig
 from prep.passes.layers import Job, ShardTask
 
@@ -32,7 +30,6 @@ FAILS = "fails_worker"  # the reason for a sample at which a worker raises what 
 PROBES = 2  # a sample is guilty when it ends a worker alone so many times
 MAX_UNEXPLAINED = 3  # deaths of one unit's workers for which no sample is guilty
 MAX_FAILING = 3  # samples of one unit that raise what nobody foresaw; more are a defect of the program, not of samples
-PROJECT = Path(__file__).parents[2]
 ERRORS = {error.exit_code: error for error in (NanoditError, ConfigError, DataError, ResourceError)}
 
 
@@ -162,9 +159,8 @@ class Supervisor:
             return
         self._connection, theirs = Pipe()
         # before torch is imported: pools use all cores, and equal bytes need equal numbers of threads
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "prep.passes.worker", str(theirs.fileno())]
+        environment = child_environment(OMP_NUM_THREADS="1")
+        command = [*child_command("prep.passes.worker"), str(theirs.fileno())]
         # a session of its own, so that Ctrl-C in a terminal reaches the driver alone
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._process = subprocess.Popen(

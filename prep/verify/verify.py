@@ -56,7 +56,7 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
     storage = open_storage(dataset)
     if not storage.exists("dataset.json") and not storage.exists("index.parquet"):  # of a finished one either is left
         where = storage.where("dataset.json")
-        raise DataError(f"{where} does not exist: {storage} is not a finished dataset. Run: python -m prep run")
+        raise DataError(f"{where} does not exist: {storage} is not a finished dataset. Run: nanodit prep run")
     with locked(storage) if repair else nullcontext():
         inventory = take_inventory(storage)
         findings = list(inventory.orphans)
@@ -86,7 +86,7 @@ def conclude(storage: Storage, findings: list[Finding], repair: bool) -> str:
     if older:
         advice.append(f"{len(older)} units were made by an older version. prep run upgrades them")
     if units and not repair:
-        advice.append(f"{len(units)} units are damaged. Run: python -m prep verify --repair, then prep run")
+        advice.append(f"{len(units)} units are damaged. Run: nanodit prep verify --repair, then nanodit prep run")
     if repair:
         for unit in sorted(units):
             storage.delete(unit.part)

@@ -1,7 +1,7 @@
 """How far DINO is from mirroring its features when an image is mirrored: why `flips` stores those of both.
 
-    python -m prep figures FIGURES --count 256 --size 96 --seed 1 --short-captions
-    python -m prep run --config configs/prep/quickstart.yaml source=FIGURES output=DATASET flips=true 'layers=[dino]'
+    nanodit prep figures FIGURES --count 256 --size 96 --seed 1 --short-captions
+    nanodit prep run --config configs/prep/quickstart.yaml source=FIGURES output=DATASET flips=true 'layers=[dino]'
     python tests/benchmarks/dino_flip.py DATASET
 
 Works on any dataset with flips. Printed are cosines of the features of the mirrored crop with those of the crop, taken

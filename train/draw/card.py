@@ -47,7 +47,7 @@ class Report:
         except (ValueError, TypeError, KeyError, AttributeError):
             known = False
         if not known:
-            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; python -m evaluate run")
+            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; nanodit evaluate run")
         return report
 
     def check(self, source: Mapping[str, Any], fingerprint: str) -> None:
@@ -118,7 +118,7 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     asked = 'prompt="..."' if text else "reference=image"
     demo = described["dataset"]["encoders"] == "demo"
     encoder = "" if demo or not text else f" The text encoder is {_encoder(described['dataset'], 't5')}."
-    command = f"python -m train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
+    command = f"nanodit train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
     lines = [
         "## Use",
         "The code is the package nanodit, which is not on PyPI: `pip install -e '.[export]'` in a clone of its source, "

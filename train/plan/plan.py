@@ -1,4 +1,4 @@
-"""``python -m train plan``: what a run will need, before anything runs.
+"""``nanodit train plan``: what a run will need, before anything runs.
 
 Measured is what is called so; everything else is counted (parameters, tokens, FLOPs, bytes), or an estimate from what
 is counted, and labelled. A run that cannot fit ends the verb with exit code 4 and what would help, the best first.

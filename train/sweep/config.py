@@ -77,7 +77,7 @@ class ResourcesConfig(Config):
 
 
 class SweepConfig(Config):
-    """Everything that ``python -m train sweep`` reads; files are relative to the sweep's own."""
+    """Everything that ``nanodit train sweep`` reads; files are relative to the sweep's own."""
 
     base: Place  # config of `train run`
     output: Place  # folder of the sweep

@@ -6,15 +6,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nanodit.errors import ResourceError
+from nanodit.place import child_command, child_environment
 
-PROJECT = Path(__file__).parents[2]
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 SHORTEST_SECRET = 6  # letters; a shorter value would be found everywhere
 ORPHANED = 1.0  # seconds between looks at who the parent is
@@ -23,17 +22,16 @@ KEPT_LINES = 5
 
 
 class TrialProcess:
-    """``python -m train sweep --trial NAME`` as a child, its output in ``log`` without any secrets.
+    """``nanodit train sweep --trial NAME`` as a child, its output in ``log`` without any secrets.
 
     It ends itself, saving first, when the process that started it is gone.
     """
 
     def __init__(self, sweep_file: Path, name: str, log: Path, working_directory: Path, threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+        environment = child_environment(OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
         self._lines: list[str] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "train", "sweep", "--config", str(sweep_file), "--trial", name, "--owned"],
+            [*child_command("train"), "sweep", "--config", str(sweep_file), "--trial", name, "--owned"],
             cwd=working_directory, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             start_new_session=True,  # Ctrl-C in a terminal reaches the driver alone

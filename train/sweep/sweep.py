@@ -72,7 +72,7 @@ def run_sweep(
     if not finished:
         raise DataError(f"{folder}: no trial finished; the reasons are above and in trials/*/trial.log")
     say(
-        f"wrote {folder}: {finished} of {len(sweep.trials)} trials finished. Next: python -m evaluate report {folder} "
+        f"wrote {folder}: {finished} of {len(sweep.trials)} trials finished. Next: nanodit evaluate report {folder} "
         f"--output {folder / 'report.html'}"
     )
 

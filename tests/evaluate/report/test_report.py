@@ -264,7 +264,7 @@ def test_missing_and_damaged_files_are_named(copy, tmp_path, name, damage, capsy
     assert main(["report", str(copy), "--output", str(tmp_path / "report.html")]) == 3
     error = capsys.readouterr().err
     assert str(copy / name) in error
-    assert "Run python -m evaluate run again" in error
+    assert "Run nanodit evaluate run again" in error
     assert not (tmp_path / "report.html").exists()
 
 

@@ -90,7 +90,7 @@ def test_folder_is_named_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_missing_networks_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo, "ASSETS", tmp_path)
-    with pytest.raises(DataError, match=r"python -m prep\.demo_pose"):
+    with pytest.raises(DataError, match=r"python -m prep\.encoders\.train_demo_pose"):
         build_demo_encoders(tmp_path / "demo")
 
 

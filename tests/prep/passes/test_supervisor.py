@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from nanodit.errors import DataError, ResourceError
+from nanodit.place import PROJECT
 from prep.dataset.layout import Unit, read_part
 from prep.passes.layers import LayerWorker, ShardTask
 from prep.passes.plan import make_plan
-from prep.passes.supervisor import PROJECT, Death, Supervisor
+from prep.passes.supervisor import Death, Supervisor
 from tests.prep.passes.test_plan import config, write_images
 
 MEMORY = 3 << 30
@@ -174,11 +175,12 @@ def test_a_sample_that_raises_what_nobody_foresaw_is_rejected_and_a_defect_is_no
 
 
 def test_a_worker_that_cannot_start_says_why(supervised, tmp_path, monkeypatch):
-    broken = tmp_path / "prep"
-    broken.mkdir()
+    broken = tmp_path / "prep" / "passes"
+    broken.mkdir(parents=True)
+    (broken.parent / "__init__.py").write_text("")
     (broken / "__init__.py").write_text("")
     (broken / "worker.py").write_text("raise ImportError('libcuda is not there')")
-    monkeypatch.setattr("prep.passes.supervisor.PROJECT", tmp_path)
+    monkeypatch.setattr("nanodit.place.PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ResourceError, match=r"before or after .*exit code 1.*ImportError: libcuda is not there"):
         supervised({})
@@ -187,7 +189,7 @@ def test_a_worker_that_cannot_start_says_why(supervised, tmp_path, monkeypatch):
 def test_a_worker_that_holds_the_interpreter_ends_without_its_supervisor(tmp_path):
     """Only the system can end a process that is stuck in C when its supervisor is killed."""
     code = (
-        "import ctypes; from prep import worker; worker.GRACE = 0.5\n"
+        "import ctypes; from prep.passes import worker; worker.GRACE = 0.5\n"
         "worker.set_alarm(0.5); ctypes.PyDLL(None).sleep(60)"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=30)

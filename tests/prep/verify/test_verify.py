@@ -180,7 +180,9 @@ def test_p09_truncated_tars_and_missing_halves_are_found(settings, root, capsys)
     os.truncate(root / cut.tar, (root / cut.tar).stat().st_size // 2)
     (root / gone.tar).unlink()
     (root / alone.part).unlink()
-    with pytest.raises(DataError, match=r"2 units are damaged\. Run: python -m prep verify --repair, then prep run"):
+    with pytest.raises(
+        DataError, match=r"2 units are damaged\. Run: nanodit prep verify --repair, then nanodit prep run"
+    ):
         verify(root)
     output = capsys.readouterr().out
     for line in (f"{cut.tar}: has ", f"orphan: {gone.part}: {gone.tar} is missing", f"{alone.tar}: has no index part"):

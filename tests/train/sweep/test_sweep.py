@@ -80,7 +80,7 @@ def test_the_folder_of_a_sweep_is_continued_only_when_asked(finished, capsys):
     printed = capsys.readouterr().out
     assert "\n".join(before) in printed
     assert attempts == {trial.name: record_of(finished, trial.name) for trial in sweep.trials}
-    assert f"Next: python -m evaluate report {sweep.folder}" in printed
+    assert f"Next: nanodit evaluate report {sweep.folder}" in printed
     assert "3 of 3 trials finished" in printed
 
 
