@@ -1,4 +1,4 @@
-"""The strict config loader of all three packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
+"""The strict config loader of all packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
 
 A file may inherit with ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a
 mapping whose keys the user chooses.

@@ -116,7 +116,7 @@ class Progress:
         self.close()
 
     def _rate(self) -> float | None:
-        """Per second since the first update; None before there was a second one."""
+        """Return the number per second since the first update; None before there was a second one."""
         if self._first is None or self.done == self._first[0]:
             return None
         return (self.done - self._first[0]) / max(time.monotonic() - self._first[1], 1e-9)
@@ -129,7 +129,7 @@ class Progress:
             say(self.line())
 
     def line(self) -> str:
-        """Where it stands now, for example ``px: 64/500 samples, 3.1/s, 2m 20s left  rejected 1``."""
+        """Return where it stands now, for example ``px: 64/500 samples, 3.1/s, 2m 20s left  rejected 1``."""
         of = "" if self.total is None else f"/{self.total}"
         rate, pace = self._rate(), ""
         if self._first is None:

@@ -93,7 +93,7 @@ def run_command(main: Callable[[], int | None]) -> int:
 
 
 def printable(text: str) -> str:
-    """``text`` with what moves a terminal's cursor or hides letters as ``\\x1b``: names of files may hold it."""
+    """Escape what moves a terminal's cursor or hides letters, as ``\\x1b``: names of files may hold it."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
@@ -108,7 +108,7 @@ _sigterm_came = False
 
 
 def sigterm_came() -> bool:
-    """Whether SIGTERM came since :func:`run_command` began; false outside it.
+    """Return whether SIGTERM came since :func:`run_command` began; false outside it.
 
     It raised KeyboardInterrupt then, which is lost where it meets a C extension that is being imported, say.
     """

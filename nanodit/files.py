@@ -42,16 +42,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_bytes(data: bytes) -> str:
-    """SHA-256 of ``data`` as 64 hexadecimal digits."""
+    """Return the SHA-256 of ``data`` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:
-    """SHA-256 of a file's content as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and a final newline: equal values give equal bytes; NaN and infinity are refused."""
+    """Return JSON with sorted keys and a final newline: equal values, equal bytes. NaN and infinity: ValueError."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

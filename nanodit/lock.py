@@ -114,7 +114,7 @@ class ObjectLock(Lock):
             return b""
 
     def _is_alive(self, seen: bytes) -> bool:
-        """Whether the lock changes, or goes, while it is watched."""
+        """Return whether the lock changes, rather than goes or stands still, while it is watched."""
         say(f"{self.storage} is locked by {_owner(seen)}: watching for {WATCH:.0f} s whether it is alive")
         start = time.monotonic()
         with Progress("lock", round(WATCH), "seconds") as progress:

@@ -52,7 +52,7 @@ def shadow(name: str) -> str:
 
 
 def hides(folder: str) -> bool:
-    """Whether ``folder``, first on the path of Python, would hide a package of the project."""
+    """Return whether ``folder``, first on the path of Python, would hide a package of the project."""
     elsewhere = os.path.realpath(folder) != os.path.realpath(PROJECT)
     return elsewhere and any(PathFinder.find_spec(name, [folder]) for name in ("nanodit", *PACKAGES))
 
@@ -92,7 +92,7 @@ def _digest(path: Path) -> str:
 
 
 def _claims(record: Path, files: list[str]) -> bool:
-    """Whether another distribution's RECORD lists one of ``files`` too."""
+    """Return whether another distribution's RECORD lists one of ``files`` too."""
     if record.parent.name.startswith("nanodit-"):
         return False
     listed = {line.partition(",")[0] for line in record.read_text(encoding="utf-8", errors="replace").splitlines()}

@@ -31,7 +31,7 @@ TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*")  # where killed writ
 
 
 class Storage(ABC):
-    """Where the files of one dataset are; ``place`` is the folder's path or the URL, as the user wrote it.
+    """The place of one dataset's files; ``place`` is the folder's path or the URL, as the user wrote it.
 
     Holds no open files and no connections of another process: it may be shared by threads, forked, and sent to workers.
     """
@@ -41,7 +41,7 @@ class Storage(ABC):
 
     @property
     def url(self) -> str:
-        """The place as text, for messages and configs."""
+        """Return the place as text, for messages and configs."""
         return self.place
 
     def __str__(self) -> str:
@@ -49,14 +49,14 @@ class Storage(ABC):
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """The full path or URL of a file, for messages."""
+        """Return the full path or URL of a file, for messages."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """All of a file. Raises OSError (FileNotFoundError) when it cannot be read."""
+        """Return all of a file. Raises OSError (FileNotFoundError) when it cannot be read."""
 
     def read_if_there(self, name: str) -> bytes | None:
-        """All of a file; None where there is none. Raises ResourceError for one that is there and cannot be read."""
+        """Return all of a file, None where there is none; ResourceError for one that is there and cannot be read."""
         try:
             return self.read(name)
         except (FileNotFoundError, NotADirectoryError):
@@ -66,19 +66,19 @@ class Storage(ABC):
 
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``, fewer where the file ends before. Raises OSError as :meth:`read`."""
+        """Return ``length`` bytes from ``offset``, fewer where the file ends before. Raises OSError as :meth:`read`."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Return the bytes of a file as a number, None where there is no such file."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         return self.size(name) is not None
 
     @abstractmethod
     def names(self, prefix: str = "") -> list[str]:
-        """The names of all files that begin with ``prefix``, sorted; also of those in subfolders."""
+        """List the names of all files that begin with ``prefix``, sorted; also of those in subfolders."""
 
     @abstractmethod
     def write(self, name: str, data: bytes | str) -> None:
@@ -90,7 +90,7 @@ class Storage(ABC):
 
     @abstractmethod
     def draft(self, name: str) -> Path:
-        """A local path to write a large file at, for :meth:`put_file`; the caller removes it if that is not reached."""
+        """Return a local path to write a large file at for :meth:`put_file`; who fails before that removes it."""
 
     @abstractmethod
     def put_file(self, name: str, path: Path) -> None:
@@ -98,7 +98,7 @@ class Storage(ABC):
 
     @abstractmethod
     def remove_temporary_files(self) -> None:
-        """Collect what killed writers left half-written; only for who holds the dataset's lock."""
+        """Remove what killed writers left half-written; only for the holder of the dataset's lock."""
 
     @abstractmethod
     def remove_empty_folders(self) -> None:
@@ -196,7 +196,7 @@ class ObjectStore(Storage):
 
     @property
     def client(self) -> Any:
-        """This process's fsspec file system; a client's connections and event loop do not survive a fork."""
+        """Return this process's fsspec file system; a client's connections and event loop do not survive a fork."""
         if self._client is None or self._client[0] != os.getpid():
             try:
                 import fsspec
@@ -298,11 +298,11 @@ class ObjectStore(Storage):
                 path.unlink()
 
     def remove_empty_folders(self) -> None:
-        """Nothing: an object store has no folders."""
+        """Do nothing: an object store has no folders."""
 
 
 def open_storage(place: str | Path | Storage) -> Storage:
-    """The storage at a folder's path or at a URL. Raises ConfigError for files and URLs of other kinds."""
+    """Return the storage at a folder's path or a URL. Raises ConfigError for files and URLs of other kinds."""
     if isinstance(place, Storage):
         return place
     if isinstance(place, str):
@@ -336,6 +336,6 @@ def _object_store(text: str, protocol: str, path: str) -> ObjectStore:
 
 
 def absolute_place(place: str | Path) -> str:
-    """A place that means the same in another working directory: an absolute path, or the URL itself."""
+    """Return a place that means the same in another working directory: an absolute path, or the URL itself."""
     storage = open_storage(place)
     return str(Path(storage.place).absolute()) if storage.is_local else storage.place

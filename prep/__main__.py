@@ -112,7 +112,9 @@ def _dataset(options: argparse.Namespace) -> str:
             raise ConfigError("--dataset names the dataset already; leave out --config and key=value")
         return options.dataset
     if not options.config and not any(text.startswith("output=") for text in options.overrides):
-        raise ConfigError(f"which dataset? Say --dataset PLACE, or --config FILE as for prep run ({CONFIG_HELP})")
+        raise ConfigError(
+            f"which dataset? Say --dataset PLACE, or --config FILE as for nanodit prep run ({CONFIG_HELP})"
+        )
     overrides = options.overrides if options.config else ["source=.", *options.overrides]
     return load_config(PrepConfig, options.config, overrides).output
 

@@ -118,7 +118,9 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
             while plan.missing:
                 if rounds > len(config.active_layers):  # each round completes one layer more
                     reasons = "; ".join(plan.explain())
-                    raise DataError(f"{root}: still not complete after {rounds} rounds ({reasons}). Run prep run again")
+                    raise DataError(
+                        f"{root}: still not complete after {rounds} rounds ({reasons}). Run nanodit prep run again"
+                    )
                 compute(plan, folder, work)
                 plan, rounds = remaining(plan), rounds + 1
             root.remove_temporary_files()
@@ -248,7 +250,7 @@ def current_parts(plan: Plan) -> dict[Unit, Part]:
     for unit, recipe in plan.recipes.items():
         part = plan.parts.get(unit) or read_part(root, unit)
         if part is None or part.fingerprint != fingerprint_of(recipe):
-            raise DataError(f"{root.where(unit.tar)} was not computed. Run prep run again")
+            raise DataError(f"{root.where(unit.tar)} was not computed. Run nanodit prep run again")
         parts[unit] = part
     return parts
 

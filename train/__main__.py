@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(verb=_sample)
     sample.add_argument(
         "--checkpoint", type=Path, required=True,
-        help="a step folder, a run folder for its newest, or what `train export` wrote",
+        help="a step folder, a run folder for its newest, or what `nanodit train export` wrote",
     )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--report", type=Path, metavar="report.json",
-        help="what `evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
+        help="what `nanodit evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
     )  # fmt: skip
     export.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --half's comparison")
     return parser

@@ -204,12 +204,12 @@ def read_range(
     try:
         data = open_storage(root).read_range(unit.tar, offset, length)
     except OSError as error:
-        raise DataError(f"{where}: {error.strerror}. Run prep run again to restore the shard.") from error
+        raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
     if len(data) != length:
-        raise DataError(f"{where}: the file ends early. Run prep run again to restore the shard.")
+        raise DataError(f"{where}: the file ends early. Run nanodit prep run again to restore the shard.")
     if sha256_bytes(data) != sha256:
         raise DataError(
             f"{where}: the bytes are not those that were committed (SHA-256 differs). "
-            f"Delete {unit.part} and run prep run again."
+            f"Delete {unit.part} and run nanodit prep run again."
         )
     return data

@@ -49,7 +49,7 @@ class Dataset:
         try:
             self.info: dict[str, Any] = json.loads(self.storage.read("dataset.json"))
         except ValueError as error:
-            raise DataError(f"{manifest} is damaged ({error}). Run prep run again.") from error
+            raise DataError(f"{manifest} is damaged ({error}). Run nanodit prep run again.") from error
         check_info(self.info, manifest)
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
         self.table: pa.Table = read_parquet(self._published("index.parquet"))
@@ -62,9 +62,11 @@ class Dataset:
         try:
             data = self.storage.read(name)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}. Run prep run again to restore it.") from error
+            raise DataError(f"{path}: {error.strerror}. Run nanodit prep run again to restore it.") from error
         if sha256_bytes(data) != self.info["hashes"][name]:
-            raise DataError(f"{path} is not the file that dataset.json names (SHA-256 differs). Run prep run again.")
+            raise DataError(
+                f"{path} is not the file that dataset.json names (SHA-256 differs). Run nanodit prep run again."
+            )
         return data
 
     @property
@@ -106,7 +108,7 @@ class Dataset:
             where = (
                 f"{Unit(row['bucket'], row['shard'], member.partition('/')[0])}, sample {row['key']}, member {member}"
             )
-            raise DataError(f"{where}: {error}. Run prep verify --repair, then prep run.") from error
+            raise DataError(f"{where}: {error}. Run nanodit prep verify --repair, then nanodit prep run.") from error
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
         """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
@@ -153,7 +155,7 @@ class Dataset:
             raise DataError(
                 f"{self.storage.where('truth.parquet')} has no row for {len(unknown)} samples, for example "
                 f"{unknown[0]}. "
-                "Take truth.parquet out of the source folder, or these images, and run prep run again."
+                "Take truth.parquet out of the source folder, or these images, and run nanodit prep run again."
             )
         return truth
 
@@ -169,7 +171,9 @@ def check_info(info: Any, path: str) -> None:
     kinds = {"fingerprint": str, "base": int, "layers": dict, "hashes": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind)]
     if wrong or "index.parquet" not in info["hashes"]:
-        raise DataError(f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run prep run again.")
+        raise DataError(
+            f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run nanodit prep run again."
+        )
 
 
 def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
@@ -178,10 +182,10 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     for layer in set(info["layers"]) & set(LAYERS):
         columns += member_columns(layer, info["layers"][layer])
     if missing := sorted(set(columns) - set(table.column_names)):
-        raise DataError(f"{path} has no column {', '.join(missing)}. Run prep run again.")
+        raise DataError(f"{path} has no column {', '.join(missing)}. Run nanodit prep run again.")
     known = {str(bucket) for bucket in buckets_for(info["base"])}
     if unknown := sorted(set(table["bucket"].to_pylist()) - known):
         raise DataError(
             f"{path} names bucket {', '.join(unknown)}, base {info['base']} has {', '.join(sorted(known))}. "
-            "Run prep run again."
+            "Run nanodit prep run again."
         )

@@ -85,7 +85,7 @@ def place_checks(config: PrepConfig) -> list[Check]:
             warn(
                 "dataset",
                 "no source and no output given: images, disk and lock are not looked at",
-                "prep doctor --config FILE, or source=FOLDER output=FOLDER",
+                "nanodit prep doctor --config FILE, or source=FOLDER output=FOLDER",
             )
         ]
     source, images = source_check(config)
@@ -160,7 +160,13 @@ def size_checks(config: PrepConfig, images: Images) -> list[Check]:
     if not refused:
         return []
     found = f"{len(refused)} of {len(images.examples)} images looked at would be refused: {refused[0]}"
-    return [warn("images", found, f"take larger images, or a base below {config.base}; `prep plan` counts all of them")]
+    return [
+        warn(
+            "images",
+            found,
+            f"take larger images, or a base below {config.base}; `nanodit prep plan` counts all of them",
+        )
+    ]
 
 
 def output_check(config: PrepConfig) -> Check:
@@ -207,7 +213,9 @@ def disk_check(config: PrepConfig, images: int) -> Check:
         return fail("disk", RESOURCE, found, "make room, or choose an output on another disk")
     if free < need:
         found += f"; {images} images take about {need / GB:.1f} GB"
-        return warn("disk", found, "make room, choose another disk, or image.format=jpeg; `prep plan` says how much")
+        return warn(
+            "disk", found, "make room, choose another disk, or image.format=jpeg; `nanodit prep plan` says how much"
+        )
     return ok("disk", found + (f"; {images} images take about {max(need / GB, 0.1):.1f} GB" if images else ""))
 
 

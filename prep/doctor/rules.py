@@ -109,7 +109,10 @@ def _no_gpu(facts: dict[str, Any], needs: Needs, joined: bool) -> Check:
         return ok("gpu", "no NVIDIA GPU; this node decodes, and encodes what fits no card")
     if not needs.memory_gb or needs.device == "cpu":
         return ok("gpu", found)
-    fix = f"{driver}; or add a machine that has one (README, A cluster). `prep plan` says how long it takes as it is"
+    fix = (
+        f"{driver}; or add a machine that has one (README, A cluster). `nanodit prep plan` says how long it takes "
+        "as it is"
+    )
     return warn("gpu", f"{found}, at seconds per image", fix)
 
 
@@ -306,7 +309,7 @@ def cluster_checks(machines: Mapping[str, Any], needs: Needs, before: float, aft
         return checks
     if needs.device != "cpu" and needs.memory_gb and not any(facts["gpus"] for facts in answers.values()):
         found = "no machine has an NVIDIA GPU: the encoders run on CPUs, at seconds per image"
-        fix = "add a machine that has one (README, A cluster). `prep plan` says how long it takes as it is"
+        fix = "add a machine that has one (README, A cluster). `nanodit prep plan` says how long it takes as it is"
         must = needs.device == "cuda"
         checks.append(fail("gpu", RESOURCE, found, fix) if must else warn("gpu", found, fix))
     if len(answers) > 1:

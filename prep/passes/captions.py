@@ -269,7 +269,8 @@ class CaptionPass:
             upstream = read_part(self.storage, Unit(task.bucket, task.shard, self.config.upstream("text")))
         if crops is None or upstream is None or upstream.fingerprint != recipe["upstream"]:
             raise DataError(
-                f"{unit} cannot be captioned: what it is made from disappeared. Run prep run again to restore it"
+                f"{unit} cannot be captioned: what it is made from disappeared. Run nanodit prep run again to restore "
+                "it"
             )
         return Shard(task, crops, upstream.table["key"].to_pylist())
 

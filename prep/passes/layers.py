@@ -248,7 +248,9 @@ class LayerWorker:
         upstream = Unit(job.task.bucket, job.task.shard, self.config.upstream(job.layer))
         part = read_part(self.root, upstream)
         if part is None:
-            raise DataError(f"{upstream} disappeared while {job.unit} was computed. Run prep run again to restore it.")
+            raise DataError(
+                f"{upstream} disappeared while {job.unit} was computed. Run nanodit prep run again to restore it."
+            )
         return part
 
     def _images(self, job: Job, writer: LayerWriter, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:

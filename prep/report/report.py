@@ -85,7 +85,9 @@ def read_rejects(storage: Storage) -> pa.Table | None:
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{storage.where(REJECTS)} is damaged ({error}). Run prep run again to restore it") from error
+        raise DataError(
+            f"{storage.where(REJECTS)} is damaged ({error}). Run nanodit prep run again to restore it"
+        ) from error
 
 
 def size(count: float) -> str:

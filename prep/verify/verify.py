@@ -84,7 +84,7 @@ def conclude(storage: Storage, findings: list[Finding], repair: bool) -> str:
     others = [finding for finding in findings if not finding.unit]
     advice = []
     if older:
-        advice.append(f"{len(older)} units were made by an older version. prep run upgrades them")
+        advice.append(f"{len(older)} units were made by an older version. nanodit prep run upgrades them")
     if units and not repair:
         advice.append(f"{len(units)} units are damaged. Run: nanodit prep verify --repair, then nanodit prep run")
     if repair:
@@ -92,19 +92,21 @@ def conclude(storage: Storage, findings: list[Finding], repair: bool) -> str:
             storage.delete(unit.part)
         storage.remove_temporary_files()
         if units:
-            advice.append(f"the commit records of {len(units)} units were removed; prep run computes these units again")
+            advice.append(
+                f"the commit records of {len(units)} units were removed; nanodit prep run computes these units again"
+            )
     if any(finding.kind == "leak" for finding in findings):
         advice.append(
             "samples in holdout have near duplicates in train: no result on this holdout counts. Delete index.parquet "
-            "and run prep run to draw the split again, then train again"
+            "and run nanodit prep run to draw the split again, then train again"
         )
     if any(finding.kind == "damaged" for finding in others):
         advice.append(
-            "published files are damaged. Run prep run to write them again; where it cannot read index.parquet, "
-            "restore that file, or delete it and accept another split"
+            "published files are damaged. Run nanodit prep run to write them again; where it cannot read "
+            "index.parquet, restore that file, or delete it and accept another split"
         )
     if any(finding.kind == "orphan" for finding in others):
-        advice.append("files that belong to no unit can be deleted; prep run collects those of killed runs")
+        advice.append("files that belong to no unit can be deleted; nanodit prep run collects those of killed runs")
     return ". ".join(advice)
 
 

@@ -69,5 +69,5 @@ def check_flips(dataset: Any, probability: float) -> None:
     if probability > 0 and not dataset.has_flips:
         raise ConfigError(
             f"data.flip is {probability:g}, but {dataset.root} was prepared without flips: mirrored images need their "
-            "own captions and features. Run prep run on it with flips=true, or set data.flip=0"
+            "own captions and features. Run nanodit prep run on it with flips=true, or set data.flip=0"
         )

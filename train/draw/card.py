@@ -219,8 +219,8 @@ def _evaluation(report: Report | None, rounding: str | None) -> str:
             "one training seed, whose luck they do not hold.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],
-            f"From `report.json` of `evaluate run`, SHA-256 `{report.sha256}`, which names these weights by theirs; it "
-            f"has {len(report.metrics)} metrics.",
+            f"From `report.json` of `nanodit evaluate run`, SHA-256 `{report.sha256}`, which names these weights by "
+            f"theirs; it has {len(report.metrics)} metrics.",
         ]
     if rounding:
         measured = " The figures above are of the float32 weights." if report else ""

@@ -222,7 +222,7 @@ def _notes(trainer: Any, dataset: Any) -> list[str]:
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
         notes.append("checkpoint.every_minutes without keep_last: fills the disk with more than are counted")
     if config.perceptual.every and not vgg_path().is_file():
-        notes.append(f"perceptual: VGG-16's weights are not at {vgg_path()}; `train run` says how to get them")
+        notes.append(f"perceptual: VGG-16's weights are not at {vgg_path()}; `nanodit train run` says how to get them")
     return notes
 
 

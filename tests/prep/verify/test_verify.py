@@ -144,7 +144,7 @@ def test_p09_a_flipped_bit_is_named_and_only_its_unit_is_computed_again(settings
     (root / unit.tar).write_bytes(data)
     found(root, capsys, f"damaged: {unit.tar}: the bytes are not those that were committed")
     found(root, capsys, unit.tar, part.table["key"][1].as_py(), column.split("/")[1])
-    with pytest.raises(DataError, match=r"commit records of 1 units were removed; prep run computes"):
+    with pytest.raises(DataError, match=r"commit records of 1 units were removed; nanodit prep run computes"):
         verify(root, repair=True)
     assert set(make_plan(settings).missing) == {unit}
     assert set(prepare(settings).missing) == {unit}
@@ -244,7 +244,9 @@ def test_units_of_an_older_version_are_upgraded_not_repaired(root, capsys):
     old = table.drop_columns(["sharpness"]).replace_schema_metadata({"nanodit": json.dumps(record)})
     (root / unit.part).write_bytes(parquet_bytes(old))
     for repair in (False, True):
-        with pytest.raises(DataError, match=r": 1 units were made by an older version\. prep run upgrades them$"):
+        with pytest.raises(
+            DataError, match=r": 1 units were made by an older version\. nanodit prep run upgrades them$"
+        ):
             verify(root, repair)
         assert "0 damaged, 0 leaks, 0 orphans, 1 of an older version" in capsys.readouterr().out
     assert (root / unit.part).exists()
