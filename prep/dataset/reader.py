@@ -15,8 +15,8 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.dataset.buckets import buckets_for
 from prep.dataset.codecs import decode_pixels, load_npy
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
-    LAYERS,
     SCHEMA_VERSION,
     Unit,
     member_columns,
@@ -98,7 +98,8 @@ class Dataset:
         place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
         return read_range(self.storage, unit, row["key"], name, *place)
 
-    def _array(self, row: dict[str, Any], member: str) -> np.ndarray:
+    def array(self, row: dict[str, Any], member: str) -> np.ndarray:
+        """Return the array of a member as it is stored, for example ``array(row, "pose/pose.npy")``."""
         data = self.read(row, member)
         try:
             return load_npy(data)
@@ -124,21 +125,21 @@ class Dataset:
     def t5(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
         """Text features of the valid tokens, float16 (L, Wt); ``flipped``: of the mirrored crop's caption."""
         other = flipped and row["caption_flip"] != row["caption"]
-        return self._array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
+        return self.array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
 
     def cls(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
         """The DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
-        return self._array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
+        return self.array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
 
     def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
         """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
         name = "dino_flip" if flipped else "dino"
-        quantised, scale = self._array(row, f"dino/{name}.npy"), self._array(row, f"dino/{name}_scale.npy")
+        quantised, scale = self.array(row, f"dino/{name}.npy"), self.array(row, f"dino/{name}_scale.npy")
         return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
 
     def pose(self, row: dict[str, Any]) -> np.ndarray:
         """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
-        return self._array(row, "pose/pose.npy")
+        return self.array(row, "pose/pose.npy")
 
     def truth(self) -> dict[str, dict[str, Any]] | None:
         """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one.

@@ -166,7 +166,7 @@ def test_p09_a_wrong_array_is_found_although_its_hashes_agree(settings, root, ca
     unit = unit_of(root, layer)
     key = read_part(root, unit).table["key"][0].as_py()
     if array is None:
-        array = Dataset(root)._array(Dataset(root).rows()[0], "dino/dino.npy").astype(np.int16)
+        array = Dataset(root).array(Dataset(root).rows()[0], "dino/dino.npy").astype(np.int16)
     rewrite(root, unit, key, member, npy_bytes(array))
     found(root, capsys, unit.tar, key, member, words)
     with pytest.raises(DataError, match="1 units"):
