@@ -40,6 +40,7 @@ from prep.doctor.models import NoAnswer, check_model, check_network, encoder_nam
 from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, project_check, store_checks
 from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
+from prep.encoders.registry import NETWORKS
 
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
@@ -120,7 +121,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     )
     models, names = [], encoder_names(config)
     for part, name in names.items():
-        check = check_model if part in ("t5", "dino") else check_network
+        check = check_network if part in NETWORKS else check_model
         models.append(CheckTask(part, lambda part=part, name=name, check=check: [check(config, part, name)]))
     places = [CheckTask("dataset", lambda: place_checks(config)), CheckTask("output", lambda: store_checks(config))]
     if any(names.values()):

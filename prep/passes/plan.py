@@ -22,12 +22,12 @@ from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions import mirror, sidecar
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
+from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
-from prep.encoders.registry import ENCODER_LAYERS, encoder_fingerprint
+from prep.encoders.registry import encoder_fingerprint
 from prep.images.filters import filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Reject, Remember, Source, scan
@@ -42,11 +42,7 @@ from prep.passes.missing import (
     worth_keeping,
 )
 
-# Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
-PX_VERSION = 2
-SCAN_VERSION = 1
-FLIP_VERSIONS = {"text": mirror.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
-LAYER_VERSIONS = {"px": PX_VERSION, "text": sidecar.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
+SCAN_VERSION = 1  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -128,7 +124,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         found = scan(folder, config.image.max_pixels, cache.look)
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
-        manifest = read_manifest_rows(root)
+        manifest = read_manifest(root)
         files_gone, replaced = compare_sources(manifest, found)
         kept = worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
@@ -146,19 +142,19 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         captions, expected = read_captions(config, sources, old_captions, cache.look)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
-        missing = outdated(config, root, recipes, parts)
-        current = {unit: part for unit, part in parts.items() if unit not in missing}
+        reasons = outdated(config, root, recipes, parts)
+        current = {unit: part for unit, part in parts.items() if unit not in reasons}
 
         def is_back(source: Source) -> bool:
             return not source.gone and is_as_planned(source, captions.get(source.key), config, cache)
 
         again = units_to_make_again(config, current, sources, is_back, retry_rejects)
-    missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
-    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    reasons = {unit: why for unit in recipes if (why := reasons.get(unit) or again.get(unit))}  # in order
+    current = {unit: part for unit, part in parts.items() if unit not in reasons}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
     notes = silent + count_rejects(rejects + expected, seen)
-    notes += source_remarks(kept, replaced, prune, shards, missing)
-    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
+    notes += source_remarks(kept, replaced, prune, shards, reasons)
+    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
 
 
 def remaining(plan: Plan) -> Plan:
@@ -168,12 +164,12 @@ def remaining(plan: Plan) -> Plan:
     """
     root = open_storage(plan.config.output)
     parts = plan.parts | read_parts(root, list(plan.missing))
-    missing = outdated(plan.config, root, plan.recipes, parts)
-    current = {unit: part for unit, part in parts.items() if unit not in missing}
+    reasons = outdated(plan.config, root, plan.recipes, parts)
+    current = {unit: part for unit, part in parts.items() if unit not in reasons}
     again = units_behind(plan.config, current)
-    missing = {unit: why for unit in plan.recipes if (why := missing.get(unit) or again.get(unit))}
+    reasons = {unit: why for unit in plan.recipes if (why := reasons.get(unit) or again.get(unit))}
     current = {unit: part for unit, part in current.items() if unit not in again}
-    return replace(plan, parts=current, missing=missing, again=list(again), notes=[])
+    return replace(plan, parts=current, missing=reasons, again=list(again), notes=[])
 
 
 def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
@@ -343,9 +339,9 @@ def make_recipes(
     recipes: dict[Unit, dict[str, Any]] = {}
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:
-            recipe: dict[str, Any] = {"layer": layer, "code": LAYER_VERSIONS[layer]}
+            recipe: dict[str, Any] = {"layer": layer, "code": LAYERS[layer].code}
             recipe |= filter_recipe(layer, config.filters)
-            if layer == "px":
+            if config.upstream(layer) == SOURCE:
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
                 if config.image.format != "webp":  # which recipes need not name, as it was always so
                     recipe["format"] = config.image.format
@@ -353,8 +349,8 @@ def make_recipes(
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
                 recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
-            if config.flips and layer in FLIP_VERSIONS:  # without flips recipes do not name them, as it was always so
-                recipe["flip"] = FLIP_VERSIONS[layer]
+            if config.flips and (flip := LAYERS[layer].flip):  # without flips recipes do not name them, as always
+                recipe["flip"] = flip.code
             if layer in encoders:
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe
@@ -365,12 +361,11 @@ def outdated(
     config: PrepConfig, storage: Storage, recipes: Mapping[Unit, dict[str, Any]], parts: Mapping[Unit, Part]
 ) -> dict[Unit, str]:
     """The units without a part of their recipe, each with its reason."""
-    missing = {}
+    found = {}
     for unit, recipe in recipes.items():
-        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
-        if why := reason(storage, unit, recipe, parts.get(unit), upstream):
-            missing[unit] = why
-    return missing
+        if why := reason(storage, unit, recipe, parts.get(unit), config.upstream(unit.layer)):
+            found[unit] = why
+    return found
 
 
 def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
@@ -395,12 +390,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
-    """The (bucket, shard) of every key of an earlier plan; empty before the first."""
-    return {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest_rows(root)}
-
-
-def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
+def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
     """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     data = storage.read_if_there(MANIFEST)
