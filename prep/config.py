@@ -10,7 +10,11 @@ from nanodit.config import Config, Place
 from nanodit.errors import ConfigError
 from prep.captions.config import CaptionConfig
 from prep.dataset.buckets import buckets_for
+from prep.dataset.layers import CHOICES, ENCODER_LAYERS, LAYERS
 from prep.images.filters import FilterConfig
+
+Chosen = Literal[CHOICES]  # layers that the config may ask for
+Taken = Literal[("captions", *ENCODER_LAYERS)]  # what takes memory on a GPU
 
 
 class ImageConfig(Config):
@@ -60,7 +64,7 @@ class PlacementConfig(Config):
     """Where layers are computed; ``vram_gb`` replaces the built-in estimates of what a layer takes on a GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    vram_gb: dict[Literal["captions", "t5", "dino", "pose"], Annotated[float, Field(ge=0)]] = Field({})
+    vram_gb: dict[Taken, Annotated[float, Field(ge=0)]] = Field({})
     actors_per_gpu: int = Field(2, ge=1)
 
 
@@ -72,7 +76,7 @@ class PrepConfig(Config):
     seed: int = Field(0, ge=0)
     base: int = 1024
     encoders: Literal["demo", "production"] = "production"
-    layers: list[Literal["text", "dino", "pose"]] = Field(["text", "dino", "pose"], min_length=1)
+    layers: list[Chosen] = Field(["text", "dino", "pose"], min_length=1)
     flips: bool = False
     image: ImageConfig = ImageConfig()
     filters: FilterConfig = FilterConfig()
@@ -108,16 +112,15 @@ class PrepConfig(Config):
     @property
     def active_layers(self) -> tuple[str, ...]:
         """The layers of the dataset in the order of the data flow: px always, text brings t5 with it."""
-        wanted = {"px", *self.layers} | ({"t5"} if "text" in self.layers else set())
-        flow = ("px", "text", "t5", "dino", "pose")
+        flow = list(LAYERS)
         if self.filters.counts_persons:
-            flow = ("px", "dino", "pose", "text", "t5")
-        return tuple(layer for layer in flow if layer in wanted)
+            flow.sort(key=lambda layer: "text" in (layer, LAYERS[layer].upstream))  # captions last
+        wanted = {"px", *self.layers}
+        return tuple(layer for layer in flow if layer in wanted or LAYERS[layer].upstream in self.layers)
 
     def upstream(self, layer: str) -> str:
-        """The layer that ``layer`` is made from (px is made from the sources).
+        """The layer that ``layer`` is made from (px is made from the source).
 
         Where the number of people decides about a sample, only what the pose layer accepted is captioned.
         """
-        text = "pose" if self.filters.counts_persons else "px"
-        return {"text": text, "t5": "text", "dino": "px", "pose": "px"}[layer]
+        return "pose" if layer == "text" and self.filters.counts_persons else LAYERS[layer].upstream

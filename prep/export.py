@@ -15,7 +15,8 @@ Per sample of the index, float16 and float32 instead of compressed pixels and in
 Names, shapes and ranges are those of its README ("Embedding Extraction", "WebDataset Sharding"); patches are float32,
 as its code wrote them. How the mask is stored and what follows the valid tokens is left open there. A member whose
 layer the dataset does not have is missing. That layout knows no split: what the JSON calls ``holdout`` must be left out
-by whoever trains on it, and no mirrored crops: what `flips` stored is left out.
+by whoever trains on it, and no mirrored crops: what `flips` stored is left out. Other
+layers, if any, have their arrays as they are stored.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import json
 import shutil
 import tarfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from nanodit.files import canonical_json
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.dataset.buckets import Bucket
 from prep.dataset.codecs import npy_bytes
+from prep.dataset.layers import LAYERS
+from prep.dataset.members import Array
 from prep.dataset.reader import Dataset
 from prep.report.pictures import source_folder
 from prep.verify.verify import TEMPORARY
@@ -121,6 +125,9 @@ def _bytes_of(data: Dataset, row: dict[str, Any]) -> int:
         size += 2 * TEXT_TOKENS * layers["t5"]["width"]
     if "dino" in layers:
         size += 4 * (row["dino_h"] * row["dino_w"] + 1) * layers["dino"]["width"]
+    for layer in data.layers:
+        if LAYERS[layer].flat and layer not in CONVERTED:
+            size += sum(row[f"{layer}/{member}/length"] for member in data.members(layer))
     return size
 
 
@@ -141,22 +148,31 @@ def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str
 
 def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
     """The members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
-    bucket, layers = Bucket.parse(row["bucket"]), data.layers
-    members = {
-        "image.npy": npy_bytes((data.pixels(row).astype(np.float32) / 255).astype(np.float16).transpose(2, 0, 1))
-    }
-    if "dino" in layers:
-        patches = data.patches(row)
-        members["dinov3.npy"] = npy_bytes(data.cls(row))
-        members["dinov3_patches.npy"] = npy_bytes(patches.reshape(-1, patches.shape[-1]))
-    if "t5" in layers:
-        hidden, mask = pad_text(data.t5(row), row)
-        members |= {"t5h.npy": npy_bytes(hidden), "t5m.npy": npy_bytes(mask)}
-    if "pose" in layers:
-        members["pose.npy"] = npy_bytes(flat_pose(data.pose(row), bucket))
+    bucket, members = Bucket.parse(row["bucket"]), {}
+    for layer in [*CONVERTED, *(layer for layer in data.layers if layer not in CONVERTED)]:
+        if layer in data.layers and (names := LAYERS[layer].flat):
+            arrays = CONVERTED[layer](data, row) if layer in CONVERTED else stored_arrays(data, row, layer)
+            members |= {name: npy_bytes(array) for name, array in zip(names, arrays, strict=True)}
     about = {"bucket": row["bucket"], "width": bucket.width, "height": bucket.height}
     about |= {name: row[name] for name in ("caption", "split", "source", "dino_h", "dino_w") if name in row}
     return members | {"json": canonical_json(about).encode()}
+
+
+def stored_arrays(data: Dataset, row: dict[str, Any], layer: str) -> list[np.ndarray]:
+    """Return the arrays of a layer as they are stored, without those of the mirrored crop."""
+    members = LAYERS[layer].members
+    return [data.array(row, f"{layer}/{member.name}") for member in members if isinstance(member.kind, Array)]
+
+
+def flat_image(data: Dataset, row: dict[str, Any]) -> list[np.ndarray]:
+    """Return the crop, float16 (3, H, W) in [0, 1]."""
+    return [(data.pixels(row).astype(np.float32) / 255).astype(np.float16).transpose(2, 0, 1)]
+
+
+def flat_features(data: Dataset, row: dict[str, Any]) -> list[np.ndarray]:
+    """Return DINO's class token, float32 (width,), and patches, float32 (h * w, width)."""
+    patches = data.patches(row)
+    return [data.cls(row), patches.reshape(-1, patches.shape[-1])]
 
 
 def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -173,3 +189,11 @@ def flat_pose(joints: np.ndarray, bucket: Bucket) -> np.ndarray:
     """Our joints (133, 3), with x as 2 (x + .5) / W - 1, in float16 with 2 x / W - 1; y alike. Absent joints stay 0."""
     shift = np.array([1 / bucket.width, 1 / bucket.height, 0], np.float32)
     return np.where(joints[:, 2:] > 0, joints - shift, 0).astype(np.float16)
+
+
+CONVERTED: dict[str, Callable[[Dataset, dict[str, Any]], Sequence[np.ndarray]]] = {  # in the order of that layout
+    "px": flat_image,
+    "dino": flat_features,
+    "t5": lambda data, row: pad_text(data.t5(row), row),
+    "pose": lambda data, row: [flat_pose(data.pose(row), Bucket.parse(row["bucket"]))],
+}

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 
-CODE_VERSION = 1  # raise it when the same caption is flipped into another one
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())

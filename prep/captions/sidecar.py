@@ -14,7 +14,6 @@ from nanodit.files import canonical_json, sha256_bytes
 from prep.captions.mirror import flip_caption
 from prep.images.sources import SIDECAR_SUFFIX, leads_out
 
-CODE_VERSION = 1
 SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars

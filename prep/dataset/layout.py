@@ -22,40 +22,9 @@ import pyarrow.parquet as pq
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.dataset.layers import LAYERS
 
 SCHEMA_VERSION = 1
-
-# The members of each layer: file name in the tar is KEY.MEMBER, columns of the index are LAYER/MEMBER/offset, ...
-LAYERS: dict[str, tuple[str, ...]] = {
-    "px": ("webp",),
-    "text": ("txt", "json"),
-    "t5": ("t5.npy",),
-    "dino": ("cls.npy", "dino.npy", "dino_scale.npy"),
-    "pose": ("pose.npy", "json"),
-}
-
-# What `flips` adds to them: the mirrored crop's caption, its features, and DINO's, which are no mirror image of the
-# others. Features of a caption are of no token where it cannot be flipped, or is its own mirror image.
-FLIP_MEMBERS: dict[str, tuple[str, ...]] = {
-    "text": ("flip.txt",),
-    "t5": ("t5_flip.npy",),
-    "dino": ("cls_flip.npy", "dino_flip.npy", "dino_flip_scale.npy"),
-}
-
-IMAGE_FORMATS = {"webp": "webp", "jpeg": "jpg"}  # image.format: member of the px layer
-
-# What a layer's index parts say about a sample besides where its members are.
-LAYER_COLUMNS: dict[str, dict[str, pa.DataType]] = {
-    "px": {"phash": pa.string(), "sharpness": pa.float64(), "thumbnail": pa.binary()},
-    "text": {"caption": pa.string()},
-    "t5": {"t5_tokens": pa.int32(), "t5_truncated": pa.bool_()},
-    "dino": {"dino_h": pa.int32(), "dino_w": pa.int32(), "dino_cosine": pa.float32()},  # worst token's, after int8
-    "pose": {"persons": pa.int32()},
-}
-FLIP_COLUMNS: dict[str, dict[str, pa.DataType]] = {
-    "text": {"caption_flip": pa.string()},  # null: not to be flipped, and neither is the image
-    "t5": {"t5_flip_tokens": pa.int32()},
-}
 
 TAR_BLOCK = 512
 
@@ -119,18 +88,12 @@ def fingerprint_of(recipe: dict[str, Any]) -> str:
 
 
 def members_of(layer: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The members of a layer; ``recipe`` (of a unit, or the layer's part of dataset.json) says which it has.
+    """Return the names of a layer's members; ``recipe`` (of a unit, or the layer's part of dataset.json) says which.
 
-    px may have another format than WebP, and the others what belongs to the mirrored crop.
+    px may have another format than WebP, and the others what belongs to the mirrored crop. File names in the tar are
+    KEY.MEMBER, columns of the index LAYER/MEMBER/offset and so on.
     """
-    if layer == "px" and "format" in recipe:
-        return (IMAGE_FORMATS[recipe["format"]],)
-    return LAYERS[layer] + (FLIP_MEMBERS[layer] if "flip" in recipe else ())
-
-
-def columns_of(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
-    """What the index parts of a layer say about a sample besides where its members are; ``recipe`` as above."""
-    return LAYER_COLUMNS[layer] | (FLIP_COLUMNS.get(layer, {}) if "flip" in recipe else {})
+    return tuple(member.name for member in LAYERS[layer].members_of(recipe))
 
 
 def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
@@ -141,7 +104,7 @@ def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataTy
 
 def part_schema(layer: str, recipe: Mapping[str, Any]) -> pa.Schema:
     """Schema of the index parts of a layer."""
-    return pa.schema({"key": pa.string(), **columns_of(layer, recipe), **member_columns(layer, recipe)})
+    return pa.schema({"key": pa.string(), **LAYERS[layer].columns_of(recipe), **member_columns(layer, recipe)})
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -15,8 +15,8 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.dataset.buckets import buckets_for
 from prep.dataset.codecs import decode_pixels, load_npy
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
-    LAYERS,
     SCHEMA_VERSION,
     Unit,
     member_columns,

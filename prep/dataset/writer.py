@@ -14,12 +14,12 @@ import pyarrow as pa
 from nanodit.faults import fault
 from nanodit.files import sha256_bytes, sha256_file
 from nanodit.storage import Storage, open_storage
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
     TAR_BLOCK,
     Rejection,
     Unit,
-    columns_of,
     members_of,
     parquet_bytes,
     part_schema,
@@ -49,9 +49,9 @@ class LayerWriter:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, key: str, members: dict[str, bytes], **columns: Any) -> None:
-        """Append one sample: ``members`` by name as in ``members_of``, ``columns`` as in ``columns_of``."""
+        """Append one sample: ``members`` by name and ``columns`` as the layer's record has them."""
         layer, expected = self.unit.layer, members_of(self.unit.layer, self.recipe)
-        described = columns_of(layer, self.recipe)
+        described = LAYERS[layer].columns_of(self.recipe)
         if tuple(members) != expected or set(columns) != set(described):
             raise ValueError(f"{self.unit}: expected members {expected} and columns {set(described)}")
         if self._rows and key <= self._rows[-1]["key"]:

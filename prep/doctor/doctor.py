@@ -39,6 +39,7 @@ from prep.doctor.models import check_model, check_network, encoder_names, examin
 from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, store_checks
 from prep.doctor.rules import Needs, cluster_checks, count, named, needs_of, node_checks
+from prep.encoders.registry import NETWORKS
 
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
@@ -117,7 +118,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[Task]:
     machines = Task("node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False))
     models, names = [], encoder_names(config)
     for part, name in names.items():
-        check = check_model if part in ("t5", "dino") else check_network
+        check = check_network if part in NETWORKS else check_model
         models.append(Task(part, lambda part=part, name=name, check=check: [check(config, part, name)]))
     places = [Task("dataset", lambda: place_checks(config)), Task("output", lambda: store_checks(config))]
     if any(names.values()):

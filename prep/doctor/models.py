@@ -22,10 +22,11 @@ from nanodit.files import sha256_file
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.servers import HostFault, SampleFault, open_server
 from prep.config import PrepConfig
+from prep.dataset.layers import ENCODER_LAYERS
 from prep.doctor.finding import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line
 from prep.encoders.hub import CONFIG, UNGATED, WEIGHTS, WEIGHTS_INDEX, Reference
-from prep.encoders.registry import PRODUCTION
+from prep.encoders.registry import encoder_of
 
 SECONDS = 4.0  # per request
 GB = 1e9
@@ -39,26 +40,22 @@ OLLAMA_PORT = 11434
 
 
 def encoder_names(config: PrepConfig) -> dict[str, str | None]:
-    """What each of ``t5``, ``dino``, ``detector`` and ``pose`` is made with; None for a built-in demo network.
+    """Return what each encoder of the active layers is made with; None for a built-in demo network.
 
-    Only those of the layers that the config asks for.
+    By layer, but "detector" and "pose" for the two files of the pose layer.
     """
-    given = {
-        "t5": config.t5.model,
-        "dino": config.dino.model,
-        "detector": config.pose.detector,
-        "pose": config.pose.pose,
-    }
-    layers = {"detector": "pose"}
-    return {
-        part: name or (PRODUCTION[part] if config.encoders == "production" else None)
-        for part, name in given.items()
-        if layers.get(part, part) in config.active_layers
-    }
+    names = {}
+    for layer in ENCODER_LAYERS:
+        encoder = encoder_of(layer)
+        usual = encoder.files or ({layer: encoder.model} if encoder.model else {})
+        for part, production in usual.items() if layer in config.active_layers else ():
+            given = getattr(getattr(config, layer), part if encoder.files else "model")
+            names[part] = given or (production if config.encoders == "production" else None)
+    return names
 
 
 def check_model(config: PrepConfig, layer: str, name: str | None) -> Check:
-    """Whether the model of ``t5`` or ``dino`` is at hand, or can be downloaded by this machine's user."""
+    """Whether the model of a layer is at hand, or can be downloaded by this machine's user."""
     label = f"model_{layer}"
     if name is None:
         return ok(label, "a built-in demo encoder; nothing to download")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.config import PrepConfig
+from prep.dataset.layers import ENCODER_LAYERS
 from prep.doctor.finding import RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import DASHBOARD_PORT, GCS_PORT, first_line
-from prep.encoders.registry import ENCODER_LAYERS
 from prep.passes.placement import memory_need, vram_need
 
 GB = 1e9

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +11,22 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, DINOv3ViTModel
 
+from prep.dataset.codecs import npy_bytes
+from prep.dataset.layers import dino_grid
+from prep.dataset.quantise import quantise, worst_cosine
 from prep.encoders.halving import Halving
-from prep.encoders.weights import cannot_load, compute_dtype, model_identity, open_model, quiet_transformers
+from prep.encoders.weights import (
+    architecture,
+    cannot_load,
+    compute_dtype,
+    model_identity,
+    open_model,
+    quiet_transformers,
+)
 
 CODE_VERSION = 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CELL = 16  # pixels of the scaled image per side of a patch, whatever the encoder's own patch size
-MIN_GRID = 8  # patches per side: fewer say too little about layout, so small images are enlarged
 
 
 def fingerprint(
@@ -61,11 +68,11 @@ class DINOv3Encoder:
         self.memory = Halving("DINO", device)
         options = {"dtype": self.dtype, "local_files_only": True, "use_safetensors": True}
         try:
-            architecture = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if architecture not in self.MODELS:
-                raise ValueError(f"it is a {architecture}, and this encoder takes {' or '.join(self.MODELS)}")
+            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            if kind not in self.MODELS:
+                raise ValueError(f"it is a {kind}, and this encoder takes {' or '.join(self.MODELS)}")
             with quiet_transformers():
-                self.model = self.MODELS[architecture].from_pretrained(folder, **options).to(self.device).eval()
+                self.model = self.MODELS[kind].from_pretrained(folder, **options).to(self.device).eval()
         except (OSError, ValueError) as error:
             raise cannot_load("DINO encoder", model, error) from error
         self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
@@ -92,7 +99,7 @@ class DINOv3Encoder:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (rows, columns) for an image of ``height`` x ``width`` pixels; at least eight a side."""
-        return tuple(max(MIN_GRID, math.floor(self.input_scale * side / CELL + 0.5)) for side in (height, width))
+        return dino_grid(height, width, self.input_scale)
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encode ``images``, (B, H, W, 3) uint8 RGB: CLS (B, D) and patches (B, h, w, D), both float32.
@@ -101,6 +108,18 @@ class DINOv3Encoder:
         """
         cls, patches = zip(*self.memory.run(self._encode, images))
         return np.concatenate(cls), np.concatenate(patches)
+
+    def samples(self, images: np.ndarray, flips: bool = False) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
+        """Yield the members and index columns of each of ``images``; with ``flips`` also those of the mirrored ones."""
+        views = [zip(*self.encode(images))]
+        if flips:  # what the network sees in a mirrored image is not what it saw, mirrored
+            views.append(zip(*self.encode(images[:, :, ::-1])))
+        for (cls, grid), *mirrored in zip(*views):
+            members, cosine = dino_members(cls, grid)
+            for other in mirrored:
+                more, other_cosine = dino_members(*other, suffix="_flip")
+                members, cosine = members | more, min(cosine, other_cosine)
+            yield members, {"dino_h": grid.shape[0], "dino_w": grid.shape[1], "dino_cosine": cosine}
 
     @torch.inference_mode()
     def _encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,3 +136,20 @@ class DINOv3Encoder:
         # [CLS, registers, patches]: the registers hold nothing about a place and must not become patches.
         patches_bnd = tokens_bnd[:, 1 + self.registers :]
         return tokens_bnd[:, 0].numpy(), patches_bnd.reshape(batch, rows, columns, -1).numpy()
+
+
+def dino_members(cls: np.ndarray, grid: np.ndarray, suffix: str = "") -> tuple[dict[str, bytes], float]:
+    """Return a class token (W,) and patches (h, w, W) as members, and the worst patch's cosine after quantising."""
+    features = grid.reshape(-1, grid.shape[-1])
+    quantised, scale = quantise(features)
+    arrays = {f"cls{suffix}.npy": cls, f"dino{suffix}.npy": quantised, f"dino{suffix}_scale.npy": scale}
+    members = {name: npy_bytes(array) for name, array in arrays.items()}
+    return members, round(worst_cosine(features, quantised, scale), 6)
+
+
+def build(model: str | Path, revision: str | None = None, **arguments: Any) -> DINOv3Encoder:
+    """Load a DINOv3, or a DINOv2 in its place where the model's own config says that it is one."""
+    from prep.encoders.dinov2 import DINOv2Encoder
+
+    older = architecture(model, revision) in DINOv2Encoder.MODELS
+    return (DINOv2Encoder if older else DINOv3Encoder)(model, revision, **arguments)

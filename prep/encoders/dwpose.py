@@ -10,19 +10,21 @@ mmpose's SimCC codec), batched. Which convention holds where matters to half a p
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from nanodit.errors import ConfigError, DataError, ResourceError
-from nanodit.files import sha256_file
+from nanodit.files import canonical_json, sha256_file
 from nanodit.keypoints import JOINTS
+from prep.dataset.codecs import npy_bytes
 from prep.encoders.halving import Halving
-from prep.encoders.hub import is_hub_file
+from prep.encoders.hub import Reference, check_bytes, download_file, is_hub_file
 
 CODE_VERSION = 2
 BATCH = 4  # images per call of a network that takes any number
@@ -133,6 +135,35 @@ class DWPose:
             for index, points, (centre, scale) in zip(chosen, np.concatenate(joints), regions):
                 keypoints[index] = to_image(points, centre, scale)
         return [Pose(points, candidates) for points, candidates in zip(keypoints, boxes)]
+
+    def samples(self, images: np.ndarray, flips: bool = False) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
+        """Yield the members and index columns of each of ``images``: the joints of the largest person, all boxes.
+
+        A mirrored image has the same, mirrored, so ``flips`` adds nothing.
+        """
+        height, width = images.shape[1:3]
+        for pose in self.detect(images):
+            boxes = [[round(float(value), 3) for value in box] for box in pose.boxes]
+            people = canonical_json({"persons": pose.persons, "boxes": boxes}).encode()
+            joints = normalise(pose.keypoints, width, height)
+            yield {"pose.npy": npy_bytes(joints), "json": people}, {"persons": pose.persons}
+
+
+def build(detector: Path | str, pose: Path | str, sha256: Mapping[str, str] | None, device: str = "cpu") -> DWPose:
+    """Load the two networks, from files or from the hub."""
+    known = sha256 or {}
+    return DWPose(_onnx_file(detector, known.get("detector")), _onnx_file(pose, known.get("pose")), device)
+
+
+def _onnx_file(value: str | Path, sha256: str | None) -> Path:
+    """Return a network's file on this machine: downloaded from the hub, and checked where its hash is known."""
+    path = Path(value)
+    if is_hub_file(value):
+        reference = Reference.parse(str(value))
+        path = download_file(reference, reference.file)
+    if sha256:
+        check_bytes(path, sha256, str(value))
+    return path
 
 
 # --- detector ---------------------------------------------------------------------------------------------------------

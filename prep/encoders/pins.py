@@ -18,7 +18,7 @@ from nanodit.files import canonical_json, sha256_file
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.encoders.hub import COMMIT, Pin, Reference, is_hub_file, resolve
-from prep.encoders.registry import NETWORKS, PRODUCTION, pose_file
+from prep.encoders.registry import MODEL_LAYERS, NETWORKS, encoder_of, pose_file
 from prep.encoders.weights import is_local
 
 MODELS = "models.json"
@@ -75,7 +75,7 @@ def pin_config(config: PrepConfig, pins: Mapping[str, Pin]) -> PrepConfig:
     """
     models = hub_models(config)
     update: dict[str, Any] = {}
-    for layer in ("t5", "dino"):
+    for layer in MODEL_LAYERS:
         section = getattr(config, layer)
         if section.model and is_local(section.model):
             update[layer] = section.model_copy(update={"model": str(Path(section.model).absolute())})
@@ -108,12 +108,12 @@ def _pin_pose(config: PrepConfig, models: Mapping[str, Reference], pins: Mapping
 def hub_models(config: PrepConfig) -> dict[str, Reference]:
     """What the active layers take from the hub and is not pinned in the config itself.
 
-    By what it is for: "t5", "dino", and "detector" and "pose" for the two files of the pose layer.
+    By what it is for: the layer, and "detector" and "pose" for the two files of the pose layer.
     """
     models = {}
-    for layer in ("t5", "dino"):
+    for layer in MODEL_LAYERS:
         section = getattr(config, layer)
-        name = section.model or (PRODUCTION[layer] if config.encoders == "production" else None)
+        name = section.model or (encoder_of(layer).model if config.encoders == "production" else None)
         if section.sha256 and (name is None or is_local(name)):
             raise ConfigError(
                 f"{layer}.sha256 is for models from the hub, and {name or 'the demo encoder'} is none: a folder is "

@@ -113,3 +113,6 @@ class T5Encoder:
             T5Tokens(features_bld[row, : len(ids)].numpy().copy(), truncated)
             for row, (ids, truncated) in enumerate(tokens)
         ]
+
+
+build = T5Encoder

@@ -15,38 +15,17 @@ from pathlib import Path
 
 from nanodit.console import duration
 from nanodit.errors import ResourceError
-from nanodit.keypoints import JOINTS
 from nanodit.storage import Storage, open_storage
 from prep.captions.cache import FOLDER, CaptionCache
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Unit
-from prep.encoders.registry import INPUT_SCALE
 from prep.passes.placement import Pass
 from prep.passes.plan import Plan
 
-# Samples a second at 1024 pixels with the full-size encoders, estimates except px: of one worker with one thread, of a
-# graphics card like a 3060 (about 25 TFLOPS in bf16, 8 in fp32, at what such networks reach), and of a caption server's
-# slot.
-#   t5    .335 G parameters x 2 x 220 tokens = .15 TFLOP; a core does about .05 a second
-#   dino  .303 G parameters x 2 x 1,029 tokens and attention = .7 TFLOP
-#   pose  YOLOX-L .155 and DW-LL .01 TFLOP in fp32, and 15 ms on the CPU for resizing and decoding
-RATES = {
-    "cpu": {"px": 10.0, "text": 500.0, "t5": 0.3, "dino": 0.07, "pose": 0.3},
-    "cuda": {"t5": 60.0, "dino": 25.0, "pose": 25.0},
-    "captions": {"text": 1 / 7.5},
-}
 DEMO_RATE = 20.0
-FULL_AREA = 1024 * 1024
-# MB of a crop of that area, measured on photographs: WebP lossless method 0, JPEG q95 4:4:4
-PX_MB = {"webp": 1.03, "jpeg": 0.41}
-T5_TOKENS = 220  # of a caption of 150 to 200 words
-T5_WIDTH = {"production": 1024, "demo": 128}
-DINO_WIDTH = {"production": 1024, "demo": 96}
-DINO_CELL, DINO_MIN_GRID = 16, 8  # the grid of ``prep/encoders/dinov3.py``, which takes seconds to import
-SCALE_GROUP = 64  # channels that share a scale
 CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
-NPY = 128  # bytes of an array's header
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
 
@@ -184,42 +163,21 @@ def measured_sizes(plan: Plan) -> dict[str, float]:
 
 def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
     """Samples a second of one worker; on a GPU of its fraction of a card."""
-    rate = RATES[step.device][layer]
-    area = (config.base / 1024) ** 2
-    if layer == "px":
-        return rate / area
-    if layer in ("t5", "dino", "pose"):
-        if config.flips and layer != "pose":  # the mirrored crop is another sample to them
-            rate /= 2
-        if config.encoders == "demo":
-            return DEMO_RATE
-        if layer == "dino":
-            scale = config.dino.input_scale or INPUT_SCALE[config.encoders]
-            rate /= area * (scale / INPUT_SCALE["production"]) ** 2
-        return rate * (step.gpus if step.device == "cuda" else 1)
-    return rate
+    record = LAYERS[layer]
+    rate = record.rates[step.device]
+    if record.encoder and record.flip and config.flips:  # the mirrored crop is another sample to it
+        rate /= 2
+    rate /= record.work(config)
+    if not record.encoder:
+        return rate
+    if config.encoders == "demo":
+        return DEMO_RATE
+    return rate * (step.gpus if step.device == "cuda" else 1)
 
 
 def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:
     """Estimated bytes that one sample takes in the tar of a layer."""
-    size = Bucket.parse(bucket)
-    if layer == "px":
-        return _members(PX_MB[config.image.format] * 1e6 * size.width * size.height / FULL_AREA)
-    if layer == "text":
-        return _members(1200, 300, *([1200] if config.flips else []))
-    copies = 2 if config.flips else 1
-    if layer == "t5":
-        return copies * _members(NPY + 2 * min(T5_TOKENS, config.t5.max_tokens) * T5_WIDTH[config.encoders])
-    if layer == "dino":
-        scale, width = config.dino.input_scale or INPUT_SCALE[config.encoders], DINO_WIDTH[config.encoders]
-        rows, columns = (
-            max(DINO_MIN_GRID, math.floor(scale * side / DINO_CELL + 0.5)) for side in (size.height, size.width)
-        )
-        tokens = rows * columns
-        return copies * _members(
-            *(NPY + size for size in (2 * width, tokens * width, 2 * tokens * math.ceil(width / SCALE_GROUP)))
-        )
-    return _members(NPY + 4 * 3 * JOINTS, 100)
+    return _members(*LAYERS[layer].sizes(config, Bucket.parse(bucket)))
 
 
 def _members(*sizes: float) -> float:

@@ -1,4 +1,4 @@
-"""Computing the layers: one function per layer turns a committed upstream layer into the next one.
+"""Computing the layers: one method per kind of layer turns a committed upstream layer into the next one.
 
 No Ray here: a :class:`LayerWorker` lives in the child process of a ``prep/passes/supervisor.py``, or in a test.
 Encoders are built when the first shard needs them. Batches have a fixed size and never span shards, so the bytes of a
@@ -22,7 +22,6 @@ import numpy as np
 
 from nanodit.errors import ConfigError, DataError
 from nanodit.faults import fault
-from nanodit.files import canonical_json
 from nanodit.storage import open_storage
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
 from prep.config import PrepConfig
@@ -30,7 +29,7 @@ from prep.dataset.buckets import Bucket, crop_to_bucket
 from prep.dataset.codecs import decode_pixels, encode_pixels, npy_bytes
 from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
-from prep.encoders.registry import build_encoder
+from prep.encoders.registry import build_encoder, encoder_of
 from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import blur_problem, persons_problem, sharpness
 from prep.images.sources import BadImage, Source, load_canonical
@@ -105,11 +104,11 @@ class LayerWorker:
 
     def compute(self, job: Job) -> dict[str, Any]:
         """Compute and commit one unit, unless it was committed meanwhile; a probe always computes, never commits."""
-        compute = {"px": self.px, "text": self.text, "t5": self.t5, "dino": self.dino, "pose": self.pose}
+        compute = {"px": self.px, "text": self.text, "t5": self.t5}.get(job.layer, self.encode_crops)
         start = time.monotonic()
         part = None if job.only or job.layer in job.task.again else read_part(self.root, job.unit)
         if part is None or part.fingerprint != fingerprint_of(job.recipe):
-            compute[job.layer](job)
+            compute(job)
         else:
             self._rejected = len(part.rejects)
         done = {"layer": job.layer, "device": self.device, "samples": len(job.task.sources)}
@@ -167,7 +166,7 @@ class LayerWorker:
         sources = {source.key: source for source in job.task.sources}
         with self._writing(job, facts={}) as writer:
             keys = self._upstream(job).table["key"].to_pylist()
-            before = committed_captions(read_part(self.root, job.unit))
+            before = captions_by_sidecar(read_part(self.root, job.unit))
             for key in self._wanted(job, writer, keys, str):
                 wanted = job.recipe["captions"][key]  # the hash of the sidecar, or why there is none
                 try:
@@ -191,8 +190,7 @@ class LayerWorker:
         encoder, flips = self._encoder(job), "flip" in job.recipe
         table = self._upstream(job).table
         rows = zip(*(table[name].to_pylist() for name in ("key", "caption", "caption_flip" if flips else "caption")))
-        facts = {"width": encoder.width, "max_tokens": encoder.max_tokens}
-        with self._writing(job, facts) as writer:
+        with self._writing(job, self._facts(job)) as writer:
             for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
                 keys, captions, flipped = zip(*batch)
                 self.watch(list(keys))
@@ -210,38 +208,17 @@ class LayerWorker:
                         columns["t5_flip_tokens"] = len(embedding)
                     writer.add(key, members, **columns)
 
-    def dino(self, job: Job) -> None:
-        """Crops -> the DINOv3 class token and quantised patch tokens; with flips also those of the mirrored crops."""
-        encoder = self._encoder(job)
-        facts = {name: getattr(encoder, name) for name in ("width", "registers", "patch_size", "input_scale")}
-        with self._writing(job, facts) as writer:
-            for keys, images in self._images(job, writer, self.config.dino.batch_size):
-                views = [zip(*encoder.encode(images))]
-                if "flip" in job.recipe:  # what the network sees in a mirrored image is not what it saw, mirrored
-                    views.append(zip(*encoder.encode(images[:, :, ::-1])))
-                for key, (cls, grid), *mirrored in zip(keys, *views):
-                    members, cosine = dino_members(cls, grid)
-                    for other in mirrored:
-                        more, other_cosine = dino_members(*other, suffix="_flip")
-                        members, cosine = members | more, min(cosine, other_cosine)
-                    columns = {"dino_h": grid.shape[0], "dino_w": grid.shape[1], "dino_cosine": cosine}
-                    writer.add(key, members, **columns)
-
-    def pose(self, job: Job) -> None:
-        """Crops -> the joints of the largest person, and everybody's box."""
-        from prep.encoders.dwpose import normalise
-
-        encoder, bucket = self._encoder(job), Bucket.parse(job.task.bucket)
-        with self._writing(job, facts={}) as writer:
-            for keys, images in self._images(job, writer, self.config.pose.batch_size):
-                for key, pose in zip(keys, encoder.detect(images)):
-                    if problem := persons_problem(pose.persons, self.config.filters):
+    def encode_crops(self, job: Job) -> None:
+        """Crops -> what the layer's encoder makes of them."""
+        encoder, batch_size = self._encoder(job), getattr(self.config, job.layer).batch_size
+        with self._writing(job, self._facts(job)) as writer:
+            for keys, images in self._images(job, writer, batch_size):
+                for key, (members, columns) in zip(keys, encoder.samples(images, "flip" in job.recipe), strict=True):
+                    problem = "persons" in columns and persons_problem(columns["persons"], self.config.filters)
+                    if problem:
                         writer.reject(key, *problem)
-                        continue
-                    joints = normalise(pose.keypoints, bucket.width, bucket.height)
-                    boxes = [[round(float(value), 3) for value in box] for box in pose.boxes]
-                    people = canonical_json({"persons": pose.persons, "boxes": boxes}).encode()
-                    writer.add(key, {"pose.npy": npy_bytes(joints), "json": people}, persons=pose.persons)
+                    else:
+                        writer.add(key, members, **columns)
 
     def _upstream(self, job: Job) -> Part:
         """What the unit is made from, as committed."""
@@ -273,19 +250,13 @@ class LayerWorker:
             self._encoders[job.layer] = encoder
         return self._encoders[job.layer]
 
-
-def dino_members(cls: np.ndarray, grid: np.ndarray, suffix: str = "") -> tuple[dict[str, bytes], float]:
-    """A class token (W,) and patches (h, w, W) as members, and the worst patch's cosine after quantising."""
-    from prep.dataset.quantise import quantise, worst_cosine
-
-    features = grid.reshape(-1, grid.shape[-1])
-    quantised, scale = quantise(features)
-    arrays = {f"cls{suffix}.npy": cls, f"dino{suffix}.npy": quantised, f"dino{suffix}_scale.npy": scale}
-    members = {name: npy_bytes(array) for name, array in arrays.items()}
-    return members, round(worst_cosine(features, quantised, scale), 6)
+    def _facts(self, job: Job) -> dict[str, Any]:
+        """What a layer's encoder says of itself in dataset.json."""
+        encoder = self._encoder(job)
+        return {name: getattr(encoder, name) for name in encoder_of(job.layer).facts}
 
 
-def committed_captions(part: Part | None) -> dict[str, Caption]:
+def captions_by_sidecar(part: Part | None) -> dict[str, Caption]:
     """The sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
     if part is None:
         return {}

@@ -62,7 +62,7 @@ def published_keys(storage: Storage) -> set[str]:
         return set()
 
 
-def committed_captions(parts: Mapping[Unit, Part]) -> dict[str, str]:
+def sidecar_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:
     """The hash of the sidecar that every committed caption was made from, by key."""
     captions: dict[str, str] = {}
     for unit, part in parts.items():
@@ -140,8 +140,6 @@ def units_behind(config: PrepConfig, current: Mapping[Unit, Part]) -> dict[Unit,
     """Units that say nothing about some samples of the layer they are made from, each with its reason."""
     behind = {}
     for unit, part in current.items():
-        if unit.layer == "px":
-            continue
         upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
         known = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
         if upstream is not None and not known.issuperset(upstream.table["key"].to_pylist()):

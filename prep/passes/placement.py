@@ -21,21 +21,13 @@ from urllib.parse import urlsplit
 
 from nanodit.errors import ResourceError
 from prep.config import PrepConfig
-from prep.encoders.registry import ENCODER_LAYERS, INPUT_SCALE
+from prep.dataset.layers import ENCODER_LAYERS
+from prep.encoders.registry import encoder_of
 
-# GB of a layer's weights, and of the activations of a batch of 16, all estimates:
-#   t5    T5-Large's encoder, .335 G parameters in bf16; 16 x 512 tokens: 16 heads x 512 x 512 scores x 16 captions in
-#         bf16 and fp32 are .4 GB, the feed-forward's 4,096 channels .07 GB a tensor
-#   dino  ViT-L, .303 G parameters in bf16; 16 x 1,024 tokens x 4,096 channels are .13 GB a tensor, about four
-#         such at a time with the pixels; more with the square of the input's side
-#   pose  YOLOX-L and DW-LL, .09 G parameters in fp32; the first feature maps, 16 x 64 x 320 x 320, are .42 GB each, and
-#         onnxruntime's arena keeps about three of them
-VRAM_GB = {"t5": (0.67, 0.6), "dino": (0.61, 0.5), "pose": (0.35, 1.3)}
 DEMO_VRAM_GB = 0.2
 CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
-ON_CPU = {"t5": 2, "dino": 2, "pose": 1}  # fp32 instead of bf16; the ONNX files are fp32 anyway
-TABLE_BATCH, TABLE_TOKENS, TABLE_SIDE = 16, 512, 512
+TABLE_BATCH = 16  # of ``Encoder.activations_gb``
 
 # gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
 OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
@@ -165,7 +157,8 @@ def memory_need(config: PrepConfig, layers: Collection[str]) -> float:
     encoders = [layer for layer in layers if layer in ENCODER_LAYERS]
     if not encoders or config.encoders == "demo":
         return 0.0
-    return math.ceil((PROCESS_GB + sum(ON_CPU[layer] * _encoder_gb(config, layer) for layer in encoders)) * 10) / 10
+    total = PROCESS_GB + sum(encoder_of(layer).on_cpu * _encoder_gb(config, layer) for layer in encoders)
+    return math.ceil(total * 10) / 10
 
 
 def _encoder_gb(config: PrepConfig, layer: str) -> float:
@@ -173,13 +166,9 @@ def _encoder_gb(config: PrepConfig, layer: str) -> float:
         return config.placement.vram_gb[layer]
     if config.encoders == "demo":
         return DEMO_VRAM_GB
-    weights, activations = VRAM_GB[layer]
-    share = getattr(config, layer).batch_size / TABLE_BATCH
-    if layer == "t5":
-        share *= config.t5.max_tokens / TABLE_TOKENS
-    if layer == "dino":
-        share *= (config.base * (config.dino.input_scale or INPUT_SCALE[config.encoders]) / TABLE_SIDE) ** 2
-    return weights + share * activations
+    encoder = encoder_of(layer)
+    share = getattr(config, layer).batch_size / TABLE_BATCH * encoder.growth(config)
+    return encoder.weights_gb + share * encoder.activations_gb
 
 
 def plan_passes(
@@ -218,9 +207,7 @@ def in_order(config: PrepConfig, devices: Mapping[str, str]) -> list[tuple[tuple
             for _ in waiting:  # one by one, because a layer may follow its upstream within the same actor
                 undone = [layer for layer in waiting if layer not in group]
                 group += [
-                    layer
-                    for layer in undone
-                    if devices[layer] == device and (layer == "px" or config.upstream(layer) not in undone)
+                    layer for layer in undone if devices[layer] == device and config.upstream(layer) not in undone
                 ][:1]
             if group:
                 groups.append((tuple(group), device))

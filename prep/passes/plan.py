@@ -22,24 +22,19 @@ from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions import mirror as flip_text
-from prep.captions import sidecar as caption
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
+from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
-from prep.encoders.registry import ENCODER_LAYERS, encoder_fingerprint
+from prep.encoders.registry import encoder_fingerprint
 from prep.images.filters import filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Reject, Remember, Source, scan
-from prep.passes import missing as gone
+from prep.passes import missing
 from prep.passes.layers import ShardTask
 
-# Raise a number when the code gives other bytes for the same inputs; encoders carry their own.
-PX_VERSION = 2
-SCAN_VERSION = 1
-FLIP_VERSIONS = {"text": flip_text.CODE_VERSION, "t5": 1, "dino": 1}  # of what `flips` adds to a layer
-LAYER_VERSIONS = {"px": PX_VERSION, "text": caption.CODE_VERSION, "t5": 1, "dino": 2, "pose": 1}
+SCAN_VERSION = 1  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -121,9 +116,9 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         found = scan(folder, config.image.max_pixels, cache.look)
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
-        manifest = read_manifest_rows(root)
-        files_gone, replaced = gone.compare(manifest, found)
-        kept = gone.worth_keeping(root, files_gone)
+        manifest = read_manifest(root)
+        files_gone, replaced = missing.compare(manifest, found)
+        kept = missing.worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
         for source in [*found.sources, *([] if prune else kept)]:
             if problem := header_problem(
@@ -135,23 +130,23 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
         buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
-        old_captions = gone.committed_captions(parts) if kept else {}
+        old_captions = missing.sidecar_hashes(parts) if kept else {}
         captions, expected = read_captions(config, sources, old_captions, cache.look)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
-        missing = outdated(config, root, recipes, parts)
-        current = {unit: part for unit, part in parts.items() if unit not in missing}
+        reasons = outdated(config, root, recipes, parts)
+        current = {unit: part for unit, part in parts.items() if unit not in reasons}
 
         def is_back(source: Source) -> bool:
-            return not source.gone and gone.is_as_planned(source, captions.get(source.key), config, cache)
+            return not source.gone and missing.is_as_planned(source, captions.get(source.key), config, cache)
 
-        again = gone.units_to_make_again(config, current, sources, is_back, retry_rejects)
-    missing = {unit: why for unit in recipes if (why := missing.get(unit) or again.get(unit))}  # in order
-    current = {unit: part for unit, part in parts.items() if unit not in missing}
+        again = missing.units_to_make_again(config, current, sources, is_back, retry_rejects)
+    reasons = {unit: why for unit in recipes if (why := reasons.get(unit) or again.get(unit))}  # in order
+    current = {unit: part for unit, part in parts.items() if unit not in reasons}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
     notes = silent + count_rejects(rejects + expected, seen)
-    notes += gone.remarks(kept, replaced, prune, shards, missing)
-    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, missing, list(again), notes)
+    notes += missing.remarks(kept, replaced, prune, shards, reasons)
+    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
 
 
 def remaining(plan: Plan) -> Plan:
@@ -161,12 +156,12 @@ def remaining(plan: Plan) -> Plan:
     """
     root = open_storage(plan.config.output)
     parts = plan.parts | read_parts(root, list(plan.missing))
-    missing = outdated(plan.config, root, plan.recipes, parts)
-    current = {unit: part for unit, part in parts.items() if unit not in missing}
-    again = gone.units_behind(plan.config, current)
-    missing = {unit: why for unit in plan.recipes if (why := missing.get(unit) or again.get(unit))}
+    reasons = outdated(plan.config, root, plan.recipes, parts)
+    current = {unit: part for unit, part in parts.items() if unit not in reasons}
+    again = missing.units_behind(plan.config, current)
+    reasons = {unit: why for unit in plan.recipes if (why := reasons.get(unit) or again.get(unit))}
     current = {unit: part for unit, part in current.items() if unit not in again}
-    return replace(plan, parts=current, missing=missing, again=list(again), notes=[])
+    return replace(plan, parts=current, missing=reasons, again=list(again), notes=[])
 
 
 def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
@@ -336,9 +331,9 @@ def make_recipes(
     recipes: dict[Unit, dict[str, Any]] = {}
     for (bucket, shard), keys in shards.items():
         for layer in config.active_layers:
-            recipe: dict[str, Any] = {"layer": layer, "code": LAYER_VERSIONS[layer]}
+            recipe: dict[str, Any] = {"layer": layer, "code": LAYERS[layer].code}
             recipe |= filter_recipe(layer, config.filters)
-            if layer == "px":
+            if config.upstream(layer) == SOURCE:
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
                 if config.image.format != "webp":  # which recipes need not name, as it was always so
                     recipe["format"] = config.image.format
@@ -346,8 +341,8 @@ def make_recipes(
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
                 recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
-            if config.flips and layer in FLIP_VERSIONS:  # without flips recipes do not name them, as it was always so
-                recipe["flip"] = FLIP_VERSIONS[layer]
+            if config.flips and (flip := LAYERS[layer].flip):  # without flips recipes do not name them, as always
+                recipe["flip"] = flip.code
             if layer in encoders:
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe
@@ -358,12 +353,11 @@ def outdated(
     config: PrepConfig, storage: Storage, recipes: Mapping[Unit, dict[str, Any]], parts: Mapping[Unit, Part]
 ) -> dict[Unit, str]:
     """The units without a part of their recipe, each with its reason."""
-    missing = {}
+    found = {}
     for unit, recipe in recipes.items():
-        upstream = "source" if unit.layer == "px" else config.upstream(unit.layer)
-        if why := reason(storage, unit, recipe, parts.get(unit), upstream):
-            missing[unit] = why
-    return missing
+        if why := reason(storage, unit, recipe, parts.get(unit), config.upstream(unit.layer)):
+            found[unit] = why
+    return found
 
 
 def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | None, upstream: str) -> str:
@@ -388,12 +382,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_manifest(root: Path | str | Storage) -> dict[str, tuple[str, int]]:
-    """The (bucket, shard) of every key of an earlier plan; empty before the first."""
-    return {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest_rows(root)}
-
-
-def read_manifest_rows(root: Path | str | Storage) -> list[dict[str, Any]]:
+def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
     """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     data = storage.read_if_there(MANIFEST)

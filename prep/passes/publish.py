@@ -25,11 +25,11 @@ from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop
 from prep.dataset.codecs import load_npy
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
     Part,
     Unit,
-    columns_of,
     fingerprint_of,
     member_columns,
     parquet_bytes,
@@ -185,7 +185,7 @@ def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
     described = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
     # what people look at comes first, where the bytes are last
     recipes = {unit.layer: part.recipe for unit, part in parts.items()}
-    described_by = {layer: [*columns_of(layer, recipes[layer])] for layer in tables}
+    described_by = {layer: [*LAYERS[layer].columns_of(recipes[layer])] for layer in tables}
     located = {layer: [f"{layer}/fingerprint", *member_columns(layer, recipes[layer])] for layer in tables}
     for columns in (described_by, located):
         for layer, table in tables.items():

@@ -9,7 +9,8 @@ from typing import Any
 
 from nanodit.console import duration
 from nanodit.storage import Storage
-from prep.dataset.layout import LAYERS, TAR_BLOCK
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import TAR_BLOCK
 from prep.dataset.reader import Dataset
 
 RUNS = 12  # listed, the newest first

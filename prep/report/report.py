@@ -18,7 +18,8 @@ from nanodit.errors import DataError
 from nanodit.files import write_atomic
 from nanodit.pages import open_template
 from nanodit.storage import Storage, open_storage
-from prep.dataset.layout import LAYERS, read_parquet
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import read_parquet
 from prep.dataset.reader import Dataset
 from prep.passes.publish import REJECTS, warn
 from prep.report import facts, views

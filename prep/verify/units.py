@@ -10,9 +10,8 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +20,10 @@ from PIL import Image
 from nanodit.errors import DataError, NanoditError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage
-from prep.dataset.buckets import Bucket
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
-from prep.dataset.quantise import GROUP
-from prep.passes.plan import LAYER_VERSIONS
 
 KEY = re.compile(r"[0-9a-f]{32}")
-NPY_VERSIONS = ((1, 0), (2, 0))
 BOMB = Image.DecompressionBombError
 NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half would otherwise fill the screen
 
@@ -102,7 +98,7 @@ def _check_part(storage: Storage, checked: Checked) -> Part | None:
         return None
     if table.schema.remove_metadata() != expected:
         wrong = {item.name for item in set(table.schema) ^ set(expected)}
-        if part.recipe.get("code") in range(LAYER_VERSIONS.get(unit.layer, 0)):
+        if part.recipe.get("code") in range(LAYERS[unit.layer].code):
             problem = f"was made by an older version, without {', '.join(sorted(wrong))}"
             checked.findings.append(Finding("older", unit.part, problem, unit=unit))
             return None
@@ -189,13 +185,14 @@ def _members(part: Part) -> Iterator[tuple[str, str, int, int, str]]:
 def _check_members(data: memoryview, part: Part, checked: Checked) -> None:
     """Every member has its hash, and what its layer promises: kind, shape, finite numbers, the words of the index."""
     rows = {row["key"]: row for row in part.table.to_pylist()}
+    kinds = {member.name: member.kind for member in LAYERS[part.unit.layer].members_of(part.recipe)}
     bad = 0
     for key, member, offset, length, sha256 in _members(part):
         try:
             content = data[offset : offset + length] if None not in (offset, length) else b""
             if len(content) != length or sha256_bytes(content) != sha256:
                 raise DataError("the bytes are not those that were committed (SHA-256 differs)")
-            value = CHECKS[part.unit.layer, member](bytes(content), rows[key], part)
+            value = kinds[member].check(bytes(content), rows[key], part)
         except (ValueError, KeyError, TypeError, OSError, RecursionError, BOMB, NanoditError) as error:
             bad += 1
             if bad <= NAMED:
@@ -205,91 +202,3 @@ def _check_members(data: memoryview, part: Part, checked: Checked) -> None:
             checked.class_tokens[key] = value
     if bad > NAMED:
         checked.damaged(part.unit.tar, f"{bad - NAMED} more members are damaged")
-
-
-def parse_npy(data: bytes) -> np.ndarray:
-    """The array in the bytes of an ``.npy`` file, without a copy. Raises DataError for pickles and wrong lengths."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in NPY_VERSIONS:
-        raise DataError(f"is NPY version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if dtype.hasobject:
-        raise DataError("holds Python objects, that is a pickle; such arrays are never loaded")
-    start = stream.tell()
-    if len(data) - start != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{len(data) - start} bytes are not {dtype} {shape}")
-    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-
-
-def _array(data: bytes, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    array = parse_npy(data)
-    if (array.dtype, array.shape) != (np.dtype(dtype), shape):
-        raise DataError(f"is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError("has numbers that are not finite")
-    return array
-
-
-def _image(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    bucket = Bucket.parse(part.unit.bucket)
-    with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
-        if image.size != (bucket.width, bucket.height):
-            raise DataError(f"is {image.width}x{image.height}, expected {bucket}")
-
-
-def _caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    if not data.strip() or data.decode() != row["caption"]:  # a UnicodeDecodeError is a ValueError
-        raise DataError("is empty, or not the caption of the index")
-
-
-def _flipped_caption(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    if data.decode() != (row["caption_flip"] or ""):
-        raise DataError("is not the flipped caption of the index")
-
-
-def _people(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    if json.loads(data)["persons"] != row["persons"]:
-        raise DataError("counts other people than the index")
-
-
-def _text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    _array(data, np.float16, (row["t5_tokens"], part.facts["width"]))
-
-
-def _flipped_text(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    _array(data, np.float16, (row["t5_flip_tokens"], part.facts["width"]))
-
-
-def _patches(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    _array(data, np.int8, (row["dino_h"] * row["dino_w"], part.facts["width"]))
-
-
-def _scales(data: bytes, row: Mapping[str, Any], part: Part) -> None:
-    scale = _array(data, np.float16, (row["dino_h"] * row["dino_w"], -(-part.facts["width"] // GROUP)))
-    if (scale < 0).any():
-        raise DataError("has scales below 0")
-
-
-def _class_token(data: bytes, row: Mapping[str, Any], part: Part) -> np.ndarray:
-    return _array(data, np.float32, (part.facts["width"],))
-
-
-CHECKS: dict[tuple[str, str], Callable[[bytes, Mapping[str, Any], Part], Any]] = {
-    ("px", "webp"): _image,
-    ("px", "jpg"): _image,
-    ("text", "txt"): _caption,
-    ("text", "flip.txt"): _flipped_caption,
-    ("text", "json"): lambda data, row, part: json.loads(data),
-    ("t5", "t5.npy"): _text,
-    ("t5", "t5_flip.npy"): _flipped_text,
-    ("dino", "cls.npy"): _class_token,
-    ("dino", "dino.npy"): _patches,
-    ("dino", "dino_scale.npy"): _scales,
-    ("dino", "cls_flip.npy"): _class_token,
-    ("dino", "dino_flip.npy"): _patches,
-    ("dino", "dino_flip_scale.npy"): _scales,
-    ("pose", "pose.npy"): lambda data, row, part: _array(data, np.float32, (133, 3)),
-    ("pose", "json"): _people,
-}

@@ -27,7 +27,8 @@ from nanodit.errors import DataError
 from nanodit.files import sha256_bytes
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
-from prep.dataset.layout import LAYERS, Part, Unit, columns_of, fingerprint_of, member_columns, read_parquet
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import Part, Unit, fingerprint_of, member_columns, read_parquet
 from prep.dataset.reader import check_index, check_info
 from prep.images import duplicates as dedup
 from prep.verify.units import Checked, Finding, check_unit
@@ -216,7 +217,7 @@ def compare_index(
             findings.append(Finding("damaged", "parts", f"some samples are in two {layer} units"))
             continue
         described = info["layers"][layer]
-        names = [*columns_of(layer, described), *member_columns(layer, described)]
+        names = [*LAYERS[layer].columns_of(described), *member_columns(layer, described)]
         for name in ["bucket", "shard", f"{layer}/fingerprint", *names]:
             if name not in ours.column_names or name not in theirs.column_names:
                 if name != "thumbnail":  # stays in the parts

@@ -10,7 +10,7 @@ import numpy as np
 from nanodit.files import sha256_bytes
 from prep.config import PrepConfig
 from prep.dataset.codecs import encode_pixels
-from prep.dataset.layout import IMAGE_FORMATS, Part, Unit, read_part
+from prep.dataset.layout import Part, Unit, members_of, read_part
 from prep.dataset.writer import LayerWriter
 from prep.images.sources import Source
 from prep.passes.captions import caption_recipe, caption_units
@@ -33,7 +33,7 @@ def commit_crops(
     config: PrepConfig, shards: int, size: int, seed: int = 0, image_format: str = "webp"
 ) -> list[ShardTask]:
     """Commit the px units of some shards of random pixels; returns them as tasks without recipes."""
-    member = IMAGE_FORMATS[image_format]
+    (member,) = members_of("px", {"format": image_format})
     tasks = []
     for shard in range(shards):
         random = np.random.default_rng([seed, shard])

@@ -12,7 +12,8 @@ from nanodit.config import load_config
 from nanodit.files import canonical_json, sha256_bytes, write_atomic
 from prep.captions.mirror import flip_caption
 from prep.dataset.codecs import npy_bytes, webp_bytes
-from prep.dataset.layout import FLIP_MEMBERS, LAYERS, Unit, parquet_bytes, read_part
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import Unit, parquet_bytes, read_part
 from prep.dataset.quantise import quantise
 from prep.dataset.writer import LayerWriter
 from train.config import TrainConfig
@@ -105,7 +106,7 @@ def _sample(rng: np.random.Generator, width: int, height: int, h: int, w: int) -
 
 def _flip(layer: str, flips: bool) -> dict[str, int]:
     """What recipe and dataset.json say of a layer with flips."""
-    return {"flip": 1} if flips and layer in FLIP_MEMBERS else {}
+    return {"flip": 1} if flips and LAYERS[layer].flip else {}
 
 
 def _add_flips(sample: dict[str, tuple[dict, dict]], kind: int, rng: np.random.Generator) -> None:

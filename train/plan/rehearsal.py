@@ -23,9 +23,9 @@ from nanodit.errors import ConfigError
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
+from prep.dataset.layers import LAYERS, T5_TOKENS, dino_grid, option
 from prep.dataset.reader import Dataset
-from prep.encoders.registry import INPUT_SCALE
-from prep.passes.cost import DINO_CELL, DINO_MIN_GRID, DINO_WIDTH, T5_TOKENS, T5_WIDTH, sample_bytes
+from prep.passes.cost import sample_bytes
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
@@ -44,21 +44,20 @@ class StandIn:
 
     def __init__(self, prep: PrepConfig) -> None:
         self.prep, self.root = prep, prep.output
-        layers = {"px": {}, "t5": {"width": T5_WIDTH[prep.encoders]}, "dino": {"width": DINO_WIDTH[prep.encoders]}}
-        layers["pose"] = {}
-        kept = {name: layers[name] for name in prep.active_layers if name in layers}
+        widths = {layer.name: layer.encoder.width for layer in LAYERS.values() if layer.encoder and layer.encoder.width}
+        described = {name: {"width": width[prep.encoders]} for name, width in widths.items()}
+        kept = {name: described.get(name, {}) for name in prep.active_layers if name != "text"}
         self.info = {"base": prep.base, "encoders": prep.encoders, "fingerprint": self.fingerprint, "layers": kept}
 
     def rows(self, split: str) -> list[Row]:
         """Return the rows of the split "train", with usual captions and in one row the longest; no other split."""
-        scale = self.prep.dino.input_scale or INPUT_SCALE[self.prep.encoders]
-        side = lambda pixels: max(DINO_MIN_GRID, math.floor(scale * pixels / DINO_CELL + 0.5))  # noqa: E731
+        scale = option(self.prep, "dino", "input_scale")
         longest = self.prep.t5.max_tokens
         rows = []
         for i, bucket in enumerate(buckets_for(self.prep.base) if split == "train" else ()):
             row = {"key": f"{i:032x}", "source": "none", "bucket": str(bucket), "split": split}
             row["t5_tokens"] = longest if i == 0 else min(T5_TOKENS, longest)
-            rows.append(row | {"dino_h": side(bucket.height), "dino_w": side(bucket.width)})
+            rows.append(row | dict(zip(("dino_h", "dino_w"), dino_grid(bucket.height, bucket.width, scale))))
         return rows
 
 

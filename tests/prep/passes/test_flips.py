@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanodit.errors import DataError
 from nanodit.storage import open_storage
 from prep.captions.mirror import flip_caption
 from prep.config import PrepConfig
-from prep.dataset.layout import FLIP_MEMBERS, LAYERS, Unit, read_members, read_part
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import Unit, member_columns, members_of, read_members, read_part
 from prep.dataset.reader import Dataset
 from prep.encoders.registry import build_encoder
 from prep.export import export_flat
@@ -84,19 +86,19 @@ def test_the_index_and_dataset_json_say_what_is_there(folder):
     assert dataset.has_flips
     assert "flips" not in plain.info
     assert not plain.has_flips
-    more = {f"{layer}/{member}/{name}" for layer, members in FLIP_MEMBERS.items() for member in members
-            for name in ("offset", "length", "sha256")}  # fmt: skip
+    located = {layer: set(member_columns(layer, {"flip": 1})) - set(member_columns(layer, {})) for layer in LAYERS}
+    more = set().union(*located.values())
     assert set(dataset.table.column_names) - set(plain.table.column_names) == {"caption_flip", "t5_flip_tokens"} | more
     for layer in LAYERS:
-        assert dataset.members(layer) == LAYERS[layer] + FLIP_MEMBERS.get(layer, ())
+        assert dataset.members(layer) == members_of(layer, {"flip": 1})
     verify(folder / "out")
 
 
 def test_what_was_there_without_flips_stays_byte_for_byte(folder):
     dataset, plain = Dataset(folder / "out"), Dataset(folder / "plain")
     for ours, theirs in zip(dataset.rows(), plain.rows(), strict=True):
-        for layer, members in LAYERS.items():
-            for member in members:
+        for layer in LAYERS:
+            for member in members_of(layer, {}):
                 assert dataset.read(ours, f"{layer}/{member}") == plain.read(theirs, f"{layer}/{member}")
     ours, theirs = files_of(folder / "out"), files_of(folder / "plain")
     for name in theirs:
@@ -201,18 +203,19 @@ def test_mirroring_a_scene_twice_is_the_identity_and_its_captions_are_the_flippe
 
 def test_verify_finds_a_wrong_flip(folder, monkeypatch):
     storage = open_storage(folder / "out")
-    units = [Unit(*place, layer) for place in make_plan(config(folder, flips=True)).shards for layer in FLIP_MEMBERS]
+    layers, shards = ("text", "t5", "dino"), make_plan(config(folder, flips=True)).shards
+    units = [Unit(*place, layer) for place in shards for layer in layers]
     for unit in units:
         assert not verify_units.check_unit(storage, unit).findings
     part = read_part(storage, units[0])
     row = part.table.to_pylist()[0]
     for data in (b"another text", b""):
-        with pytest.raises(verify_units.DataError):
-            verify_units.CHECKS["text", "flip.txt"](data, row, part)
+        with pytest.raises(DataError):
+            LAYERS["text"].flip.members[0].kind.check(data, row, part)
     t5 = read_part(storage, units[1])
     ((_, data), *_) = read_members(storage, t5, "t5.npy")
-    with pytest.raises(verify_units.DataError):
-        verify_units.CHECKS["t5", "t5_flip.npy"](data, t5.table.to_pylist()[0] | {"t5_flip_tokens": 1}, t5)
+    with pytest.raises(DataError):
+        LAYERS["t5"].flip.members[0].kind.check(data, t5.table.to_pylist()[0] | {"t5_flip_tokens": 1}, t5)
 
 
 def test_the_flat_export_leaves_flips_out_and_says_so(folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The plan: membership of shards, what is missing and why; nothing here computes a layer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from PIL import Image
 
 from nanodit.errors import ConfigError, DataError
 from prep.config import PrepConfig
-from prep.dataset.layout import LAYERS, Unit
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import Unit
 from prep.dataset.writer import LayerWriter
-from prep.passes.plan import LAYER_VERSIONS, assign_shards, make_plan, read_manifest, write_manifest
+from prep.passes.plan import assign_shards, make_plan, read_manifest, write_manifest
 from prep.run import current_parts
 
 MEMBERS = st.dictionaries(st.text("0123456789abcdef", min_size=3, max_size=3), st.sampled_from(["a", "b"]), max_size=40)
@@ -117,7 +119,7 @@ def test_p15_another_version_of_a_layers_code_redoes_it_and_what_depends_on_it(t
     write_images(tmp_path / "source", 4)
     settings = config(tmp_path, layers=["text", "dino", "pose"])
     pretend_committed(settings)
-    monkeypatch.setitem(LAYER_VERSIONS, layer, LAYER_VERSIONS[layer] + 1)
+    monkeypatch.setitem(LAYERS, layer, replace(LAYERS[layer], code=LAYERS[layer].code + 1))
     plan = make_plan(settings)
     depending = {"px": {"text", "t5", "dino", "pose"}, "text": {"t5"}}.get(layer, set())
     assert {unit.layer for unit in plan.missing} == {layer} | depending
@@ -159,7 +161,7 @@ def test_the_manifest_lists_every_sample_with_its_place(tmp_path):
     plan = make_plan(config(tmp_path))
     (tmp_path / "out").mkdir()
     write_manifest(plan)
-    places = read_manifest(tmp_path / "out")
+    places = {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest(tmp_path / "out")}
     assert places == {key: place for place, keys in plan.shards.items() for key in keys}
     (tmp_path / "out" / "manifest.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="damaged"):

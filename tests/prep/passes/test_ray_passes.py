@@ -18,7 +18,8 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
-from prep.dataset.layout import LAYERS, Unit
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.encoders.registry import model_name
 from prep.passes import ray_passes as pipeline
@@ -110,7 +111,7 @@ print("read", read, "prep" in sys.modules)
         [sys.executable, "-c", code, figures_dataset], capture_output=True, text=True, cwd="/", timeout=120
     )
     assert done.returncode == 0, done.stderr
-    members = sum(map(len, LAYERS.values()))
+    members = sum(len(layer.members) for layer in LAYERS.values())
     assert done.stdout.split() == ["read", str(80 * members), "False"]
 
 

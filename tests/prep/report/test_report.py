@@ -22,7 +22,8 @@ from nanodit.storage import open_storage
 from prep.__main__ import main
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
-from prep.dataset.layout import LAYERS, parquet_bytes
+from prep.dataset.layers import LAYERS
+from prep.dataset.layout import parquet_bytes
 from prep.dataset.reader import Dataset
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
