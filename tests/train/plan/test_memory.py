@@ -164,7 +164,7 @@ def test_the_micro_batch_itself_takes_memory(dataset, tiny_dataset, tmp_path):
     trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", "repa.enabled=true"), dataset)
     batch = largest_batch(trainer, shapes_of(dataset), META)
     (part,) = batch.parts
-    given = [value for value in vars(part.conditions).values() if isinstance(value, torch.Tensor)]
+    given = [part.conditions.keep, *part.conditions.tensors.values()]
     size = tensor_bytes([batch.x, batch.noise, batch.t, part.teacher, *given])
     with LiveBytes() as live, LikeGpu(bf16=False):
         for _ in range(2):
