@@ -15,7 +15,7 @@ WITH_RAY = {"prep/passes/ray_passes.py", "train/sweep/sweep.py", "train/sweep/ac
 
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
-    "nanodit": ["errors files keypoints", "config console storage faults svg rng", "lock pages", "cli"],
+    "nanodit": ["errors keypoints", "files", "config console storage faults svg rng", "lock pages", "cli"],
     "prep": [
         "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify", "export",
         "__main__",

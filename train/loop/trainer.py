@@ -2,7 +2,7 @@
 
 All randomness comes from counter-based generators named by (seed, purpose, step, image), never from a global state. So
 the weights are a function of config, data and seed, however often the run was interrupted (bit-equal on a CPU), and
-what looks on (logging, pictures, validation) cannot change them.
+observers (logging, pictures, validation) cannot change them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
-from train.data.prefetch import prefetch, stalls_are_said
+from train.data.prefetch import prefetch, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
 from train.loop.compiling import compile_if_asked
 from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
-from train.loop.observers import finite, look
+from train.loop.observers import finite, observe
 from train.loop.saving import Saver
 from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
@@ -144,13 +144,13 @@ class Trainer:
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates(self.peak_flops)
         continue_snapshots(config.run_folder, self.step)
-        watching = stalls_are_said(self.data)
+        watching = watch_for_stalls(self.data)
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
             tracker.text(self.step, "config", dump_config(config))
             saver.save_rest(self.step, tracker)
             saver.saved_at = time.monotonic()
             if self.step:  # what a signal or a kill gave up after the checkpoint
-                self._look_on(tracker, progress, stop)
+                self._observe(tracker, progress, stop)
             while self.step < steps:
                 started = time.perf_counter()
                 with saver.nothing_lost(self.step, tracker):
@@ -173,7 +173,7 @@ class Trainer:
                 if time.monotonic() >= stop_at and self.step < steps:
                     stop.requested = True
                 with saver.nothing_lost(self.step, tracker):
-                    self._look_on(tracker, progress, stop)
+                    self._observe(tracker, progress, stop)
 
     def micro_step(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
@@ -289,13 +289,13 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    def _look_on(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+    def _observe(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
         """Draw and validate, where it is time for that and not done; after saving, because it may take long."""
         config, step = self.config, self.step
         picture = self.visual.folder(config.run_folder, step) / "grid.png"
         if self._due(config.visual_debug.every_steps) and not picture.exists():
             draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
-            grid = look("visual_debug", step, config.run_folder, stop, draw)
+            grid = observe("visual_debug", step, config.run_folder, stop, draw)
             if grid is not None:
                 tracker.image(step, "visual_debug", grid)
                 tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
@@ -303,7 +303,7 @@ class Trainer:
         folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
         if self._due(config.validation.every_steps) and not (folder / VALIDATED).exists():
             validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
-            values = look("validation", step, config.run_folder, stop, validate)
+            values = observe("validation", step, config.run_folder, stop, validate)
             if values:
                 tracker.log(step, values)
 
