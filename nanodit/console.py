@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -24,23 +24,34 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def waiting(what: str, at_once: bool = True) -> Iterator[None]:
-    """Say what is being waited for, if wanted ``at_once``, and every five seconds with the time it has taken."""
-    if at_once:
-        say(what)
-    start, over = time.monotonic(), threading.Event()
+def repeating(function: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """While this is open, call ``function`` every so many seconds in a thread ``name``, the first time after them.
+
+    A call that is under way when the context ends is waited for. What ``function`` raises ends the thread alone.
+    """
+    over = threading.Event()
 
     def repeat() -> None:
-        while not over.wait(PLAIN_INTERVAL):
-            say(f"{what}: {duration(time.monotonic() - start)}")
+        while not over.wait(seconds):
+            function()
 
-    thread = threading.Thread(target=repeat, daemon=True, name="waiting")
+    thread = threading.Thread(target=repeat, daemon=True, name=name)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def waiting(what: str, at_once: bool = True) -> Iterator[None]:
+    """Say what is being waited for, if wanted ``at_once``, and every five seconds with the time it has taken."""
+    if at_once:
+        say(what)
+    start = time.monotonic()
+    with repeating(lambda: say(f"{what}: {duration(time.monotonic() - start)}"), PLAIN_INTERVAL, "waiting"):
+        yield
 
 
 def duration(seconds: float) -> str:

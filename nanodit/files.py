@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nanodit.errors import DataError
+
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write ``data`` so that ``path`` holds either its old content or all of the new one, whatever is killed when.
@@ -50,6 +52,16 @@ def sha256_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises :class:`DataError` for one that cannot be read or is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise DataError(f"{path}: not JSON: {error}") from None
 
 
 def canonical_json(value: Any) -> str:

@@ -11,14 +11,13 @@ import fcntl
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanodit.console import Progress, say
+from nanodit.console import Progress, repeating, say
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.storage import LocalFolder, ObjectStore, Storage, open_storage
 
@@ -76,8 +75,6 @@ class ObjectLock(Lock):
     def __init__(self, storage: ObjectStore) -> None:
         self.storage, self.token, self.beats = storage, uuid.uuid4().hex, 0
         self.taken_by = ""
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def acquire(self) -> None:
         """Create the object, or take it over from an owner that no longer changes it."""
@@ -88,12 +85,9 @@ class ObjectLock(Lock):
             if seen and self._look() == seen:  # still the dead one's, not that of a third run that was faster
                 say(f"taking over the lock of {_owner(seen)}, which showed no sign of life for {WATCH:.0f} s")
                 self.storage.delete(LOCK)
-        self._thread.start()
 
     def release(self) -> None:
-        """Stop beating and remove the object, if it is still ours."""
-        self._released.set()
-        self._thread.join()
+        """Remove the object, if it is still ours."""
         if not self._stolen():
             self.storage.delete(LOCK)
 
@@ -135,18 +129,18 @@ class ObjectLock(Lock):
                 self.taken_by = _owner(content)
         return bool(self.taken_by)
 
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT):
-            try:
-                if self._stolen():
-                    say(
-                        f"warning: {self.taken_by} has taken over the lock of {self.storage}; this run will not publish"
-                    )
-                    return
-                self.beats += 1
-                self.storage.write(LOCK, self._content())
-            except (OSError, ResourceError) as error:  # the next beat may get through
-                say(f"warning: the lock could not be renewed: {error}")
+    def beat(self) -> None:
+        """Show a sign of life, as long as nobody else has taken the lock."""
+        if self.taken_by:  # which was said
+            return
+        try:
+            if self._stolen():
+                say(f"warning: {self.taken_by} has taken over the lock of {self.storage}; this run will not publish")
+                return
+            self.beats += 1
+            self.storage.write(LOCK, self._content())
+        except (OSError, ResourceError) as error:  # the next beat may get through
+            say(f"warning: the lock could not be renewed: {error}")
 
 
 @contextmanager
@@ -155,7 +149,8 @@ def _object_lock(storage: Storage) -> Iterator[Lock]:
     lock = ObjectLock(storage)
     lock.acquire()
     try:
-        yield lock
+        with repeating(lock.beat, BEAT, "lock"):
+            yield lock
     finally:
         lock.release()
 

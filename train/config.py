@@ -12,6 +12,7 @@ from train.data.batch_plan import Phase
 from train.method.dropout import ConditioningConfig
 from train.method.ema import EmaConfig
 from train.method.flow import FlowConfig
+from train.method.loss import LossConfig
 from train.method.optim import OptimizerConfig
 from train.method.perceptual import PerceptualConfig
 from train.method.repa import RepaConfig
@@ -136,6 +137,12 @@ class TrainConfig(Config):
         self.tread.route(self.model.depth)
         self.repa.blocks(self.model.depth)
         return self
+
+    @property
+    def losses(self) -> list[LossConfig]:
+        """The sections of losses beside the flow loss, on or off, in their order."""
+        sections = (getattr(self, name) for name in type(self).model_fields)
+        return [section for section in sections if isinstance(section, LossConfig)]
 
     @property
     def run_folder(self) -> Path:

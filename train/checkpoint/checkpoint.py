@@ -8,7 +8,6 @@ complete; what a disk damages later, the hashes find.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch import nn
 from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.faults import fault
-from nanodit.files import canonical_json, sha256_file, sync_folder
+from nanodit.files import canonical_json, read_json, sha256_file, sync_folder
 from train.checkpoint.tensorfile import Tensors, read_tensors, sync_file, write_tensors
 
 SCHEMA = 1
@@ -162,7 +161,7 @@ def verify(path: Path) -> list[str]:
 
     Raises :class:`DataError` naming the first that differs.
     """
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     files = manifest.get("files") if isinstance(manifest, dict) else None
     whole = isinstance(files, dict) and set(files) - set(_OPTIONAL_FILES) == set(_FILES)
     if not whole or manifest.get("schema") != SCHEMA:
@@ -184,7 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     names = verify(path)
     parts = {f"{part}.safetensors": part for part in (*PARTS, *OPTIONAL_PARTS)}
     tensors = {part: read_tensors(path / name) if name in names else {} for name, part in parts.items()}
-    return Checkpoint(path=path, state=_read_state(path), **tensors)
+    return Checkpoint(path=path, state=read_json(path / "state.json"), **tensors)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -221,16 +220,3 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DataError(f"{source}: does not fit the model: {'; '.join(sorted(problems)[:3])}{more}")
     module.load_state_dict(tensors)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise DataError(f"{path}: not JSON: {error}") from None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    return _read_json(path / "state.json")

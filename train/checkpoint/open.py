@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from nanodit.errors import ConfigError, DataError
-from train.checkpoint.checkpoint import _read_state, load_weights, resolve_checkpoint, verify
+from nanodit.files import read_json
+from train.checkpoint.checkpoint import load_weights, resolve_checkpoint, verify
 from train.checkpoint.exported import is_exported, load_exported
 from train.checkpoint.posthoc import parse_weights, reconstruct
 from train.checkpoint.tensorfile import read_tensors
@@ -30,7 +31,7 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
     sigma_rel = parse_weights(weights)
     step_folder = resolve_checkpoint(Path(path))
     names = verify(step_folder)
-    state = _read_state(step_folder)
+    state = read_json(step_folder / "state.json")
     try:
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:

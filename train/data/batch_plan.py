@@ -47,7 +47,7 @@ def scaled_size(bucket: str, scale: float) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
-class Plan:
+class BatchPlan:
     """The micro-batches of every optimiser step, a pure function of its number.
 
     ``slots`` is how many slots of the order a step takes; ``token_budget`` limits the image tokens of a micro-batch,

@@ -6,12 +6,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
 
-from nanodit.console import duration, say
+from nanodit.console import duration, repeating, say
 from train.data.samples import TrainingSet
 
 STALL_SECONDS = 10.0  # that reading a member may take before it is said
@@ -20,24 +20,15 @@ ABANDON_SECONDS = 5.0  # that the thread which reads ahead is waited for at the 
 T = TypeVar("T")
 
 
-@contextmanager
-def stalls_are_said(data: TrainingSet) -> Iterator[None]:
+def watch_for_stalls(data: TrainingSet) -> AbstractContextManager[None]:
     """While this is open, say which read of ``data`` takes longer than STALL_SECONDS, again and again until it ends."""
-    over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(STALL_SECONDS / 2):
-            reading = data.reading
-            if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
-                say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
+        reading = data.reading
+        if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
+            say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
 
-    thread = threading.Thread(target=watch, daemon=True, name="stalls")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeating(watch, STALL_SECONDS / 2, "stalls")
 
 
 def prefetch(

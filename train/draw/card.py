@@ -190,10 +190,7 @@ def _encoder(data: Mapping[str, Any], layer: str) -> str:
 
 def _training(model: NanoDiT, config: TrainConfig, described: Mapping[str, Any]) -> str:
     train, flow = config.train, config.flow
-    extras = {
-        "REPA": config.repa.enabled, "perceptual loss (LPIPS-VGG)": config.perceptual.every > 0,
-        "TREAD routing": bool(model.route),
-    }  # fmt: skip
+    extras = [*(section.title for section in config.losses if section.on), *(["TREAD routing"] if model.route else [])]
     parent = described["source"]["parent"]
     rows = [
         *([("begun with the weights", f"`{parent['sha256']}`, step {parent['step']}")] if parent else []),
@@ -201,7 +198,7 @@ def _training(model: NanoDiT, config: TrainConfig, described: Mapping[str, Any])
         ("images per step", str(train.batch_size * train.grad_accumulation_steps)),
         ("optimiser", f"{config.optimizer.type}, learning rate {train.lr:g} to {train.lr_min:g}, {train.schedule}"),
         ("prediction", f"{flow.prediction}, times logit-normal({flow.logit_mean:g}, {flow.logit_std:g})"),
-        ("beside the velocity loss", ", ".join(name for name, on in extras.items() if on) or "nothing"),
+        ("beside the velocity loss", ", ".join(extras) or "nothing"),
         ("nanodit", described["source"]["nanodit"]),
         ("SHA-256 of the checkpoint's weights", f"`{described['source']['weights_sha256']}`"),
     ]

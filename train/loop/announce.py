@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from nanodit.console import say
 from train.data.samples import bucket_size
 from train.loop.trainer import Trainer
-from train.method.perceptual import vgg_path
-from train.method.repa import counted_share
 from train.model.tread import MIN_TOKENS
 
 
@@ -28,21 +26,11 @@ def announce(trainer: Trainer) -> None:
             f"continuing a run of {first} steps to {last}: on the steps after {first} the learning rate is warmed "
             f"up again to {config.train.lr:g}, and goes down to {config.train.lr_min:g}"
         )
-    if trainer.perceptual and not trainer.perceptual.published:
-        say(f"perceptual: {vgg_path()} are not the published weights, so this loss means nothing")
-    if trainer.dino and trainer.dino.is_condition(trainer.data.info["layers"]):
-        say(
-            "perceptual: the dataset's DINO features are of the DINOv2 that the loss compares with, so images that "
-            "keep them are told what it measures"
-        )
     for line in plan.describe(config.train.steps):
         say(line)
-    if config.repa.enabled:
-        share, last = counted_share(trainer.table), config.repa.until * trainer.course.totals[0]
-        say(
-            f"repa: weight {config.repa.weight:g} on the {share:.0%} of the images whose patches are dropped, so "
-            f"{config.repa.weight * share:.3f} an image, falling to 0 at step {last:.0f}"
-        )
+    for loss in trainer.losses.values():
+        for line in loss.announce(trainer.course.totals[0], trainer.data.info["layers"]):
+            say(line)
     say(trainer.optimizer.describe())
     if trainer.model.route:
         _warn_of_few_tokens([f"{width}x{height}" for width, height in plan.sizes], config.model.patch_size)

@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import Row
 from train.hardware import can_compile
-from train.loop.microbatch import MicroBatches, deal_subsets, part_sizes, split
+from train.loop.microbatch import MicroBatches, deal_subsets, group_sizes, split
 from train.model.conditions import TEXT_MULTIPLE, Subset
 from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
@@ -64,7 +64,7 @@ def possible_shapes(batches: MicroBatches, modalities: Sequence[str]) -> set[Sha
         }
         for scale in plan.scales:
             sizes = plan.batch_sizes(bucket, scale)
-            images = {part for size in sizes for part in part_sizes(size, len(batches.table))}
+            images = {part for size in sizes for part in group_sizes(size, len(batches.table))}
             shapes.update(product(images, _image_tokens(batches, scaled_size(bucket, scale)), contexts))
     return shapes
 

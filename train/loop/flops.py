@@ -7,19 +7,16 @@ utilisation (Chowdhery et al., arXiv 2204.02311, appendix B); neither the optimi
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.config import TrainConfig
-from train.method.dino_loss import DinoLoss, PatchFeatures, patch_distance
-from train.method.perceptual import PerceptualConfig, PerceptualLoss, View, load_lpips, show
-from train.method.repa import RepaHead
+from train.method.loss import Loss
 from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import Features
@@ -58,43 +55,6 @@ class ModelFlops:
         return dense + self.routed * (count_flops(self.one_of_each, z, t, conditions, keep_ids) - two)
 
 
-class LpipsFlops:
-    """The FLOPs of LPIPS for one view of an image (1, 3, H, W), and of its gradient to the prediction."""
-
-    def __init__(self, config: PerceptualConfig) -> None:
-        self.config, self.network = config, load_lpips(None).to(META)
-
-    def __call__(self, x_hat: Tensor, x: Tensor) -> int:
-        views = [View(0, 0, 0)]
-        return count_flops(self.network, show(x_hat, views, self.config), show(x, views, self.config))
-
-
-class DinoFlops:
-    """The FLOPs of DINOv2's patch distance for one view of an image (1, 3, H, W), and of its gradient."""
-
-    def __init__(self, config: PerceptualConfig, network: PatchFeatures) -> None:
-        self.config, self.network = config, copy.deepcopy(network).to(META)
-
-    def __call__(self, x_hat: Tensor, x: Tensor) -> int:
-        def distance(*images: Tensor) -> Tensor:
-            return patch_distance(*map(self.network, images))
-
-        views = [View(0, 0, 0)]
-        return count_flops(distance, show(x_hat, views, self.config), show(x, views, self.config))
-
-
-class HeadFlops:
-    """The FLOPs of the REPA head, from its output (1, n, c)."""
-
-    def __init__(self, head: RepaHead) -> None:
-        self.head = copy.deepcopy(head).to(META)
-        self.width = head.mlp[0].in_features
-
-    def __call__(self, projected: Tensor) -> int:
-        state = torch.empty(1, projected.shape[1], self.width, device=META, requires_grad=True)
-        return count_flops(self.head, state)
-
-
 class FlopCounter:
     """Adds up what was executed; ``counts`` tells by name what one image of a call's arguments costs."""
 
@@ -106,32 +66,37 @@ class FlopCounter:
 
     def note(self, name: str, images: int, *arguments: Argument) -> None:
         """Remember a forward and backward pass of ``images`` images; cheap, and never waits for a device."""
-        shape = (name, *map(_shape, arguments))
-        if shape not in self._calls:
-            self._calls[shape] = name, [_on_meta(argument) for argument in arguments]
-        self._noted[shape] += images
+        self._noted[self._remember(name, arguments)] += images
+
+    def of_one(self, name: str, *arguments: Argument) -> int:
+        """Return the FLOPs of one image of such a call, which is not added up."""
+        return self._count(self._remember(name, arguments))
 
     def take(self) -> int:
         """Return the FLOPs of what was noted since the last call; a shape not seen before costs some milliseconds."""
-        for shape in self._noted.keys() - self._flops.keys():
-            name, arguments = self._calls[shape]
-            self._flops[shape] = self._counts[name](*arguments)
-        total = sum(self._flops[shape] * images for shape, images in self._noted.items())
+        total = sum(self._count(shape) * images for shape, images in self._noted.items())
         self._noted.clear()
         return total
 
+    def _remember(self, name: str, arguments: Sequence[Argument]) -> Any:
+        shape = (name, *map(_shape, arguments))
+        if shape not in self._calls:
+            self._calls[shape] = name, [_on_meta(argument) for argument in arguments]
+        return shape
 
-def flop_counter(
-    model: NanoDiT, config: TrainConfig, perceptual: PerceptualLoss | None, dino: DinoLoss | None
-) -> FlopCounter:
+    def _count(self, shape: Any) -> int:
+        if shape not in self._flops:
+            name, arguments = self._calls[shape]
+            self._flops[shape] = self._counts[name](*arguments)
+        return self._flops[shape]
+
+
+def flop_counter(model: NanoDiT, losses: Iterable[Loss]) -> FlopCounter:
     """Return the counter of everything that a run computes forwards and backwards."""
-    counts = {"model": ModelFlops(config.model, model.features, model.route)}
-    if perceptual:
-        counts["lpips"] = LpipsFlops(config.perceptual)
-    if dino:
-        counts["dino"] = DinoFlops(config.perceptual, dino.network)
-    if model.repa_head is not None:
-        counts["repa"] = HeadFlops(model.repa_head)
+    counts: dict[str, Callable[..., int]] = {"model": ModelFlops(model.config, model.features, model.route)}
+    for loss in losses:
+        if function := loss.one_image():
+            counts[loss.name] = partial(count_flops, function)
     return FlopCounter(counts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, write_atomic
 from train.loop.microbatch import Accumulated
+from train.method.loss import Loss
 from train.model.conditions import subset_name
 
 
@@ -36,25 +37,26 @@ def clip_gradients(model: nn.Module, total_norm: Tensor, limit: float) -> None:
 
 
 def report_non_finite(
-    run_folder: Path, step: int, accumulated: Accumulated, norms: Mapping[str, float]
+    run_folder: Path, step: int, accumulated: Accumulated, losses: Collection[Loss], norms: Mapping[str, float]
 ) -> NonFiniteError:
     """Write what is known of a step's images into ``run_folder`` and return the error to raise.
 
-    ``norms`` are the gradient norms by layer group.
+    ``losses`` are those beside the flow loss, ``norms`` the gradient norms by layer group.
     """
     path = run_folder / f"non-finite-step-{step:06d}.json"
-    measured = accumulated.losses, accumulated.velocities.sqrt(), accumulated.alignments
-    columns = accumulated.keys, accumulated.t.tolist(), accumulated.subsets, *(m.tolist() for m in measured)
+    values = accumulated.values
+    written = {"loss": values["flow"], "velocity_norm": values["velocity"].sqrt()}
+    written |= {f"{loss.name}_loss": values[loss.name] for loss in losses if loss.every_image}
+    columns = {name: map(repr, tensor.tolist()) for name, tensor in written.items()}
+    known = zip(accumulated.keys, accumulated.t.tolist(), accumulated.subsets, *columns.values())
     images = [
-        {"key": key, "t": t, "conditions": subset_name(subset), "loss": repr(loss), "velocity_norm": repr(velocity),
-         "repa_loss": repr(repa)}
-        for key, t, subset, loss, velocity, repa in zip(*columns)
-    ]  # fmt: skip
+        {"key": key, "t": t, "conditions": subset_name(subset), **dict(zip(columns, measured))}
+        for key, t, subset, *measured in known
+    ]
     record = {
         "step": step,
         "images": images,
-        "lpips_losses": list(map(repr, accumulated.lpips.tolist())),
-        "dino_losses": list(map(repr, accumulated.dino.tolist())),
+        **{f"{loss.name}_losses": [*map(repr, values[loss.name].tolist())] for loss in losses if not loss.every_image},
         "grad_norms": {group: repr(norm) for group, norm in norms.items()},
     }
     write_atomic(path, canonical_json(record))

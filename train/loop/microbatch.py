@@ -6,10 +6,10 @@ Pixels come in the order of :mod:`train.data.samples`; noise, times and dropped 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, pairwise
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,35 +17,31 @@ from torch import Tensor
 
 from nanodit.rng import generator
 from train.config import TrainConfig
-from train.data.batch_plan import Plan
+from train.data.batch_plan import BatchPlan
 from train.data.flip import draw_flip
 from train.data.order import Order
 from train.data.samples import Row, TrainingSet
 from train.method.dropout import deal
 from train.method.flow import timesteps
-from train.method.perceptual import View, draw_views
-from train.method.repa import counts, resample
+from train.method.loss import Drawn, Loss
 from train.method.schedule import Course
 from train.model.conditions import Conditions, Subset
 from train.model.tread import draw_keep_ids
-
-T = TypeVar("T")
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
 
 
 @dataclass(frozen=True)
-class Part:
+class Group:
     """Some images of a micro-batch that go through the network together.
 
-    ``teacher`` is what REPA aligns with, (b, n, DINO width) on the token grid; None where no image counts. ``views`` is
-    what LPIPS sees, images counted from the part's first.
+    ``prepared`` holds by name what losses need of them (:meth:`train.method.loss.Loss.prepare`), as far as there is
+    any.
     """
 
     images: slice
     conditions: Conditions
-    teacher: Tensor | None = None
-    views: Sequence[View] = ()
+    prepared: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class MicroBatch:
     x: Tensor
     noise: Tensor
     t: Tensor
-    parts: list[Part]
+    groups: list[Group]
     keep_ids: Tensor | None = None
     flipped: int = 0
 
@@ -74,8 +70,13 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-        parts = [_map_tensors(replace(part, conditions=part.conditions.map(function)), function) for part in self.parts]
-        return replace(_map_tensors(self, function), parts=parts)
+        groups = [
+            Group(
+                group.images, group.conditions.map(function), {**group.prepared, **_tensors(group.prepared, function)}
+            )
+            for group in self.groups
+        ]
+        return replace(self, groups=groups, **_tensors(vars(self), function))
 
     def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
         """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
@@ -85,26 +86,21 @@ class MicroBatch:
         return images * (tokens - routed_blocks * (tokens - kept))
 
 
-def _map_tensors(record: T, function: Callable[[Tensor], Tensor]) -> T:
-    """Apply ``function`` to the fields of a dataclass that are tensors."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(record, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+def _tensors(record: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Apply ``function`` to the values that are tensors, and return these."""
+    return {name: function(value) for name, value in record.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets, t, flow loss, squared velocity
-    and REPA loss of each image, LPIPS and DINOv2's distance of those that they were computed of (the tensors on the
-    device), the image tokens a block saw, the images that were routed and those that were mirrored."""
+    """What the micro-batches of an optimiser step leave beside gradients: keys, subsets and t of each image, what
+    :meth:`train.loop.trainer.Trainer.micro_step` returns (the tensors on the device), the image tokens a block saw, the
+    images that were routed and those that were mirrored."""
 
     keys: list[str]
     subsets: list[Subset]
     t: Tensor
-    losses: Tensor
-    velocities: Tensor
-    alignments: Tensor
-    lpips: Tensor
-    dino: Tensor
+    values: dict[str, Tensor]
     tokens: float
     routed: int
     flipped: int
@@ -118,7 +114,8 @@ class MicroBatches:
         train = config.train
         self.course = Course((train.steps,))
         self.order = Order(data.sizes, train.batch_size, config.seed)
-        self.plan = Plan(
+        self.losses: Collection[Loss] = ()  # that have something to prepare
+        self.plan = BatchPlan(
             self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
         )
 
@@ -147,17 +144,19 @@ class MicroBatches:
         noise = np.stack(
             [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
         )
-        crop_of = lambda i: generator(config.seed, "crop", step, images[i])  # noqa: E731
-        shift = config.flow.shift_of(*x.shape[2:])
-        views = draw_views(config.perceptual, step + position, t.tolist(), shift, x.shape[2:], crop_of)
-        teach = config.repa.weight_at(step, self.course.totals[0]) > 0
-        parts = [
-            replace(self._part(part, subsets, conditions, x.shape[2:], teach), views=views_of(part, views))
-            for part in split(subsets)
-        ]
-        keep_ids = self._keep_ids(index, images, *x.shape[2:])
+        size = tuple(x.shape[2:])
+        groups = []
+        for group in split(subsets):
+            own, seen = images[group], conditions.select(group)
+            drawn = Drawn(
+                step=step, steps=self.course.totals[0], turn=step + position, size=size,
+                shift=config.flow.shift_of(*size), t=t[group].tolist(), subsets=subsets[group], conditions=seen,
+                generator_of=lambda purpose, i, own=own: generator(config.seed, purpose, step, own[i]),
+            )  # fmt: skip
+            groups.append(Group(group, seen.keeping(subsets[group]), self._prepared(drawn)))
+        keep_ids = self._keep_ids(index, images, *size)
         tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
-        return MicroBatch([r["key"] for r in rows], subsets, *tensors, parts, keep_ids, sum(flips))
+        return MicroBatch([r["key"] for r in rows], subsets, *tensors, groups, keep_ids, sum(flips))
 
     def flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
         """Say which of a micro-batch's images, by their numbers in the step, are mirrored."""
@@ -166,13 +165,10 @@ class MicroBatches:
             return [False] * len(rows)
         return [draw_flip(seed, step, i, share) and self.data.flippable(row) for i, row in zip(images, rows)]
 
-    def _part(
-        self, images: slice, subsets: Sequence[Subset], conditions: Conditions, size: Sequence[int], teach: bool
-    ) -> Part:
-        subsets, conditions, teacher = subsets[images], conditions.select(images), None
-        if teach and any(map(counts, subsets)):
-            teacher = resample(conditions.patches, *(side // self.config.model.patch_size for side in size))
-        return Part(images, conditions.keeping(subsets), teacher)
+    def _prepared(self, drawn: Drawn) -> dict[str, Any]:
+        makers = {loss.needs: loss for loss in self.losses if loss.needs}
+        made = {name: loss.prepare(drawn) for name, loss in makers.items()}
+        return {name: value for name, value in made.items() if value is not None}
 
     def _keep_ids(self, index: int, images: Sequence[int], height: int, width: int) -> Tensor | None:
         tread, seed = self.config.tread, self.config.seed
@@ -204,28 +200,23 @@ def deal_subsets(table: dict[Subset, float], sizes: Sequence[int], rng: np.rando
     return chunks
 
 
-def views_of(part: slice, views: Sequence[View]) -> list[View]:
-    """Return the views of a part's images, counted from its first."""
-    return [replace(view, image=view.image - part.start) for view in views if part.start <= view.image < part.stop]
-
-
 def split(subsets: Sequence[Subset]) -> list[slice]:
-    """Cut a micro-batch into parts: a run of at least MIN_GROUP equal subsets is one, what lies between is mixed."""
+    """Cut a micro-batch into groups: a run of at least MIN_GROUP equal subsets is one, what lies between is mixed."""
     cuts = [0, *(i for i in range(1, len(subsets)) if subsets[i] != subsets[i - 1]), len(subsets)]
-    parts: list[slice] = []
+    groups: list[slice] = []
     mixed = False
     for start, stop in pairwise(cuts):
         small = stop - start < MIN_GROUP
         if small and mixed:
-            parts[-1] = slice(parts[-1].start, stop)
+            groups[-1] = slice(groups[-1].start, stop)
         else:
-            parts.append(slice(start, stop))
+            groups.append(slice(start, stop))
         mixed = small
-    return parts
+    return groups
 
 
-def part_sizes(images: int, subsets: int) -> set[int]:
-    """Return every number of images that a part of a micro-batch, dealt from a table of so many subsets, may have."""
+def group_sizes(images: int, subsets: int) -> set[int]:
+    """Return every number of images that a group of a micro-batch, dealt from a table of so many subsets, may have."""
     if subsets == 1 or images <= MIN_GROUP:
         return {images}
     return {*range(1, images - MIN_GROUP + 1), *range(MIN_GROUP, images + 1)}

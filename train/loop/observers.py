@@ -1,8 +1,9 @@
-"""What looks on while a run trains - pictures, validation - and may neither change it nor end it.
+"""Observers of a run while it trains - pictures, validation - which may neither change it nor end it.
 
-A look gets a copy of the averaged model. Whatever it does to the process (random generators, threads, grad mode) is
-undone, and where it fails, training goes on: a warning says so, and ``RUN/warnings.jsonl`` keeps it with its traceback.
-A lack of memory or disk is no such failure: it would meet the training next, and ends the run with its exit code.
+An observer gets a copy of the averaged model. Whatever it does to the process (random generators, threads, grad mode)
+is undone, and where it fails, training goes on: a warning says so, and ``RUN/warnings.jsonl`` keeps it with its
+traceback. A lack of memory or disk is no such failure: it would meet the training next, and ends the run with its exit
+code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WARNINGS = "warnings.jsonl"
 
 
 @contextmanager
-def undone() -> Iterator[None]:
+def process_restored() -> Iterator[None]:
     """Put back, at the end, what is global: all random generators, torch's threads, default dtype and grad mode."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     generators = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
@@ -51,15 +52,15 @@ def undone() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def look(what: str, step: int, run_folder: Path, stop: StopRequest, function: Callable[[], T]) -> T | None:
-    """Return ``function()``, which nothing of the run notices; None where it failed, or was given up for a signal.
+def observe(what: str, step: int, run_folder: Path, stop: StopRequest, function: Callable[[], T]) -> T | None:
+    """Return ``function()`` without a trace in the run; None where it failed, or was given up for a signal.
 
-    ``what`` names it in the warning, e.g. ``validation``. Raises :class:`ResourceError`.
+    ``what`` names the observer in the warning, e.g. ``validation``. Raises :class:`ResourceError`.
     """
     if stop.requested:
         return None
     try:
-        with undone(), stop.interrupting():
+        with process_restored(), stop.interrupting():
             return function()
     except KeyboardInterrupt:
         if not stop.requested:  # not of a signal

@@ -2,7 +2,7 @@
 
 All randomness comes from counter-based generators named by (seed, purpose, step, image), never from a global state. So
 the weights are a function of config, data and seed, however often the run was interrupted (bit-equal on a CPU), and
-what looks on (logging, pictures, validation) cannot change them.
+observers (logging, pictures, validation) cannot change them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,24 +34,22 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
-from train.data.prefetch import prefetch, stalls_are_said
+from train.data.prefetch import prefetch, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
 from train.loop.compiling import compile_if_asked
 from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
-from train.loop.observers import finite, look
+from train.loop.observers import finite, observe
 from train.loop.saving import Saver
 from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
-from train.method.dino_loss import DinoLoss
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
 from train.method.flow import flow_loss, interpolate, to_x, velocity
+from train.method.loss import Prediction, Setup
 from train.method.optim import build_optimizer
-from train.method.perceptual import PerceptualLoss, check_views, lpips_values, vgg_path
-from train.method.repa import RepaHead, alignment_loss, alignment_values, check_alignment
 from train.method.schedule import Course, learning_rate
 from train.model.modalities import Features
 from train.model.network import NanoDiT, build_model
@@ -85,18 +84,12 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.model: NanoDiT = build_model(config.model, features, config.tread)
-            if config.repa.enabled:
-                check_alignment(features.dino_width, self.table)
-                self.model.repa_head = RepaHead(
-                    config.repa, config.model.depth, config.model.hidden_size, features.dino_width
-                )
+            setup = Setup(self.model, self.table, self.batches.plan.sizes, device)
+            losses = [loss for section in config.losses if section.on for loss in section.build(setup)]
             self.model.to(device)
+        self.losses = {loss.name: loss for loss in losses}
+        self.batches.losses = losses
         self.model.checkpoint_every = config.train.checkpoint_every
-        self.perceptual = self.dino = None
-        if config.perceptual.every:
-            check_views(config.perceptual, self.batches.plan.sizes)
-            self.perceptual = PerceptualLoss(config.perceptual, device)
-            self.dino = DinoLoss(config.perceptual, device) if config.perceptual.dino_weight else None
         compile_if_asked(self.model, self.batches, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = EMA(self.model, self._ema_decay)
@@ -105,17 +98,12 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(config.train.precision, device)
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
-        self.flops = flop_counter(self.model, config, self.perceptual, self.dino) if self.peak_flops else None
+        self.flops = flop_counter(self.model, losses) if self.peak_flops else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""
-        if self.perceptual and checkpoint.state.get("perceptual") not in (None, self.perceptual.sha256):
-            raise DataError(f"{checkpoint.path}: was trained with other weights than {vgg_path()}; put those back")
-        if self.dino and checkpoint.state.get("perceptual_dino") not in (None, self.dino.sha256):
-            raise DataError(
-                f"{checkpoint.path}: was trained with other weights than those of DINOv2 in {self.dino.folder}; put "
-                "those back"
-            )
+        for loss in self.losses.values():
+            loss.check(checkpoint.state, checkpoint.path)
         load_weights(self.model, checkpoint.model, checkpoint.path / "model.safetensors")
         try:
             self.ema.load(checkpoint.ema)
@@ -156,13 +144,13 @@ class Trainer:
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates(self.peak_flops)
         continue_snapshots(config.run_folder, self.step)
-        watching = stalls_are_said(self.data)
+        watching = watch_for_stalls(self.data)
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
             tracker.text(self.step, "config", dump_config(config))
             saver.save_rest(self.step, tracker)
             saver.saved_at = time.monotonic()
             if self.step:  # what a signal or a kill gave up after the checkpoint
-                self._look_on(tracker, progress, stop)
+                self._observe(tracker, progress, stop)
             while self.step < steps:
                 started = time.perf_counter()
                 with saver.nothing_lost(self.step, tracker):
@@ -185,53 +173,44 @@ class Trainer:
                 if time.monotonic() >= stop_at and self.step < steps:
                     stop.requested = True
                 with saver.nothing_lost(self.step, tracker):
-                    self._look_on(tracker, progress, stop)
+                    self._observe(tracker, progress, stop)
 
-    def micro_step(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def micro_step(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
 
-        Returns each image's flow loss, squared velocity and REPA loss, (B,), and LPIPS and DINOv2's distance of each
-        image that they were computed of. The REPA loss of an image that does not count is 0.
+        Returns each image's flow loss and squared velocity, (B,), as ``flow`` and ``velocity``, and by name the values
+        of every other loss, of all images or of those that it was computed of.
         """
-        flow, losses, velocities, alignments, lpips, dino = self.config.flow, [], [], [], [], []
-        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
+        flow = self.config.flow
+        weights = {name: loss.weight(self.step, self.course.totals[0]) for name, loss in self.losses.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in ("flow", "velocity", *self.losses)}
+        precision = partial(autocast, self.device, self.autocast_dtype)
         self.model.train()
-        for part in batch.parts:
-            x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
-            keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
+        for group in batch.groups:
+            x, noise, t = batch.x[group.images], batch.noise[group.images], batch.t[group.images]
+            keep_ids = None if batch.keep_ids is None else batch.keep_ids[group.images]
             z = interpolate(x, noise, t)
-            with autocast(self.device, self.autocast_dtype):
-                output = self.model(z, t, part.conditions, keep_ids, project=part.teacher is not None)
-            self._note_flops("model", len(x), z, t, part.conditions, keep_ids)
-            if part.teacher is None:
-                alignment = torch.zeros_like(t)
-            else:
-                output, projected = output
-                alignment = alignment_loss(projected, part.teacher, part.conditions.keeps("patches"), keep_ids)
-                self._note_flops("repa", len(x), projected)
+            project = any(loss.projects and loss.needs in group.prepared for loss in self.losses.values())
+            with precision():
+                output = self.model(z, t, group.conditions, keep_ids, project=project)
+            self._note_flops("model", len(x), z, t, group.conditions, keep_ids)
+            output, projected = output if project else (output, None)
             x_hat = to_x(output, z, t, flow.prediction)
             loss = flow_loss(x_hat, x, t, flow.t_min)
-            total = (loss + repa_weight * alignment).sum()
-            if part.views:
-                with autocast(self.device, self.autocast_dtype):
-                    distances = self.perceptual(x_hat, x, part.views).float()
-                total = total + self.perceptual.weight * distances.sum()
-                lpips.append(distances.detach())
-                self._note_flops("lpips", len(part.views), x_hat, x)
-            if part.views and self.dino:
-                with autocast(self.device, self.autocast_dtype):
-                    distances = self.dino(x_hat, x, part.views)
-                total = total + self.dino.weight * distances.sum()
-                dino.append(distances.detach())
-                self._note_flops("dino", len(part.views), x_hat, x)
+            seen = x_hat, x, t, group.conditions, keep_ids, projected, group.prepared
+            prediction = Prediction(*seen, autocast=precision, note=self._note_flops)
+            others = {name: other.values(prediction) for name, other in self.losses.items()}
+            terms = [(name, values) for name, values in others.items() if values is not None]
+            # the order of these sums is part of the result: image by image, then what some images have
+            total = sum((weights[name] * values for name, values in terms if self.losses[name].every_image), loss).sum()
+            some = (weights[name] * values.sum() for name, values in terms if not self.losses[name].every_image)
             # a sum over images divided by the images of the step: each image weighs the same
-            (total / self.images_per_step).backward()
-            losses.append(loss.detach())
-            alignments.append(alignment.detach())
-            velocities.append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
-        losses = torch.cat(losses)
-        views = (torch.cat(distances) if distances else losses[:0] for distances in (lpips, dino))
-        return losses, *map(torch.cat, (velocities, alignments)), *views
+            (sum(some, total) / self.images_per_step).backward()
+            for name, values in [("flow", loss), *terms]:
+                found[name].append(values.detach())
+            found["velocity"].append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
+        nothing = found["flow"][0][:0]
+        return {name: torch.cat(values or [nothing]) for name, values in found.items()}
 
     def _make_batch(self, index: int) -> MicroBatch:
         batch = self.batches.make(index)
@@ -242,7 +221,7 @@ class Trainer:
 
         What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
         """
-        parts, tokens, routed, flipped = [], 0.0, 0, 0
+        taken, tokens, routed, flipped = [], 0.0, 0, 0
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
@@ -250,32 +229,34 @@ class Trainer:
             if batch is None:
                 return None
             batch = batch.to(self.device)
-            parts.append((batch.keys, batch.subsets, batch.t, *self.micro_step(batch)))
+            taken.append((batch.keys, batch.subsets, batch.t, self.micro_step(batch)))
             model = self.config.model
             tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
             flipped += batch.flipped
-        keys, subsets, *tensors = zip(*parts)
-        return Accumulated([*chain(*keys)], [*chain(*subsets)], *map(torch.cat, tensors), tokens, routed, flipped)
+        keys, subsets, t, values = zip(*taken)
+        joined = {name: torch.cat([one[name] for one in values]) for name in values[0]}
+        return Accumulated([*chain(*keys)], [*chain(*subsets)], torch.cat(t), joined, tokens, routed, flipped)
 
     def update(self, accumulated: Accumulated) -> dict[str, float]:
         """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
         config = self.config.train
         norms, total_norm = gradient_norms(self.model)
-        means = accumulated.losses.mean(), accumulated.velocities.mean(), accumulated.alignments.mean()
+        values = accumulated.values
+        some = {name for name, other in self.losses.items() if not other.every_image}  # of whose images a mean is none
+        sums = [column.sum() if name in some else column.mean() for name, column in values.items()]
         # the only wait for the device in a step
-        sums = accumulated.lpips.sum(), accumulated.dino.sum()
-        measured = torch.stack((*means, *sums, total_norm, *norms.values())).tolist()
-        flow, velocity_square, repa, lpips, dino, total, *group_norms = measured
-        repa_weight = self.config.repa.weight_at(self.step, self.course.totals[0])
-        loss = flow + repa_weight * repa
-        if self.perceptual:
-            loss += self.perceptual.weight * lpips / len(accumulated.keys)
-        if self.dino:
-            loss += self.dino.weight * dino / len(accumulated.keys)
+        flow, velocity_square, *rest = torch.stack((*sums, total_norm, *norms.values())).tolist()
+        measured, (total, *group_norms) = dict(zip(self.losses, rest)), rest[len(self.losses) :]
+        loss, logged = flow, {}
+        for name, other in self.losses.items():
+            weight = other.weight(self.step, self.course.totals[0])
+            loss += weight * measured[name] / (len(accumulated.keys) if name in some else 1)
+            logged |= other.logged(measured[name], len(values[name]), weight, accumulated.subsets)
         by_group = dict(zip(norms, group_norms))
         if not (np.isfinite(loss) and np.isfinite(total)):
-            raise report_non_finite(self.config.run_folder, self.step + 1, accumulated, by_group)
+            losses = self.losses.values()
+            raise report_non_finite(self.config.run_folder, self.step + 1, accumulated, losses, by_group)
         clip_gradients(self.model, total_norm, config.grad_clip)
         shape = config.schedule, config.decay_share
         rate = learning_rate(*self.course.within(self.step), config.lr, config.lr_min, config.warmup, *shape)
@@ -288,9 +269,7 @@ class Trainer:
         return {
             "train/loss": loss,
             "train/flow_loss": flow,
-            **alignment_values(repa, repa_weight, accumulated.subsets),
-            **(lpips_values(lpips, len(accumulated.lpips), len(accumulated.keys)) if self.perceptual else {}),
-            **({"train/dino_loss": dino / len(accumulated.dino)} if len(accumulated.dino) else {}),
+            **logged,
             "train/grad_norm": total,
             "train/velocity_norm": velocity_square**0.5,
             "train/learning_rate": rate,
@@ -310,13 +289,13 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    def _look_on(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+    def _observe(self, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
         """Draw and validate, where it is time for that and not done; after saving, because it may take long."""
         config, step = self.config, self.step
         picture = self.visual.folder(config.run_folder, step) / "grid.png"
         if self._due(config.visual_debug.every_steps) and not picture.exists():
             draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
-            grid = look("visual_debug", step, config.run_folder, stop, draw)
+            grid = observe("visual_debug", step, config.run_folder, stop, draw)
             if grid is not None:
                 tracker.image(step, "visual_debug", grid)
                 tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
@@ -324,7 +303,7 @@ class Trainer:
         folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
         if self._due(config.validation.every_steps) and not (folder / VALIDATED).exists():
             validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
-            values = look("validation", step, config.run_folder, stop, validate)
+            values = observe("validation", step, config.run_folder, stop, validate)
             if values:
                 tracker.log(step, values)
 
@@ -350,8 +329,8 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "dataset": dataset_summary(self.data.info),
             "environment": environment(self.device),
-            "perceptual": self.perceptual.sha256 if self.perceptual else None,
-            "perceptual_dino": self.dino.sha256 if self.dino else None,
+            **{name: None for section in self.config.losses for name in section.hashes},
+            **{name: value for loss in self.losses.values() for name, value in loss.state().items()},
         }
 
     def _note_flops(self, name: str, images: int, *arguments: Any) -> None:

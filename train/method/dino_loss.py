@@ -6,7 +6,8 @@ DINOv2 and not the DINOv3 of the conditions, so that the loss asks for more than
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_file
 from prep.encoders.hub import CONFIG, WEIGHTS, digest
 from prep.encoders.weights import folder_hash, quiet_transformers
-from train.method.perceptual import PerceptualConfig, View, show
+from train.method.perceptual import PerceptualConfig, ViewLoss
 
 MODEL = "facebook/dinov2-base"  # ViT-B/14, 86 M parameters; what PixelGen's loss uses
 REVISION = "f9e44c814b77203eaa57a6bdbbd535f21ede1415"
@@ -51,16 +52,20 @@ class PatchFeatures(nn.Module):
         return self.network(pixel_values=pixels).last_hidden_state[:, 1:]  # less CLS; this one has no registers
 
 
-class DinoLoss:
+class DinoLoss(ViewLoss):
     """The mean over an image's patches of 1 - cosine of DINOv2's features: frozen, gradients flow to the prediction.
 
     Source: PixelGen's pixel-space recipe (weight .01), as for LPIPS. Raises :class:`ConfigError` where the weights are
     not in the hub's cache, :class:`DataError` where they do not load. ``sha256`` names them.
     """
 
+    name, hash_key = "dino", "perceptual_dino"
+
     def __init__(self, config: PerceptualConfig, device: torch.device) -> None:
         self.config = config
-        self.weight = config.dino_weight * config.every  # as LPIPS, computed in one of n micro-steps
+        if device.type == "meta":
+            self.network = load_features(None).to(device)
+            return
         folder = dino_folder()
         if folder is None:
             from huggingface_hub import constants
@@ -70,13 +75,27 @@ class DinoLoss:
                 f"{REVISION[:7]}, which are not in the hub's cache, {constants.HF_HUB_CACHE}. Download them with "
                 f"`{DOWNLOAD}` (346 MB), or set perceptual.dino_weight to 0"
             )
-        self.folder = folder
+        self.folder, self.origin = folder, f"those of DINOv2 in {folder}"
         self.sha256 = digest({name: sha256_file(folder / name) for name in (CONFIG, WEIGHTS)})
         self.network = load_features(folder).to(device)
 
-    def __call__(self, x_hat: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
-        """Return the distance of each view, (len(views),), for predicted and true images (B, 3, H, W) in [-1, 1]."""
-        return patch_distance(*(self.network(show(images, views, self.config)) for images in (x_hat, x)))
+    @staticmethod
+    def distance(network: nn.Module, shown: Iterable[Tensor]) -> Tensor:
+        return patch_distance(*map(network, shown))
+
+    def on_meta(self) -> nn.Module:
+        return copy.deepcopy(self.network).to("meta")
+
+    def weight(self, step: int, steps: int) -> float:
+        return self.config.dino_weight * self.config.every  # as LPIPS, computed in one of n micro-steps
+
+    def announce(self, steps: int, layers: Mapping[str, Any]) -> list[str]:
+        if not self.is_condition(layers):
+            return []
+        return [
+            "perceptual: the dataset's DINO features are of the DINOv2 that the loss compares with, so images that "
+            "keep them are told what it measures"
+        ]
 
     def is_condition(self, layers: Mapping[str, Any]) -> bool:
         """Say whether a dataset's DINO features, by the ``layers`` of its dataset.json, are this network's too."""

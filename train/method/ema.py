@@ -64,15 +64,11 @@ def power_decay(step: int, gamma: float) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """Return the standard deviation of the profile ``s^gamma`` on [0, 1]. Source: arXiv 2312.02696, section 3.1."""
-    return ((gamma + 1) / (gamma + 3)) ** 0.5 / (gamma + 2)
-
-
 def gamma_of(sigma_rel: float) -> float:
     """Return the gamma >= 0 whose profile has this width, 0 < ``sigma_rel`` <= 12^-.5 (the plain mean).
 
-    The largest root of the cubic that :func:`sigma_rel_of` is once squared. Source: arXiv 2312.02696, appendix C.
+    The profile ``s^gamma`` on [0, 1] has the standard deviation ``((gamma + 1) / (gamma + 3))^.5 / (gamma + 2)``; this
+    is the largest root of the cubic that it is once squared. Source: arXiv 2312.02696, section 3.1 and appendix C.
     """
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

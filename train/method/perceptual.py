@@ -7,10 +7,11 @@ image shows a crop or an average of itself. The network is frozen; gradients flo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nanodit.config import Config
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_file
-from train.method.flow import shift
+from nanodit.rng import generator
+from train.method.flow import shift, timesteps
+from train.method.loss import Drawn, Loss, LossConfig, Prediction, Setup, Stretch
+from train.model.conditions import Subset
 
 VGG_WEIGHTS = "vgg16-397923af.pth"  # torchvision's name; the hash begins with what stands after the dash
 VGG_URL = f"https://download.pytorch.org/models/{VGG_WEIGHTS}"
@@ -29,11 +32,14 @@ VGG_URL = f"https://download.pytorch.org/models/{VGG_WEIGHTS}"
 MIN_SIDE = 16  # VGG halves an image four times
 
 
-class PerceptualConfig(Config):
+class PerceptualConfig(LossConfig):
     """Whether, how strongly and on what LPIPS is a loss, and DINOv2 (:mod:`train.method.dino_loss`) beside it.
 
     Source: PixelGen's pixel-space recipe (weights .1 and .01).
     """
+
+    title: ClassVar[str] = "perceptual loss (LPIPS-VGG)"
+    hashes: ClassVar[tuple[str, ...]] = ("perceptual", "perceptual_dino")
 
     every: int = Field(default=0, ge=0)  # micro-steps, with so many times the weight; 0: never
     weight: float = Field(default=0.1, gt=0)
@@ -47,6 +53,18 @@ class PerceptualConfig(Config):
         if self.dino_weight and not self.every:
             raise ValueError("dino_weight is of no effect while `every` is 0, which turns the perceptual loss off")
         return self
+
+    @property
+    def on(self) -> bool:
+        return self.every > 0
+
+    def build(self, setup: Setup) -> list[Loss]:
+        """Load the frozen networks; raises :class:`ConfigError` where their weights are not there."""
+        from train.method.dino_loss import DinoLoss  # which shows what this module cuts out
+
+        check_views(self, setup.sizes)
+        losses: list[Loss] = [PerceptualLoss(self, setup.device)]
+        return [*losses, DinoLoss(self, setup.device)] if self.dino_weight else losses
 
 
 @dataclass(frozen=True)
@@ -83,18 +101,80 @@ def draw_views(
     return [View(i, *generator_of(i).integers(0, room, endpoint=True).tolist()) for i in seen]
 
 
-class PerceptualLoss:
+class ViewLoss(Loss):
+    """A distance between what a frozen network makes of views of the predicted and of the true image."""
+
+    every_image, needs = False, "views"
+    config: PerceptualConfig
+    network: nn.Module
+    sha256: str | None = None  # of the network's weights; None on the meta device, where nobody has to have them
+    hash_key: str  # of them in a checkpoint's state
+    origin: str  # of them, in words
+
+    def __call__(self, x_hat: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
+        """Return the distance of each view, (len(views),), for predicted and true images (B, 3, H, W) in [-1, 1]."""
+        return self.distance(self.network, (show(images, views, self.config) for images in (x_hat, x)))
+
+    @staticmethod
+    def distance(network: nn.Module, shown: Iterable[Tensor]) -> Tensor:
+        """Return the network's distance between two batches of images that are shown to it, (b,)."""
+        raise NotImplementedError
+
+    def values(self, prediction: Prediction) -> Tensor | None:
+        views, images = prediction.prepared.get("views"), (prediction.x_hat, prediction.x)
+        if not views:
+            return None
+        with prediction.autocast():
+            distances = self(*images, views).float()
+        prediction.note(self.name, len(views), *images)
+        return distances
+
+    def prepare(self, drawn: Drawn) -> list[View] | None:
+        crop_of = partial(drawn.generator_of, "crop")
+        return draw_views(self.config, drawn.turn, drawn.t, drawn.shift, drawn.size, crop_of) or None
+
+    def largest(self, images: int, size: tuple[int, int], device: torch.device) -> list[View]:
+        return [View(i, 0, 0) for i in range(images)]
+
+    def one_image(self) -> Callable[..., Tensor]:
+        network, config, views = self.on_meta(), self.config, [View(0, 0, 0)]
+        return lambda *images: self.distance(network, (show(image, views, config) for image in images))
+
+    def on_meta(self) -> nn.Module:
+        """Return the network with its parameters on the meta device."""
+        raise NotImplementedError
+
+    def expected_flops(self, stretch: Stretch, count: Callable[..., int]) -> float:
+        width, height = stretch.size
+        image, s = torch.empty(1, 3, height, width, device="meta"), stretch.flow.shift_of(height, width)
+        drawn = timesteps(stretch.flow, generator(0, "plan"), np.full(4096, s))
+        early = float((drawn <= shift(self.config.t_max, s)).mean())
+        # on a prediction, to which gradients flow
+        return count(self.name, image.clone().requires_grad_(), image) * early / self.config.every
+
+    def state(self) -> dict[str, Any]:
+        return {self.hash_key: self.sha256}
+
+    def check(self, state: Mapping[str, Any], path: Path) -> None:
+        if state.get(self.hash_key) not in (None, self.sha256):
+            raise DataError(f"{path}: was trained with other weights than {self.origin}; put those back")
+
+
+class PerceptualLoss(ViewLoss):
     """LPIPS v0.1 with VGG-16 (Zhang et al., arXiv 1801.03924): frozen, its gradients flow to the predicted image.
 
     Raises :class:`ConfigError` where the backbone's weights are not in torch.hub's cache. ``sha256`` names them,
     ``published`` tells whether they are torchvision's, without which the loss means nothing.
     """
 
+    name, hash_key = "lpips", "perceptual"
+
     def __init__(self, config: PerceptualConfig, device: torch.device) -> None:
-        self.config = config
-        # the mean over n micro-steps, of which one is computed, is that of computing each
-        self.weight = config.weight * config.every
-        path = vgg_path()
+        self.config, path = config, vgg_path()
+        self.origin, self.published = str(path), True
+        if device.type == "meta":
+            self.network = load_lpips(None).to(device)
+            return
         if not path.is_file():
             raise ConfigError(
                 f"perceptual.every {config.every}: the loss needs VGG-16's weights, which are not at {path}. Download "
@@ -104,9 +184,29 @@ class PerceptualLoss:
         self.published = self.sha256.startswith(Path(VGG_WEIGHTS).stem.rsplit("-", 1)[1])
         self.network = load_lpips(path).to(device)
 
-    def __call__(self, x_hat: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
-        """Return LPIPS of each view, (len(views),), for predicted and true images (B, 3, H, W) in [-1, 1]."""
-        return self.network(show(x_hat, views, self.config), show(x, views, self.config)).flatten()
+    @staticmethod
+    def distance(network: nn.Module, shown: Iterable[Tensor]) -> Tensor:
+        return network(*shown).flatten()
+
+    def on_meta(self) -> nn.Module:
+        return load_lpips(None).to("meta")
+
+    def weight(self, step: int, steps: int) -> float:
+        # the mean over n micro-steps, of which one is computed, is that of computing each
+        return self.config.weight * self.config.every
+
+    def logged(self, measured: float, images: int, weight: float, subsets: Sequence[Subset]) -> dict[str, float]:
+        return lpips_values(measured, images, len(subsets))
+
+    def announce(self, steps: int, layers: Mapping[str, Any]) -> list[str]:
+        if self.published:
+            return []
+        return [f"perceptual: {self.origin} are not the published weights, so this loss means nothing"]
+
+    def missing(self) -> list[str]:
+        if vgg_path().is_file():
+            return []
+        return [f"perceptual: VGG-16's weights are not at {vgg_path()}; `train run` says how to get them"]
 
 
 def show(images: Tensor, views: Sequence[View], config: PerceptualConfig) -> Tensor:

@@ -6,20 +6,25 @@ condition was dropped count. Source: Yu et al., arXiv 2410.06940.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from nanodit.config import Config
 from nanodit.errors import ConfigError
+from train.method.loss import Drawn, Loss, LossConfig, Prediction, Setup, Stretch
 from train.model.conditions import Subset
 from train.model.tread import take
 
 
-class RepaConfig(Config):
+class RepaConfig(LossConfig):
     """Which state is aligned, how strongly and how long."""
+
+    title: ClassVar[str] = "REPA"
 
     enabled: bool = False
     weight: float = Field(default=0.5, gt=0)  # at the start; falls linearly to 0 ...
@@ -41,6 +46,17 @@ class RepaConfig(Config):
         """Return the weight in optimiser step ``step`` (0-based) of ``steps``; 0 means that nothing is computed."""
         return self.weight * max(0.0, 1 - step / (self.until * steps)) if self.enabled else 0.0
 
+    @property
+    def on(self) -> bool:
+        return self.enabled
+
+    def build(self, setup: Setup) -> list[Loss]:
+        """Give the network its head, with the random numbers that come after the network's."""
+        model, width = setup.model, setup.model.features.dino_width
+        check_alignment(width, setup.table)
+        model.repa_head = RepaHead(self, model.config.depth, model.config.hidden_size, width)
+        return [RepaLoss(self, model.repa_head, width, model.config.patch_size, setup.table)]
+
 
 class RepaHead(nn.Module):
     """Maps the state after ``blocks`` blocks (b, n, d) to the encoder's features (b, n, c): a 3-layer SiLU MLP."""
@@ -58,6 +74,62 @@ class RepaHead(nn.Module):
 
     def forward(self, x_bnd: Tensor) -> Tensor:
         return self.mlp(x_bnd)
+
+
+class RepaLoss(Loss):
+    """The alignment of the state with DINO's patches, (b, n, ``width``) on the token grid."""
+
+    name, needs, projects = "repa", "teacher", True
+
+    def __init__(
+        self, config: RepaConfig, head: RepaHead, width: int, patch_size: int, table: Mapping[Subset, float]
+    ) -> None:
+        self.config, self.head, self.width, self.patch_size = config, head, width, patch_size
+        self.share = counted_share(table)
+
+    def weight(self, step: int, steps: int) -> float:
+        return self.config.weight_at(step, steps)
+
+    def values(self, prediction: Prediction) -> Tensor:
+        teacher, conditions = prediction.prepared.get("teacher"), prediction.conditions
+        if teacher is None:
+            return torch.zeros_like(prediction.t)
+        prediction.note("repa", len(prediction.t), prediction.projected)
+        return alignment_loss(prediction.projected, teacher, conditions.keeps("patches"), prediction.keep_ids)
+
+    def logged(self, measured: float, images: int, weight: float, subsets: Sequence[Subset]) -> dict[str, float]:
+        return alignment_values(measured, weight, subsets)
+
+    def prepare(self, drawn: Drawn) -> Tensor | None:
+        if self.weight(drawn.step, drawn.steps) > 0 and any(map(counts, drawn.subsets)):
+            return resample(drawn.conditions.patches, *(side // self.patch_size for side in drawn.size))
+        return None
+
+    def largest(self, images: int, size: tuple[int, int], device: torch.device) -> Tensor:
+        columns, rows = (side // self.patch_size for side in size)
+        return torch.zeros(images, rows * columns, self.width, device=device)
+
+    def one_image(self) -> Callable[..., Tensor]:
+        head = copy.deepcopy(self.head).to("meta")
+        width = head.mlp[0].in_features
+
+        def project(projected: Tensor) -> Tensor:
+            return head(torch.empty(1, projected.shape[1], width, device="meta", requires_grad=True))
+
+        return project
+
+    def expected_flops(self, stretch: Stretch, count: Callable[..., int]) -> float:
+        last = min(stretch.end, self.config.until * stretch.steps)
+        seen = max(0.0, last - stretch.start) / (stretch.end - stretch.start)
+        token = count("repa", torch.empty(1, 1, 1, device="meta"))
+        return seen * self.share * stretch.tokens_after(self.head.blocks) * token
+
+    def announce(self, steps: int, layers: Mapping[str, Any]) -> list[str]:
+        weight = self.config.weight
+        return [
+            f"repa: weight {weight:g} on the {self.share:.0%} of the images whose patches are dropped, so "
+            f"{weight * self.share:.3f} an image, falling to 0 at step {self.config.until * steps:.0f}"
+        ]
 
 
 def resample(patches_bhwc: Tensor, rows: int, columns: int) -> Tensor:

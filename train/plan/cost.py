@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanodit.errors import ResourceError
-from nanodit.rng import generator
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import bucket_size
 from train.hardware import PEAK_TFLOPS
-from train.loop.flops import META, DinoFlops, HeadFlops, LpipsFlops, ModelFlops
+from train.loop.flops import META, flop_counter
 from train.method.ema import averaged
-from train.method.flow import shift, timesteps
-from train.method.repa import counted_share
+from train.method.loss import Stretch
 from train.model.conditions import Subset
 from train.model.modalities import MODALITIES
 from train.plan.memory import tensor_bytes
@@ -46,7 +43,7 @@ class PhaseCost:
     first_step: int
     last_step: int
     scale: float
-    flops: dict[str, float]  # of a step, by what they are for: model, repa, lpips, dino
+    flops: dict[str, float]  # of a step, by what they are for: the model, or a loss's name
     recomputed: float  # FLOPs of a step that activation checkpointing computes a second time
 
     @property
@@ -88,13 +85,7 @@ class _StepFlops:
 
     def __init__(self, trainer: Any, shapes: Shapes) -> None:
         self.trainer, self.config, self.shapes = trainer, trainer.config, shapes
-        model = trainer.model
-        self.model = ModelFlops(self.config.model, shapes.features, model.route)
-        self.head = HeadFlops(model.repa_head) if model.repa_head is not None else None
-        self.views = {"lpips": LpipsFlops(self.config.perceptual)} if trainer.perceptual else {}
-        if trainer.dino:
-            self.views["dino"] = DinoFlops(self.config.perceptual, trainer.dino.network)
-        self._known: dict[Any, float] = {}
+        self.counter = flop_counter(trainer.model, trainer.losses.values())
 
     def __call__(self, bucket: str, scale: float, start: int, end: int) -> dict[str, float]:
         """Return FLOPs by name for an image of a bucket in the steps ``start`` to ``end`` (0-based, excluded)."""
@@ -108,17 +99,11 @@ class _StepFlops:
         flops = {"model": dense * self._model(bucket, size, None) if dense else 0.0}
         if dense < 1:
             flops["model"] += (1 - dense) * self._model(bucket, size, kept)
-        if self.head is not None:
-            seen = max(0.0, min(end, config.repa.until * steps) - start) / (end - start)
-            routed = self.trainer.model.repa_head.blocks - 1 in self.trainer.model.route
-            shown = dense * tokens + (1 - dense) * (kept if routed else tokens)
-            each = self._once(("head",), lambda: self.head(torch.empty(1, 1, 1, device=META)))
-            flops["repa"] = seen * counted_share(self.trainer.table) * shown * each
-        image = torch.empty(1, 3, size[1], size[0], device=META)
-        for name, count in self.views.items():
-            # on a prediction, to which gradients flow
-            each = self._once((name, *sorted(size)), lambda count=count: count(image.clone().requires_grad_(), image))
-            flops[name] = each * self._gate_share(size) / config.perceptual.every
+        blocks = self.trainer.model.route
+        tokens_after = lambda done: dense * tokens + (1 - dense) * (kept if done - 1 in blocks else tokens)  # noqa: E731
+        stretch = Stretch(start, end, steps, size, config.flow, tokens_after)
+        for loss in self.trainer.losses.values():
+            flops[loss.name] = loss.expected_flops(stretch, self.counter.of_one)
         return flops
 
     def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> float:
@@ -134,19 +119,7 @@ class _StepFlops:
         conditions = self.shapes.conditions(bucket, 1, self.shapes.mean_text, META).only(subset)
         keep_ids = None if kept is None else torch.empty(1, kept, dtype=torch.int64, device=META)
         z, t = torch.empty(1, 3, height, width, device=META), torch.empty(1, device=META)
-        key = "model", *sorted(size), kept, subset
-        return self._once(key, lambda: self.model(z, t, conditions, keep_ids))
-
-    def _once(self, key: Any, count: Any) -> float:
-        if key not in self._known:
-            self._known[key] = count()
-        return self._known[key]
-
-    def _gate_share(self, size: tuple[int, int]) -> float:
-        """Return the share of the images whose time is early enough for the perceptual loss."""
-        s = self.config.flow.shift_of(size[1], size[0])
-        drawn = timesteps(self.config.flow, generator(0, "plan"), np.full(4096, s))
-        return float((drawn <= shift(self.config.perceptual.t_max, s)).mean())
+        return self.counter.of_one("model", z, t, conditions, keep_ids)
 
 
 def seconds_on(card: str, costs: Iterable[PhaseCost]) -> float:

@@ -57,7 +57,7 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
     with temporary as output:
         two = {"train.batch_size": len(batch.keys), "train.grad_accumulation_steps": 2, "train.token_budget": None}
         trainer = Trainer(changed(config, {**two, "output": output}), dataset, device)
-        trainer.flops = flop_counter(trainer.model, trainer.config, trainer.perceptual, trainer.dino)
+        trainer.flops = flop_counter(trainer.model, trainer.losses.values())
         for _ in range(2):
             with _timed(device) as forward:
                 accumulated = trainer.accumulate(repeat(batch), StopRequest())

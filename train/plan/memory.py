@@ -24,8 +24,6 @@ from torch.utils._pytree import tree_leaves
 from train.config import TrainConfig
 from train.loop.flops import META
 from train.loop.trainer import Trainer
-from train.method.dino_loss import DinoLoss, load_features
-from train.method.perceptual import PerceptualConfig, PerceptualLoss, check_views, load_lpips
 from train.plan.rehearsal import Shapes, drawing_request, largest_batch
 
 CONTEXT = 0.7e9  # bytes: CUDA's context, kernels, cuBLAS's and attention's workspaces; assumed
@@ -149,7 +147,7 @@ class Memory:
     weights: int
     optimizer: int
     averages: int  # EMA and power averages
-    frozen: int  # networks of the perceptual loss
+    frozen: int  # networks of losses
     gradients: int
     activations: int  # the most that lives in a micro-step beside gradients, its images and conditions included
     update: int  # the most that Muon's step needs beside gradients
@@ -209,34 +207,18 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
             for context in contexts:
                 average(noise, noise[:, 0, 0, 0], context)
         drawing = live.peak + STATES * tensor_bytes([noise])
-    frozen = [network for network in (trainer.perceptual, trainer.dino) if network is not None]
+    frozen = [loss.network for loss in trainer.losses.values() if loss.network is not None]
     return Memory(
         weights=tensor_bytes(model.parameters()),
         optimizer=tensor_bytes(trainer.optimizer.tensors().values()),
         averages=tensor_bytes([*trainer.ema.state.values(), *trainer.power.tensors().values()]),
-        frozen=tensor_bytes(parameter for loss in frozen for parameter in loss.network.parameters()),
+        frozen=tensor_bytes(parameter for network in frozen for parameter in network.parameters()),
         gradients=tensor_bytes(model.parameters()),
         activations=activations,
         update=update,
         drawing=drawing,
         largest=f"{len(batch.keys)} images of {batch.x.shape[3]}x{batch.x.shape[2]}",
     )
-
-
-class _Lpips(PerceptualLoss):
-    """The perceptual loss on the meta device, whose weights nobody has to have."""
-
-    def __init__(self, config: PerceptualConfig) -> None:
-        self.config, self.weight = config, config.weight * config.every
-        self.network = load_lpips(None).to(META)
-
-
-class _Dino(DinoLoss):
-    """Its second term, likewise."""
-
-    def __init__(self, config: PerceptualConfig) -> None:
-        self.config, self.weight = config, config.dino_weight * config.every
-        self.network = load_features(None).to(META)
 
 
 def meta_trainer(config: TrainConfig, dataset: Any) -> Trainer:
@@ -246,12 +228,8 @@ def meta_trainer(config: TrainConfig, dataset: Any) -> Trainer:
     """
     train = config.train.model_copy(update={"compile": False})
     with META:
-        trainer = Trainer(config.model_copy(update={"train": train, "perceptual": PerceptualConfig()}), dataset, META)
-        trainer.config = config
-        if config.perceptual.every:
-            check_views(config.perceptual, trainer.batches.plan.sizes)
-            trainer.perceptual = _Lpips(config.perceptual)
-            trainer.dino = _Dino(config.perceptual) if config.perceptual.dino_weight else None
+        trainer = Trainer(config.model_copy(update={"train": train}), dataset, META)
+    trainer.config = config
     return trainer
 
 

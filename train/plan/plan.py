@@ -23,9 +23,8 @@ from nanodit.console import duration, say, waiting
 from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig
-from train.data.batch_plan import Plan, scaled_size
+from train.data.batch_plan import BatchPlan, scaled_size
 from train.hardware import PEAK_TFLOPS
-from train.method.perceptual import vgg_path
 from train.plan.cost import (
     CARDS,
     MFU,
@@ -206,7 +205,7 @@ def _rejected(dataset: Dataset) -> int | None:
     return counts.get("rejects")
 
 
-def _batches(micro: Plan) -> list[dict[str, Any]]:
+def _batches(micro: BatchPlan) -> list[dict[str, Any]]:
     found = []
     for scale in micro.scales:
         for bucket, samples in micro.order.sizes.items():
@@ -221,9 +220,7 @@ def _notes(trainer: Any, dataset: Any) -> list[str]:
     notes = [] if isinstance(dataset, StandIn) else trainer.batches.plan.describe(config.train.steps)
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
         notes.append("checkpoint.every_minutes without keep_last: fills the disk with more than are counted")
-    if config.perceptual.every and not vgg_path().is_file():
-        notes.append(f"perceptual: VGG-16's weights are not at {vgg_path()}; `nanodit train run` says how to get them")
-    return notes
+    return [*notes, *(line for loss in trainer.losses.values() for line in loss.missing())]
 
 
 def _reading(config: TrainConfig, dataset: Any) -> dict[str, Any]:

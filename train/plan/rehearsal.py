@@ -29,8 +29,7 @@ from prep.passes.cost import sample_bytes
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
-from train.loop.microbatch import MicroBatch, Part
-from train.method.perceptual import View
+from train.loop.microbatch import Group, MicroBatch
 from train.model.conditions import TEXT_MULTIPLE, Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
@@ -179,7 +178,7 @@ def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBa
     """Return the largest kind of micro-batch of a run, by the image and context tokens that a block sees.
 
     All their images keep everything and go through the network together, with the longest caption there is, every
-    token where some micro-batches are not routed, REPA and the perceptual loss on every image. ``trainer`` is a
+    token where some micro-batches are not routed, every loss on every image. ``trainer`` is a
     :class:`train.loop.trainer.Trainer`.
     """
     plan, model = trainer.batches.plan, trainer.config.model
@@ -198,16 +197,16 @@ def _full_batch(
     width, height = scaled_size(bucket, scale)
     rows, columns = height // config.model.patch_size, width // config.model.patch_size
     zeros = lambda *shape: torch.zeros(images, *shape, device=device)  # noqa: E731
+    losses = trainer.losses.values()
     conditions = shapes.conditions(bucket, images, shapes.longest_text, device)
-    teacher = zeros(rows * columns, shapes.features.dino_width) if config.repa.enabled else None
-    views = [View(i, 0, 0) for i in range(images)] if config.perceptual.every else []
+    prepared = {loss.needs: loss.largest(images, (width, height), device) for loss in losses if loss.needs}
     tread, keep_ids = config.tread, None
     if tread.enabled and (tread.tail_routed == 1 or round(tread.dense_tail * config.train.steps) == 0):
         keep_ids = torch.arange(tread.kept(rows * columns), device=device).repeat(images, 1)
-    part = Part(slice(0, images), conditions, teacher, views)
+    group = Group(slice(0, images), conditions, prepared)
     subset = frozenset(shapes.features.modalities)
     x, noise, t = zeros(3, height, width), zeros(3, height, width), zeros() + 0.5
-    return MicroBatch(["none"] * images, [subset] * images, x, noise, t, [part], keep_ids)
+    return MicroBatch(["none"] * images, [subset] * images, x, noise, t, [group], keep_ids)
 
 
 def probe(trainer: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanodit.console import Progress
+from nanodit.console import Progress, repeating
 from train.sweep.config import Sweep
 from train.sweep.record import ENDED, FAILED, FINISHED, RUNNING, read_record
 
@@ -21,21 +20,12 @@ NAMED = 4
 @contextmanager
 def show_progress(sweep: Sweep) -> Iterator[None]:
     """Show the progress of the trials, at least every five seconds, while the context is open."""
-    over = threading.Event()
     ended = _count(sweep)
     with Progress("sweep", len(sweep.trials), "trials", done=sum(ended.values())) as progress:
-
-        def look() -> None:
-            while not over.wait(LOOK):
-                _show(sweep, progress)
-
-        thread = threading.Thread(target=look, daemon=True, name="sweep")
-        thread.start()
         try:
-            yield
+            with repeating(lambda: _show(sweep, progress), LOOK, "sweep"):
+                yield
         finally:
-            over.set()
-            thread.join()
             _show(sweep, progress)
 
 

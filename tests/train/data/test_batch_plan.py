@@ -17,7 +17,7 @@ from nanodit.rng import generator
 from prep.dataset.buckets import Bucket, crop_to_bucket
 from prep.dataset.reader import Dataset
 from tests.train.loop.test_trainer import _unfreeze, logged, make
-from train.data.batch_plan import Phase, Plan, scale_of, scaled_size
+from train.data.batch_plan import BatchPlan, Phase, scale_of, scaled_size
 from train.data.order import Order
 from train.data.prefetch import prefetch
 from train.data.samples import TrainingSet, resize
@@ -32,9 +32,9 @@ NAMES = ["64x64", "80x48", "48x80", "96x32", "32x96"]
 HALF = [Phase(until_step=3, scale=0.5)]
 
 
-def make_plan(sizes, batch_size=1, slots=16, budget=None, phases=(), patch_size=8, seed=0) -> Plan:
+def make_plan(sizes, batch_size=1, slots=16, budget=None, phases=(), patch_size=8, seed=0) -> BatchPlan:
     sizes = dict(zip(NAMES, sizes)) if isinstance(sizes, list) else sizes
-    return Plan(Order(sizes, batch_size, seed), slots, budget, phases, patch_size)
+    return BatchPlan(Order(sizes, batch_size, seed), slots, budget, phases, patch_size)
 
 
 @given(
@@ -166,7 +166,7 @@ def test_a_phase_changes_pixels_tokens_and_shift_alone(tiny_dataset, tmp_path, m
         ours, theirs = small.batches.make(number), whole.batches.make(number)
         assert ours.keys == theirs.keys
         assert ours.subsets == theirs.subsets
-        for part, other in zip(ours.parts, theirs.parts):
+        for part, other in zip(ours.groups, theirs.groups):
             for name in ("text", "cls", "patches", "pose"):
                 one, two = getattr(part.conditions, name), getattr(other.conditions, name)
                 assert (one is None and two is None) or torch.equal(one, two), "cached features stay"

@@ -20,7 +20,7 @@ from train.loop.compiling import (
     possible_shapes,
     unions,
 )
-from train.loop.microbatch import MIN_GROUP, part_sizes, split
+from train.loop.microbatch import MIN_GROUP, group_sizes, split
 from train.loop.trainer import Trainer
 
 OPTIONS = {
@@ -48,7 +48,7 @@ def seen_shapes(trainer: Trainer, steps: int) -> set[tuple[int, int, int]]:
         block.register_forward_pre_hook(lambda _, inputs: shapes.add((*inputs[0].shape[:2], inputs[3][0].shape[1])))
     for number in chain.from_iterable(map(trainer.batches.plan.numbers, range(steps))):
         batch = trainer.batches.make(number).to(meta)
-        for part in batch.parts:
+        for part in batch.groups:
             keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
             trainer.model(batch.x[part.images], batch.t[part.images], part.conditions, keep_ids)
     return shapes
@@ -71,8 +71,8 @@ def test_parts_of_every_size_and_no_other():
             for second in range(images - first + 1):
                 subsets = [a] * first + [b] * second + [c] * (images - first - second)
                 found |= {part.stop - part.start for part in split(subsets)}
-        assert found == part_sizes(images, 3)
-        assert part_sizes(images, 1) == {images}
+        assert found == group_sizes(images, 3)
+        assert group_sizes(images, 1) == {images}
 
 
 def test_unions():

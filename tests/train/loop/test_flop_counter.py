@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop import trainer as trainer_module
-from train.loop.flops import META, DinoFlops, FlopCounter, HeadFlops, LpipsFlops, ModelFlops, count_flops
+from train.loop.flops import META, FlopCounter, ModelFlops, count_flops
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
 from train.method.dino_loss import DinoLoss
-from train.method.perceptual import PerceptualConfig
-from train.method.repa import RepaConfig, RepaHead
+from train.method.perceptual import PerceptualConfig, PerceptualLoss
+from train.method.repa import RepaConfig, RepaHead, RepaLoss
 from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
@@ -88,10 +88,10 @@ def test_the_counter_multiplies_by_images_and_counts_a_shape_once():
     assert counter.take() == 0
 
 
-def test_lpips_costs_the_prediction_twice_as_much_as_the_image(vgg_home):
-    flops = LpipsFlops(PerceptualConfig(every=1, size=32))
+def test_lpips_costs_the_prediction_twice_as_much_as_the_image():
+    loss = PerceptualLoss(PerceptualConfig(every=1, size=32), META)
     x = torch.empty(1, 3, 64, 64, device=META)
-    both = flops(x.clone().requires_grad_(), x)
+    both = count_flops(loss.one_image(), x.clone().requires_grad_(), x)
     # VGG-16's thirteen 3x3 convolutions at 32 px, and LPIPS's five 1x1
     widths = [3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6]
     sides = [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
@@ -103,9 +103,8 @@ def test_lpips_costs_the_prediction_twice_as_much_as_the_image(vgg_home):
 def test_the_patch_distance_costs_the_prediction_twice_as_much_as_the_image(dinov2_home):
     config = PerceptualConfig(every=1, dino_weight=0.01, size=32)
     loss = DinoLoss(config, torch.device("cpu"))
-    flops = DinoFlops(config, loss.network)
     x = torch.empty(1, 3, 64, 48, device=META)
-    both = flops(x.clone().requires_grad_(), x)
+    both = count_flops(loss.one_image(), x.clone().requires_grad_(), x)
     d, layers, patches = 32, 2, 2 * 2  # of 14 pixels, as a crop of 32 is shown at 28
     tokens = patches + 1
     linear = 2 * patches * 3 * 14 * 14 * d + layers * 2 * tokens * 12 * d * d  # patches; q, k, v, out and 2 x 4 d^2
@@ -116,8 +115,9 @@ def test_the_patch_distance_costs_the_prediction_twice_as_much_as_the_image(dino
 
 
 def test_the_head_of_repa_counts():
-    head = RepaHead(RepaConfig(enabled=True, width=32), 4, 64, 16)
-    assert HeadFlops(head)(torch.empty(2, 48, 16)) == 3 * 2 * 48 * (64 * 32 + 32 * 32 + 32 * 16)
+    config = RepaConfig(enabled=True, width=32)
+    loss = RepaLoss(config, RepaHead(config, 4, 64, 16), 16, 8, {})
+    assert count_flops(loss.one_image(), torch.empty(2, 48, 16)) == 3 * 2 * 48 * (64 * 32 + 32 * 32 + 32 * 16)
 
 
 def test_a_micro_step_is_said_to_cost_what_torch_counts(tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home):
@@ -126,12 +126,12 @@ def test_a_micro_step_is_said_to_cost_what_torch_counts(tiny_dataset, tmp_path, 
     options += ("repa.enabled=true", "perceptual.every=1", "perceptual.size=16", "perceptual.dino_weight=0.01")
     trainer = Trainer(tiny_config(tiny_dataset, tmp_path / "run", *options), Dataset(tiny_dataset), torch.device("cpu"))
     trainer.device = META  # where torch counts attention as the formula does
-    for network in (trainer.model, trainer.perceptual.network, trainer.dino.network):
+    for network in (trainer.model, trainer.losses["lpips"].network, trainer.losses["dino"].network):
         network.to(META)
     batch = trainer.batches.make(0).to(META)
     assert batch.keep_ids is not None
-    assert any(part.views for part in batch.parts)
-    assert any(part.teacher is not None for part in batch.parts)
+    assert any("views" in part.prepared for part in batch.groups)
+    assert any("teacher" in part.prepared for part in batch.groups)
     with FlopCounterMode(display=False) as counter:
         trainer.micro_step(batch)
     assert trainer.flops.take() == counter.get_total_flops()

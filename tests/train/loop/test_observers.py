@@ -16,7 +16,7 @@ import torch
 
 from nanodit.errors import DataError, ResourceError
 from train.checkpoint.run_folder import StopRequest
-from train.loop.observers import finite, look, undone
+from train.loop.observers import finite, observe, process_restored
 
 
 def globals_of_the_process():
@@ -41,7 +41,7 @@ def turn_everything_over():
 @pytest.mark.parametrize("error", [None, RuntimeError("offline"), KeyboardInterrupt()])
 def test_trap_28_what_is_global_is_put_back(error):
     before = globals_of_the_process()
-    with pytest.raises(type(error)) if error else contextlib.nullcontext(), undone():
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), process_restored():
         turn_everything_over()
         assert all(now != then for now, then in zip(globals_of_the_process(), before))
         if error:
@@ -55,16 +55,16 @@ def test_a_failure_is_a_warning_that_is_kept(tmp_path, capsys):
         raise RuntimeError("no weights\nhere")
 
     before = globals_of_the_process()
-    assert look("validation", 7, tmp_path, StopRequest(), fail) is None
+    assert observe("validation", 7, tmp_path, StopRequest(), fail) is None
     assert globals_of_the_process() == before
     assert capsys.readouterr().out == (
         "warning: validation at step 7 failed, and training goes on: RuntimeError: no weights\\nhere\n"
     )
-    assert look("visual_debug", 8, tmp_path, StopRequest(), lambda: 1 / 0) is None
+    assert observe("visual_debug", 8, tmp_path, StopRequest(), lambda: 1 / 0) is None
     records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     assert [(record["step"], record["what"]) for record in records] == [(7, "validation"), (8, "visual_debug")]
     assert "in fail" in records[0]["traceback"]
-    assert look("validation", 9, tmp_path, StopRequest(), lambda: 3) == 3
+    assert observe("validation", 9, tmp_path, StopRequest(), lambda: 3) == 3
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left"), ResourceError("full")])
@@ -73,7 +73,7 @@ def test_a_lack_of_memory_or_disk_is_no_mere_warning(tmp_path, error):
         raise error
 
     with pytest.raises(ResourceError, match=r"validation at step 7: .*`validation\.every_steps`"):
-        look("validation", 7, tmp_path, StopRequest(), fail)
+        observe("validation", 7, tmp_path, StopRequest(), fail)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -85,9 +85,9 @@ def test_T11_a_signal_gives_a_look_up(tmp_path, number):
 
     before, started = globals_of_the_process(), time.monotonic()
     with StopRequest() as stop:
-        assert look("validation", 7, tmp_path, stop, draw_for_long) is None
+        assert observe("validation", 7, tmp_path, stop, draw_for_long) is None
         assert stop.requested
-        assert look("validation", 8, tmp_path, stop, lambda: 1) is None, "nor is another begun"
+        assert observe("validation", 8, tmp_path, stop, lambda: 1) is None, "nor is another begun"
     assert time.monotonic() - started < 10
     assert globals_of_the_process() == before
     assert not (tmp_path / "warnings.jsonl").exists()
@@ -95,7 +95,7 @@ def test_T11_a_signal_gives_a_look_up(tmp_path, number):
 
 def test_after_a_look_a_signal_waits_for_the_step(tmp_path):
     with StopRequest() as stop:
-        look("validation", 7, tmp_path, stop, lambda: 1)
+        observe("validation", 7, tmp_path, stop, lambda: 1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
 
@@ -105,7 +105,7 @@ def test_an_interrupt_of_anything_else_is_not_swallowed(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        look("validation", 7, tmp_path, StopRequest(), interrupt)
+        observe("validation", 7, tmp_path, StopRequest(), interrupt)
 
 
 def test_values_are_numbers():

@@ -103,7 +103,7 @@ def test_each_image_weighs_the_same(tiny_dataset, tmp_path):
     trainer.model.zero_grad()
     for batch in batches:  # image by image, every condition masked or dropped by itself
         for i in range(len(batch.x)):
-            part = next(p for p in batch.parts if p.images.start <= i < p.images.stop)
+            part = next(p for p in batch.groups if p.images.start <= i < p.images.stop)
             one = slice(i, i + 1)
             z = interpolate(batch.x[one], batch.noise[one], batch.t[one])
             alone = part.conditions.select(slice(i - part.images.start, i - part.images.start + 1))
@@ -143,8 +143,8 @@ def test_runs_of_equal_subsets_get_a_forward_of_their_own():
 def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run", "train.batch_size=40", "train.grad_accumulation_steps=1")
     batch = trainer.batches.make(0)
-    assert [part.images.stop - part.images.start for part in batch.parts] == [4, 10, 16, 10]
-    nothing, text, pose, everything = (part.conditions for part in batch.parts)
+    assert [part.images.stop - part.images.start for part in batch.groups] == [4, 10, 16, 10]
+    nothing, text, pose, everything = (part.conditions for part in batch.groups)
     assert nothing.text is None
     assert text.text is not None
     assert text.pose is None
@@ -200,12 +200,12 @@ def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_
     # on the meta device tensors have no values, so that reading one or copying it to the host is an error
     trainer.device = torch.device("meta")
     trainer.model.to("meta")
-    trainer.perceptual.network.to("meta")
-    trainer.dino.network.to("meta")
+    trainer.losses["lpips"].network.to("meta")
+    trainer.losses["dino"].network.to("meta")
     batch = trainer.batches.make(0).to(trainer.device)
-    assert any(part.views for part in batch.parts)
+    assert any("views" in part.prepared for part in batch.groups)
     assert batch.keep_ids is not None
-    assert any(part.teacher is not None for part in batch.parts)
+    assert any("teacher" in part.prepared for part in batch.groups)
     with NoSync():  # trap 20
         trainer.micro_step(batch)
         gradient_norms(trainer.model)
@@ -244,8 +244,8 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(
     trainer.device = torch.device("cuda")
     batch = trainer._make_batch(0)
     tensors = [batch.x, batch.noise, batch.t, batch.keep_ids]
-    for part in batch.parts:
-        tensors += [part.teacher, *vars(part.conditions).values()]
+    for part in batch.groups:
+        tensors += [part.prepared["teacher"], part.conditions.keep, *part.conditions.tensors.values()]
     assert pinned[threading.current_thread().name] == sum(tensor is not None for tensor in tensors)
     with contextlib.closing(prefetch(trainer._make_batch, iter(range(9)), 2)) as batches:
         next(batches)
@@ -265,7 +265,7 @@ def test_every_kth_block_saves_its_share_of_memory(tiny_dataset, tmp_path):
         batch = trainer.batches.make(0)
         trainer.model.train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trainer.model(batch.x, batch.t, batch.parts[0].conditions)
+            trainer.model(batch.x, batch.t, batch.groups[0].conditions)
         return count
 
     none, every_other, every = saved("none"), saved(2), saved("all")

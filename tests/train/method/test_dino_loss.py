@@ -84,12 +84,14 @@ def test_the_step_adds_the_weighted_sum_over_the_views_of_lpips(vgg_home, distan
     before, after = gradients(plain, 1), gradients(trainer, 1)
     plain.model.zero_grad()
     batch, total = trainer.batches.make(1), 0.0
-    for part in batch.parts:
+    for part in batch.groups:
         x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
         z = interpolate(x, noise, t)
         x_hat = to_x(plain.model(z, t, part.conditions), z, t, "x")
-        assert [view.image for view in part.views] == (t <= 0.7).nonzero().flatten().tolist(), "the gate of LPIPS"
-        for v in part.views:
+        assert [view.image for view in part.prepared.get("views", [])] == (t <= 0.7).nonzero().flatten().tolist(), (
+            "the gate of LPIPS"
+        )
+        for v in part.prepared.get("views", []):
             cut = v.image, slice(None), slice(v.top, v.top + 24), slice(v.left, v.left + 24)
             total = total + distance(x_hat[cut], x[cut], (28, 28))
     (0.5 * total / 8).backward()
@@ -159,7 +161,7 @@ def test_a_run_continues_with_the_weights_it_began_with(vgg_home, dinov2_home, t
     trainer.run()
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001")
     trainer.load(checkpoint)
-    trainer.dino.sha256 = "0" * 64
+    trainer.losses["dino"].sha256 = "0" * 64
     with pytest.raises(DataError, match=r"other weights than those of DINOv2 in"):
         trainer.load(checkpoint)
 

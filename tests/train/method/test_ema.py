@@ -18,7 +18,6 @@ from train.method.ema import (
     ema_decay,
     gamma_of,
     power_decay,
-    sigma_rel_of,
 )
 
 DECAY = partial(ema_decay, total_steps=100, decay=None)
@@ -71,6 +70,11 @@ def test_trap_21_a_renamed_parameter_is_an_error():
         ema.update(renamed, 1)
     with pytest.raises(ValueError, match="differ"):
         ema.load(dict(list(ema.state.items())[1:]))
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The standard deviation of the profile ``s^gamma`` on [0, 1]: arXiv 2312.02696, section 3.1."""
+    return ((gamma + 1) / (gamma + 3)) ** 0.5 / (gamma + 2)
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])

@@ -104,12 +104,12 @@ def test_the_step_adds_the_weighted_sum_over_images(vgg_home, reference, tiny_da
     before, after = gradients(plain, 1), gradients(trainer, 1)
     plain.model.zero_grad()
     batch, total = trainer.batches.make(1), 0.0
-    for part in batch.parts:
+    for part in batch.groups:
         x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
         z = interpolate(x, noise, t)
         x_hat = to_x(plain.model(z, t, part.conditions), z, t, "x")
         for i in (t <= 0.7).nonzero().flatten().tolist():
-            (view,) = [view for view in part.views if view.image == i]
+            (view,) = [view for view in part.prepared.get("views", []) if view.image == i]
             cut = slice(i, i + 1), slice(None), slice(view.top, view.top + 24), slice(view.left, view.left + 24)
             total = total + reference(x_hat[cut], x[cut]).sum()
     (0.1 * total / 8).backward()
@@ -146,7 +146,7 @@ def test_what_is_logged(vgg_home, tiny_dataset, tmp_path):
         assert ("train/lpips_loss" in record) == due
         lpips = record.get("train/lpips_loss", 0) * record["train/lpips_share"]
         assert record["train/loss"] == pytest.approx(record["train/flow_loss"] + 0.2 * lpips, rel=1e-6)
-    assert not trainer.perceptual.published
+    assert not trainer.losses["lpips"].published
 
 
 def test_off_it_is_never_imported(tiny_dataset, tmp_path, monkeypatch):
@@ -188,6 +188,6 @@ def test_a_run_continues_with_the_weights_it_began_with(vgg_home, tiny_dataset, 
     trainer.run()
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001")
     trainer.load(checkpoint)
-    trainer.perceptual.sha256 = "0" * 64
+    trainer.losses["lpips"].sha256 = "0" * 64
     with pytest.raises(DataError, match=r"other weights than .*vgg16"):
         trainer.load(checkpoint)

@@ -82,7 +82,7 @@ def test_a_routed_state_is_projected_before_the_others_come_back(tiny_dataset, t
     _unfreeze(model)
     model.blocks[block - 1].register_forward_hook(lambda _, inputs, output: seen.append(output))
     keep_ids = torch.tensor([[1, 5, 6, 15]])
-    conditions = trainer.batches.make(0).parts[0].conditions.select(slice(0, 1))
+    conditions = trainer.batches.make(0).groups[0].conditions.select(slice(0, 1))
     output, projected = model(torch.randn(1, 3, 32, 32), torch.rand(1), conditions, keep_ids, project=True)
     assert projected.shape == (1, tokens, 16)
     torch.testing.assert_close(projected, model.repa_head(seen[0]))
@@ -108,14 +108,14 @@ def test_an_image_counts_once_where_it_drops_its_patches_and_else_not_at_all(tin
     _unfreeze(trainer.model)
     batches = [trainer.batches.make(i) for i in range(2)]
     for batch in batches:
-        losses, _, alignments, *_ = trainer.micro_step(batch)
-        assert [bool(value) for value in alignments] == ["patches" not in subset for subset in batch.subsets]
-        assert losses.all()
+        values = trainer.micro_step(batch)
+        assert [bool(value) for value in values["repa"]] == ["patches" not in subset for subset in batch.subsets]
+        assert values["flow"].all()
     head = {name: p.grad.clone() for name, p in trainer.model.repa_head.named_parameters()}
     trainer.model.zero_grad()
     for batch in batches:
-        for part in batch.parts:
-            assert (part.teacher is None) == all("patches" in subset for subset in batch.subsets[part.images])
+        for part in batch.groups:
+            assert ("teacher" not in part.prepared) == all("patches" in subset for subset in batch.subsets[part.images])
             for i in range(part.images.start, part.images.stop):
                 if "patches" in batch.subsets[i]:
                     continue
@@ -124,7 +124,11 @@ def test_an_image_counts_once_where_it_drops_its_patches_and_else_not_at_all(tin
                 z = interpolate(batch.x[one], batch.noise[one], batch.t[one])
                 conditions = part.conditions.select(inside).keeping(batch.subsets[one])
                 _, projected = trainer.model(z, batch.t[one], conditions, keep_ids, project=True)
-                teacher = part.teacher[inside] if keep_ids is None else part.teacher[inside][:, keep_ids[0]]
+                teacher = (
+                    part.prepared["teacher"][inside]
+                    if keep_ids is None
+                    else part.prepared["teacher"][inside][:, keep_ids[0]]
+                )
                 cosine = torch.nn.functional.cosine_similarity(projected, teacher, dim=2).mean()
                 (0.5 * (1 - cosine) / 24).backward()
     for name, parameter in trainer.model.repa_head.named_parameters():
@@ -135,9 +139,8 @@ def test_a_fully_conditioned_batch_has_no_weight_and_costs_nothing(tiny_dataset,
     table = "conditioning.table={all: 0.9, text: 0.1}"
     trainer = make(tiny_dataset, tmp_path / "run", *ON, "conditioning.preset=null", table)
     batch = next(b for b in map(trainer.batches.make, range(9)) if all("patches" in subset for subset in b.subsets))
-    assert all(part.teacher is None for part in batch.parts)
-    _, _, alignments, *_ = trainer.micro_step(batch)
-    assert not alignments.any()
+    assert all("teacher" not in part.prepared for part in batch.groups)
+    assert not trainer.micro_step(batch)["repa"].any()
     assert all(parameter.grad is None for parameter in trainer.model.repa_head.parameters())
 
 
@@ -145,9 +148,9 @@ def test_the_teacher_lies_on_the_token_grid(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run", *ON, "model.patch_size=4")
     for batch in map(trainer.batches.make, range(6)):
         height, width = batch.x.shape[2] // 4, batch.x.shape[3] // 4
-        for part in batch.parts:
-            if part.teacher is not None:
-                assert part.teacher.shape == (part.images.stop - part.images.start, height * width, 16)
+        for part in batch.groups:
+            if "teacher" in part.prepared:
+                assert part.prepared["teacher"].shape == (part.images.stop - part.images.start, height * width, 16)
 
 
 def test_nothing_to_align_with_is_refused(tiny_dataset, tmp_path):
@@ -164,7 +167,7 @@ def test_nothing_to_align_with_is_refused(tiny_dataset, tmp_path):
 def test_off_has_no_head_and_no_teacher(tiny_dataset, tmp_path):
     trainer = make(tiny_dataset, tmp_path / "run", "train.steps=1")
     assert trainer.model.repa_head is None
-    assert all(part.teacher is None for part in trainer.batches.make(0).parts)
+    assert all("teacher" not in part.prepared for part in trainer.batches.make(0).groups)
     trainer.run()
     assert not [key for key in logged(tmp_path / "run")[0] if "repa" in key]
 
@@ -181,8 +184,8 @@ def test_it_ends_on_time_is_resumed_exactly_and_leaves_a_model_to_sample_from(ti
         repa = record["train/repa_weight"] * record["train/repa_loss"]
         assert record["train/loss"] == pytest.approx(record["train/flow_loss"] + repa)
     assert all(record["train/loss"] == record["train/flow_loss"] for record in records[6:])
-    assert any(part.teacher is not None for i in (10, 11) for part in trainer.batches.make(i).parts)
-    assert all(part.teacher is None for i in range(12, 24) for part in trainer.batches.make(i).parts)
+    assert any("teacher" in part.prepared for i in (10, 11) for part in trainer.batches.make(i).groups)
+    assert all("teacher" not in part.prepared for i in range(12, 24) for part in trainer.batches.make(i).groups)
 
     checkpoints = {
         step: load_checkpoint(tmp_path / "straight" / "checkpoints" / f"step-{step:06d}") for step in (6, 12)

@@ -163,9 +163,9 @@ def test_what_always_stays_is_the_trainers_tensors(dataset, tiny_dataset, tmp_pa
 def test_the_micro_batch_itself_takes_memory(dataset, tiny_dataset, tmp_path):
     trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", "repa.enabled=true"), dataset)
     batch = largest_batch(trainer, shapes_of(dataset), META)
-    (part,) = batch.parts
+    (part,) = batch.groups
     given = [part.conditions.keep, *part.conditions.tensors.values()]
-    size = tensor_bytes([batch.x, batch.noise, batch.t, part.teacher, *given])
+    size = tensor_bytes([batch.x, batch.noise, batch.t, part.prepared["teacher"], *given])
     with LiveBytes() as live, LikeGpu(bf16=False):
         for _ in range(2):
             trainer.micro_step(batch)

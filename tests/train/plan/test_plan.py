@@ -88,7 +88,7 @@ def test_flops_are_those_that_a_run_counts(tiny_dataset, tmp_path):
                  "tread.dense_tail=0.5", "tread.tail_routed=0", "train.steps=16",
                  "conditioning.preset=null", "conditioning.table={text: 1.0}")  # fmt: skip
     trainer = make(tiny_dataset, tmp_path / "run", *overrides)
-    trainer.flops = flop_counter(trainer.model, trainer.config, trainer.perceptual, trainer.dino)
+    trainer.flops = flop_counter(trainer.model, trainer.losses.values())
     for step in range(0, 16, 2):  # routed and dense ones
         trainer.step = step
         for number in trainer.batches.plan.numbers(step):
@@ -152,7 +152,7 @@ def test_the_patch_distance_of_the_perceptual_loss_costs_flops(tiny_dataset, tmp
     trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", *overrides), Dataset(tiny_dataset))
     (cost,) = phase_costs(trainer, shapes_of(Dataset(tiny_dataset)))
     view = torch.empty(1, 3, 32, 32, device="meta")
-    count = flop_counter(trainer.model, trainer.config, trainer.perceptual, trainer.dino)._counts["dino"]
+    count = flop_counter(trainer.model, trainer.losses.values())._counts["dino"]
     assert cost.flops["dino"] == pytest.approx(trainer.images_per_step / 2 * count(view.clone().requires_grad_(), view))
     assert cost.flops["lpips"] > 0
 
