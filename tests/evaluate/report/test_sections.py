@@ -108,7 +108,7 @@ def test_strips_and_neighbours_show_the_pictures_that_were_kept(files):
             ],
         },
     )
-    assert [one["title"] for one in found["divergence"]["strips"][0]["pictures"]] == ["real", "noise 0", "noise 1"]
+    assert [one["title"] for one in found["divergence"]["groups"][0]["pictures"]] == ["real", "noise 0", "noise 1"]
     (pair,) = found["memorisation"]["pairs"]
     assert [one["width"] for one in pair["pictures"]] == [64, 40]  # a training image may have another shape
     assert pair["relative"] == [{"space": "DINO", "value": 0.5}]
