@@ -308,7 +308,7 @@ def _drawable(series: Series, log: bool) -> Series:
 
 
 def smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:
-    """Moving average over about ``width`` points; narrow at the start, where curves are steep, one-sided at the end."""
+    """Return the moving average over about ``width`` points; narrow at the start, where curves are steep, one-sided at the end."""
     result = []
     for index, (x, _) in enumerate(points):
         reach = min(width // 2, index)
@@ -412,7 +412,7 @@ def _long_number(value: float) -> str:
 
 
 def skeleton(keypoints: np.ndarray, boxes: Sequence[Sequence[float]], width: int, height: int) -> Markup:
-    """An SVG drawing to lay over a crop of ``width`` x ``height`` pixels.
+    """Draw an SVG to lay over a crop of ``width`` x ``height`` pixels.
 
     ``keypoints`` (133, 3) hold x, y in pixels and confidence, ``boxes`` (x0, y0, x1, y1, score). Everything is coloured
     by confidence; what is below ``FOUND`` is drawn thin, what was not found (0) not at all.

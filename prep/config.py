@@ -119,7 +119,7 @@ class PrepConfig(Config):
         return tuple(layer for layer in flow if layer in wanted or LAYERS[layer].upstream in self.layers)
 
     def upstream(self, layer: str) -> str:
-        """The layer that ``layer`` is made from (px is made from the source).
+        """Return the layer that ``layer`` is made from (px is made from the source).
 
         Where the number of people decides about a sample, only what the pose layer accepted is captioned.
         """

@@ -223,7 +223,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _prompts(file: Path | None) -> list[str]:
-    """The lines of a file that hold anything."""
+    """Read the lines of a file that are not empty."""
     if file is None:
         return []
     try:

@@ -32,7 +32,7 @@ class Bucket:
 
     @classmethod
     def parse(cls, name: str) -> Bucket:
-        """The bucket called ``name``, for example ``80x56``."""
+        """Return the bucket called ``name``, for example ``80x56``."""
         width, height = name.split("x")
         return cls(int(width), int(height))
 
@@ -54,7 +54,7 @@ class Crop:
 
 
 def buckets_for(base: int) -> tuple[Bucket, ...]:
-    """The seven buckets of a base size: the square, then each landscape followed by its portrait.
+    """Return the seven buckets of a base size: the square, then each landscape followed by its portrait.
 
     Sides are those at 1024 scaled by base / 1024 and rounded to the nearest multiple of 8, halves up, so that a base of
     64 has 80x56 and 88x48. Raises ConfigError for a base at which two buckets coincide; no multiple of 64 is one.
@@ -71,7 +71,7 @@ def buckets_for(base: int) -> tuple[Bucket, ...]:
 
 
 def choose_bucket(width: int, height: int, base: int) -> Bucket:
-    """The bucket whose aspect ratio is nearest to width / height on the logarithmic scale.
+    """Return the bucket whose aspect ratio is nearest to width / height on the logarithmic scale.
 
     Only the landscape form is compared and the answer transposed back, so that an image and its transpose always get
     transposed buckets, rounding errors and ties included; a tie goes to the squarer bucket.
@@ -84,7 +84,7 @@ def choose_bucket(width: int, height: int, base: int) -> Bucket:
 
 
 def centre_crop(width: int, height: int, bucket: Bucket) -> Crop:
-    """The largest centred part of a width x height image that has the bucket's aspect ratio (resize to cover)."""
+    """Return the largest centred part of an image that has the bucket's aspect ratio (resize to cover)."""
     scale = max(bucket.width / width, bucket.height / height)
     # min() because W / (W / w) may exceed w by a rounding error, and Pillow refuses a box beyond the image
     crop_width, crop_height = min(bucket.width / scale, width), min(bucket.height / scale, height)

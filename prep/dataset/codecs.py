@@ -16,7 +16,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def load_npy(data: bytes) -> np.ndarray:
-    """The array in the bytes of an ``.npy`` file; object arrays are refused (they would be pickles)."""
+    """Read the array of an ``.npy`` file's bytes; object arrays are refused (they would be pickles)."""
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 

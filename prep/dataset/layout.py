@@ -97,13 +97,13 @@ def members_of(layer: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def member_columns(layer: str, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
-    """The index columns that locate the members of a layer."""
+    """Return the index columns that locate the members of a layer."""
     kinds = {"offset": pa.int64(), "length": pa.int64(), "sha256": pa.string()}
     return {f"{layer}/{member}/{name}": kind for member in members_of(layer, recipe) for name, kind in kinds.items()}
 
 
 def part_schema(layer: str, recipe: Mapping[str, Any]) -> pa.Schema:
-    """Schema of the index parts of a layer."""
+    """Return the schema of the index parts of a layer."""
     return pa.schema({"key": pa.string(), **LAYERS[layer].columns_of(recipe), **member_columns(layer, recipe)})
 
 
@@ -115,7 +115,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
-    """The table in the bytes of a Parquet file, or some columns of it. Raises ArrowException for a damaged one.
+    """Read a table, or some columns of it, from a Parquet file's bytes. Raises ArrowException for a damaged one.
 
     Without Arrow's threads: a process that ends soon after can crash on them (seen with pyarrow 26), and small tables
     gain nothing.
@@ -124,7 +124,7 @@ def read_parquet(data: bytes, columns: list[str] | None = None, schema: pa.Schem
 
 
 def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
-    """The committed part of a unit; None where there is none, or where its tar is missing or of another size.
+    """Read the committed part of a unit; None where there is none, or its tar is missing or of another size.
 
     A damaged or foreign part is treated like a missing one: the unit is then computed again. One that cannot be read
     at the moment is not, because what it says of samples whose files are gone exists nowhere else: ResourceError.

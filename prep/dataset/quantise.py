@@ -31,7 +31,7 @@ def dequantise(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def worst_cosine(patches: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:
-    """The smallest cosine between features (N, W) and what is read back of them: what storing them in int8 costs.
+    """Return the smallest cosine between features (N, W) and what int8 leaves of them: the cost of storing them so.
 
     A token without any signal is not counted; 1.0 where all are.
     """

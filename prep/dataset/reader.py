@@ -57,7 +57,7 @@ class Dataset:
         self.fingerprint: str = self.info["fingerprint"]
 
     def _published(self, name: str) -> bytes:
-        """The bytes of a file that dataset.json names. Raises DataError when it is missing or another one."""
+        """Read a file that dataset.json names. Raises DataError when it is missing or another one."""
         path = self.storage.where(name)
         try:
             data = self.storage.read(name)
@@ -75,7 +75,7 @@ class Dataset:
         return tuple(layer for layer in LAYERS if layer in self.info["layers"])
 
     def members(self, layer: str) -> tuple[str, ...]:
-        """The members of one of its layers, for example ("webp",) or ("jpg",) of px."""
+        """Return the members of one of its layers, for example ("webp",) or ("jpg",) of px."""
         return members_of(layer, self.info["layers"][layer])
 
     def __len__(self) -> int:
@@ -86,13 +86,13 @@ class Dataset:
         return self.table.to_pylist()
 
     def rows(self, split: str | None = None) -> list[dict[str, Any]]:
-        """The index as plain dicts in key order; ``split`` is "train", "holdout" or None for all."""
+        """Return the index as plain dicts in key order; ``split`` is "train", "holdout" or None for all."""
         if split not in (None, "train", "holdout"):
             raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
         return [dict(row) for row in self._rows if split in (None, row["split"])]
 
     def read(self, row: dict[str, Any], member: str) -> bytes:
-        """The bytes of one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
+        """Read one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
         layer, name = member.split("/", 1)
         if f"{member}/offset" not in row:
             raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
@@ -112,7 +112,7 @@ class Dataset:
             raise DataError(f"{where}: {error}. Run nanodit prep verify --repair, then nanodit prep run.") from error
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
-        """The crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
+        """Return the crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
         return decode_pixels(self.read(row, f"px/{self._pixels}"))
 
     @property
@@ -130,11 +130,11 @@ class Dataset:
         return self.array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
 
     def cls(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
-        """The DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
+        """Return the DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
         return self.array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
 
     def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
-        """The DINOv3 patch tokens on their grid, dequantised, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
+        """Return the DINOv3 patch tokens on their grid, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
         name = "dino_flip" if flipped else "dino"
         quantised, scale = self.array(row, f"dino/{name}.npy"), self.array(row, f"dino/{name}_scale.npy")
         return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
@@ -144,7 +144,7 @@ class Dataset:
         return self.array(row, "pose/pose.npy")
 
     def truth(self) -> dict[str, dict[str, Any]] | None:
-        """The ground truth of the built-in figures by key (joints and box in pixels of the crop); None without one.
+        """Return the ground truth of built-in figures by key (joints and box in pixels of the crop); None without one.
 
         Raises DataError when the file is not the published one, or says nothing about some sample.
         """

@@ -53,7 +53,7 @@ class DemoEncoders:
 
 
 def demo_folder() -> Path:
-    """The default place of the demo encoders, ``$NANODIT_CACHE`` or ``~/.cache/nanodit``, one folder per content."""
+    """Return where demo encoders are by default, ``$NANODIT_CACHE`` or ``~/.cache/nanodit``, one folder per content."""
     cache = os.environ.get("NANODIT_CACHE")
     root = Path(cache) if cache else Path.home() / ".cache" / "nanodit"
     return root / f"demo-{recipe_digest()[:16]}"
@@ -137,7 +137,7 @@ def _publish(temporary: Path, folder: Path, digest: str) -> None:
 
 
 def pieces(words: list[str] | tuple[str, ...]) -> list[tuple[str, float]]:
-    """A unigram vocabulary (piece, log probability) in which each of ``words`` is one token.
+    """Make a unigram vocabulary (piece, log probability) in which each of ``words`` is one token.
 
     Words come as they are and capitalised, since captions start with a capital. Punctuation and single characters
     follow, much less likely, so that any text can be written and no known word is ever spelt out.
@@ -265,7 +265,7 @@ def build_dino(folder: Path, name: str = "dino") -> None:
 
 
 def cosine_basis(side: int) -> np.ndarray:
-    """The lowest two-dimensional cosines on a ``side`` x ``side`` patch, (n, side, side) float32.
+    """Return the lowest two-dimensional cosines on a ``side`` x ``side`` patch, (n, side, side) float32.
 
     Scaled so that the first, the constant, gives the mean of a patch.
     """

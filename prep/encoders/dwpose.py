@@ -73,7 +73,7 @@ def normalise(keypoints: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def denormalise(keypoints: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The inverse of :func:`normalise`: continuous pixels again; joints without confidence stay (0, 0, 0)."""
+    """Invert :func:`normalise`: return continuous pixels; joints without confidence stay (0, 0, 0)."""
     x, y, confidence = np.moveaxis(np.asarray(keypoints, np.float32), -1, 0)
     found = confidence > 0
     pixels = ((x + 1) * width / 2, (y + 1) * height / 2, confidence)
@@ -200,7 +200,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _fixed_point_taps(count: int, limit: int) -> tuple[np.ndarray, ...]:
-    """The two neighbours (count,) of each place on one axis, and their weights in 2048ths."""
+    """Return the two neighbours (count,) of each place on one axis, and their weights in 2048ths."""
     places = ((np.arange(count) + 0.5) * (1 / (count / limit)) - 0.5).astype(np.float32)
     first = np.floor(places)
     second_weight = (places - first).astype(np.float32)
@@ -263,7 +263,7 @@ def suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def padded_region(box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A box (x0, y0, x1, y1, ...) -> centre and size (both x, y) of the region the pose network sees.
+    """Return centre and size (both x, y) of the region that the pose network sees for a box (x0, y0, x1, y1, ...).
 
     A quarter larger, then widened or heightened to the network's shape of 3:4.
     """
@@ -276,7 +276,7 @@ def padded_region(box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crop(image: np.ndarray, centre: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The region of ``image`` (H, W, 3) uint8 RGB as the pose network's input, (3, 384, 288) float32, normalised RGB.
+    """Cut a region of ``image``, uint8 RGB (H, W, 3), as the pose network's input, normalised float32 (3, 384, 288).
 
     The reference's affine map without rotation: index ``(288, 384) / 2`` of the input lies on index ``centre`` of
     the image (``cv2.warpAffine``: whole numbers are pixel centres), bilinear, black outside. Without rotation it is
@@ -298,7 +298,7 @@ def crop(image: np.ndarray, centre: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def _taps(count: int, centre: float, size: float, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two neighbours (2, count) of each sampling place on one axis and their weights, 0 beyond the image."""
+    """Return the two neighbours (2, count) of each sampling place on one axis and their weights, 0 beyond the image."""
     places = centre + (np.arange(count) - count / 2) * (size / count)
     first = np.floor(places).astype(np.int64)
     taps = np.stack([first, first + 1])
@@ -363,7 +363,7 @@ class _Network:
         self._fill, self._largest = kind == "cuda" and self._input.shape[0] != 1, 0
 
     def run(self, inputs: np.ndarray) -> Sequence[np.ndarray]:
-        """The outputs for ``inputs`` (B, 3, H, W); one by one when the file was exported for one image."""
+        """Compute the outputs for ``inputs`` (B, 3, H, W); one by one when the file was exported for one image."""
         if tuple(self._input.shape[2:]) != inputs.shape[2:]:
             raise ConfigError(
                 f"{self._path} takes {self._input.shape}, not (B, 3, {inputs.shape[2]}, {inputs.shape[3]})"

@@ -13,7 +13,7 @@ _MESSAGES = ("Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUDNN_STA
 
 
 class Halving:
-    """Runs batches on ``device``, and where its memory is too small for one, halves of it.
+    """Runs batches on ``device``, and halves of those that do not fit into its memory.
 
     The size that fitted is kept for later batches: a failed attempt costs as much as a batch. Results are those of
     the whole batch up to the last bits, which depend on a batch's shape. Main memory is not watched here: there is
@@ -41,7 +41,7 @@ class Halving:
                 self._halve(len(part))
 
     def take_note(self) -> str | None:
-        """What the user should know about the batches so far, once; None when there is nothing new."""
+        """Return what the user should know about the batches so far, once; None when nothing is new."""
         note, self._note = self._note, ""
         return note or None
 

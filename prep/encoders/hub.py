@@ -93,7 +93,7 @@ def resolve(reference: Reference) -> Pin:
 
 
 def download(model: str, pin: Pin) -> Path:
-    """The folder with the pinned files of ``model``, each downloaded unless the cache has it, and checked.
+    """Return the folder with the pinned files of ``model``, each downloaded unless the cache has it, and checked.
 
     Raises :class:`ConfigError` when a file cannot be had, or is not the one that was pinned.
     """
@@ -141,7 +141,7 @@ def download_file(reference: Reference, name: str, optional: bool = False) -> Pa
 
 
 def explain(reference: Reference, name: str, error: Exception) -> ConfigError:
-    """The error for a file that the hub does not give, with what a user can do about it."""
+    """Return the error for a file that the hub does not give, with what a user can do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

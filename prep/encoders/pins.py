@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 def read_pins(place: Path | str | Storage) -> dict[str, Pin]:
-    """What ``models.json`` of a dataset records; empty before the first. Raises DataError for a damaged file."""
+    """Read what ``models.json`` of a dataset records; empty before the first. Raises DataError for a damaged file."""
     storage = open_storage(place)
     if not storage.exists(MODELS):
         return {}
@@ -106,7 +106,7 @@ def _pin_pose(config: PrepConfig, models: Mapping[str, Reference], pins: Mapping
 
 
 def hub_models(config: PrepConfig) -> dict[str, Reference]:
-    """What the active layers take from the hub and is not pinned in the config itself.
+    """Return the hub models of the active layers that the config itself does not pin.
 
     By what it is for: the layer, and "detector" and "pose" for the two files of the pose layer.
     """
@@ -139,7 +139,7 @@ def hub_models(config: PrepConfig) -> dict[str, Reference]:
 
 
 def other_networks(config: PrepConfig) -> list[str]:
-    """A warning for each pose file that bears a published file's name but has other bytes; for pinned configs."""
+    """Warn of each pose file that bears a published file's name but has other bytes; for pinned configs."""
     warnings = []
     for network in NETWORKS:
         value = pose_file(config, network)

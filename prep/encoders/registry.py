@@ -44,7 +44,7 @@ def encoder_arguments(config: PrepConfig, layer: str) -> dict[str, Any]:
 
 
 def pose_file(config: PrepConfig, network: str) -> str | None:
-    """The file of the network "detector" or "pose": a path, or ``MODEL:FILE`` on the hub; None for the demo's.
+    """Return the file of the network "detector" or "pose": a path, or ``MODEL:FILE`` on the hub; None for the demo's.
 
     The full-size ones are taken from ``models/`` where they lie there.
     """

@@ -39,7 +39,7 @@ def model_identity(model: str | Path, revision: str | None, sha256: Mapping[str,
 def open_model(
     model: str | Path, revision: str | None = None, sha256: Mapping[str, str] | None = None
 ) -> tuple[Path, Source]:
-    """The folder with the files of ``model``, and what it was really made of: the commit and hashes of a hub model.
+    """Return the folder with the files of ``model``, and what they really are: commit and hashes of a hub model.
 
     Downloaded unless the cache has it. With ``sha256`` the files must be those, else they are taken as they are found.
     Raises :class:`ConfigError` for a model that cannot be had or has other bytes.
@@ -54,7 +54,7 @@ def open_model(
 
 
 def architecture(model: str | Path, revision: str | None = None) -> str:
-    """The ``model_type`` that the config of ``model`` states, "dinov2" for example. Raises as :func:`open_model`."""
+    """Return the ``model_type`` that the config of ``model`` has, "dinov2" for example. Raises as :func:`open_model`."""
     path = Path(model) / CONFIG if is_local(model) else download_file(Reference(str(model), revision), CONFIG)
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
@@ -95,7 +95,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def cannot_load(what: str, model: str | Path, error: Exception) -> ConfigError:
-    """The error for files that are there and do not load, with what a user can do about it."""
+    """Return the error for files that are there and do not load, with what a user can do about it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ConfigError(
         f"cannot load the {what} {str(model)!r}: {reason}. Give a folder made by save_pretrained, or the name of such "

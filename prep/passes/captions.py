@@ -70,14 +70,14 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
 
 
 def question(captions: CaptionConfig) -> dict[str, Any]:
-    """The options of a first question, with the size of the picture that goes with it."""
+    """Return the options of a first question, with the size of the picture that goes with it."""
     options = captions.options.model_dump() | {"image_side": captions.image_side}
     ignored = SERVERS[captions.backend].ignored_options
     return {name: value for name, value in options.items() if name not in ignored}
 
 
 def read_prompt(captions: CaptionConfig) -> str:
-    """The text of the prompt. Raises ConfigError when its file cannot be read or is empty."""
+    """Return the text of the prompt. Raises ConfigError when its file cannot be read or is empty."""
     path = Path(captions.prompt) if captions.prompt else PROMPT
     try:
         text = path.read_text(encoding="utf-8").strip()
@@ -277,7 +277,7 @@ class CaptionPass:
         return Shard(task, crops, upstream.table["key"].to_pylist())
 
     def _jpeg(self, shard: Shard, key: str) -> bytes:
-        """The crop of one image as it is sent."""
+        """Return the crop of one image as it is sent."""
         table, unit = shard.crops.table, shard.crops.unit
         (member,) = members_of("px", shard.crops.recipe)
         row = table["key"].to_pylist().index(key)
@@ -311,7 +311,7 @@ class CaptionPass:
 
 
 def picture_bytes(crop: bytes, side: int) -> bytes:
-    """A crop as the JPEG that a model is shown: reduced so that its longer side is at most ``side`` pixels."""
+    """Write a crop as the JPEG that a model is shown, its longer side reduced to at most ``side`` pixels."""
     image = Image.fromarray(decode_pixels(crop))
     scale = side / max(image.size)
     if scale < 1:
@@ -323,7 +323,7 @@ def picture_bytes(crop: bytes, side: int) -> bytes:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a group of tasks, of which the others were cancelled for it."""
+    """Return the first error of a group of tasks, of which the others were cancelled for it."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

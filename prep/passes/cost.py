@@ -86,7 +86,7 @@ def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) 
 
 
 def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
-    """The lines as text with their totals; ``free_gb`` is what is free at the output (None: nobody knows)."""
+    """Write the lines as text with their totals; ``free_gb`` is what is free at the output (None: nobody knows)."""
     if not lines:
         return ["nothing to compute: every layer of every shard is current"]
     rows = [("layer", "shards", "samples", "on", "time", "size", "why")]
@@ -133,7 +133,7 @@ def cached_captions(plan: Plan, storage: Storage, units: Sequence[Unit]) -> int:
 
 
 def measured_rates(storage: Storage) -> dict[tuple[str, str], float]:
-    """Samples a second and worker by (layer, device), over what the runs of this dataset logged."""
+    """Return samples a second and worker by (layer, device), as the runs of this dataset logged them."""
     samples: dict[tuple[str, str], int] = defaultdict(int)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     for name in storage.names("runs/"):
@@ -162,7 +162,7 @@ def measured_sizes(plan: Plan) -> dict[str, float]:
 
 
 def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
-    """Samples a second of one worker; on a GPU of its fraction of a card."""
+    """Return samples a second of one worker; on a GPU of its fraction of a card."""
     record = LAYERS[layer]
     rate = record.rates[step.device]
     if record.encoder and record.flip and config.flips:  # the mirrored crop is another sample to it

@@ -49,12 +49,12 @@ class ShardTask:
     again: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """The task as text; Ray carries it as a cell of a table."""
+        """Write the task as text; Ray carries it as a cell of a table."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The task that :meth:`to_json` wrote."""
+        """Read the task that :meth:`to_json` wrote."""
         fields = json.loads(text)
         sources = tuple(Source(**source) for source in fields["sources"])
         return cls(**fields | {"sources": sources, "again": tuple(fields["again"])})
@@ -119,7 +119,7 @@ class LayerWorker:
 
     @contextmanager
     def _writing(self, job: Job, facts: dict[str, Any]) -> Iterator[LayerWriter]:
-        """A writer for the unit, committed at the end."""
+        """Open a writer for the unit, and commit it at the end."""
         with LayerWriter(self.root, job.unit, job.recipe, facts) as writer:
             yield writer
             self.watch([])  # from here on no sample is to blame
@@ -128,7 +128,7 @@ class LayerWorker:
                 writer.commit()
 
     def _wanted(self, job: Job, writer: LayerWriter, items: Iterable[Any], key: Callable[[Any], str]) -> Iterator[Any]:
-        """The items to compute; those whose key is guilty become rejects."""
+        """Yield the items to compute; those whose key is guilty become rejects."""
         for item in items:
             if guilt := job.guilty.get(key(item)):
                 writer.reject(key(item), *guilt)
@@ -221,7 +221,7 @@ class LayerWorker:
                         writer.add(key, members, **columns)
 
     def _upstream(self, job: Job) -> Part:
-        """What the unit is made from, as committed."""
+        """Return the committed part that the unit is made from."""
         upstream = Unit(job.task.bucket, job.task.shard, self.config.upstream(job.layer))
         part = read_part(self.root, upstream)
         if part is None:
@@ -241,7 +241,7 @@ class LayerWorker:
             self.watch([])  # while the next batch is read
 
     def _encoder(self, job: Job) -> Any:
-        """The encoder of a layer, built once. Raises ConfigError when it is not the one that the plan was made with."""
+        """Return a layer's encoder, built once. Raises ConfigError when it is not the one of the plan."""
         if job.layer not in self._encoders:
             encoder = build_encoder(self.config, job.layer, self.device)
             if encoder.fingerprint() != job.recipe["encoder"]:
@@ -253,13 +253,13 @@ class LayerWorker:
         return self._encoders[job.layer]
 
     def _facts(self, job: Job) -> dict[str, Any]:
-        """What a layer's encoder says of itself in dataset.json."""
+        """Return what a layer's encoder says of itself in dataset.json."""
         encoder = self._encoder(job)
         return {name: getattr(encoder, name) for name in encoder_of(job.layer).facts}
 
 
 def captions_by_sidecar(part: Part | None) -> dict[str, Caption]:
-    """The sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
+    """Return the sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
     if part is None:
         return {}
     hashes = part.recipe.get("captions", {})

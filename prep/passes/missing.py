@@ -26,7 +26,7 @@ PASSING = ("changed_during_run", "source_gone", "unreadable")
 
 
 def compare_sources(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
-    """The rows of the manifest whose file is gone, and the number of those whose name has another content now.
+    """Return the manifest's rows whose file is gone, and the number of those whose content is another one now.
 
     A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
     """
@@ -38,7 +38,7 @@ def compare_sources(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple
 
 
 def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[Source]:
-    """The gone sources of which something was made: published samples, and members of a shard with committed pixels.
+    """Return the gone sources of which something was made: published samples, members of shards with committed pixels.
 
     All of such a shard stay members, because without one of them the pixels of the others would have to be made again.
     """
@@ -54,7 +54,7 @@ def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[S
 
 
 def published_keys(storage: Storage) -> set[str]:
-    """The keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
+    """Return the keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
     data = storage.read_if_there(INDEX)
     try:
         return set(read_parquet(data, columns=["key"])["key"].to_pylist()) if data else set()
@@ -63,7 +63,7 @@ def published_keys(storage: Storage) -> set[str]:
 
 
 def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:
-    """The hash of the sidecar that every committed caption was made from, by key."""
+    """Return the hash of the sidecar of every committed caption, by key."""
     captions: dict[str, str] = {}
     for unit, part in parts.items():
         if unit.layer == "text" and "captions" in part.recipe:
@@ -78,7 +78,7 @@ def source_remarks(
     shards: Mapping[tuple[str, int], Sequence[str]],
     missing: Iterable[Unit],
 ) -> list[str]:
-    """What to tell about sources that are gone or replaced; ``missing`` are the units to compute."""
+    """Say which sources are gone or replaced, in lines; ``missing`` are the units to compute."""
     lines = []
     if replaced:
         lines.append(f"{replaced} sources have another content than before: their samples are replaced")

@@ -74,7 +74,7 @@ class Pass:
     excluded: tuple[str, ...] = ()
 
     def demands(self) -> dict[str, Any]:
-        """What one actor demands, in the names of Ray's options."""
+        """Return what one actor demands, in the names of Ray's options."""
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         if self.vram_gb:
             options["resources"] = {"vram_gb": self.vram_gb}
@@ -102,7 +102,7 @@ class Offer:
 
 
 def nodes_from_ray(nodes: Iterable[Mapping[str, Any]], driver: str | None = None) -> list[Node]:
-    """The living ones of ``ray.nodes()``, sorted by address; ``driver`` is the driver's node id, if not the head's."""
+    """Return the living nodes of ``ray.nodes()`` by address; ``driver`` is the driver's node id, if not the head's."""
     found = []
     for node in nodes:
         if not (node.get("Alive") or node.get("alive")):
@@ -137,7 +137,7 @@ def local_gpus() -> list[int]:
 
 
 def local_node() -> Node:
-    """This machine as the only node, which is what a Ray of one's own will have."""
+    """Return this machine as the only node, which is what a private Ray has."""
     gpus = local_gpus()
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cpus = float(os.cpu_count() or 1)
@@ -171,7 +171,7 @@ def _encoder_gb(config: PrepConfig, layer: str) -> float:
 def plan_passes(
     config: PrepConfig, nodes: Sequence[Node], layers: Collection[str] | None = None
 ) -> tuple[list[Pass], list[str]]:
-    """The passes in order, and remarks for the user.
+    """Return the passes in order, and remarks for the user.
 
     ``layers`` are those with something missing (None: all). All encoders that are ready share one actor where every
     card that can hold one of them can hold them all; otherwise each has a pass on every card that fits. What fits no
@@ -301,7 +301,7 @@ def _cpu_pass(config: PrepConfig, layers: tuple[str, ...], nodes: Sequence[Node]
 
 
 def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) -> list[Offer]:
-    """What is free on the GPUs of every node, after what the caption servers there take."""
+    """Return what is free on the GPUs of every node after what the caption servers there take."""
     if config.placement.device == "cpu":
         return []
     cards: dict[str, list[float]] = {}
@@ -372,7 +372,7 @@ def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | Non
 
 
 def addresses(host: str) -> set[str]:
-    """The addresses of a host name; none where it is unknown."""
+    """Return the addresses of a host name; none where it is unknown."""
     try:
         return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:

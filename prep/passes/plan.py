@@ -87,7 +87,7 @@ class Plan:
     notes: list[str]
 
     def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
-        """The missing units of some layers, by shard; the shards with most to do come first, to end together."""
+        """Group the missing units of some layers by shard; those with most to do first, so that all end together."""
         wanted: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
         again: dict[tuple[str, int], list[str]] = defaultdict(list)
         for unit in self.missing:  # in the order of the data flow within a shard
@@ -103,7 +103,7 @@ class Plan:
         return sorted(tasks, key=lambda task: (-len(task.sources) * len(task.recipes), task.bucket, task.shard))
 
     def explain(self) -> list[str]:
-        """The notes, then one line per layer and reason: how many shards are computed, and why."""
+        """Yield the notes, then one line per layer and reason: how many shards are computed, and why."""
         lines = []
         for layer in self.config.active_layers:
             reasons = Counter(reason for unit, reason in self.missing.items() if unit.layer == layer)
@@ -158,7 +158,7 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
 
 
 def remaining(plan: Plan) -> Plan:
-    """The same plan when its missing units have been computed: what has to be computed all the same.
+    """Return the plan after its missing units were computed: what has to be computed all the same.
 
     Those are units whose upstream has got other samples, by being made again. The sources are not looked at again.
     """
@@ -173,7 +173,7 @@ def remaining(plan: Plan) -> Plan:
 
 
 def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
-    """What is refused before anything is computed, in one line; nothing when nothing is."""
+    """Say in one line what is refused before anything is computed; no line when nothing is."""
     counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
     return [f"refused before anything is computed: {len(rejects)} of {seen} sources ({counts})"] if rejects else []
 
@@ -191,7 +191,7 @@ def check_folders(config: PrepConfig) -> None:
 
 
 def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
-    """The committed ones of some units."""
+    """Read the committed parts of some units."""
     storage, parts = open_storage(root), {}
     with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
         for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
@@ -207,7 +207,7 @@ def read_captions(
     committed: Mapping[str, str],
     remember: Remember = lambda name, read: read(),
 ) -> tuple[dict[str, str], list[Reject]]:
-    """What every sample's text depends on: the hash of its sidecar or the reason why it has none; empty without text.
+    """Return what every sample's text depends on: its sidecar's hash or the reason for having none; empty without text.
 
     ``committed`` has the hashes of captions that were used before: gone sources keep theirs. Also returns what is going
     to be refused for a bad caption. Raises DataError with the count and the first paths when ``captions.on_missing`` is
@@ -261,7 +261,7 @@ def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> 
 def earlier_places(
     storage: Storage, manifest: Iterable[Mapping[str, Any]], buckets: Mapping[str, str]
 ) -> dict[str, tuple[str, int]]:
-    """The (bucket, shard) of every key of an earlier plan.
+    """Return the (bucket, shard) of every key of an earlier plan.
 
     Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
     of the base before are still there and know their members.
@@ -304,7 +304,7 @@ def assign_shards(
 
 
 def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[dict[str, Any], list[str]]:
-    """What captions of the configured model are made from, and a note when no host answers; empty for sidecars.
+    """Return the recipe of generated captions, and a note when no host answers; empty for sidecars.
 
     The hosts know which weights the model's name stands for. Where they are down, it is taken to be the weights of the
     captions that are there, so that a finished dataset needs no host. Raises ResourceError where nobody knows.
@@ -360,7 +360,7 @@ def make_recipes(
 def outdated(
     config: PrepConfig, storage: Storage, recipes: Mapping[Unit, dict[str, Any]], parts: Mapping[Unit, Part]
 ) -> dict[Unit, str]:
-    """The units without a part of their recipe, each with its reason."""
+    """Return the units without a part of their recipe, each with its reason."""
     found = {}
     for unit, recipe in recipes.items():
         if why := reason(storage, unit, recipe, parts.get(unit), config.upstream(unit.layer)):
@@ -391,7 +391,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
-    """The samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
+    """Read the samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     data = storage.read_if_there(MANIFEST)
     if data is None:

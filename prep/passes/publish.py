@@ -109,7 +109,7 @@ def _write_if_changed(storage: Storage, name: str, data: bytes) -> bool:
 
 
 def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reject]]:
-    """The index (with the columns that stay in the parts) and everything that was refused."""
+    """Return the index (with the columns that stay in the parts) and everything that was refused."""
     rejects = list(plan.rejects)
     for unit, part in parts.items():
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
@@ -195,19 +195,19 @@ def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
 
 
 def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
-    """The columns of the index that follow from the source alone."""
+    """Return the columns of the index that follow from the source alone."""
     crop = centre_crop(source.width, source.height, Bucket.parse(bucket)).box
     place = {"key": source.key, "source": source.name, "bucket": bucket, "shard": shard}
     return place | {"width": source.width, "height": source.height} | dict(zip(CROP_COLUMNS, crop))
 
 
 def split_rules(config: PrepConfig) -> str:
-    """The part of the config that decides about the split of new samples, as text; the index carries it."""
+    """Write the part of the config that decides the split of new samples as text, which the index carries."""
     return canonical_json({"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min})
 
 
 def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
-    """The side of every key of the index that was published before; empty when there is none.
+    """Return the side of every key of the index that was published before; empty when there is none.
 
     An index without dataset.json is of a first publication that was killed. Nobody has read it, so its split counts
     only as long as the config asks for the same one.
@@ -260,7 +260,7 @@ def cls_cosine(config: PrepConfig) -> float:
 
 
 def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
-    """The DINO class token of every row of an index, float32 (N, width)."""
+    """Read the DINO class token of every row of an index, float32 (N, width)."""
     columns = ["bucket", "shard", "key", *(f"dino/cls.npy/{name}" for name in ("offset", "length", "sha256"))]
 
     def read(row: tuple) -> np.ndarray:
@@ -276,7 +276,7 @@ def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
 
 
 def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
-    """The truth table of the built-in figures by key, with joints and box in pixels of the crop; None without one.
+    """Map the truth table of built-in figures by key, joints and box, to pixels of the crop; None without one.
 
     A joint outside the crop is not visible (visibility 0), the box is clipped to the crop.
     """
@@ -306,7 +306,7 @@ def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
 
 
 def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: int) -> dict[str, Any]:
-    """The content of dataset.json but for hashes and fingerprint; no path, time or host in it."""
+    """Return the content of dataset.json but for hashes and fingerprint; no path, time or host in it."""
     config = plan.config
     shards = Counter(bucket for bucket, _ in plan.shards)
     samples = Counter(table["bucket"].to_pylist())
@@ -359,7 +359,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
 
 
 def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
-    """What a user should know about a dataset that is formally right."""
+    """Return what a user should know about a dataset that is formally right."""
     warnings = []
     sides = Counter(table["split"].to_pylist())
     if not sides["holdout"]:

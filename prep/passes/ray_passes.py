@@ -101,7 +101,7 @@ def protect_token(path: Path) -> None:
 
 
 def cluster_nodes() -> list[Node]:
-    """The living nodes of the running Ray."""
+    """Return the living nodes of the running Ray."""
     return nodes_from_ray(ray.nodes(), ray.get_runtime_context().get_node_id())
 
 
@@ -188,7 +188,7 @@ def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
 
 
 def actor_class(config: PrepConfig, step: Pass) -> type:
-    """The class that Ray Data runs in its actors; the config travels with it."""
+    """Return the class that Ray Data runs in its actors; the config travels with it."""
     # actors may have another working directory
     places = {"source": str(Path(config.source).absolute()), "output": absolute_place(config.output)}
     config = config.model_copy(update=places)

@@ -149,7 +149,7 @@ class Supervisor:
             return Death("crashes_worker", detail, tuple(keys), said)
 
     def _last_words(self) -> str:
-        """The last line that the child wrote to its standard error."""
+        """Return the last line that the child wrote to its standard error."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""

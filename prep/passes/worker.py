@@ -65,7 +65,7 @@ def set_alarm(seconds: float) -> None:
 
 
 def answer(worker: LayerWorker, job: Job) -> dict[str, Any]:
-    """What a job came to, as a message."""
+    """Return the outcome of a job as a message."""
     try:
         return {"done": worker.compute(job)}
     except Exception as error:

@@ -122,7 +122,7 @@ def _value(config: TrainConfig, key: str) -> Any:
 
 
 def _weights_hash(step_folder: Path) -> str | None:
-    """The SHA-256 of a checkpoint's average, as its manifest says."""
+    """Return the SHA-256 of a checkpoint's average, as its manifest says."""
     try:
         manifest = json.loads((step_folder / "manifest.json").read_text(encoding="utf-8"))
         return manifest["files"][f"{WEIGHTS}.safetensors"]["sha256"]

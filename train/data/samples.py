@@ -69,7 +69,7 @@ class TrainingSet:
         return self._dataset.flippable(row)
 
     def pixels(self, row: Row, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The image, uint8 (H, W, 3); kept in memory in the size that was asked for last."""
+        """Return the image, uint8 (H, W, 3); kept in memory in the size that was asked for last."""
         width, height = size or bucket_size(row["bucket"])
         cached = self._cache.get((row["key"], "pixels"))
         if cached is not None and cached.shape[:2] != (height, width):  # of another phase

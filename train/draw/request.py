@@ -80,13 +80,13 @@ class Given:
         return frozenset(name for name, modality in MODALITIES.items() if given.get(modality.option))
 
     def bucket(self, base: int) -> Bucket:
-        """The bucket that ``prep`` would choose for the pose's picture, else for the reference, else the square."""
+        """Return the bucket that ``prep`` chooses for the pose's picture, else for the reference, else the square."""
         picture = self.pose or self.reference
         return choose_bucket(*picture.size, base) if picture else buckets_for(base)[0]
 
 
 def canonical(image: Any, name: str) -> Image.Image:
-    """An image in memory as :meth:`Given.read` decodes a file: upright, sRGB, transparency over white.
+    """Convert an image in memory as :meth:`Given.read` decodes a file: upright, sRGB, transparency over white.
 
     Raises :class:`ConfigError` for what is no Pillow image, :class:`DataError` for one without a meaning as a picture.
     """
@@ -114,7 +114,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 def encoding_size(width: int, height: int, base: int) -> Bucket:
-    """The size to which reference and pose are cropped for a picture of ``width`` x ``height`` pixels.
+    """Return the size to which reference and pose are cropped for a picture of ``width`` x ``height`` pixels.
 
     A bucket itself; of another size the shape, at the area that the encoders saw in the dataset: conditions know
     positions in the picture, not its pixels.
@@ -162,7 +162,7 @@ def encode(
 
 
 def encoder_config(dataset: Mapping[str, Any], encoders: Mapping[str, str]) -> PrepConfig:
-    """The part of a ``prep`` config that names a dataset's encoders, as far as its layers record them."""
+    """Return the part of a ``prep`` config that names a dataset's encoders, as far as its layers record them."""
     if unknown := encoders.keys() - ENCODERS.keys():
         raise ConfigError(f"--encoder {min(unknown)}: unknown; name one of {', '.join(ENCODERS)}")
     recorded = {layer: dataset["layers"].get(layer, {}).get("encoder", {}) for layer in set(ENCODERS.values())}
@@ -251,7 +251,7 @@ def _pose(given: Given, frame: Bucket, config: PrepConfig, dataset: Mapping[str,
 
 
 def _crop(image: Image.Image, frame: Bucket, name: str) -> np.ndarray:
-    """The image as ``prep`` would have cropped it, uint8 (H, W, 3)."""
+    """Crop the image as ``prep`` would have, uint8 (H, W, 3)."""
     scale = centre_crop(*image.size, frame).scale
     if scale > ImageConfig().max_upscale:
         say(f"warning: {name} is enlarged {scale:.1f} times to {frame}; a larger picture would say more")

@@ -107,7 +107,7 @@ class _StepFlops:
         return flops
 
     def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> float:
-        """What a condition adds is linear in its tokens, so it adds up over the conditions that an image keeps."""
+        """Return FLOPs of the network: what a condition adds is linear in its tokens, so it adds up over those kept."""
         share = {name: sum(p for subset, p in self.trainer.table.items() if name in subset) for name in MODALITIES}
         nothing = self._counted(bucket, size, kept, frozenset())
         present = [name for name in self.shapes.features.modalities if share[name]]

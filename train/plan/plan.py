@@ -66,7 +66,7 @@ class Report:
     problems: list[str]
 
     def seconds(self, card: str) -> float:
-        """The run's time on a card of ``PEAK_TFLOPS``; an estimate."""
+        """Return the run's time on a card of ``PEAK_TFLOPS``; an estimate."""
         return seconds_on(card, self.phases)
 
     @property
@@ -84,7 +84,7 @@ class Report:
         return self.measured.peak if self.measured and self.measured.what == "GPU" else self.memory.peak
 
     def as_json(self) -> str:
-        """The whole as one JSON document, bytes and seconds as numbers."""
+        """Return the whole as one JSON document, bytes and seconds as numbers."""
         found = {name: value for name, value in asdict(self).items() if name != "config"}
         found["config"] = [{"key": key, "value": value, "origin": origin} for key, value, origin in self.config]
         found["memory"] |= {"phases": self.memory.phases, "assumed": self.memory.assumed, "peak": self.memory.peak}

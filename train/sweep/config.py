@@ -125,7 +125,7 @@ class SweepConfig(Config):
 
 
 def factors_of(arm: ArmConfig) -> tuple[str, ...]:
-    """The factors that an arm declares."""
+    """Return the factors that an arm declares."""
     return (arm.factor,) if isinstance(arm.factor, str) else tuple(arm.factor or ())
 
 
@@ -180,11 +180,11 @@ class Sweep:
         return self.folder / "trials"
 
     def evaluation_of(self, arm: Arm) -> list[str]:
-        """The overrides of an arm's evaluation as a command line has them."""
+        """Return the overrides of an arm's evaluation as a command line has them."""
         return as_arguments({**self.config.evaluate_overrides, **arm.evaluate})
 
     def record(self, concurrent: int, fractional: bool) -> dict[str, Any]:
-        """What sweep.json declares: arms with their differences, seeds, budget and the primary metric."""
+        """Return what sweep.json declares: arms with their differences, seeds, budget and the primary metric."""
         config = self.config
         first = {arm.name: next(trial for trial in self.trials if trial.arm == arm) for arm in self.arms.values()}
         return {
@@ -233,7 +233,7 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def dump_sweep(sweep: Sweep) -> str:
-    """The sweep's config as YAML that :func:`load_sweep` reads from the sweep's folder."""
+    """Write the sweep's config as YAML that :func:`load_sweep` reads from the sweep's folder."""
     here = sweep.folder.absolute()
     places = {name: os.path.relpath(getattr(sweep.config, name), here) for name in ("base", "evaluate")}
     return dump_config(sweep.config.model_copy(update=places))
@@ -312,12 +312,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_arguments(values: Mapping[str, Any]) -> list[str]:
-    """Overrides as a command line has them; JSON is YAML."""
+    """Write overrides as a command line has them; JSON is YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def changes_on_resume(before: SweepConfig, after: SweepConfig) -> list[str]:
-    """What a sweep that goes on may not change, as lines ``key: before -> after``; seeds may be added."""
+    """Return what a continued sweep may not change, as lines ``key: before -> after``; seeds may be added."""
     old, new = (one.model_dump(mode="json", exclude={*FREE, "output", "base", "evaluate"}) for one in (before, after))
     for name in ("seeds", "aa_seeds"):
         if set(old[name]) <= set(new[name]):
