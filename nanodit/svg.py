@@ -308,7 +308,7 @@ def _drawable(series: Series, log: bool) -> Series:
 
 
 def smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:
-    """Return the moving average over about ``width`` points; narrow at the start, where curves are steep, one-sided at the end."""
+    """Return the moving average over about ``width`` points, fewer at the start, where curves are steep."""
     result = []
     for index, (x, _) in enumerate(points):
         reach = min(width // 2, index)

@@ -54,7 +54,7 @@ def open_model(
 
 
 def architecture(model: str | Path, revision: str | None = None) -> str:
-    """Return the ``model_type`` that the config of ``model`` has, "dinov2" for example. Raises as :func:`open_model`."""
+    """Return the ``model_type`` in the config of ``model``, "dinov2" for example. Raises as :func:`open_model`."""
     path = Path(model) / CONFIG if is_local(model) else download_file(Reference(str(model), revision), CONFIG)
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
