@@ -260,6 +260,7 @@ POSE = Layer(
     flat=("pose.npy",),
 )
 
-LAYERS: dict[str, Layer] = {layer.name: layer for layer in (PX, TEXT, T5, DINO, POSE)}  # in the order of the data flow
+# in the order of the data flow
+LAYERS: dict[str, Layer] = {layer.name: layer for layer in (PX, TEXT, T5, DINO, POSE)}
 CHOICES = tuple(name for name, layer in LAYERS.items() if layer.upstream == "px")  # the others come with what they need
 ENCODER_LAYERS = tuple(name for name, layer in LAYERS.items() if layer.encoder)
