@@ -132,7 +132,7 @@ def test_places_are_folders_or_urls_of_object_stores(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    code = "import sys; sys.modules['s3fs'] = None\nfrom prep.dataset.layout import Dataset\nDataset('s3://bucket/x')"
+    code = "import sys; sys.modules['s3fs'] = None\nfrom prep.dataset.reader import Dataset\nDataset('s3://bucket/x')"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert "ConfigError: s3://bucket/x needs the package s3fs, which is not installed" in done.stderr
     assert "Run: pip install 'nanodit[s3]'" in done.stderr
@@ -176,7 +176,8 @@ write(sys.argv[1], seed=int(sys.argv[2]))
 """
 WRITE_MUCH = """
 import sys
-from prep.dataset.layout import LayerWriter, Unit
+from prep.dataset.layout import Unit
+from prep.dataset.writer import LayerWriter
 with LayerWriter(sys.argv[1], Unit("64x64", 3, "pose"), {}, {}) as writer:
     writer.add("0" * 32, {"pose.npy": bytes(8 << 20), "json": b"{}"}, persons=0)
     writer.commit()
