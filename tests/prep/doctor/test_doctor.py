@@ -451,6 +451,12 @@ def test_a_host_with_the_model_is_fine_and_gets_no_key(monkeypatch: pytest.Monke
     assert not any("authorization" in headers for _, _, headers in seen)
 
 
+def test_a_host_may_be_named_without_a_scheme() -> None:
+    with ollama({"gemma3:27b": "a" * 64}) as (url, _):
+        (check,) = caption_servers(captions(url.removeprefix("http://")))
+    assert check.found.startswith("0.12.3 has gemma3:27b")
+
+
 def test_hosts_without_the_model_with_another_build_or_version_are_named() -> None:
     good, other = {"gemma3:27b": "a" * 64}, {"gemma3:27b": "b" * 64}
     with ollama(good) as (one, _), ollama(other) as (two, _), ollama({"llama3:8b": "c" * 64}) as (three, _):
