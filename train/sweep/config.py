@@ -28,7 +28,12 @@ AA_FOLDER = "A-A"  # no arm can be called so
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*")
 EVALUATE = "evaluate."  # before the keys of an evaluation, among differences and factors
 OF_THE_TRIAL = ("seed", "output")  # differ between all trials
-FREE = ("resources", "retries", "concurrent")  # may change on --resume: they change no number but speed and memory
+FREE = (
+    "resources",
+    "retries",
+    "concurrent",
+    "questions",
+)  # may change on --resume: no number but speed and memory does
 
 
 class ArmConfig(Config):
@@ -62,6 +67,15 @@ class PrimaryConfig(Config):
     margin: float | None = Field(default=None, ge=0)  # differences within it are equivalent; null: none is
 
 
+class QuestionConfig(Config):
+    """A question that the report answers beside the primary metric: by how much one arm differs from another."""
+
+    arms: list[str] = Field(min_length=2, max_length=2)  # the second against the first
+    ask: str = Field(min_length=1)
+    # peak_memory, iterations_per_second, slope (of ln(held-out loss) over ln(step)) or metrics of report.json
+    measures: list[str] = Field(min_length=1)
+
+
 class ResourcesConfig(Config):
     """What one trial gets of the machine."""
 
@@ -90,6 +104,7 @@ class SweepConfig(Config):
     aa_seeds: list[int] = Field(default=[])  # of the baseline once more, as the arm A/A; [] : no such arm
     budget: BudgetConfig
     primary: PrimaryConfig
+    questions: list[QuestionConfig] = Field(default=[])
     early_stopping: Literal["none", "asha"] = "none"  # asha: stopped arms take no part in claims
     asha_grace: float = Field(default=0.25, gt=0, lt=1)  # share of the steps before which nothing is stopped
     resources: ResourcesConfig = ResourcesConfig()
@@ -108,6 +123,12 @@ class SweepConfig(Config):
                 if factor not in self.factors:
                     raise ValueError(f"arm {name}: factor {factor} is not in factors: {', '.join(self.factors)}")
             known.append(name)
+        for question in self.questions:
+            for name in question.arms:
+                if name not in known:
+                    raise ValueError(
+                        f"questions: {question.ask!r} is about {name}, which is no arm; there: {', '.join(known)}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -196,6 +217,7 @@ class Sweep:
             "aa_seeds": config.aa_seeds,
             "budget": config.budget.model_dump(exclude_none=True),
             "primary": config.primary.model_dump(),
+            "questions": [question.model_dump() for question in config.questions],
             "early_stopping": config.early_stopping,
             "concurrent": concurrent,
             "fractional": fractional,

@@ -42,6 +42,15 @@ ARMS = {
     "A/A": {"role": "a/a", "against": "A", "factor": None, "overrides": {"optimizer.type": "adamw"}},
 }
 FACTORS = {"tread": ["tread"], "optimizer": ["optimizer", "train.lr"], "repa": ["repa"]}
+QUESTIONS = [
+    {"arms": ["A", "B"], "ask": "What does TREAD save?", "measures": ["peak_memory", "iterations_per_second"]},
+    {"arms": ["B", "C"], "ask": "What does Muon do to the slope of the loss?", "measures": ["slope"]},
+    {
+        "arms": ["C", "D"],
+        "ask": "What of the reconstruction?",
+        "measures": ["reconstruction/lpips", "reconstruction/psnr"],
+    },
+]
 # what an arm's training is like: final loss, how fast it falls, steps a second, memory
 KINDS = {
     "A": (0.50, 0.30, 4.0, 6.0),
@@ -63,6 +72,7 @@ def describe(arms=None, **changed):
         "aa_seeds": [100, 101, 102],
         "budget": {"steps": STEPS},
         "primary": {"metric": "heldout_loss", "mode": "min", "margin": 0.02},
+        "questions": QUESTIONS if arms is None else [],
         "early_stopping": "none",
         "concurrent": 1,
         "fractional": False,
@@ -387,13 +397,21 @@ def test_concurrent_trials_make_no_claims_about_time(tmp_path):
     assert "against peak memory" not in text
 
 
-def test_the_questions_are_answered_by_name(html):
+def test_the_declared_questions_are_answered(html):
     text = words(html)
     assert "A–B: What does TREAD save?" in text
     assert re.search(r"Peak memory\. A 5.99 GB, B 4.41 GB: 0.73\d* \[.*?\] times as much; less, over 3 seeds", text)
     assert re.search(r"Iterations per second\. A 4.00 a second, B 5.20 a second: 1.30 \[1.30, 1.30\] times", text)
     assert re.search(r"Slope of ln\(held-out loss\).*?; steeper, over 3 seeds", text)
-    assert "Reconstruction LPIPS. Not answered: skipped: no backbone weights." in text
+    assert "C–D: What of the reconstruction? LPIPS. Not answered: skipped: no backbone weights." in text
+    assert re.search(r"PSNR\. C 12\.\d+, D 12\.\d+: difference .*?; 3 seeds do not tell them apart", text)
+
+
+def test_a_sweep_planned_before_questions_has_none(tmp_path):
+    content = describe()
+    del content["questions"]
+    page = render(Sweep.read(write_sweep(tmp_path / "s", content)))
+    assert "The questions" not in page
 
 
 def test_other_metrics_are_bold_only_where_their_interval_excludes_zero(html):
@@ -495,6 +513,7 @@ def test_a_repeat_that_differs_is_an_alarm(tmp_path):
         ("sweep.json", lambda path: path.write_text(path.read_text()[:100])),
         ("sweep.json", lambda path: path.write_text('{"schema": 1}')),
         ("sweep.json", lambda path: path.write_text('{"schema": 99}')),
+        ("sweep.json", lambda path: path.write_text(path.read_text().replace('["A", "B"]', '["A", "Z"]'))),
         ("trials/B-seed1/trial.json", lambda path: path.write_text("[]")),
         ("trials/B-seed1/trial.json", lambda path: path.write_text("{}")),
         ("trials/B-seed1/metrics.jsonl", lambda path: path.write_text("{\n" + path.read_text())),

@@ -87,6 +87,11 @@ def test_arms_that_are_measured_differently_share_their_training(tiny_dataset, t
         ({"arms": {"A": {"overrides": {"seed": 3}}}}, "seed is set by the sweep itself"),
         ({"overrides": {"train.steps": 3}}, "train.steps is set by the sweep itself"),
         ({"seeds": [0, 1], "aa_seeds": [1]}, "must be different numbers"),
+        (
+            {"questions": [{"arms": ["A", "Z"], "ask": "Why?", "measures": ["slope"]}]},
+            "'Why\\?' is about Z, which is no arm; there: A, B",
+        ),
+        ({"questions": [{"arms": ["A"], "ask": "Why?", "measures": ["slope"]}]}, "questions.0.arms"),
         ({"budget": {"steps": 3, "hours": 1.0}}, "a budget is one of steps, samples and hours"),
         ({"budget": {}}, "a budget is one of steps, samples and hours"),
         ({"early_stopping": "asha"}, "set validation.every_steps"),
@@ -117,6 +122,14 @@ def test_a_sweep_may_grow_but_not_change(tiny_dataset, tmp_path):
     assert changes_on_resume(config(), config(seeds=[0, 1], aa_seeds=[4], retries=5, resources={"cpu": 2})) == []
     assert changes_on_resume(config(seeds=[0, 1]), config()) == ["seeds: [0, 1] -> [0]"]
     assert changes_on_resume(config(), config(budget={"steps": 13})) == ["budget.steps: 12 -> 13"]
+
+
+def test_questions_are_recorded_and_may_be_asked_later(tiny_dataset, tmp_path):
+    asked = [{"arms": ["A", "B"], "ask": "What does TREAD save?", "measures": ["peak_memory"]}]
+    sweep = tiny_sweep(tmp_path / "asked", tiny_dataset, questions=asked)
+    assert sweep.record(1, False)["questions"] == asked
+    before = load_config(SweepConfig, write_sweep(tmp_path, tiny_dataset))
+    assert changes_on_resume(before, sweep.config) == []
 
 
 def test_nested_overrides_become_dotted_ones_and_tables_stay_whole():
