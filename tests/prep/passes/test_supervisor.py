@@ -106,7 +106,7 @@ def test_a_killed_worker_is_nobodys_fault(supervised, monkeypatch):
 
 
 def test_workers_that_die_without_a_guilty_sample_end_with_4(supervised, monkeypatch):
-    monkeypatch.setattr("prep.passes.supervisor.sys.executable", "/bin/false")
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(ResourceError, match=r"3 workers died computing .*px\.tar.*exit code 1"):
         supervised({})
 
