@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from train.data.batch_plan import scaled_size
 from train.data.samples import bucket_size
 from train.hardware import PEAK_TFLOPS
 from train.loop.flops import META, flop_counter
+from train.loop.trainer import Trainer
 from train.method.ema import averaged
 from train.method.loss import Stretch
 from train.model.conditions import Subset
@@ -52,7 +52,7 @@ class PhaseCost:
         return (self.last_step - self.first_step + 1) * (sum(self.flops.values()) + self.recomputed)
 
 
-def phase_costs(trainer: Any, shapes: Shapes) -> list[PhaseCost]:
+def phase_costs(trainer: Trainer, shapes: Shapes) -> list[PhaseCost]:
     """Count the FLOPs of a run's phases; ``trainer`` is one on the meta device."""
     config, plan = trainer.config, trainer.batches.plan
     steps = config.train.steps
@@ -83,7 +83,7 @@ def phase_costs(trainer: Any, shapes: Shapes) -> list[PhaseCost]:
 class _StepFlops:
     """Counts the FLOPs of one image, in the mean over its conditions and over routed and dense micro-batches."""
 
-    def __init__(self, trainer: Any, shapes: Shapes) -> None:
+    def __init__(self, trainer: Trainer, shapes: Shapes) -> None:
         self.trainer, self.config, self.shapes = trainer, trainer.config, shapes
         self.counter = flop_counter(trainer.model, trainer.losses.values())
 
@@ -149,7 +149,7 @@ class Disk:
         return max(0, written - self.there)
 
 
-def disk_of(trainer: Any) -> Disk:
+def disk_of(trainer: Trainer) -> Disk:
     """Return what a run writes in all; ``trainer`` may be on any device."""
     config, power = trainer.config, tensor_bytes(trainer.power.tensors().values())
     steps, debug = config.train.steps, config.visual_debug
@@ -191,7 +191,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
 
 
-def check_disk(trainer: Any) -> None:
+def check_disk(trainer: Trainer) -> None:
     """Raise :class:`ResourceError`, with the numbers, where what a run writes does not fit on its disk."""
     disk = disk_of(trainer)
     if disk.needed > disk.free:
@@ -243,7 +243,7 @@ def gb(size: float) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
-def parameters_by_part(trainer: Any) -> Mapping[str, int]:
+def parameters_by_part(trainer: Trainer) -> Mapping[str, int]:
     """Return the number of parameters of each part of the network, in its order; ``blocks`` is one part."""
     parts: dict[str, int] = {}
     for name, parameter in trainer.model.named_parameters():

@@ -25,6 +25,7 @@ from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan, scaled_size
 from train.hardware import PEAK_TFLOPS
+from train.loop.trainer import Trainer
 from train.plan.cost import (
     CARDS,
     MFU,
@@ -185,7 +186,7 @@ def value_of(config: TrainConfig, key: str) -> Any:
 # What was found
 
 
-def _samples(trainer: Any, dataset: Any) -> dict[str, Any]:
+def _samples(trainer: Trainer, dataset: Any) -> dict[str, Any]:
     config, micro = trainer.config, trainer.batches.plan
     if isinstance(dataset, StandIn):
         return {"kept": None, "held_out": None, "dropped": None, "unseen": None, "images_per_step": micro.images}
@@ -215,7 +216,7 @@ def _batches(micro: BatchPlan) -> list[dict[str, Any]]:
     return found
 
 
-def _notes(trainer: Any, dataset: Any) -> list[str]:
+def _notes(trainer: Trainer, dataset: Any) -> list[str]:
     config = trainer.config
     notes = [] if isinstance(dataset, StandIn) else trainer.batches.plan.describe(config.train.steps)
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:

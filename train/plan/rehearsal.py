@@ -30,6 +30,7 @@ from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
 from train.loop.microbatch import Group, MicroBatch
+from train.loop.trainer import Trainer
 from train.model.conditions import TEXT_MULTIPLE, Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
@@ -174,12 +175,11 @@ def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
     return total
 
 
-def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBatch:
+def largest_batch(trainer: Trainer, shapes: Shapes, device: torch.device) -> MicroBatch:
     """Return the largest kind of micro-batch of a run, by the image and context tokens that a block sees.
 
     All their images keep everything and go through the network together, with the longest caption there is, every
-    token where some micro-batches are not routed, every loss on every image. ``trainer`` is a
-    :class:`train.loop.trainer.Trainer`.
+    token where some micro-batches are not routed, every loss on every image.
     """
     plan, model = trainer.batches.plan, trainer.config.model
 
@@ -191,7 +191,7 @@ def largest_batch(trainer: Any, shapes: Shapes, device: torch.device) -> MicroBa
 
 
 def _full_batch(
-    trainer: Any, shapes: Shapes, bucket: str, scale: float, images: int, device: torch.device
+    trainer: Trainer, shapes: Shapes, bucket: str, scale: float, images: int, device: torch.device
 ) -> MicroBatch:
     config: TrainConfig = trainer.config
     width, height = scaled_size(bucket, scale)
@@ -209,7 +209,7 @@ def _full_batch(
     return MicroBatch(["none"] * images, [subset] * images, x, noise, t, [group], keep_ids)
 
 
-def probe(trainer: Any) -> None:
+def probe(trainer: Trainer) -> None:
     """Take the largest micro-batch through the network twice, so that too little memory shows before the first step.
 
     Nothing of it stays: gradients are forgotten, and there is no random state that it could change.
@@ -223,7 +223,7 @@ def probe(trainer: Any) -> None:
         trainer.flops.take()
 
 
-def drawing_request(trainer: Any, shapes: Shapes, device: torch.device) -> tuple[Conditions, Tensor]:
+def drawing_request(trainer: Trainer, shapes: Shapes, device: torch.device) -> tuple[Conditions, Tensor]:
     """Return conditions and noise of as many images as the visual debug may draw at once, of the largest bucket."""
     bucket = max(trainer.batches.plan.order.sizes, key=lambda name: math.prod(bucket_size(name)))
     width, height = bucket_size(bucket)

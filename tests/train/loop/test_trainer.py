@@ -245,7 +245,7 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(
     batch = trainer._make_batch(0)
     tensors = [batch.x, batch.noise, batch.t, batch.keep_ids]
     for part in batch.groups:
-        tensors += [part.prepared["teacher"], part.conditions.keep, *part.conditions.tensors.values()]
+        tensors += [part.prepared.get("teacher"), part.conditions.keep, *part.conditions.tensors.values()]
     assert pinned[threading.current_thread().name] == sum(tensor is not None for tensor in tensors)
     with contextlib.closing(prefetch(trainer._make_batch, iter(range(9)), 2)) as batches:
         next(batches)

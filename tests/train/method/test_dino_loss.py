@@ -88,10 +88,9 @@ def test_the_step_adds_the_weighted_sum_over_the_views_of_lpips(vgg_home, distan
         x, noise, t = batch.x[part.images], batch.noise[part.images], batch.t[part.images]
         z = interpolate(x, noise, t)
         x_hat = to_x(plain.model(z, t, part.conditions), z, t, "x")
-        assert [view.image for view in part.prepared.get("views", [])] == (t <= 0.7).nonzero().flatten().tolist(), (
-            "the gate of LPIPS"
-        )
-        for v in part.prepared.get("views", []):
+        views = part.prepared.get("views", [])
+        assert [view.image for view in views] == (t <= 0.7).nonzero().flatten().tolist(), "the gate of LPIPS"
+        for v in views:
             cut = v.image, slice(None), slice(v.top, v.top + 24), slice(v.left, v.left + 24)
             total = total + distance(x_hat[cut], x[cut], (28, 28))
     (0.5 * total / 8).backward()

@@ -124,11 +124,8 @@ def test_an_image_counts_once_where_it_drops_its_patches_and_else_not_at_all(tin
                 z = interpolate(batch.x[one], batch.noise[one], batch.t[one])
                 conditions = part.conditions.select(inside).keeping(batch.subsets[one])
                 _, projected = trainer.model(z, batch.t[one], conditions, keep_ids, project=True)
-                teacher = (
-                    part.prepared["teacher"][inside]
-                    if keep_ids is None
-                    else part.prepared["teacher"][inside][:, keep_ids[0]]
-                )
+                teacher = part.prepared["teacher"][inside]
+                teacher = teacher if keep_ids is None else teacher[:, keep_ids[0]]
                 cosine = torch.nn.functional.cosine_similarity(projected, teacher, dim=2).mean()
                 (0.5 * (1 - cosine) / 24).backward()
     for name, parameter in trainer.model.repa_head.named_parameters():
