@@ -23,7 +23,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.draw import draw_and_examine, show
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import once
 from evaluate.drawing.texts import Texts
 from evaluate.metrics.clip import open_probe
@@ -111,7 +111,7 @@ def evaluate(
     ``identity`` is all that the numbers depend on: with it, finished batches are kept in ``folder/parts``, and those of
     an evaluation with the same identity are not computed again.
     """
-    parts = Parts(folder / "parts" if identity else None, identity)
+    parts = FinishedBatches(folder / "parts" if identity else None, identity)
     context = build_context(subject, config, run_folder, step)
     tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []

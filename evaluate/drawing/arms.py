@@ -38,7 +38,7 @@ class SamplerConfig(Config):
 
 
 @dataclass(frozen=True)
-class Arm:
+class DrawingArm:
     """One way to draw: the conditions kept and the guidance scale (1: none)."""
 
     name: str
@@ -46,10 +46,10 @@ class Arm:
     guidance: float
 
 
-def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[Arm], list[Skipped]]:
+def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[DrawingArm], list[Skipped]]:
     """Return the arms (conditions -> guidance) that dataset and training allow; the others are named as skipped."""
     chosen, skipped = _choose(guidances, subject, "samples")
-    arms = [Arm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
+    arms = [DrawingArm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
     return arms, skipped
 
 
@@ -63,7 +63,7 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
 
 def named_arm(
     conditions: str, guidance: float | None, guidances: Mapping[str, float], subject: Subject, test: str
-) -> Arm | Skipped:
+) -> DrawingArm | Skipped:
     """How pictures given ``conditions`` are drawn, or why they are not; see
     :meth:`evaluate.drawing.context.DrawingContext.arm`.
 
@@ -77,7 +77,7 @@ def named_arm(
     if skipped:
         return skipped[0]
     (subset,) = chosen.values()
-    return Arm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
+    return DrawingArm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
 
 
 def parse(name: str) -> Subset:
@@ -128,7 +128,7 @@ def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tupl
 
 @torch.inference_mode()
 def draw(
-    subject: Subject, batch: Batch, arm: Arm, seed: int, sampler: SamplerConfig
+    subject: Subject, batch: Batch, arm: DrawingArm, seed: int, sampler: SamplerConfig
 ) -> tuple[np.ndarray, list[str | None]]:
     """Draw one picture for each sample of ``batch``: uint8 (B, H, W, 3), and why any of them cannot be scored.
 

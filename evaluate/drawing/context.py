@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm, SamplerConfig, choose_arms, named_arm, untrained
+from evaluate.drawing.arms import DrawingArm, SamplerConfig, choose_arms, named_arm, untrained
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.pictures import Picture
 from evaluate.drawing.texts import Texts
@@ -103,7 +103,7 @@ class DrawingContext:
         return sorted(row["key"] for row in self.subject.rows)
 
     @cached_property
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[DrawingArm]:
         """The configured conditions that the dataset and the model's training allow."""
         return choose_arms(self.config.conditions, self.subject)[0]
 
@@ -122,7 +122,7 @@ class DrawingContext:
         """Features of up to ``config.training_features`` training images; ``feature`` is None without a judge."""
         return load_train_features(self.subject.dataset, self.judge, self.config.training_features)
 
-    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> Arm | Skipped:
+    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> DrawingArm | Skipped:
         """How pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
 
         ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
@@ -134,7 +134,7 @@ class DrawingContext:
         """Why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
         return untrained(subset, guidance, self.subject)
 
-    def of_all(self, arm: Arm, label: str | None = None, **given: Any) -> list[Picture]:
+    def of_all(self, arm: DrawingArm, label: str | None = None, **given: Any) -> list[Picture]:
         """A picture of every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
         label = label or arm.name
         return [
@@ -156,7 +156,7 @@ class DrawingContext:
             drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
         return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
 
-    def settings_of(self, arms: Iterable[Arm], **more: Any) -> dict[str, dict[str, Any]]:
+    def settings_of(self, arms: Iterable[DrawingArm], **more: Any) -> dict[str, dict[str, Any]]:
         """The settings of each arm by its name."""
         return {arm.name: self.settings(arm.name, arm.guidance, **more) for arm in arms}
 

@@ -16,7 +16,7 @@ from nanodit.files import canonical_json, sha256_bytes, write_atomic
 from prep.dataset.layout import parquet_bytes, read_parquet
 
 
-class Parts:
+class FinishedBatches:
     """The parts of one evaluation, ``identity``; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any] | None = None):

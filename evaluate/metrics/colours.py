@@ -33,7 +33,7 @@ LIGHTS = np.linspace(0.72, 1.06, 8)  # figures are lit by a field of .76 to 1.04
 CLEARANCE = 0.45  # background begins this far from every limb, in shoulder-to-hip lengths: beyond head and hair
 
 
-def judge(pixels: np.ndarray, joints: np.ndarray) -> dict[str, str | None]:
+def judge_colours(pixels: np.ndarray, joints: np.ndarray) -> dict[str, str | None]:
     """Name the colours of a figure's top, trousers, background and hair.
 
     ``pixels`` uint8 (H, W, 3); ``joints`` float (17 or more, 3) of x, y in pixels (centres at + .5) and confidence, as
@@ -61,7 +61,7 @@ def score_colours(
     """
     rows = []
     for picture, found, truth in zip(pictures, joints, truths):
-        judged = dict.fromkeys(ATTRIBUTES) if found is None else judge(picture, found)
+        judged = dict.fromkeys(ATTRIBUTES) if found is None else judge_colours(picture, found)
         row = {f"{name}_true": truth[name] for name in ATTRIBUTES}
         rows.append(row | {f"{name}_judged": judged[name] for name in ATTRIBUTES})
     return rows

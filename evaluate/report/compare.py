@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evaluate.records import MODEL, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval, more_samples
 from evaluate.suite import TESTS
 from evaluate.suite.declaration import Values
@@ -21,7 +21,7 @@ from evaluate.suite.declaration import Values
 FACTS = ("fingerprint", "base", "encoders")  # of the dataset, in a report's provenance
 
 
-class Evidence(Protocol):
+class MeasuredRows(Protocol):
     """The rows of samples.parquet and heldout_loss.parquet."""
 
     samples: list[dict[str, Any]]
@@ -97,7 +97,7 @@ class Difference:
         return more_samples(self.interval)
 
 
-def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Difference | None:
+def difference(metric: Mapping[str, Any], one: MeasuredRows, other: MeasuredRows) -> Difference | None:
     """What ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
 
     None where the metric is no mean over pictures or grid points, or any of these has no value.
@@ -107,7 +107,7 @@ def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Dif
     return interval and Difference(interval, metric["better"])
 
 
-def values_of(name: str, evidence: Evidence) -> Values | None:
+def values_of(name: str, evidence: MeasuredRows) -> Values | None:
     """Return the pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
     test = next((test for test in TESTS.values() if test.owns(name)), None)
     return test.values(name, evidence) if test and test.values else None
@@ -121,4 +121,4 @@ def _paired(values: Values, others: Values) -> Interval | None:
     differences = np.array([one[0] - other[0] for one, other in pairs], np.float64)
     if not np.isfinite(differences).all():
         return None
-    return statistics.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])
+    return intervals.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])

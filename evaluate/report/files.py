@@ -25,7 +25,7 @@ Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class EvaluationFiles:
     """The files of one evaluation, read.
 
     ``metrics_log`` holds the records of the run's metrics.jsonl up to the step, empty where the evaluation does not lie
@@ -44,7 +44,7 @@ class Files:
     unfinished: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path) -> Files:
+    def read(cls, folder: Path) -> EvaluationFiles:
         """Read an output folder, or the newest one of a run.
 
         Raises :class:`ConfigError` when there is none and :class:`DataError` for files that are missing, damaged or of
@@ -184,7 +184,7 @@ def _read_curves(path: Path, required: bool = True) -> list[dict[str, Any]]:
 class Run:
     """One evaluation on the page: its files, and how it is named where there are several."""
 
-    files: Files
+    files: EvaluationFiles
     letter: str  # A, B, ... ; empty where it is the only one
     style: str  # CSS class of its lines
 
@@ -201,7 +201,7 @@ class Run:
         return self.letter or self.title
 
 
-def name_runs(files: Sequence[Files]) -> list[Run]:
+def name_runs(files: Sequence[EvaluationFiles]) -> list[Run]:
     """Letters and colours for several evaluations, in the order given."""
     if len(files) == 1:
         return [Run(files[0], "", "c1")]

@@ -108,7 +108,7 @@ def holm(p_values: Sequence[float]) -> tuple[list[float], list[int]]:
     return adjusted, factors
 
 
-def judge(
+def judge_comparisons(
     comparisons: Mapping[Hashable, Comparison | None], mode: Literal["min", "max"], margin: float | None
 ) -> dict[Hashable, Verdict]:
     """The verdict on each comparison, corrected over all of them.

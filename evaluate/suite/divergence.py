@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
@@ -46,7 +46,7 @@ class DivergenceConfig(Config):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPoints:
     """What one checkpoint drew, in one space: points (prompts, noises, width), and the real images (prompts, width)."""
 
     points: np.ndarray
@@ -65,7 +65,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Past:
+class EarlierEvaluation:
     """An earlier evaluation of the run with the same settings: its metrics of this test, and its rows."""
 
     step: int
@@ -147,7 +147,7 @@ def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> 
 class _Asked:
     """The pictures of the test: prompts, how they are given, and the condition in samples.parquet of each noise."""
 
-    arm: Arm
+    arm: DrawingArm
     keys: list[str]
     labels: list[str]
 
@@ -173,7 +173,12 @@ def _settings(context: DrawingContext, asked: _Asked, space: str) -> dict[str, A
 
 
 def _in_space(
-    space: str, rows: Rows, step: int | None, asked: _Asked, earlier: Sequence[Past], settings: Mapping[str, Any]
+    space: str,
+    rows: Rows,
+    step: int | None,
+    asked: _Asked,
+    earlier: Sequence[EarlierEvaluation],
+    settings: Mapping[str, Any],
 ) -> tuple[list[Metric], dict[str, Interval]]:
     """The metrics of one space, and by alarm the interval that it reads."""
     end = f"{'' if space == 'feature' else '_pixels'}{'' if asked.arm.name == 'all' else f'/{asked.arm.name}'}"
@@ -222,7 +227,7 @@ def _alarms(intervals: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, A
 
 def _earlier(
     context: DrawingContext, asked: _Asked, settings: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[Past], str | None]:
+) -> tuple[list[EarlierEvaluation], str | None]:
     """The last CHECKPOINTS - 1 earlier evaluations of this run with the same ``settings``; or none, and why."""
     if context.run_folder is None or context.step is None:
         return [], "the run of this checkpoint is not known"
@@ -235,7 +240,7 @@ def _earlier(
     for step, folder, metrics in sorted(found, key=lambda one: one[0])[1 - CHECKPOINTS :]:
         rows = _read_rows(folder / "samples.parquet", asked)
         if rows is not None:
-            series.append(Past(step, metrics, rows))
+            series.append(EarlierEvaluation(step, metrics, rows))
     return series, None if series else "this run has no earlier evaluation with these settings in validation_outputs"
 
 
@@ -273,9 +278,9 @@ def _pick(rows: Rows, asked: _Asked) -> list[Mapping[str, Any]]:
     ]
 
 
-def _drawn(rows: Rows, asked: _Asked, space: str) -> Drawn:
+def _drawn(rows: Rows, asked: _Asked, space: str) -> DrawnPoints:
     points = [_points(rows.select(MODEL, label, seed), asked.keys, space) for seed, label in enumerate(asked.labels)]
-    return Drawn(np.stack(points, axis=1), _points(rows.real.values(), asked.keys, space))
+    return DrawnPoints(np.stack(points, axis=1), _points(rows.real.values(), asked.keys, space))
 
 
 def _points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], space: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
 from evaluate.drawing.pictures import Picture
@@ -25,7 +25,7 @@ from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 
@@ -78,13 +78,13 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped("edit/effect", context.no_judge)]
-    drawn = _Drawn(rows, asked)
+    drawn = _EditedPictures(rows, asked)
     metrics: list[Metric] = []
     for type, edits in asked.edits.items():
         if type == NULL or not edits:
             continue
         settings = context.settings(asked.arm.name, asked.arm.guidance, edit=type, **asked.counts(type))
-        test = _Type(type, drawn, settings, rows)
+        test = _EditMetrics(type, drawn, settings, rows)
         for space in spaces:
             metrics.append(test.effect(space, context.judged if space == "feature" else {}))
         if type == "attribute":
@@ -99,7 +99,7 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
     return metrics, skipped
 
 
-def _attribute_metrics(test: _Type, context: DrawingContext) -> tuple[list[Metric], list[Skipped]]:
+def _attribute_metrics(test: _EditMetrics, context: DrawingContext) -> tuple[list[Metric], list[Skipped]]:
     """Where the new colour is, and what else has changed."""
     if not context.figures:
         why = "the dataset has no truth.parquet; only built-in figures have colours at known places"
@@ -113,7 +113,7 @@ def _attribute_metrics(test: _Type, context: DrawingContext) -> tuple[list[Metri
 class _Asked:
     """The pictures of the test: how they are given, the samples, and by type the edit of each sample that has one."""
 
-    arm: Arm
+    arm: DrawingArm
     keys: list[str]
     edits: dict[EditType, dict[str, Edit]]
 
@@ -141,7 +141,7 @@ def _label(type: EditType) -> str:
     return f"edit/{type}"
 
 
-class _Drawn:
+class _EditedPictures:
     """The unedited pictures by key and seed, and by type the edited ones."""
 
     def __init__(self, rows: Rows, asked: _Asked):
@@ -161,10 +161,10 @@ def _named(rows: Any) -> dict[Name, Row]:
     return {(row["key"], row["seed"]): row for row in rows}
 
 
-class _Type:
+class _EditMetrics:
     """The metrics of one type of edit."""
 
-    def __init__(self, type: EditType, drawn: _Drawn, settings: Row, rows: Rows):
+    def __init__(self, type: EditType, drawn: _EditedPictures, settings: Row, rows: Rows):
         self._type, self._drawn, self._settings, self._rows = type, drawn, settings, rows
         self._edited, self._null, self._unedited = drawn.edited[type], drawn.edited[NULL], drawn.unedited
 
@@ -179,7 +179,7 @@ class _Type:
         baselines = {"null_edit": 0.0}
         if pairs := self._random_pairs(space):
             baselines["random_pair"] = float(np.mean(pairs) - np.mean(null))
-        interval = statistics.paired_difference(moved, null, _keys(names))
+        interval = intervals.paired_difference(moved, null, _keys(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def direction(self) -> list[Metric]:
@@ -199,8 +199,8 @@ class _Type:
             "judge_on_real": float(np.mean([right[one] for one in attributes])),
         }
         keys = _keys(names)
-        share = statistics.proportion(edited, [1] * len(names), keys)
-        gain = statistics.paired_difference(edited, unedited, keys)
+        share = intervals.proportion(edited, [1] * len(names), keys)
+        gain = intervals.paired_difference(edited, unedited, keys)
         return [
             Metric.of(metrics["direction"], share, baselines=baselines, settings=self._settings),
             Metric.of(metrics["direction_gain"], gain, baselines={"no_edit": 0.0}, settings=self._settings),
@@ -227,7 +227,7 @@ class _Type:
         if real := self._real_pairs():
             shares = [unchanged(row["feature_pixels"], other["feature_pixels"]).mean() for row, other in real]
             baselines["random_pair"] = float(np.mean(shares))
-        interval = statistics.mean(kept, _keys(names))
+        interval = intervals.mean(kept, _keys(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def pose_kept(self) -> list[Metric]:
@@ -250,7 +250,7 @@ class _Type:
                 Metric(name, None, n=_images(names), settings=settings, reason="no joint was found with confidence")
             ]
         return [
-            Metric.of(name, statistics.proportion(hits, asked, _keys(names)), baselines=baselines, settings=settings)
+            Metric.of(name, intervals.proportion(hits, asked, _keys(names)), baselines=baselines, settings=settings)
         ]
 
     def probed(self, probe: Any) -> Metric:
@@ -265,7 +265,7 @@ class _Type:
             probe.preference(np.stack([rows[one]["feature_probe"] for one in names]), phrases)
             for rows in self._pictures
         )
-        interval = statistics.paired_difference(after, before, _keys(names))
+        interval = intervals.paired_difference(after, before, _keys(names))
         return Metric.of(name, interval, baselines={"no_edit": 0.0}, settings=settings)
 
     @property
@@ -339,7 +339,7 @@ def _images(names: Sequence[Name]) -> int:
     return len(set(_keys(names)))
 
 
-def _extras(context: DrawingContext, asked: _Asked, drawn: _Drawn, spaces: Sequence[str]) -> dict[str, Any]:
+def _extras(context: DrawingContext, asked: _Asked, drawn: _EditedPictures, spaces: Sequence[str]) -> dict[str, Any]:
     """What the report shows: counts, mean distances, and some pairs of pictures, which are kept."""
     degenerate = {name for own in (drawn.unedited, *drawn.edited.values()) for name in own if own[name]["degenerate"]}
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from evaluate.drawing.arms import TRAINED, choose_subsets
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
@@ -143,7 +143,7 @@ def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
     return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
-def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts) -> None:
+def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: FinishedBatches) -> None:
     """Measure the samples, then as many training images for the gap: the rows of heldout_loss.parquet."""
     subject, subsets = context.subject, choose_subsets(config.conditions, context.subject)[0]
     train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
@@ -205,7 +205,7 @@ def gaps(
             metrics.append(Metric(name, None, n=min(len(set(one)) for one in keys), reason=reason, **details))
             continue
         values = [[row["loss"] for row in rows] for rows in (seen, unseen)]
-        metrics.append(Metric.of(name, statistics.difference(values[0], keys[0], values[1], keys[1]), **details))
+        metrics.append(Metric.of(name, intervals.difference(values[0], keys[0], values[1], keys[1]), **details))
     return metrics
 
 
@@ -252,7 +252,7 @@ def _mean_metric(name: str, rows: Sequence[Mapping[str, Any]], column: str, sett
     reason = _non_finite(rows)
     if reason:
         return Metric(name, None, n=len(set(keys)), reason=reason, **details)
-    return Metric.of(name, statistics.mean([row[column] for row in rows], keys), **details)
+    return Metric.of(name, intervals.mean([row[column] for row in rows], keys), **details)
 
 
 def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]) -> Metric:
@@ -270,7 +270,7 @@ def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settin
         best = np.einsum("pbi,ri->prb", trivial, weights).min(0)
         return (weights @ model.T / best).max(1)
 
-    return Metric.of(name, statistics.bootstrap(worst, images), **details)
+    return Metric.of(name, intervals.bootstrap(worst, images), **details)
 
 
 def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points, nearest
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
 
@@ -66,10 +66,10 @@ def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, hol
         below &= drawn.isolation < _quantile(holdout.isolation, weights)[:, None]
         return (below * weights[:, owners]).sum(1) / (weights @ counts)
 
-    interval = statistics.bootstrap(share, len(place))
+    interval = intervals.bootstrap(share, len(place))
     if interval.low is None or interval.value not in (0.0, 1.0):
         return interval
-    certain = statistics.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
+    certain = intervals.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
     low, high = min(interval.low, certain.low), max(interval.high, certain.high)
     return Interval(interval.value, low, high, interval.n)
 
@@ -142,7 +142,7 @@ class _Search:
         return as_points(np.stack([row[self.space] for row in rows]), self.space)
 
 
-def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> list[Metric]:
+def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Search) -> list[Metric]:
     """``copies`` and ``distance_ratio`` of one condition in one space."""
     end = f"{'' if search.space == 'feature' else '_pixels'}{'' if arm.name == 'all' else f'/{arm.name}'}"
     names = {name: f"memorisation/{name}{end}" for name in ("copies", "distance_ratio")}
@@ -170,7 +170,7 @@ def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> 
         ),
         Metric.of(
             names["distance_ratio"],
-            statistics.ratio(found.distance, [own[key] for key in keys], keys),
+            intervals.ratio(found.distance, [own[key] for key in keys], keys),
             baselines={"real": 1.0, "mean_image": float(mean.distance.sum() / holdout.distance.sum())},
             settings=settings,
         ),

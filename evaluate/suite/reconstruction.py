@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 
@@ -34,7 +34,7 @@ class ReconstructionConfig(Config):
     conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
 
 
-def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Arm], list[Skipped]]:
+def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[DrawingArm], list[Skipped]]:
     """The configured conditions, then those of this test, and what of either is left out."""
     _, skipped = context.configured()
     arms = {arm.name: arm for arm in context.arms}
@@ -116,7 +116,7 @@ def likeness(
 def _metric(name: str, rows: Sequence[Mapping[str, Any]], measure: str, details: Mapping[str, Any]) -> Metric:
     if reason := degenerate_reason(rows):
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
-    return Metric.of(name, statistics.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
+    return Metric.of(name, intervals.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
 
 
 def _gain(
@@ -131,7 +131,7 @@ def _gain(
     if reason:
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]
-    interval = statistics.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
+    interval = intervals.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
     return Metric.of(name, interval, **details)
 
 
@@ -180,7 +180,7 @@ def _skill(
             gained = sum(random[key][column] - others[label][key][column] for key in ways)
             details["baselines"][label] = gained / sum(ways.values())
     gains = [random[row["key"]][column] - row[column] for row in paired]
-    return Metric.of(name, statistics.quotient(gains, [ways[key] for key in keys], keys), **details)
+    return Metric.of(name, intervals.quotient(gains, [ways[key] for key in keys], keys), **details)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
@@ -108,7 +108,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
-        drawn = _Drawn(rows, asked, mode)
+        drawn = _SwappedPictures(rows, asked, mode)
         settings = context.settings(arm.name, arm.guidance, swapped="+".join(SWAPPED[mode]), **asked.counts)
         reason = degenerate_reason([*drawn.swapped, *drawn.unswapped])
         nearest[mode] = {}
@@ -118,7 +118,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
             if reason:
                 metrics += [Metric(name, None, n=len(asked.pairs), settings=own, reason=reason) for name in names]
                 continue
-            toward = _Toward(rows, drawn, space)
+            toward = _TowardDonor(rows, drawn, space)
             metrics += toward.metrics(names, own)
             for key, found in toward.nearest().items():
                 nearest[mode].setdefault(key, {})[space] = found
@@ -134,7 +134,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
 class _Asked:
     """The pictures of the test: how each mode is given, the pairs, the samples of the matrix, and what is left out."""
 
-    arms: dict[str, Arm]
+    arms: dict[str, DrawingArm]
     pairs: list[Pair]
     matrix: int
     skipped: list[Skipped]
@@ -205,7 +205,7 @@ def _name(name: str, mode: str, space: str | None = None) -> str:
     return f"swap/{name}{'_pixels' if space == 'feature_pixels' else ''}{'' if mode == 'both' else f'/{mode}'}"
 
 
-class _Drawn:
+class _SwappedPictures:
     """The pictures of one mode, and beside each the one from the same noise with the sample's own features."""
 
     def __init__(self, rows: Rows, asked: _Asked, mode: str):
@@ -216,10 +216,10 @@ class _Drawn:
         self.keys = [row["key"] for row in self.swapped]
 
 
-class _Toward:
+class _TowardDonor:
     """How near the pictures of one mode come to the candidates' images, in one space."""
 
-    def __init__(self, rows: Rows, drawn: _Drawn, space: str):
+    def __init__(self, rows: Rows, drawn: _SwappedPictures, space: str):
         self._drawn, self._space = drawn, space
         keys = sorted({key for pair in drawn.pairs.values() for key in pair.candidates})
         self._images = dict(zip(keys, self._points([rows.real[key] for key in keys])))
@@ -230,7 +230,7 @@ class _Toward:
         keys, pairs = self._drawn.keys, [self._drawn.pairs[key] for key in self._drawn.keys]
         donors = np.stack([self._images[pair.donor] for pair in pairs])
         before, after = self._similarity(self._unswapped, donors), self._similarity(self._swapped, donors)
-        gain = statistics.paired_difference(after, before, keys)
+        gain = intervals.paired_difference(after, before, keys)
         most = float(np.mean(self._similarity(donors, donors) - before))
         hits = {
             name: [found == pair.donor for found, pair in zip(self._found(points), pairs)]
@@ -238,7 +238,7 @@ class _Toward:
         }
         chance = float(np.mean([1 / len(pair.candidates) for pair in pairs]))
         told = {"chance": chance, "unswapped": float(np.mean(hits["unswapped"])), "donor_itself": 1.0}
-        share = statistics.proportion(hits["swapped"], [1] * len(keys), keys)
+        share = intervals.proportion(hits["swapped"], [1] * len(keys), keys)
         return [
             Metric.of(names[0], gain, baselines={"no_swap": 0.0, "donor_itself": most}, settings=settings),
             Metric.of(names[1], share, baselines=told, settings=settings),
@@ -267,7 +267,9 @@ class _Toward:
         return found
 
 
-def _text_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any], reason: str | None) -> Metric:
+def _text_kept(
+    rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
+) -> Metric:
     """The share of attributes that are still as the sample's text says, and how many are as in the donor's image."""
     name = _name("text_kept", mode)
     if reason:
@@ -281,7 +283,7 @@ def _text_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any]
         "donor": float(np.mean([_right(row, donor) for row, donor in zip(drawn.swapped, donors)])) / len(ATTRIBUTES),
         "judge_on_real": float(np.mean([_right(row, row) for row in real])) / len(ATTRIBUTES),
     }
-    interval = statistics.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.keys)
+    interval = intervals.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.keys)
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
@@ -290,14 +292,16 @@ def _right(row: Mapping[str, Any], truth: Mapping[str, Any]) -> int:
     return sum(row[f"{name}_judged"] == truth[f"{name}_true"] for name in ATTRIBUTES)
 
 
-def _similarity_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any], reason: str | None) -> Metric:
+def _similarity_kept(
+    rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
+) -> Metric:
     """Likeness of the swapped pictures to the sample's own image."""
     name = _name("similarity_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
     others = {"unswapped": drawn.unswapped, "random_pair": rows.select(BASELINE, "random_pair")}
     means = {label: average(own, lambda row: row["dino_similarity"]) for label, own in others.items()}
-    interval = statistics.mean([row["dino_similarity"] for row in drawn.swapped], drawn.keys)
+    interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.keys)
     baselines = {label: mean for label, mean in means.items() if mean is not None}
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 

@@ -21,14 +21,14 @@ from evaluate.statistics.verdicts import (
     Verdict,
     factorial_effects,
     holm,
-    judge,
+    judge_comparisons,
     more_seeds,
     paired,
     welch,
 )
-from evaluate.sweep.files import VALIDATION, Arm, Sweep, Trial
+from evaluate.sweep.files import VALIDATION, RecordedArm, RecordedSweep, RecordedTrial
 
-Measure = Callable[[Trial], float | None]
+Measure = Callable[[RecordedTrial], float | None]
 
 EVALUATED_WITH = (
     "guidance",
@@ -50,7 +50,7 @@ class Contrast:
     arm changes beyond its factor: the verdict is then on all of it together.
     """
 
-    arm: Arm
+    arm: RecordedArm
     against: str
     comparison: Comparison | None
     verdict: Verdict
@@ -66,10 +66,10 @@ class Contrast:
 class Cohort:
     """Trials of equal code, data and environment; ``traits`` are those in which the sweep's cohorts differ."""
 
-    trials: Sequence[Trial]
+    trials: Sequence[RecordedTrial]
     traits: Mapping[str, Any]
 
-    def of(self, arm: str) -> list[Trial]:
+    def of(self, arm: str) -> list[RecordedTrial]:
         """The arm's trials."""
         return [trial for trial in self.trials if trial.arm == arm]
 
@@ -79,9 +79,9 @@ class Cohort:
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def split_cohorts(sweep: Sweep) -> list[Cohort]:
+def split_cohorts(sweep: RecordedSweep) -> list[Cohort]:
     """The finished trials by cohort, the largest first."""
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[str, list[RecordedTrial]] = {}
     for trial in sweep.trials:
         if trial.status == "finished":
             groups.setdefault(trial.cohort, []).append(trial)
@@ -107,7 +107,7 @@ def measure_of(metric: str) -> Measure:
 
 
 def contrasts(
-    sweep: Sweep, cohort: Cohort, measure: Measure, mode: str, margin: float | None, metric: str = ""
+    sweep: RecordedSweep, cohort: Cohort, measure: Measure, mode: str, margin: float | None, metric: str = ""
 ) -> list[Contrast]:
     """Every arm against what it was declared against, and the verdicts.
 
@@ -125,10 +125,10 @@ def contrasts(
         if barred[arm.name]:
             compared[arm.name] = None
     claims = {arm.name: compared[arm.name] for arm, _ in pairs if arm.role != "a/a"}
-    verdicts = judge(claims, mode, margin)
+    verdicts = judge_comparisons(claims, mode, margin)
     for arm, _ in pairs:
         if arm.role == "a/a":
-            verdicts |= judge({arm.name: compared[arm.name]}, mode, margin)
+            verdicts |= judge_comparisons({arm.name: compared[arm.name]}, mode, margin)
             verdicts[arm.name] = _of_a_repeat(verdicts[arm.name], compared[arm.name], margin)
     return [Contrast(arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name]) for arm, other in pairs]
 
@@ -141,7 +141,7 @@ def _of_a_repeat(verdict: Verdict, one: Comparison | None, margin: float | None)
     return replace(verdict, more=more, toward=toward)
 
 
-def _settings_that_differ(cohort: Cohort, arm: Arm, other: str, metric: str) -> list[str]:
+def _settings_that_differ(cohort: Cohort, arm: RecordedArm, other: str, metric: str) -> list[str]:
     trials = [*cohort.of(arm.name), *cohort.of(other)]
     entries = [trial.metrics[metric] for trial in trials if metric in trial.metrics and trial.excluded(metric) is None]
     found = differing([{"n": None, **entry} for entry in entries]) if entries else []
@@ -151,7 +151,7 @@ def _settings_that_differ(cohort: Cohort, arm: Arm, other: str, metric: str) -> 
 
 
 @dataclass(frozen=True)
-class Equal:
+class AtEqual:
     """The held-out loss in training where every trial is asked at the same place: ``at`` a step or a minute."""
 
     axis: str
@@ -160,7 +160,7 @@ class Equal:
     contrasts: Sequence[Contrast]
 
 
-def at_equal(sweep: Sweep, cohort: Cohort, axis: str) -> Equal | None:
+def at_equal(sweep: RecordedSweep, cohort: Cohort, axis: str) -> AtEqual | None:
     """Compare the validations at the end of the trial that ends first on ``axis`` ("step" or "minutes").
 
     Linear between a trial's validations, and never beyond them: a trial whose first validation is later has no value.
@@ -175,7 +175,7 @@ def at_equal(sweep: Sweep, cohort: Cohort, axis: str) -> Equal | None:
     margin = sweep.margin if sweep.primary in ("heldout_loss", VALIDATION) else None
     found = contrasts(sweep, cohort, lambda trial: measured.get((trial.arm, trial.seed)), "min", margin)
     values = {arm: cohort.values(arm, lambda trial: measured.get((trial.arm, trial.seed))) for arm in sweep.arms}
-    return Equal(axis, place, values, found)
+    return AtEqual(axis, place, values, found)
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
@@ -185,7 +185,7 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None
     return float(np.interp(x, *zip(*points)))
 
 
-def slope(trial: Trial) -> float | None:
+def slope(trial: RecordedTrial) -> float | None:
     """How steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
 
     A loss that falls as step^-a has the slope -a. From SLOPE_FROM of the steps on; None below three validations.
@@ -198,7 +198,7 @@ def slope(trial: Trial) -> float | None:
     return float(np.polyfit(steps, losses, 1)[0])
 
 
-def rate(trial: Trial) -> float | None:
+def rate(trial: RecordedTrial) -> float | None:
     """Steps per second of training alone."""
     steps, seconds = trial.number("steps"), trial.number("seconds")
     return steps / seconds if steps and seconds else None
@@ -207,7 +207,7 @@ def rate(trial: Trial) -> float | None:
 def logarithm(measure: Measure) -> Measure:
     """The logarithm of a positive measure, so that differences are ratios."""
 
-    def taken(trial: Trial) -> float | None:
+    def taken(trial: RecordedTrial) -> float | None:
         value = measure(trial)
         return math.log(value) if value is not None and value > 0 else None
 
@@ -223,7 +223,7 @@ class Factorial:
     reason: str = ""
 
 
-def factorial(sweep: Sweep, cohort: Cohort) -> Factorial:
+def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
     """Main effects and interactions on the primary metric, where the arms are all on-off combinations of the factors.
 
     What an arm has on is collected along what it was declared against. Each factor must mean the same settings
@@ -265,7 +265,7 @@ def factorial(sweep: Sweep, cohort: Cohort) -> Factorial:
     return Factorial(found, adjusted)
 
 
-def chain(sweep: Sweep, arm: Arm) -> list[str]:
+def chain(sweep: RecordedSweep, arm: RecordedArm) -> list[str]:
     """The factors that are on in an arm, from the first arm on; what is declared in a circle ends where it closes."""
     found, seen = [], set()
     while arm.against in sweep.arms and arm.name not in seen:
@@ -275,7 +275,7 @@ def chain(sweep: Sweep, arm: Arm) -> list[str]:
     return found[::-1]
 
 
-def _settings(sweep: Sweep, arm: Arm) -> dict[str, Any]:
+def _settings(sweep: RecordedSweep, arm: RecordedArm) -> dict[str, Any]:
     """Keys that an arm has changed since the first arm, and to what."""
     links, seen = [arm], set()
     while links[-1].against in sweep.arms and links[-1].name not in seen:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluate.statistics.verdicts import MIN_SEEDS
-from evaluate.sweep.analysis import Cohort, Equal, Factorial, band, flatten, front, measure_of, rate
-from evaluate.sweep.files import VALIDATION, Sweep
+from evaluate.sweep.analysis import AtEqual, Cohort, Factorial, band, flatten, front, measure_of, rate
+from evaluate.sweep.files import VALIDATION, RecordedSweep
 from evaluate.sweep.views import WHY_NO_TIME, forest, scale, styles
 from evaluate.sweep.words import digits, duration, metric_title, p_words, setting, words_of
 from nanodit.svg import Axes, Point, Series, line_chart, scatter, smooth, thin
@@ -17,7 +17,7 @@ NARROW = 340
 AXES = {"step": "step", "minutes": "minutes of training", "images": "images seen"}
 
 
-def curve_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
+def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
     """Losses over steps, minutes and images: the mean over the seeds, and the range of the seeds as a band."""
     charts, why = [], []
     for axis, words in AXES.items():
@@ -50,7 +50,7 @@ def curve_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
     return {"charts": charts, "why": why}
 
 
-def equal_tables(sweep: Sweep, equal: Mapping[str, Equal | None]) -> list[dict[str, Any]]:
+def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> list[dict[str, Any]]:
     """Held-out loss at equal steps and at equal time, or why not."""
     tables = []
     for axis, title in (("step", "At equal steps"), ("minutes", "At equal time")):
@@ -81,7 +81,7 @@ def equal_tables(sweep: Sweep, equal: Mapping[str, Equal | None]) -> list[dict[s
     return tables
 
 
-def pareto_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
+def pareto_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
     """The primary metric against training time and peak memory: means over seeds, with the range of the seeds."""
     charts, why = [], []
     costs = (
@@ -112,7 +112,7 @@ def pareto_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
     return {"charts": charts, "why": why}
 
 
-def effect_rows(sweep: Sweep, found: Factorial) -> dict[str, Any]:
+def effect_rows(sweep: RecordedSweep, found: Factorial) -> dict[str, Any]:
     """Main effects and interactions with their intervals on one scale, or why there are none."""
     bounds = scale([effect.comparison.interval for effect in found.effects])
     rows = []
@@ -135,7 +135,7 @@ def effect_rows(sweep: Sweep, found: Factorial) -> dict[str, Any]:
     return {"rows": rows, "why": found.reason}
 
 
-def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
+def trial_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
     """Every trial on a common line of time, with how it ended and why."""
     spans = [(trial.number("started"), trial.number("ended")) for trial in sweep.trials]
     starts, ends = [start for start, _ in spans if start is not None], [end for _, end in spans if end is not None]
@@ -164,7 +164,7 @@ def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def cost_rows(sweep: Sweep) -> dict[str, Any]:
+def cost_rows(sweep: RecordedSweep) -> dict[str, Any]:
     """What each arm took, by the clock, and what was spent on trials that take no part."""
     rows, total, lost = [], 0.0, 0.0
     for arm in dict.fromkeys(trial.arm for trial in sweep.trials):

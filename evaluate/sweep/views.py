@@ -10,7 +10,7 @@ from evaluate.statistics.intervals import Interval
 from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, paired, welch
 from evaluate.suite import is_charted
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
-from evaluate.sweep.files import Sweep
+from evaluate.sweep.files import RecordedSweep
 from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
 from nanodit.svg import seed_points
 
@@ -22,14 +22,14 @@ WHY_NO_TIME = (
 )
 
 
-def styles(sweep: Sweep) -> dict[str, str]:
+def styles(sweep: RecordedSweep) -> dict[str, str]:
     """The CSS class of each arm; after six the colours come again, dashed, and the A/A arm is grey."""
     claims = [arm for arm in sweep.arms.values() if arm.role != "a/a"]
     found = {arm.name: STYLES[index % 6] + (" again" if index >= 6 else "") for index, arm in enumerate(claims)}
     return {name: found.get(name, "b1") for name in (*sweep.arms, *(trial.arm for trial in sweep.trials))}
 
 
-def budget(sweep: Sweep) -> str:
+def budget(sweep: RecordedSweep) -> str:
     """What every trial was given."""
     given = sweep.content.get("budget") or {}
     words = {"steps": "steps", "hours": "hours of training", "samples": "images"}
@@ -66,7 +66,7 @@ def forest(comparison: Comparison | None, bounds: tuple[float, float], margin: f
     }
 
 
-def verdict_rows(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, Any]]:
+def verdict_rows(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, Any]]:
     """Each comparison with its verdict, all on one scale: zero, the margin and the intervals."""
     intervals = [one.comparison.interval for one in found if one.comparison]
     seeds = [value for one in found if one.comparison for value in one.comparison.differences.values()]
@@ -102,7 +102,9 @@ def verdict_rows(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, Any]
     return rows
 
 
-def banners(sweep: Sweep, cohorts: Sequence[Cohort], judged: Sequence[Sequence[Contrast]]) -> list[dict[str, Any]]:
+def banners(
+    sweep: RecordedSweep, cohorts: Sequence[Cohort], judged: Sequence[Sequence[Contrast]]
+) -> list[dict[str, Any]]:
     """What has to be known before any number is read; ``bad`` ones are red."""
     found = []
     for arm in sweep.arms.values():
@@ -157,7 +159,7 @@ def doubts_of(cohort: Cohort) -> list[str]:
     return found
 
 
-def arm_rows(sweep: Sweep) -> list[dict[str, Any]]:
+def arm_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
     """Every arm by what it changes, declared or not, in what it is compared with."""
     rows = []
     for arm in sweep.arms.values():
@@ -185,7 +187,7 @@ def arm_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def seed_table(sweep: Sweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
+def seed_table(sweep: RecordedSweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
     """The primary metric of every trial; its interval, over images, describes that one run."""
     number = {trial.folder: index for index, cohort in enumerate(cohorts, 1) for trial in cohort.trials}
     measure = measure_of(sweep.primary)
@@ -214,13 +216,13 @@ def seed_table(sweep: Sweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
     return {"columns": max(len(row["cells"]) for row in rows) if rows else 0, "rows": rows}
 
 
-def points_chart(sweep: Sweep, cohort: Cohort) -> Any:
+def points_chart(sweep: RecordedSweep, cohort: Cohort) -> Any:
     """The primary metric of every seed of every arm."""
     values = {arm: cohort.values(arm, measure_of(sweep.primary)) for arm in sweep.arms}
     return seed_points(values, styles(sweep), metric_title(sweep.primary))
 
 
-def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
+def metric_rows(sweep: RecordedSweep, cohort: Cohort) -> list[dict[str, Any]]:
     """Every other metric: the arms' means, and differences with intervals that claim nothing."""
     names = dict.fromkeys(name for trial in cohort.trials for name in trial.metrics)
     rows = []
@@ -254,7 +256,7 @@ def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
     return rows
 
 
-def changes(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, str]]:
+def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, str]]:
     """For each comparison, what it would take to conclude something else."""
     rows = []
     for one in found:
