@@ -54,7 +54,7 @@ def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[
 
 
 def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset], list[Skipped]]:
-    """The condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
+    """Return the condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
     trained = [subset_name(subset, subject.modalities) for subset in sorted(subject.table, key=_size)]
     names = [name for one in names for name in (trained if one == TRAINED else [one])]
     chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
@@ -64,7 +64,7 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
 def named_arm(
     conditions: str, guidance: float | None, guidances: Mapping[str, float], subject: Subject, test: str
 ) -> DrawingArm | Skipped:
-    """How pictures given ``conditions`` are drawn, or why they are not; see
+    """Return how pictures given ``conditions`` are drawn, or why they are not; see
     :meth:`evaluate.drawing.context.DrawingContext.arm`.
 
     The name is that of the conditions, with ``@SCALE`` behind it where ``guidances`` draw the same ones with another
@@ -81,27 +81,27 @@ def named_arm(
 
 
 def parse(name: str) -> Subset:
-    """As :func:`train.model.conditions.parse_subset`, where ``dino`` stands for its two parts."""
+    """Read conditions as :func:`train.model.conditions.parse_subset` does, where ``dino`` stands for its two parts."""
     return parse_subset("+".join("cls+patches" if part == "dino" else part for part in name.split("+")))
 
 
 def _label(subset: Subset, subject: Subject) -> str:
-    """The name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
+    """Return the name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
     return subset_name(subset, subject.modalities).replace("cls+patches", "dino")
 
 
 def _size(subset: Subset) -> tuple[int, str]:
-    """Sorts subsets, the largest first."""
+    """Return a key that sorts subsets, the largest first."""
     return -len(subset), subset_name(subset)
 
 
 def _subset(name: str, subject: Subject) -> Subset:
-    """What a name stands for: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
+    """Read a name: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
     return frozenset(subject.modalities) if name == "all" else parse(name)
 
 
 def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
-    """Why a picture given ``subset`` would mean nothing, or None."""
+    """Return why a picture given ``subset`` would mean nothing, or None."""
     needs = [subset] if guidance == 1 else [subset, frozenset()]
     lacking = [need for need in needs if need not in subject.table]
     return f"subset {_label(lacking[0], subject)} never trained" if lacking else None

@@ -56,7 +56,7 @@ class Rows:
         return len(self.all)
 
     def select(self, kind: str, condition: str, seed: int | None = None) -> list[Mapping[str, Any]]:
-        """The rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
+        """Return the rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
         return [row for row in select(self.all, kind, condition) if seed is None or row["seed"] == seed]
 
     @cached_property
@@ -108,7 +108,7 @@ class DrawingContext:
         return choose_arms(self.config.conditions, self.subject)[0]
 
     def configured(self) -> tuple[list[Picture], list[Skipped]]:
-        """Every sample and noise under each of the configured conditions, and the conditions that are left out."""
+        """Ask for every sample and noise under each configured condition; name the conditions that are left out."""
         arms, skipped = choose_arms(self.config.conditions, self.subject)
         return [picture for arm in arms for picture in self.of_all(arm)], skipped
 
@@ -123,7 +123,7 @@ class DrawingContext:
         return load_train_features(self.subject.dataset, self.judge, self.config.training_features)
 
     def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> DrawingArm | Skipped:
-        """How pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
+        """Return how pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
 
         ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
         ``TEST/CONDITIONS``, where the dataset lacks them or training never saw them.
@@ -131,11 +131,11 @@ class DrawingContext:
         return named_arm(conditions, guidance, self.config.conditions, self.subject, test)
 
     def untrained(self, subset: Subset, guidance: float = 1.0) -> str | None:
-        """Why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
+        """Return why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
         return untrained(subset, guidance, self.subject)
 
     def of_all(self, arm: DrawingArm, label: str | None = None, **given: Any) -> list[Picture]:
-        """A picture of every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
+        """Ask for every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
         label = label or arm.name
         return [
             Picture(key, label, arm.subset, arm.guidance, seed, **given)
@@ -144,7 +144,7 @@ class DrawingContext:
         ]
 
     def settings(self, conditions: str, guidance: float = 1.0, **more: Any) -> dict[str, Any]:
-        """What pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
+        """Return what pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
 
         Only metrics whose settings are equal may be compared.
         """
@@ -157,7 +157,7 @@ class DrawingContext:
         return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
 
     def settings_of(self, arms: Iterable[DrawingArm], **more: Any) -> dict[str, dict[str, Any]]:
-        """The settings of each arm by its name."""
+        """Return the settings of each arm by its name."""
         return {arm.name: self.settings(arm.name, arm.guidance, **more) for arm in arms}
 
     @property

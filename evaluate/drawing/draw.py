@@ -95,7 +95,7 @@ def _draw(context: DrawingContext, asked: PictureBatch) -> tuple[Batch, np.ndarr
 
 
 def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | None:
-    """The poses given, where any is not the sample's own."""
+    """Return the poses given, where any is not the sample's own."""
     if not any("pose" in picture.donors or picture.mirrored_pose for picture in asked.pictures):
         return None
     if batch.conditions.pose is None:
@@ -104,7 +104,7 @@ def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | 
 
 
 def _references(context: DrawingContext, members: tuple[Row, ...], album: Album) -> pa.Table:
-    """The rows that need no model: the real images under the judges, and the baselines in their place."""
+    """Score what needs no model: the real images under the judges, and the baselines in their place."""
     subject, examiner = context.subject, context.examiner
     batch = read_batch(subject.dataset, members)
     rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")
