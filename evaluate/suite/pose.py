@@ -44,7 +44,7 @@ class PoseTestConfig(Config):
 
 
 def pictures(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each condition with a pose, and some from the mirror image of their pose."""
+    """Ask for every sample under each condition with a pose, and some from the mirror image of their pose."""
     drawn, skipped = context.configured()
     if context.no_detector:
         return drawn, skipped
@@ -54,7 +54,7 @@ def pictures(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Pict
 
 
 def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[DrawingArm], list[Skipped]]:
-    """The configured conditions with a pose, then those of this test."""
+    """Return the configured conditions with a pose, then those of this test."""
     arms = {arm.name: arm for arm in context.arms if "pose" in arm.subset}
     skipped = []
     for conditions in config.conditions:
@@ -69,19 +69,19 @@ def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Drawing
 
 
 def _mirrored(context: DrawingContext, arms: Sequence[DrawingArm], count: int) -> list[Picture]:
-    """Some samples with a person, given the mirror image of their pose and as little beside it as any condition."""
+    """Ask for some samples with a person, given the mirror image of their pose and as little beside it as possible."""
     keys = [key for key in context.keys if context.rows[key]["persons"]][:count]
     arm = min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)
     return [Picture(key, _turned(arm), arm.subset, arm.guidance, mirrored_pose=True) for key in keys] if arm else []
 
 
 def _turned(arm: DrawingArm) -> str:
-    """The label of an arm's pictures from the mirror image of the pose."""
+    """Return the label of an arm's pictures from the mirror image of the pose."""
     return f"{arm.name}/{MIRRORED}"
 
 
 def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, ``.../PART`` of other parts and of the whole.
+    """Return ``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, and of its parts behind a further /.
 
     ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
     found. ``pose_mirror/CONDITION``: PCK against the pose given, less that of the same pictures against its mirror
@@ -129,7 +129,7 @@ def _settings(context: DrawingContext, arm: DrawingArm, turned: bool = False) ->
 
 
 def _judged(context: DrawingContext) -> dict[str, Any]:
-    """Settings of what finds the joints."""
+    """Return the settings of what finds the joints."""
     return {"detector": context.detector, "confidence": CONFIDENCE}
 
 
@@ -174,7 +174,7 @@ class PosedPictures:
     def metric(
         self, name: str, share: Share, pool: Pool = intervals.proportion, better: str = "higher", **settings: Any
     ) -> Metric:
-        """A share pooled over these pictures, and over those of the baselines; a reason where there is none.
+        """Pool a share over these pictures, and over those of the baselines; a reason where there is none.
 
         ``pool`` is :func:`intervals.ratio` for differences, which may be below zero.
         """
@@ -195,7 +195,7 @@ Pool = Callable[[np.ndarray, np.ndarray, Sequence[str]], Interval]
 
 
 def accuracy(drawn: PosedPictures, parts: Sequence[str] = tuple(PARTS)) -> list[Metric]:
-    """``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition, by part of the body."""
+    """Return ``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition by part."""
     box = drawn.settings["box"]
     scales = {
         "pck": {"alpha": ALPHA, "of": f"longer side of the {box}"},
@@ -224,7 +224,7 @@ def _oks(drawn: PosedPictures, part: slice) -> tuple[np.ndarray, np.ndarray]:
 
 
 def persons(drawn: PosedPictures) -> list[Metric]:
-    """``pose_persons/CONDITION/nobody`` and ``/several``, of the pictures that were asked for a person."""
+    """Return ``pose_persons/CONDITION/nobody`` and ``/several``, of the pictures that were asked for a person."""
     return [
         drawn.metric(f"pose_persons/{drawn.name}/{label}", partial(_share, few=few, many=many), better="lower")
         for label, few, many in (("nobody", 0, 0), ("several", 2, np.inf))
@@ -232,13 +232,13 @@ def persons(drawn: PosedPictures) -> list[Metric]:
 
 
 def _share(drawn: PosedPictures, few: float, many: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures in which ``few`` to ``many`` were found, of those asked for a person; where they were looked for."""
+    """Count the pictures in which ``few`` to ``many`` were found, of those asked for a person and looked at."""
     looked = drawn.joints.asked.any(1) & [row["persons"] is not None for row in drawn.rows]
     return looked & [few <= (row["persons"] or 0) <= many for row in drawn.rows], looked
 
 
 def margin(drawn: PosedPictures) -> Metric:
-    """``pose_mirror/CONDITION``: PCK against the pose given, less that of the same picture against its mirror image."""
+    """Return ``pose_mirror/CONDITION``: PCK against the pose given less that against its mirror image."""
     return _clear(drawn.metric(f"pose_mirror/{drawn.name}", _margin, intervals.ratio, joints=HEADLINE, alpha=ALPHA))
 
 
@@ -249,7 +249,7 @@ def _margin(drawn: PosedPictures) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drop(straight: PosedPictures, turned: PosedPictures) -> Metric:
-    """``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures from its mirror image.
+    """Return ``pose_mirror/CONDITION/mirrored``: PCK against the pose, less that of pictures from its mirror image.
 
     The same samples and noises, in pairs.
     """
@@ -268,7 +268,7 @@ def drop(straight: PosedPictures, turned: PosedPictures) -> Metric:
 
 
 def _clear(metric: Metric) -> Metric:
-    """Of a difference that should be above zero: where it may be nothing, how many samples would tell."""
+    """Say of a difference that should be above zero, where it may be nothing, how many samples would tell."""
     if metric.low is None or metric.value <= 0:
         return metric
     more = more_samples(Interval(metric.value, metric.low, metric.high, metric.n))
@@ -280,7 +280,7 @@ def _name(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def count(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """How many pictures of one condition were asked for a person, and what was found: every picture is in it.
+    """Count how many pictures of one condition were asked for a person, and what was found: every picture is in it.
 
     ``sources`` are the index rows by key: how many people prep found in the image whose pose was given.
     """
@@ -303,7 +303,7 @@ def count(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, 
 
 
 def _overlays(drawn: PosedPictures) -> list[dict[str, Any]]:
-    """The joints asked for and found in the pictures at OVERLAYS of the body's OKS, ties in the order of keys."""
+    """Return the joints asked for and found in the pictures at OVERLAYS of OKS, ties in the order of keys."""
     if drawn.reason:
         return []
     values = drawn.joints.oks(PARTS[HEADLINE])

@@ -35,7 +35,7 @@ class ReconstructionConfig(Config):
 
 
 def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[DrawingArm], list[Skipped]]:
-    """The configured conditions, then those of this test, and what of either is left out."""
+    """Return the configured conditions, then those of this test, and what of either is left out."""
     _, skipped = context.configured()
     arms = {arm.name: arm for arm in context.arms}
     for conditions in config.conditions:
@@ -48,13 +48,13 @@ def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[D
 
 
 def pictures(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample and noise, given each of these conditions."""
+    """Ask for every sample and noise, given each of these conditions."""
     arms, skipped = _arms(context, config)
     return [picture for arm in arms for picture in context.of_all(arm)], skipped
 
 
 def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Metric], list[Skipped]]:
-    """Every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
+    """Return every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
     missing = {"lpips": context.examiner.no_lpips, "dino_similarity": context.no_judge}
     skipped = [Skipped(f"reconstruction/{measure}", reason) for measure, reason in missing.items() if reason]
     measures = [measure for measure in MEASURES if not missing.get(measure)]
@@ -77,7 +77,7 @@ def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig)
 
 
 def quantiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The pictures at QUANTILES of PSNR, ties in the order of their keys; empty where any cannot be scored."""
+    """Return the pictures at QUANTILES of PSNR, ties in the order of their keys; empty where any cannot be scored."""
     if not rows or any(row["psnr"] is None for row in rows):
         return []
     ranked = sorted(rows, key=lambda row: (row["psnr"], row["key"]))
@@ -94,7 +94,7 @@ def likeness(
     settings: Mapping[str, Mapping[str, Any]],
     measures: Sequence[str],
 ) -> list[Metric]:
-    """``reconstruction/MEASURE`` given everything and ``reconstruction/MEASURE/CONDITION``, with the baselines.
+    """Return ``reconstruction/MEASURE`` given everything and ``reconstruction/MEASURE/CONDITION``, with the baselines.
 
     ``reconstruction/psnr_gain`` is the paired difference in PSNR to a random pair: how many dB nearer the picture is
     than another image of the same bucket. ``settings`` maps a condition to what its pictures were drawn with.
@@ -141,7 +141,7 @@ def skills(
     settings: Mapping[str, Mapping[str, Any]],
     measures: Sequence[str],
 ) -> list[Metric]:
-    """``reconstruction/skill_MEASURE``: the share of the way from a random pair to a JPEG of the truth itself.
+    """Return ``reconstruction/skill_MEASURE``: the share of the way from a random pair to a JPEG of the truth itself.
 
     ``(random - model) / (random - floor)`` of the means, on the squared error for PSNR: 0 is no better than any other
     image of the bucket, 1 is a copy. Conditions as in :func:`likeness`.

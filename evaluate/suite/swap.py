@@ -68,7 +68,7 @@ def choose_donor(key: str, others: Sequence[str], likeness: Sequence[float], cou
 
 
 def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Each sample with its own and with the donor's features, and the matrix."""
+    """Ask for each sample with its own and with the donor's features, and for the matrix."""
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
@@ -90,7 +90,9 @@ def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture]
 
 
 def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``swap/NAME`` for features wholly the donor's, ``swap/NAME/cls`` and ``/patches``; ``_pixels`` on mean colours.
+    """Return ``swap/NAME``, and ``/cls`` or ``/patches`` where only these are the donor's.
+
+    ``_pixels`` is measured on mean colours.
 
     ``gain``: similarity to the donor's image (cosine of the judge's features; less the distance, on mean colours) above
     that of the picture with the sample's own features. ``identified``: share in which the donor's image is the nearest
@@ -166,7 +168,7 @@ def _ask(context: DrawingContext, config: SwapConfig) -> _Asked | Skipped:
 
 
 def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
-    """A donor for each of the first samples; a sample without two others of its bucket, no duplicates, has none."""
+    """Choose a donor for each of the first samples; one without two others of its bucket, no duplicates, has none."""
     dataset = context.subject.dataset
     buckets: dict[str, list[str]] = {}
     for key in context.keys:  # content hashes: the first of them are a random sample
@@ -197,7 +199,7 @@ def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
 
 
 def _label(mode: str, column: int | None = None) -> str:
-    """The condition of swapped pictures in samples.parquet."""
+    """Return the condition of swapped pictures in samples.parquet."""
     return f"swap/{mode}" + ("" if column is None else f"/{column}")
 
 
@@ -226,7 +228,7 @@ class _TowardDonor:
         self._swapped, self._unswapped = self._points(drawn.swapped), self._points(drawn.unswapped)
 
     def metrics(self, names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
-        """``gain`` and ``identified`` under these names."""
+        """Return ``gain`` and ``identified`` under these names."""
         keys, pairs = self._drawn.keys, [self._drawn.pairs[key] for key in self._drawn.keys]
         donors = np.stack([self._images[pair.donor] for pair in pairs])
         before, after = self._similarity(self._unswapped, donors), self._similarity(self._swapped, donors)
@@ -245,7 +247,7 @@ class _TowardDonor:
         ]
 
     def nearest(self) -> dict[str, str]:
-        """The candidate whose image is nearest to each sample's picture from the first noise."""
+        """Return the candidate whose image is nearest to each sample's picture from the first noise."""
         found = zip(self._drawn.swapped, self._found(self._swapped))
         return {row["key"]: key for row, key in found if row["seed"] == 0}
 
@@ -253,7 +255,7 @@ class _TowardDonor:
         return as_points(np.stack([row[self._space] for row in rows]), self._space)
 
     def _similarity(self, points: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Of each pair (n,): the cosine of the judge's features; less the distance, on mean colours."""
+        """Return of each pair (n,) the cosine of the judge's features; on mean colours less the distance."""
         if self._space == "feature":
             return np.einsum("nd,nd->n", points, others)
         return -np.linalg.norm(points - others, axis=1)
@@ -270,7 +272,7 @@ class _TowardDonor:
 def _text_kept(
     rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
 ) -> Metric:
-    """The share of attributes that are still as the sample's text says, and how many are as in the donor's image."""
+    """Return the share of attributes as the text says, beside the share of those as in the donor's image."""
     name = _name("text_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
@@ -288,14 +290,14 @@ def _text_kept(
 
 
 def _right(row: Mapping[str, Any], truth: Mapping[str, Any]) -> int:
-    """How many attributes of a picture were judged to be what they are in ``truth``."""
+    """Return how many attributes of a picture were judged to be what they are in ``truth``."""
     return sum(row[f"{name}_judged"] == truth[f"{name}_true"] for name in ATTRIBUTES)
 
 
 def _similarity_kept(
     rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
 ) -> Metric:
-    """Likeness of the swapped pictures to the sample's own image."""
+    """Return the likeness of the swapped pictures to the sample's own image."""
     name = _name("similarity_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
@@ -307,7 +309,7 @@ def _similarity_kept(
 
 
 def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
-    """The mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
+    """Return the mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
     buckets: dict[str, list[str]] = {}
     for pair in asked.pairs:
         buckets.setdefault(context.rows[pair.key]["bucket"], []).append(pair.key)
@@ -316,7 +318,7 @@ def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
 
 
 def _extras(context: DrawingContext, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the report shows: the matrix and some examples, whose pictures are kept."""
+    """Return what the report shows: the matrix and some examples, whose pictures are kept."""
     mode, keys = _matrix(context, asked)
     cells = [
         [
