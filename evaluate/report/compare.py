@@ -29,7 +29,7 @@ class MeasuredRows(Protocol):
 
 
 def objections(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Why nothing of two reports (contents of report.json) may be compared; empty where metrics may be."""
+    """Return why nothing of two reports (contents of report.json) may be compared; empty where metrics may be."""
     found = []
     if one["schema"] != other["schema"]:
         found.append(f"schema {one['schema']} and {other['schema']}")
@@ -42,7 +42,7 @@ def objections(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def differing(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How entries of report.json under one name differ in n or settings: ``steps 10, 16``; empty where they do not."""
+    """Return how entries of report.json under one name differ in n or settings (``steps 10, 16``), or nothing."""
     return [
         f"{name} {', '.join(dict.fromkeys(values))}"
         for name, values in _columns(metrics).items()
@@ -57,7 +57,7 @@ def _columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _short(value: Any) -> str:
-    """A setting as text; of a hash the beginning."""
+    """Return a setting as text; of a hash the beginning."""
     text = "unknown" if value is None else str(value)
     return text[:16] if len(text) == 64 else text
 
@@ -65,7 +65,7 @@ def _short(value: Any) -> str:
 def paired(
     samples: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]], condition: str, column: str
 ) -> Interval | None:
-    """Mean of ``column`` in ``samples`` less that in ``others``, picture by picture from the same noise.
+    """Return the mean of ``column`` in ``samples`` less that in ``others``, picture by picture from the same noise.
 
     Rows of two samples.parquet whose metrics are not :func:`differing`. Over the pictures, (sample, seed), that both
     have; None where there are none, or any of them has no value.
@@ -98,7 +98,7 @@ class Difference:
 
 
 def difference(metric: Mapping[str, Any], one: MeasuredRows, other: MeasuredRows) -> Difference | None:
-    """What ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
+    """Return what ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
 
     None where the metric is no mean over pictures or grid points, or any of these has no value.
     """

@@ -84,7 +84,7 @@ class EvaluationFiles:
 
 
 def find_output(folder: Path) -> Path:
-    """The evaluation's folder that is meant: itself, or the newest of a run folder."""
+    """Return the evaluation's folder that is meant: itself, or the newest of a run folder."""
     if (folder / "report.json").is_file():
         return folder
     if (folder / "parts").is_dir():
@@ -96,7 +96,7 @@ def find_output(folder: Path) -> Path:
 
 
 def unfinished(run_folder: Path) -> list[str]:
-    """The evaluations of a run that were begun and neither finished nor cleared away, by name."""
+    """Return the evaluations of a run that were begun and neither finished nor cleared away, by name."""
     begun = {path.parent for path in run_folder.glob(f"{OUTPUTS}/step-*/parts")}
     return sorted(path.name for path in begun if not (path / "report.json").is_file())
 
@@ -107,7 +107,7 @@ def _step(folder: Path) -> int | None:
 
 
 def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """Metrics of the run's evaluations up to this one by step: those that it may be compared with."""
+    """Return the metrics of the run's evaluations up to this one by step: those that it may be compared with."""
     step, found = report["provenance"].get("step", 0), {}
     now = {metric["name"]: metric for metric in report["metrics"]}
     for path in sorted(folder.parent.glob("step-*/report.json")):
@@ -202,7 +202,7 @@ class Run:
 
 
 def name_runs(files: Sequence[EvaluationFiles]) -> list[Run]:
-    """Letters and colours for several evaluations, in the order given."""
+    """Return the letters and colours for several evaluations, in the order given."""
     if len(files) == 1:
         return [Run(files[0], "", "c1")]
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -39,11 +39,11 @@ class EmbeddedImages:
     _made: dict[Path, tuple[str, tuple[int, int]]] = field(default_factory=dict)
 
     def make(self, path: Path) -> str:
-        """The picture in a file. Raises :class:`DataError` for one that is missing or damaged."""
+        """Return the picture in a file. Raises :class:`DataError` for one that is missing or damaged."""
         return self._get(path)[0]
 
     def size(self, path: Path) -> tuple[int, int]:
-        """Width and height of the picture in a file, as it is there."""
+        """Return the width and height of the picture in a file, as it is there."""
         return self._get(path)[1]
 
     def _get(self, path: Path) -> tuple[str, tuple[int, int]]:
@@ -71,7 +71,7 @@ class EmbeddedImages:
 
 
 def picture(run: Run, name: Name, images: EmbeddedImages, title: str, note: str = "") -> dict[str, Any]:
-    """A picture of samples.parquet for the page: ``data`` is empty where it was not kept."""
+    """Return a picture of samples.parquet for the page: ``data`` is empty where it was not kept."""
     row = run.files.rows[name]
     return {
         "title": title,
@@ -85,19 +85,19 @@ def picture(run: Run, name: Name, images: EmbeddedImages, title: str, note: str 
 
 
 def judged(row: Row) -> list[dict[str, Any]]:
-    """The colours that the judge of figures saw, and those asked for."""
+    """Return the colours that the judge of figures saw, and those asked for."""
     if row["top_true"] is None:
         return []
     return [{"attribute": name, "judged": row[f"{name}_judged"], "true": row[f"{name}_true"]} for name in ATTRIBUTES]
 
 
 def real_of(run: Run, key: str, images: EmbeddedImages, title: str = "real", note: str = "holdout") -> dict[str, Any]:
-    """The real image of a sample."""
+    """Return the real image of a sample."""
     return picture(run, (REAL, "real", key, 0), images, title, note)
 
 
 def shorten(caption: str | None, limit: int = CAPTION_LIMIT) -> str:
-    """A caption cut to what the page shows, between words."""
+    """Cut a caption to what the page shows, between words."""
     caption = caption or ""
     if len(caption) <= limit:
         return caption
@@ -106,7 +106,7 @@ def shorten(caption: str | None, limit: int = CAPTION_LIMIT) -> str:
 
 
 def gallery(runs: Sequence[Run], images: EmbeddedImages) -> dict[str, Any] | None:
-    """Samples at quantiles of a measure, by each run's own ranking, then the first ones in the order of their keys."""
+    """Choose samples at quantiles of a measure, by each run's own ranking, then the first by their keys."""
     chosen: dict[str, list[str]] = {}
     rules = []
     for run in runs:
@@ -156,7 +156,7 @@ def _entry(runs: Sequence[Run], key: str, words: Sequence[str], images: Embedded
 
 
 def skeleton(row: Row) -> dict[str, Any]:
-    """The joints that a picture was asked for, as lines and dots in its pixels, and which of them were found there."""
+    """Return the joints that a picture was asked for, as lines and dots in its pixels, and which of them were found."""
     target = np.reshape(row["target_joints"], (-1, 3))[:BODY_JOINTS]
     found = np.zeros_like(target) if row["joints"] is None else np.reshape(row["joints"], (-1, 3))[:BODY_JOINTS]
     asked, detected = target[:, 2] >= CONFIDENCE, found[:, 2] >= CONFIDENCE

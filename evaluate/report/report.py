@@ -58,7 +58,7 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
 
 
 def render(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
-    """The page as text, of at most LIMIT bytes: pictures are made smaller until it is.
+    """Return the page as text, of at most LIMIT bytes: pictures are made smaller until it is.
 
     Raises :class:`ResourceError` where the smallest do not help.
     """
@@ -103,7 +103,7 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a run's numbers depend on, and how to make them again; what is not known is called unknown."""
+    """Return what a run's numbers depend on, and how to make them again; what is not known is called unknown."""
     given = run.files.provenance
     dataset, training, git = (given.get(name) or {} for name in ("dataset", "training", "git"))
     counts = dataset.get("counts") if isinstance(dataset.get("counts"), Mapping) else {}
@@ -155,14 +155,14 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def tally(run: Run) -> dict[str, int]:
-    """How many headline metrics are better or worse than their floor, or inconclusive."""
+    """Return how many headline metrics are better or worse than their floor, or inconclusive."""
     groups = numbers.metric_groups(run.files.metrics)
     verdicts = [row["floor"]["verdict"] for group in groups for row in group["headline"] if row["floor"]]
     return {name: verdicts.count(name) for name in ("better", "worse", "inconclusive")} | {"total": len(verdicts)}
 
 
 def missing(run: Run) -> dict[str, Any]:
-    """What was skipped and which metrics have no value or no interval, with the reasons."""
+    """Return what was skipped and which metrics have no value or no interval, with the reasons."""
     unscored: dict[str, list[str]] = {}
     for metric in run.files.metrics:
         if metric["reason"]:
@@ -171,7 +171,7 @@ def missing(run: Run) -> dict[str, Any]:
 
 
 def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str, Any]:
-    """What the page says as JSON: the report.json of one evaluation, or all of several with what was compared.
+    """Return what the page says: the report.json of one evaluation, or all of several with what was compared.
 
     Of several, ``metrics`` and ``skipped`` name their ``run``, ``provenance`` is by run, and ``comparisons`` hold what
     each has over the first: ``difference``, ``low``, ``high``, ``n`` (images) and ``verdict``, or ``not_compared``.
@@ -204,7 +204,7 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
 
 
 def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
-    """The metrics of report.json as CSV; baselines and settings as JSON in their cells. Of several runs, by run."""
+    """Write the metrics of report.json as CSV; baselines and settings are JSON in their cells."""
     runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason")
     text = io.StringIO()
