@@ -70,17 +70,17 @@ class Cohort:
     traits: Mapping[str, Any]
 
     def of(self, arm: str) -> list[RecordedTrial]:
-        """The arm's trials."""
+        """Return the arm's trials."""
         return [trial for trial in self.trials if trial.arm == arm]
 
     def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """Training seed -> value of the arm's trials that have one."""
+        """Return training seed -> value of the arm's trials that have one."""
         found = {trial.seed: measure(trial) for trial in self.of(arm)}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def split_cohorts(sweep: RecordedSweep) -> list[Cohort]:
-    """The finished trials by cohort, the largest first."""
+    """Return the finished trials by cohort, the largest first."""
     groups: dict[str, list[RecordedTrial]] = {}
     for trial in sweep.trials:
         if trial.status == "finished":
@@ -93,7 +93,7 @@ def split_cohorts(sweep: RecordedSweep) -> list[Cohort]:
 
 
 def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Return nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         nested = isinstance(value, Mapping)
@@ -102,14 +102,14 @@ def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def measure_of(metric: str) -> Measure:
-    """The metric of a trial that takes part in claims about it."""
+    """Return the metric of a trial that takes part in claims about it."""
     return lambda trial: trial.value(metric) if trial.excluded(metric) is None else None
 
 
 def contrasts(
     sweep: RecordedSweep, cohort: Cohort, measure: Measure, mode: str, margin: float | None, metric: str = ""
 ) -> list[Contrast]:
-    """Every arm against what it was declared against, and the verdicts.
+    """Compare every arm with what it was declared against, and judge the comparisons.
 
     Holm's correction is over the arms; the A/A arm makes no claim, is judged by itself and, since its seeds are others,
     by Welch's t. ``metric`` is what the measure is called in report.json, if it is from there: its settings must agree.
@@ -134,7 +134,7 @@ def contrasts(
 
 
 def _of_a_repeat(verdict: Verdict, one: Comparison | None, margin: float | None) -> Verdict:
-    """What more seeds would settle where the truth is known: no difference, whatever the mean so far."""
+    """Return what more seeds would settle where the truth is known: no difference, whatever the mean so far."""
     if one is None or verdict.more is None:
         return verdict
     more, toward = more_seeds(replace(one, interval=replace(one.interval, value=0.0)), margin)
@@ -179,14 +179,14 @@ def at_equal(sweep: RecordedSweep, cohort: Cohort, axis: str) -> AtEqual | None:
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The value at ``x``, linear between points of rising x; None outside of them."""
+    """Return the value at ``x``, linear between points of rising x; None outside of them."""
     if not points or not points[0][0] <= x <= points[-1][0]:
         return None
     return float(np.interp(x, *zip(*points)))
 
 
 def slope(trial: RecordedTrial) -> float | None:
-    """How steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
+    """Return how steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
 
     A loss that falls as step^-a has the slope -a. From SLOPE_FROM of the steps on; None below three validations.
     """
@@ -199,13 +199,13 @@ def slope(trial: RecordedTrial) -> float | None:
 
 
 def rate(trial: RecordedTrial) -> float | None:
-    """Steps per second of training alone."""
+    """Return Steps per second of training alone."""
     steps, seconds = trial.number("steps"), trial.number("seconds")
     return steps / seconds if steps and seconds else None
 
 
 def logarithm(measure: Measure) -> Measure:
-    """The logarithm of a positive measure, so that differences are ratios."""
+    """Return the logarithm of a positive measure, so that differences are ratios."""
 
     def taken(trial: RecordedTrial) -> float | None:
         value = measure(trial)
@@ -224,7 +224,7 @@ class Factorial:
 
 
 def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
-    """Main effects and interactions on the primary metric, where the arms are all on-off combinations of the factors.
+    """Return main effects and interactions on the primary metric, where the arms are all combinations of the factors.
 
     What an arm has on is collected along what it was declared against. Each factor must mean the same settings
     wherever it is on.
@@ -266,7 +266,10 @@ def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
 
 
 def chain(sweep: RecordedSweep, arm: RecordedArm) -> list[str]:
-    """The factors that are on in an arm, from the first arm on; what is declared in a circle ends where it closes."""
+    """Return the factors that are on in an arm, from the first arm on.
+
+    What is declared in a circle ends where it closes.
+    """
     found, seen = [], set()
     while arm.against in sweep.arms and arm.name not in seen:
         seen.add(arm.name)
@@ -276,7 +279,7 @@ def chain(sweep: RecordedSweep, arm: RecordedArm) -> list[str]:
 
 
 def _settings(sweep: RecordedSweep, arm: RecordedArm) -> dict[str, Any]:
-    """Keys that an arm has changed since the first arm, and to what."""
+    """Return the keys that an arm has changed since the first arm, and to what."""
     links, seen = [arm], set()
     while links[-1].against in sweep.arms and links[-1].name not in seen:
         seen.add(links[-1].name)
@@ -290,7 +293,7 @@ def _under(settings: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, An
 
 
 def front(points: Mapping[str, tuple[float, float]], mode: str) -> list[str]:
-    """The names of points (cost, quality) that none other beats in both, by rising cost."""
+    """Return the names of points (cost, quality) that none other beats in both, by rising cost."""
     sign = 1 if mode == "min" else -1
     order = sorted(points, key=lambda name: (points[name][0], sign * points[name][1]))
     found, best = [], math.inf
@@ -304,7 +307,7 @@ def front(points: Mapping[str, tuple[float, float]], mode: str) -> list[str]:
 def band(
     curves: Sequence[Sequence[tuple[float, float]]], limit: int = 80
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    """The mean over seeds of several curves, and the range of the seeds, where all of them have values.
+    """Return the mean over seeds of several curves, and the range of the seeds, where all of them have values.
 
     Curves of equal x are averaged point by point, others on at most ``limit`` of their places, linear between theirs.
     """
@@ -327,7 +330,7 @@ def band(
 
 
 def ticks_even(values: Sequence[float], count: int) -> list[float]:
-    """At most ``count`` of the values, evenly spread, the first and the last among them."""
+    """Return at most ``count`` of the values, evenly spread, the first and the last among them."""
     if len(values) <= count:
         return list(values)
     chosen = [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]

@@ -77,7 +77,7 @@ class RecordedTrial:
         return self.record.get("reason")
 
     def number(self, name: str) -> float | None:
-        """A number of the trial's record; None where it is not known, or no number."""
+        """Return a number of the trial's record; None where it is not known, or no number."""
         value = self.record.get(name)
         known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return float(value) if known else None
@@ -88,7 +88,7 @@ class RecordedTrial:
         return json.dumps(self.record.get("cohort") or {}, sort_keys=True, default=str)
 
     def value(self, name: str) -> float | None:
-        """A metric: of the last evaluation by its name, or the last one logged under a tag; None if not a number."""
+        """Return a metric of the last evaluation, or the last value logged under a tag; None if not a number."""
         if name in self.metrics:
             value = self.metrics[name]["value"]
         elif "/" in name:
@@ -98,7 +98,7 @@ class RecordedTrial:
         return float(value) if value is not None and math.isfinite(value) else None
 
     def excluded(self, name: str) -> str | None:
-        """Why the trial takes no part in a claim about a metric; None where it does."""
+        """Return why the trial takes no part in a claim about a metric; None where it does."""
         if self.status != "finished":
             return f"{self.status}: {self.reason}" if self.reason else self.status
         if self.value(name) is not None:
@@ -132,7 +132,7 @@ class RecordedTrial:
         return found
 
     def curve(self, tag: str, axis: Literal["step", "images", "minutes"] = "step") -> list[tuple[float, float]]:
-        """What was logged under ``tag`` over steps, images seen or minutes of training; empty where that is unknown."""
+        """Return what was logged under ``tag`` over steps, images seen or minutes of training; empty where unknown."""
         points = [(record["step"], record[tag]) for record in self.log if tag in record]
         points = [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
         if axis == "minutes":
@@ -230,7 +230,7 @@ def _read_trial(path: Path) -> RecordedTrial:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name ``step-NNNNNN``; None for any other name."""
+    """Return the step in a folder's name ``step-NNNNNN``; None for any other name."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else None
 

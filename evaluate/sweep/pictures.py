@@ -38,7 +38,7 @@ class Grid:
 
 
 def grids(sweep: RecordedSweep, cohort: Cohort) -> tuple[list[Grid], str]:
-    """The grids, and why there are none.
+    """Return the grids, and why there are none.
 
     Of each arm the finished trial of its lowest training seed: from ``visual_debug`` where all arms have steps in
     common there, otherwise from the pictures that their evaluations kept. All of these start from the noise of the
@@ -83,7 +83,7 @@ def _assemble(drawn: Mapping[str, tuple[RecordedTrial, Mapping[int, Any]]], step
 
 
 def _watched(trial: RecordedTrial) -> dict[int, Any]:
-    """Step -> how to open what ``visual_debug`` drew: by condition and key, without the real images."""
+    """Return step -> how to open what ``visual_debug`` drew: by condition and key, without the real images."""
     files = {step_of(path.parent): path for path in trial.folder.glob("visual_debug/step-*/grid.png")}
 
     def load(path: Path) -> dict[str, Pictures]:
@@ -93,7 +93,7 @@ def _watched(trial: RecordedTrial) -> dict[int, Any]:
 
 
 def _evaluated(trial: RecordedTrial) -> dict[int, Any]:
-    """Step -> how to open what an evaluation kept of the first noise: by condition and key."""
+    """Return step -> how to open what an evaluation kept of the first noise: by condition and key."""
     folders = {step_of(path.parent): path.parent for path in trial.folder.glob(f"{OUTPUTS}/step-*/samples.parquet")}
 
     def load(folder: Path) -> dict[str, Pictures]:
@@ -121,7 +121,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def encode(image: Image.Image) -> str:
-    """A picture as a data URI, its longer side at most SIDE pixels."""
+    """Return a picture as a data URI, its longer side at most SIDE pixels."""
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -53,7 +53,7 @@ def write_sweep_report(folder: Path, output: Path | None = None) -> list[Path]:
 
 
 def render(sweep: RecordedSweep) -> str:
-    """The page as text."""
+    """Return the page as text."""
     cohorts = split_cohorts(sweep)
     first = cohorts[0] if cohorts else Cohort((), {})
     judged = [_judge(sweep, cohort) for cohort in cohorts or [first]]
@@ -95,7 +95,7 @@ def _judge(sweep: RecordedSweep, cohort: Cohort) -> list[Contrast]:
 
 
 def sweep_json(sweep: RecordedSweep) -> dict[str, Any]:
-    """The verdicts as JSON: in the shape of an evaluation's report.json, a metric being a difference between arms.
+    """Return the verdicts in the shape of an evaluation's report.json, a metric being a difference between arms.
 
     ``n`` counts training seeds. ``skipped`` names the trials that take no part, and why.
     """
@@ -160,7 +160,7 @@ def sweep_json(sweep: RecordedSweep) -> dict[str, Any]:
 
 
 def sweep_csv(sweep: RecordedSweep) -> str:
-    """One row for each trial: how it ended, what it took, and every metric of its last evaluation."""
+    """Write one row for each trial: how it ended, what it took, and every metric of its last evaluation."""
     cohorts = {trial.folder: number for number, one in enumerate(split_cohorts(sweep), 1) for trial in one.trials}
     names = sorted({name for trial in sweep.trials for name in trial.metrics if not is_charted(name)})
     text = io.StringIO()

@@ -18,7 +18,7 @@ AXES = {"step": "step", "minutes": "minutes of training", "images": "images seen
 
 
 def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
-    """Losses over steps, minutes and images: the mean over the seeds, and the range of the seeds as a band."""
+    """Draw losses over steps, minutes and images: the mean over the seeds, and the range of the seeds as a band."""
     charts, why = [], []
     for axis, words in AXES.items():
         if axis == "minutes" and not sweep.time_claims:
@@ -51,7 +51,7 @@ def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
 
 
 def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> list[dict[str, Any]]:
-    """Held-out loss at equal steps and at equal time, or why not."""
+    """Compare held-out loss at equal steps and at equal time, or say why not."""
     tables = []
     for axis, title in (("step", "At equal steps"), ("minutes", "At equal time")):
         found, why = equal[axis], ""
@@ -82,7 +82,7 @@ def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> l
 
 
 def pareto_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
-    """The primary metric against training time and peak memory: means over seeds, with the range of the seeds."""
+    """Draw the primary metric against training time and peak memory: means over seeds, with their range."""
     charts, why = [], []
     costs = (
         ("seconds", "minutes of training", 60.0, sweep.time_claims, f"Time: {WHY_NO_TIME}."),
@@ -113,7 +113,7 @@ def pareto_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
 
 
 def effect_rows(sweep: RecordedSweep, found: Factorial) -> dict[str, Any]:
-    """Main effects and interactions with their intervals on one scale, or why there are none."""
+    """Return main effects and interactions with their intervals on one scale, or why there are none."""
     bounds = scale([effect.comparison.interval for effect in found.effects])
     rows = []
     for effect, adjusted in zip(found.effects, found.adjusted):
@@ -136,7 +136,7 @@ def effect_rows(sweep: RecordedSweep, found: Factorial) -> dict[str, Any]:
 
 
 def trial_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
-    """Every trial on a common line of time, with how it ended and why."""
+    """Put every trial on a common line of time, with how it ended and why."""
     spans = [(trial.number("started"), trial.number("ended")) for trial in sweep.trials]
     starts, ends = [start for start, _ in spans if start is not None], [end for _, end in spans if end is not None]
     first, last = (min(starts), max([*ends, *starts])) if starts else (0.0, 0.0)
@@ -165,7 +165,7 @@ def trial_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
 
 
 def cost_rows(sweep: RecordedSweep) -> dict[str, Any]:
-    """What each arm took, by the clock, and what was spent on trials that take no part."""
+    """Return what each arm took, by the clock, and what was spent on trials that take no part."""
     rows, total, lost = [], 0.0, 0.0
     for arm in dict.fromkeys(trial.arm for trial in sweep.trials):
         own = [trial for trial in sweep.trials if trial.arm == arm]
@@ -200,7 +200,7 @@ def cost_rows(sweep: RecordedSweep) -> dict[str, Any]:
 
 
 def cohort_rows(cohorts: Sequence[Cohort]) -> list[dict[str, Any]]:
-    """What the trials of each cohort recorded, and which trials these are."""
+    """Return what the trials of each cohort recorded, and which trials these are."""
     rows = []
     for number, cohort in enumerate(cohorts, 1):
         record = cohort.trials[0].record.get("cohort") or {}
