@@ -37,6 +37,6 @@ class EvaluateConfig(Sections):
 
 
 def tier_file(tier: str) -> Path:
-    """The config of a tier: in the working directory's configs/evaluate, otherwise in those of this installation."""
+    """Return the config of a tier, in the working directory's configs/evaluate or else in this installation's."""
     name = Path("configs") / "evaluate" / f"{tier}.yaml"
     return name if name.is_file() else Path(__file__).parents[1] / name

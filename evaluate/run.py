@@ -135,7 +135,7 @@ def evaluate(
 
 
 def perceptual_losses(config: TrainConfig) -> frozenset[str]:
-    """The networks of :attr:`Subject.losses`."""
+    """Return the networks of :attr:`Subject.losses`."""
     used = {"lpips": config.perceptual.every > 0, "dinov2": config.perceptual.dino_weight > 0}
     return frozenset(name for name, there in used.items() if there)
 
@@ -174,21 +174,21 @@ def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[l
 
 
 def pick_device(name: str) -> str:
-    """``auto`` is the GPU where torch sees one; raises :class:`ConfigError` for a GPU that is not there."""
+    """Choose a device: ``auto`` is the GPU if torch sees one; :class:`ConfigError` for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set it to cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl up to a step."""
+    """Return the records of a run's metrics.jsonl up to a step."""
     return [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= step]
 
 
 def provenance(
     subject: Subject, config: EvaluateConfig, state: Mapping[str, Any], weights: Path | None
 ) -> dict[str, Any]:
-    """What the numbers depend on: weights, data, configs, code and packages; unknown where it cannot be told."""
+    """Return what the numbers depend on: weights, data, configs, code and packages; unknown where it cannot be told."""
     info = subject.dataset.info
     return {
         "checkpoint": f"step-{state['step']:06d}",
