@@ -1,4 +1,4 @@
-"""What an evaluation writes down: one row per judged picture, one metric per claim, and the schema of both."""
+"""The records of an evaluation: one row per judged picture, one metric per claim, and the schema of both."""
 
 from __future__ import annotations
 

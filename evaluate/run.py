@@ -50,7 +50,7 @@ CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same trainin
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tests found: rows of samples.parquet and heldout_loss.parquet, metrics, and what was left out."""
+    """The findings of the tests: rows of samples.parquet and heldout_loss.parquet, metrics, and what was left out."""
 
     samples: list[dict[str, Any]]
     heldout: list[dict[str, Any]]

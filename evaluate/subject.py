@@ -1,4 +1,4 @@
-"""What is under test: a model, the holdout it is tested on, and the batches both are read in."""
+"""The subject of an evaluation: a model, the holdout it is tested on, and the batches both are read in."""
 
 from __future__ import annotations
 

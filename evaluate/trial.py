@@ -1,4 +1,4 @@
-"""How a sweep's trials are measured: the callables that ``train sweep`` is handed."""
+"""The measurement of a sweep's trials: the callables that ``train sweep`` is handed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TRAINED = "trained"  # in place of names: every subset that training drew
 
 
 class SamplerConfig(Config):
-    """How pictures are drawn; the same for every condition."""
+    """The sampler of all pictures; the same for every condition."""
 
     method: Method = DRAWING.method
     steps: int = Field(default=DRAWING.steps, gt=0)

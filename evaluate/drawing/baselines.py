@@ -1,4 +1,4 @@
-"""What any number has to be compared with: predictors and pictures that know nothing of the model."""
+"""The baselines of every number: predictors and pictures that know nothing of the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[s
 
 
 class TrainingImages:
-    """What the training set alone can predict: a mean image per bucket and an affine map of z.
+    """The predictions that the training set alone allows: a mean image per bucket and an affine map of z.
 
     ``images`` maps bucket -> uint8 (n, H, W, 3) of training images, ``keys`` bucket -> their keys.
     """

@@ -1,4 +1,4 @@
-"""What every test is told: the subject, the configuration, the judges, and what training images look like to them."""
+"""The context of every test: the subject, the configuration, the judges, and the training images as they see them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RELATED = ", related to a loss of training"  # a judge that the model was traine
 
 
 class DrawingConfig(Config):
-    """What is drawn and what it is compared with, the same for all tests."""
+    """The part of the config that all tests share: what is drawn, and what it is compared with."""
 
     samples: int = Field(default=256, gt=0)  # holdout images, at most
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
@@ -67,7 +67,7 @@ class Rows:
 
 @dataclass
 class DrawingContext:
-    """What a test may use, and where it leaves what is no metric.
+    """The things that a test may use, and the places where it leaves what is no metric.
 
     ``judge`` is None where its weights are missing, ``no_judge`` says why; joints are not judged where ``no_detector``
     says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.

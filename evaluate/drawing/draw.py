@@ -1,4 +1,4 @@
-"""From pictures asked for to rows: every picture drawn once, in batches, and scored beside the baselines."""
+"""The drawing of the pictures asked for, each once and in batches, and their scores beside the baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test asks for: pictures, each a sample's noise and what the model is given instead of the sample's own.
+"""The pictures that a test asks for: each a sample's noise, and what the model is given instead of the sample's own.
 
 Tests name pictures, the run draws each of them once (:mod:`evaluate.run`), and tests read the rows that come of it.
 """
@@ -49,7 +49,7 @@ class Picture:
 
     @property
     def name(self) -> tuple[str, str, int]:
-        """What tells it from all other pictures: condition, key and seed."""
+        """The condition, key and seed, which tell it from all other pictures."""
         return self.condition, self.key, self.seed
 
     @property

@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures are, on features: Fréchet distance, KID, CMMD, spread and nearest neighbours.
+"""Distances between two sets of pictures, on features: Fréchet distance, KID, CMMD, spread and nearest neighbours.
 
 Every distance between sets is taken at one n, equal on both sides, and carries a jackknife interval over images:
 bootstrap resamples hold duplicates, which pull these distances up. The values at different n are not comparable (the

@@ -1,4 +1,4 @@
-"""Turns pictures into rows of samples.parquet: every test looks at the same pictures, found joints included."""
+"""The examiner, which scores every picture once for all tests: the rows of samples.parquet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (13
 
 
 class Examiner:
-    """Scores pictures against their samples with whatever this dataset and machine allow.
+    """The scores of pictures against their samples, as far as this dataset and machine allow.
 
     ``lpips``, ``detector``, ``judge`` and ``probe`` may be None: their columns stay null, and the caller says why.
     ``figures`` tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is

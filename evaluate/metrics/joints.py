@@ -75,7 +75,7 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Of the person in it, in square pixels, by AREA_OF_BOX."""
+        """The area of the person in it, in square pixels, by AREA_OF_BOX."""
         return AREA_OF_BOX * self.width * self.height
 
 

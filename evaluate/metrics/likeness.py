@@ -41,7 +41,7 @@ class Judge:
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that the features depend on beside the picture."""
+        """A name for everything that the features depend on beside the picture."""
         facts = {**self.encoder.fingerprint(), "from_grey": self.origin is not None}
         return sha256_bytes(canonical_json(facts).encode())[:16]
 

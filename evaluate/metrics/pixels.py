@@ -1,4 +1,4 @@
-"""How near a picture is to another, pixel by pixel: pure functions on arrays.
+"""The likeness of two pictures, pixel by pixel: pure functions on arrays.
 
 Images are uint8 ``(B, H, W, 3)`` (one image is a batch of one), so that every method, baseline and reference is judged
 on the same quantised pixels. Every function returns one number per image: averages and intervals belong to

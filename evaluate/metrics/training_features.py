@@ -1,4 +1,4 @@
-"""What training images look like in the two feature spaces: the judge's class token, and mean colours on a grid.
+"""The training images in the two feature spaces: the judge's class token, and mean colours on a grid.
 
 The judge's features of a training set are kept in the cache folder, by dataset, judge and images: every run on the
 same data shares them.

@@ -79,7 +79,7 @@ def paired(
 
 @dataclass(frozen=True)
 class Difference:
-    """What one evaluation has over another in a metric, picture by picture."""
+    """The advantage of one evaluation over another in a metric, picture by picture."""
 
     interval: Interval
     better: str

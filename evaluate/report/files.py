@@ -1,4 +1,4 @@
-"""What a report is made of: the files of one evaluation, read and checked, and the run's own records beside them."""
+"""The material of a report: the files of one evaluation, read and checked, and the run's own records beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a few training seeds allow to be said about two arms: better, worse, equivalent, or nothing yet.
+"""Verdicts on two arms from a few training seeds: better, worse, equivalent, or nothing yet.
 
 A training seed is the unit: everything that a seed decides (initial weights, order of the data, noise, times) is shared
 by the arms that are compared, so arms are paired by seed and Student's t interval is taken over the differences. Images
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison concludes, after Holm's correction over the arms that were judged together.
+    """The conclusion from a comparison, after Holm's correction over the arms that were judged together.
 
     ``adjusted`` is the corrected p-value. Where the verdict is open, about ``more`` more seeds would settle it, were
     the mean and the spread so far the truth, and it would then be ``toward`` different or equivalent; None where no

@@ -1,4 +1,4 @@
-"""What a test of the evaluation declares of itself: all that config, run and reports know of it."""
+"""The declaration of a test: all that config, run and reports know of it."""
 
 from __future__ import annotations
 

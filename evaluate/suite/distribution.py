@@ -1,4 +1,4 @@
-"""How far the drawn pictures are, as a set, from real ones: FD, KID and CMMD on the judge's features.
+"""The distance of the drawn pictures, as a set, from real ones: FD, KID and CMMD on the judge's features.
 
 The reference are training images, as many as there are pictures, and the floor is what the holdout's real images score
 against the same reference at the same n: a perfect model is at the floor, not at zero. A copy of training images is

@@ -39,7 +39,7 @@ COLUMNS = ("key", "seed", "kind", "condition", "degenerate", *SPACES)
 
 
 class DivergenceConfig(Config):
-    """How many prompts are drawn from how many noises each."""
+    """The number of prompts, and of the noises that each is drawn from."""
 
     prompts: int = Field(default=32, gt=0)
     noises: int = Field(default=4, ge=2)
@@ -47,7 +47,7 @@ class DivergenceConfig(Config):
 
 @dataclass(frozen=True)
 class DrawnPoints:
-    """What one checkpoint drew, in one space: points (prompts, noises, width), and the real images (prompts, width)."""
+    """The pictures of one checkpoint in one space: (prompts, noises, width), and the real images (prompts, width)."""
 
     points: np.ndarray
     real: np.ndarray

@@ -38,7 +38,7 @@ Name = tuple[str, int]  # key and seed of a picture
 
 
 class EditConfig(Config):
-    """How many captions are edited, and in which ways beside the paraphrase."""
+    """The number of captions edited, and the ways in which they are beside the paraphrase."""
 
     prompts: int = Field(default=64, gt=0)
     types: list[ChangeType] = Field(default=["attribute", "opposite"], min_length=1)

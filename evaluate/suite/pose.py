@@ -37,7 +37,7 @@ NOBODY_ASKED = "no sample has a pose to ask for"
 
 
 class PoseTestConfig(Config):
-    """What is drawn for this test alone."""
+    """The pictures drawn for this test alone."""
 
     conditions: list[str] = Field(default=["pose"])  # without guidance, beside the configured ones
     mirrored: int = Field(default=64, ge=0)  # samples drawn from the mirror image of their pose too, one noise each

@@ -1,4 +1,4 @@
-"""How near a picture drawn from a sample's own conditions comes to that sample, pixel by pixel and perceptually.
+"""The likeness of a picture drawn from a sample's own conditions to that sample, by pixels and perceptually.
 
 Given everything, one condition alone, and nothing, all without guidance and from the same noise, so that they may be
 compared; and under the configured conditions with their guidance. The baselines need no model: another image of the
@@ -29,7 +29,7 @@ LPIPS_SCALE = {"excellent": 0.3, "good": 0.5, "blurry": 0.7}
 
 
 class ReconstructionConfig(Config):
-    """What is given, each drawn without guidance."""
+    """The conditions given, each drawn without guidance."""
 
     conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
 

@@ -39,7 +39,7 @@ EXAMPLES = 4  # samples whose pictures are kept for the report
 
 
 class SwapConfig(Config):
-    """How many samples are given another's features, and among how many it has to be told which."""
+    """The number of samples given another's features, and of candidates among which the donor has to be told."""
 
     prompts: int = Field(default=64, gt=0)
     candidates: int = Field(default=8, ge=2)
@@ -143,7 +143,7 @@ class _Asked:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Of the pairs, for the settings."""
+        """The numbers of the pairs and their candidates, for the settings."""
         sizes = sorted({len(pair.candidates) for pair in self.pairs})
         return {"prompts": len(self.pairs), "candidates": sizes[0] if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"}
 
@@ -219,7 +219,7 @@ class _SwappedPictures:
 
 
 class _TowardDonor:
-    """How near the pictures of one mode come to the candidates' images, in one space."""
+    """The nearness of one mode's pictures to the candidates' images, in one space."""
 
     def __init__(self, rows: Rows, drawn: _SwappedPictures, space: str):
         self._drawn, self._space = drawn, space

@@ -1,4 +1,4 @@
-"""What follows from a sweep's finished trials: one comparison for each arm with what it was declared against.
+"""The conclusions from a sweep's finished trials: one comparison for each arm with what it was declared against.
 
 Only trials of one cohort (equal code, data and environment) are ever put together, and only finished ones take part.
 """

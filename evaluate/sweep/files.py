@@ -1,4 +1,4 @@
-"""What a sweep left on disk: its declaration ``sweep.json``, and one run folder with ``trial.json`` for each trial."""
+"""The files of a sweep: its declaration ``sweep.json``, and one run folder with ``trial.json`` for each trial."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class RecordedSweep:
 
     @property
     def name(self) -> str:
-        """What the sweep is called."""
+        """The name of the sweep."""
         return str(self.content.get("name") or "sweep")
 
     @property

@@ -21,7 +21,7 @@ NOT_RECORDED = "not recorded by finished trials of a common seed"
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a question asks of a trial that is no metric; with a ``unit`` arms are compared by their ratio."""
+    """A quantity of a trial that a question asks for; with a ``unit`` arms are compared by their ratio."""
 
     title: str
     measure: Measure

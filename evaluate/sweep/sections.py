@@ -1,4 +1,4 @@
-"""What a sweep's page shows below its verdicts: curves, equal steps and time, cost, effects, trials, cohorts."""
+"""The sections of a sweep's page below its verdicts: curves, equal steps and time, cost, effects, trials, cohorts."""
 
 from __future__ import annotations
 

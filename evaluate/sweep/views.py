@@ -1,4 +1,4 @@
-"""What a sweep's page shows of its arms, as plain values: verdicts, warnings, differences, seeds, other metrics."""
+"""The arms of a sweep's page as plain values: verdicts, warnings, differences, seeds, other metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a sweep's page says its numbers: with as many digits as their intervals allow."""
+"""The numbers of a sweep's page as text: with as many digits as their intervals allow."""
 
 from __future__ import annotations
 
