@@ -1,4 +1,4 @@
-"""What an evaluation reads from its YAML: what is drawn, the tests with a section for each, judges and bars."""
+"""The config of an evaluation: what is drawn, the tests with a section for each, judges and bars."""
 
 from __future__ import annotations
 

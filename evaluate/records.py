@@ -1,4 +1,4 @@
-"""What an evaluation writes down: one row per judged picture, one metric per claim, and the schema of both."""
+"""The records of an evaluation: one row per judged picture, one metric per claim, and the schema of both."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Metric:
         return Interval(self.value, self.low, self.high, self.n).verdict(self.needed, self.better)
 
     def to_dict(self) -> dict[str, Any]:
-        """The metric as an entry of report.json."""
+        """Return the metric as an entry of report.json."""
         return {
             "name": self.name,
             "value": self.value,
@@ -117,12 +117,12 @@ class Skipped:
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as samples.parquet has them."""
+    """Return rows as samples.parquet has them."""
     return pa.Table.from_pylist([dict(row) for row in rows], schema=SAMPLES_SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of samples.parquet, or some of its columns; FEATURES are float32 arrays, as lists are slow and large."""
+    """Return the rows of samples.parquet, or some of its columns, with FEATURES as float32 arrays."""
     columns = [name for name in table.column_names if name not in FEATURES]
     rows = table.select(columns).to_pylist()
     for name in [name for name in FEATURES if name in table.column_names]:
@@ -132,12 +132,12 @@ def from_table(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> list[Mapping[str, Any]]:
-    """The rows of one arm."""
+    """Return the rows of one arm."""
     return [row for row in samples if row["kind"] == kind and row["condition"] == condition]
 
 
 def degenerate_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why an arm cannot be scored, or None.
+    """Return why an arm cannot be scored, or None.
 
     One degenerate picture is enough: leaving it out would flatter the model, and counting it as zero would invent a
     number.
@@ -150,7 +150,7 @@ def degenerate_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def average(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
-    """Plain mean of a column over the rows that have it; None where none has."""
+    """Return Plain mean of a column over the rows that have it; None where none has."""
     numbers = [number for row in rows if (number := value(row)) is not None]
     return sum(numbers) / len(numbers) if numbers else None
 

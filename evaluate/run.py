@@ -23,7 +23,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.draw import draw_and_examine, show
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import once
 from evaluate.drawing.texts import Texts
 from evaluate.metrics.clip import open_probe
@@ -50,7 +50,7 @@ CURVES = ("train/", "grad_norm/")  # tags of metrics.jsonl that the same trainin
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tests found: rows of samples.parquet and heldout_loss.parquet, metrics, and what was left out."""
+    """The findings of the tests: rows of samples.parquet and heldout_loss.parquet, metrics, and what was left out."""
 
     samples: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
@@ -111,7 +111,7 @@ def evaluate(
     ``identity`` is all that the numbers depend on: with it, finished batches are kept in ``folder/parts``, and those of
     an evaluation with the same identity are not computed again.
     """
-    parts = Parts(folder / "parts" if identity else None, identity)
+    parts = FinishedBatches(folder / "parts" if identity else None, identity)
     context = build_context(subject, config, run_folder, step)
     tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []
@@ -135,7 +135,7 @@ def evaluate(
 
 
 def perceptual_losses(config: TrainConfig) -> frozenset[str]:
-    """The networks of :attr:`Subject.losses`."""
+    """Return the networks of :attr:`Subject.losses`."""
     used = {"lpips": config.perceptual.every > 0, "dinov2": config.perceptual.dino_weight > 0}
     return frozenset(name for name, there in used.items() if there)
 
@@ -174,21 +174,21 @@ def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[l
 
 
 def pick_device(name: str) -> str:
-    """``auto`` is the GPU where torch sees one; raises :class:`ConfigError` for a GPU that is not there."""
+    """Choose a device: ``auto`` is the GPU if torch sees one; :class:`ConfigError` for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set it to cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl up to a step."""
+    """Return the records of a run's metrics.jsonl up to a step."""
     return [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= step]
 
 
 def provenance(
     subject: Subject, config: EvaluateConfig, state: Mapping[str, Any], weights: Path | None
 ) -> dict[str, Any]:
-    """What the numbers depend on: weights, data, configs, code and packages; unknown where it cannot be told."""
+    """Return what the numbers depend on: weights, data, configs, code and packages; unknown where it cannot be told."""
     info = subject.dataset.info
     return {
         "checkpoint": f"step-{state['step']:06d}",

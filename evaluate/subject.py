@@ -1,4 +1,4 @@
-"""What is under test: a model, the holdout it is tested on, and the batches both are read in."""
+"""The subject of an evaluation: a model, the holdout it is tested on, and the batches both are read in."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class Batch:
         return [row["key"] for row in self.rows]
 
     def select(self, indices: Sequence[int]) -> Batch:
-        """Some of the samples."""
+        """Return some of the samples."""
         rows = tuple(self.rows[index] for index in indices)
         return Batch(self.bucket, rows, self.pixels[list(indices)], self.conditions.select(list(indices)))
 
     def noise(self, seed_index: int) -> Tensor:
-        """The noise of each sample for one seed, float32 (B, 3, H, W): a function of key and seed index alone."""
+        """Return the noise of each sample for one seed, float32 (B, 3, H, W).
+
+        It is a function of key and seed index alone.
+        """
         return torch.from_numpy(np.stack([noise(key, seed_index, self.height, self.width) for key in self.keys]))
 
 
@@ -88,7 +91,7 @@ class Subject:
 
 
 def dataset_modalities(dataset: Dataset) -> tuple[str, ...]:
-    """The conditions that a dataset's layers provide, in the model's order."""
+    """Return the conditions that a dataset's layers provide, in the model's order."""
     return present(dataset.info["layers"])
 
 
@@ -115,7 +118,7 @@ def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iter
 
 
 def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:
-    """The first ``count`` holdout rows in key order: keys are content hashes, so this is a random sample for good.
+    """Return the first ``count`` holdout rows in key order: keys are content hashes, so a random sample for good.
 
     Raises :class:`DataError` when there is no holdout, and when a holdout sample is also in the training split: as the
     same key, or as a member of the same duplicate group.
@@ -143,12 +146,12 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to the model's float32 (B, 3, H, W) in [-1, 1]."""
+    """Convert uint8 (B, H, W, 3) to the model's float32 (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) in about [-1, 1] to uint8 (B, H, W, 3), clipped and rounded; non-finite values become 0."""
+    """Round float (B, 3, H, W) in about [-1, 1] to uint8 (B, H, W, 3), clipped; non-finite values become 0."""
     pixels = ((images.float() + 1) * 127.5).nan_to_num(0, 0, 0).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -1,4 +1,4 @@
-"""How a sweep's trials are measured: the callables that ``train sweep`` is handed."""
+"""The measurement of a sweep's trials: the callables that ``train sweep`` is handed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FEW = 4  # samples that show which metrics there are
 
 
 def resolve(file: Path, overrides: Sequence[str]) -> str:
-    """The whole config of an evaluation, as YAML."""
+    """Return the whole config of an evaluation, as YAML."""
     return dump_config(load_config(EvaluateConfig, file, overrides))
 
 
 def measure(run_folder: Path, file: Path) -> None:
-    """What ``evaluate run`` does with the newest checkpoint of a run."""
+    """Do what ``evaluate run`` does with the newest checkpoint of a run."""
     folder, evidence = run(run_folder, load_config(EvaluateConfig, file))
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
@@ -62,7 +62,7 @@ def check(text: str, train: TrainConfig, metric: str, mode: str) -> None:
 
 
 def _names(config: EvaluateConfig, train: TrainConfig, samples: int) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The metrics of an untrained network by name, and the reasons for those left out."""
+    """Return the metrics of an untrained network by name, and the reasons for those left out."""
     data = Dataset(train.dataset)
     few = config.model_copy(
         update={"samples": samples, "sampler": config.sampler.model_copy(update={"steps": 1}), "device": "cpu"}

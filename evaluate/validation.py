@@ -97,7 +97,7 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
 
 
 def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
+    """Return the metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
     try:
         report = json.loads(file.read_bytes())
         same = report["provenance"]["weights_sha256"] == facts["weights_sha256"] != "unknown"
@@ -121,7 +121,7 @@ def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject
 
 
 def _batch_size(config: TrainConfig, buckets: Iterable[str]) -> int:
-    """As many images as a micro-batch of the largest bucket has, so that looking needs no more memory than training."""
+    """Return as many images as a micro-batch of the largest bucket has: looking needs no more memory than training."""
     train, patch_size = config.train, config.model.patch_size
     if train.token_budget is None:
         return train.batch_size

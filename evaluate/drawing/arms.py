@@ -21,7 +21,7 @@ TRAINED = "trained"  # in place of names: every subset that training drew
 
 
 class SamplerConfig(Config):
-    """How pictures are drawn; the same for every condition."""
+    """The sampler of all pictures; the same for every condition."""
 
     method: Method = DRAWING.method
     steps: int = Field(default=DRAWING.steps, gt=0)
@@ -39,7 +39,7 @@ class SamplerConfig(Config):
 
 
 @dataclass(frozen=True)
-class Arm:
+class DrawingArm:
     """One way to draw: the conditions kept and the guidance scale (1: none)."""
 
     name: str
@@ -47,15 +47,15 @@ class Arm:
     guidance: float
 
 
-def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[Arm], list[Skipped]]:
+def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[DrawingArm], list[Skipped]]:
     """Return the arms (conditions -> guidance) that dataset and training allow; the others are named as skipped."""
     chosen, skipped = _choose(guidances, subject, "samples")
-    arms = [Arm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
+    arms = [DrawingArm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
     return arms, skipped
 
 
 def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset], list[Skipped]]:
-    """The condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
+    """Return the condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
     trained = [subset_name(subset, subject.modalities) for subset in sorted(subject.table, key=_size)]
     names = [name for one in names for name in (trained if one == TRAINED else [one])]
     chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
@@ -64,8 +64,8 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
 
 def named_arm(
     conditions: str, guidance: float | None, guidances: Mapping[str, float], subject: Subject, test: str
-) -> Arm | Skipped:
-    """How pictures given ``conditions`` are drawn, or why they are not; see
+) -> DrawingArm | Skipped:
+    """Return how pictures given ``conditions`` are drawn, or why they are not; see
     :meth:`evaluate.drawing.context.DrawingContext.arm`.
 
     The name is that of the conditions, with ``@SCALE`` behind it where ``guidances`` draw the same ones with another
@@ -78,31 +78,31 @@ def named_arm(
     if skipped:
         return skipped[0]
     (subset,) = chosen.values()
-    return Arm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
+    return DrawingArm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
 
 
 def parse(name: str) -> Subset:
-    """As :func:`train.model.conditions.parse_subset`, where ``dino`` stands for its two parts."""
+    """Read conditions as :func:`train.model.conditions.parse_subset` does, where ``dino`` stands for its two parts."""
     return parse_subset("+".join("cls+patches" if part == "dino" else part for part in name.split("+")))
 
 
 def _label(subset: Subset, subject: Subject) -> str:
-    """The name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
+    """Return the name of conditions in samples.parquet: canonical, ``dino`` for its two parts."""
     return subset_name(subset, subject.modalities).replace("cls+patches", "dino")
 
 
 def _size(subset: Subset) -> tuple[int, str]:
-    """Sorts subsets, the largest first."""
+    """Return a key that sorts subsets, the largest first."""
     return -len(subset), subset_name(subset)
 
 
 def _subset(name: str, subject: Subject) -> Subset:
-    """What a name stands for: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
+    """Read a name: ``all`` is all that the dataset has, any other name means what it says, or nothing."""
     return frozenset(subject.modalities) if name == "all" else parse(name)
 
 
 def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
-    """Why a picture given ``subset`` would mean nothing, or None."""
+    """Return why a picture given ``subset`` would mean nothing, or None."""
     needs = [subset] if guidance == 1 else [subset, frozenset()]
     lacking = [need for need in needs if need not in subject.table]
     return f"subset {_label(lacking[0], subject)} never trained" if lacking else None
@@ -129,7 +129,7 @@ def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tupl
 
 @torch.inference_mode()
 def draw(
-    subject: Subject, batch: Batch, arm: Arm, seed: int, sampler: SamplerConfig
+    subject: Subject, batch: Batch, arm: DrawingArm, seed: int, sampler: SamplerConfig
 ) -> tuple[np.ndarray, list[str | None]]:
     """Draw one picture for each sample of ``batch``: uint8 (B, H, W, 3), and why any of them cannot be scored.
 

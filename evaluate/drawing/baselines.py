@@ -1,4 +1,4 @@
-"""What any number has to be compared with: predictors and pictures that know nothing of the model."""
+"""The baselines of every number: predictors and pictures that know nothing of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prep.dataset.reader import Dataset
 
 
 def round_trip(images: np.ndarray) -> np.ndarray:
-    """Each uint8 (B, H, W, 3) image through JPEG, quality 95, 4:4:4: as near as a lossy copy gets."""
+    """Pass each uint8 (B, H, W, 3) image through JPEG, quality 95, 4:4:4: as near as a lossy copy gets."""
     copies = []
     for image in images:
         buffer = io.BytesIO()
@@ -27,7 +27,7 @@ def round_trip(images: np.ndarray) -> np.ndarray:
 
 
 def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[str | None]:
-    """The key of the training image nearest to each image in mean colours, of the same bucket; None without one.
+    """Return the key of the training image nearest to each image in mean colours, of the same bucket; None without one.
 
     ``pixels`` float32 (B, 768) as :func:`evaluate.metrics.likeness.pixel_features`, ``features`` those of training
     images.
@@ -41,7 +41,7 @@ def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[s
 
 
 class TrainingImages:
-    """What the training set alone can predict: a mean image per bucket and an affine map of z.
+    """The predictions that the training set alone allows: a mean image per bucket and an affine map of z.
 
     ``images`` maps bucket -> uint8 (n, H, W, 3) of training images, ``keys`` bucket -> their keys.
     """
@@ -57,14 +57,17 @@ class TrainingImages:
         self._colour = np.concatenate(colours).mean(0)
 
     def mean_image(self, bucket: str) -> np.ndarray:
-        """Mean training image of a bucket ``WxH``, float64 (H, W, 3) in [0, 255]; the mean colour where it has none."""
+        """Return the mean training image of a bucket ``WxH``, float64 (H, W, 3) in [0, 255].
+
+        The mean colour where the bucket has no training image.
+        """
         if bucket in self._means:
             return self._means[bucket]
         width, height = map(int, bucket.split("x"))
         return np.broadcast_to(self._colour, (height, width, 3))
 
     def affine(self, low: float, high: float) -> tuple[float, float]:
-        """Least squares (a, b) of ``x ~ a z + b`` over all training pixels, for t uniform in [low, high].
+        """Fit (a, b) of ``x ~ a z + b`` by least squares over all training pixels, for t uniform in [low, high].
 
         x in [-1, 1], ``z = (1 - t) x + t e``; t and e are functions of the image's key and the interval.
         """
@@ -85,7 +88,10 @@ class TrainingImages:
 
 
 def load_training_images(dataset: Dataset, buckets: Collection[str], count: int) -> TrainingImages:
-    """About ``count`` training images of ``buckets`` (of all where those have none), spread evenly over the keys."""
+    """Read about ``count`` training images of ``buckets``, or of all buckets where those have none.
+
+    They are spread evenly over the keys.
+    """
     train = dataset.rows("train")
     rows = [row for row in train if row["bucket"] in buckets] or train
     if not rows:

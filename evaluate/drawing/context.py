@@ -1,4 +1,4 @@
-"""What every test is told: the subject, the configuration, the judges, and what training images look like to them."""
+"""The context of every test: the subject, the configuration, the judges, and the training images as they see them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm, SamplerConfig, choose_arms, named_arm, untrained
+from evaluate.drawing.arms import DrawingArm, SamplerConfig, choose_arms, named_arm, untrained
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.pictures import Picture
 from evaluate.drawing.texts import Texts
@@ -27,7 +27,7 @@ RELATED = ", related to a loss of training"  # a judge that the model was traine
 
 
 class DrawingConfig(Config):
-    """What is drawn and what it is compared with, the same for all tests."""
+    """The part of the config that all tests share: what is drawn, and what it is compared with."""
 
     samples: int = Field(default=256, gt=0)  # holdout images, at most
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
@@ -56,7 +56,7 @@ class Rows:
         return len(self.all)
 
     def select(self, kind: str, condition: str, seed: int | None = None) -> list[Mapping[str, Any]]:
-        """The rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
+        """Return the rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
         return [row for row in select(self.all, kind, condition) if seed is None or row["seed"] == seed]
 
     @cached_property
@@ -67,7 +67,7 @@ class Rows:
 
 @dataclass
 class DrawingContext:
-    """What a test may use, and where it leaves what is no metric.
+    """The things that a test may use, and the places where it leaves what is no metric.
 
     ``judge`` is None where its weights are missing, ``no_judge`` says why; joints are not judged where ``no_detector``
     says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.
@@ -103,12 +103,12 @@ class DrawingContext:
         return sorted(row["key"] for row in self.subject.rows)
 
     @cached_property
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[DrawingArm]:
         """The configured conditions that the dataset and the model's training allow."""
         return choose_arms(self.config.conditions, self.subject)[0]
 
     def configured(self) -> tuple[list[Picture], list[Skipped]]:
-        """Every sample and noise under each of the configured conditions, and the conditions that are left out."""
+        """Ask for every sample and noise under each configured condition; name the conditions that are left out."""
         arms, skipped = choose_arms(self.config.conditions, self.subject)
         return [picture for arm in arms for picture in self.of_all(arm)], skipped
 
@@ -122,8 +122,8 @@ class DrawingContext:
         """Features of up to ``config.training_features`` training images; ``feature`` is None without a judge."""
         return load_train_features(self.subject.dataset, self.judge, self.config.training_features)
 
-    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> Arm | Skipped:
-        """How pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
+    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> DrawingArm | Skipped:
+        """Return how pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
 
         ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
         ``TEST/CONDITIONS``, where the dataset lacks them or training never saw them.
@@ -131,11 +131,11 @@ class DrawingContext:
         return named_arm(conditions, guidance, self.config.conditions, self.subject, test)
 
     def untrained(self, subset: Subset, guidance: float = 1.0) -> str | None:
-        """Why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
+        """Return why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
         return untrained(subset, guidance, self.subject)
 
-    def of_all(self, arm: Arm, label: str | None = None, **given: Any) -> list[Picture]:
-        """A picture of every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
+    def of_all(self, arm: DrawingArm, label: str | None = None, **given: Any) -> list[Picture]:
+        """Ask for every sample and noise in this way; ``given`` are further fields of :class:`Picture`."""
         label = label or arm.name
         return [
             Picture(key, label, arm.subset, arm.guidance, seed, **given)
@@ -144,7 +144,7 @@ class DrawingContext:
         ]
 
     def settings(self, conditions: str, guidance: float = 1.0, **more: Any) -> dict[str, Any]:
-        """What pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
+        """Return what pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
 
         Only metrics whose settings are equal may be compared.
         """
@@ -156,8 +156,8 @@ class DrawingContext:
             drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
         return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
 
-    def settings_of(self, arms: Iterable[Arm], **more: Any) -> dict[str, dict[str, Any]]:
-        """The settings of each arm by its name."""
+    def settings_of(self, arms: Iterable[DrawingArm], **more: Any) -> dict[str, dict[str, Any]]:
+        """Return the settings of each arm by its name."""
         return {arm.name: self.settings(arm.name, arm.guidance, **more) for arm in arms}
 
     @property

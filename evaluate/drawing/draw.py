@@ -1,4 +1,4 @@
-"""From pictures asked for to rows: every picture drawn once, in batches, and scored beside the baselines."""
+"""The drawing of the pictures asked for, each once and in batches, and their scores beside the baselines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from evaluate.drawing.arms import Arm, draw
+from evaluate.drawing.arms import DrawingArm, draw
 from evaluate.drawing.baselines import nearest, round_trip
 from evaluate.drawing.context import DrawingContext
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture, PictureBatch, batches, compose
 from evaluate.metrics.likeness import pixel_features
 from evaluate.records import BASELINE, MODEL, REAL, from_table, to_table
@@ -47,7 +47,7 @@ class Album:
 
 
 def draw_and_examine(
-    context: DrawingContext, pictures: Sequence[Picture], parts: Parts, folder: Path
+    context: DrawingContext, pictures: Sequence[Picture], parts: FinishedBatches, folder: Path
 ) -> list[dict[str, Any]]:
     """Draw every picture and score it beside the real image and the baselines.
 
@@ -90,12 +90,12 @@ def _drawn(context: DrawingContext, asked: PictureBatch, album: Album) -> pa.Tab
 def _draw(context: DrawingContext, asked: PictureBatch) -> tuple[Batch, np.ndarray, list[str | None]]:
     batch = compose(context.subject.dataset, context.rows, asked.pictures, context.texts.embed)
     first = asked.pictures[0]
-    arm = Arm(asked.condition, first.subset, first.guidance)
+    arm = DrawingArm(asked.condition, first.subset, first.guidance)
     return batch, *draw(context.subject, batch, arm, asked.seed, context.config.sampler)
 
 
 def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | None:
-    """The poses given, where any is not the sample's own."""
+    """Return the poses given, where any is not the sample's own."""
     if not any("pose" in picture.donors or picture.mirrored_pose for picture in asked.pictures):
         return None
     if batch.conditions.pose is None:
@@ -104,7 +104,7 @@ def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | 
 
 
 def _references(context: DrawingContext, members: tuple[Row, ...], album: Album) -> pa.Table:
-    """The rows that need no model: the real images under the judges, and the baselines in their place."""
+    """Score what needs no model: the real images under the judges, and the baselines in their place."""
     subject, examiner = context.subject, context.examiner
     batch = read_batch(subject.dataset, members)
     rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")

@@ -138,7 +138,7 @@ class Edit:
 
 
 def choose(caption: str, type: EditType, key: str) -> Edit | None:
-    """One edit of a type, always the same for a sample's ``key``; None where no rule is sure of one."""
+    """Choose one edit of a type, always the same for a sample's ``key``; None where no rule is sure of one."""
     edits = {"attribute": _attributes, "opposite": _opposites, "paraphrase": _paraphrases}[type](caption)
     places: dict[tuple[Replacement, ...], list[Edit]] = {}
     for edit in edits:  # every place is as likely as another, however many words could stand there
@@ -153,7 +153,7 @@ def choose(caption: str, type: EditType, key: str) -> Edit | None:
 
 
 def _attributes(caption: str) -> Iterator[Edit]:
-    """Another colour for each coloured thing, wherever the caption names both."""
+    """Yield another colour for each coloured thing, wherever the caption names both."""
     found: dict[tuple[str, str], list[re.Match[str]]] = {}
     for match in _COLOURED.finditer(caption):
         if not _ANOTHER_COLOUR.search(caption[: match.start()]):
@@ -171,7 +171,7 @@ def _attributes(caption: str) -> Iterator[Edit]:
 
 
 def _opposites(caption: str) -> Iterator[Edit]:
-    """Left and right changed round, and each single word that has an opposite."""
+    """Yield left and right changed round, and each single word replaced by its opposite."""
     flipped = flip_caption(caption)
     if flipped is not None and flipped != caption:
         pairs = zip(_WORD.finditer(caption), _WORD.finditer(flipped), strict=True)
@@ -184,7 +184,7 @@ def _opposites(caption: str) -> Iterator[Edit]:
 
 
 def _paraphrases(caption: str) -> Iterator[Edit]:
-    """A synonym in every place of a word."""
+    """Yield a synonym in every place of a word."""
     for pair in _SYNONYMS:
         for word, synonym in (pair, pair[::-1]):
             spans = [match.span() for match in re.finditer(rf"(?<![\w-]){word}(?![\w-])", caption, re.IGNORECASE)]
@@ -193,7 +193,7 @@ def _paraphrases(caption: str) -> Iterator[Edit]:
 
 
 def _replace(caption: str, spans: Sequence[tuple[int, int]], words: Iterable[str]) -> tuple[Replacement, ...]:
-    """Other words in their places, capital where the old one was, and the article before each to go with it."""
+    """Put other words in their places, capital where the old one was, each with the article that goes with it."""
     found: list[Replacement] = []
     for (start, end), word in zip(spans, words):
         article = re.search(r"(?<![\w-])(an?)\s+$", caption[:start], re.IGNORECASE)
@@ -206,5 +206,5 @@ def _replace(caption: str, spans: Sequence[tuple[int, int]], words: Iterable[str
 
 
 def _as(old: str, new: str) -> str:
-    """``new`` with a capital where ``old`` has one."""
+    """Return ``new`` with a capital where ``old`` has one."""
     return new.upper() if old.isupper() and len(old) > 1 else new.capitalize() if old[0].isupper() else new

@@ -16,7 +16,7 @@ from nanodit.files import canonical_json, sha256_bytes, write_atomic
 from prep.dataset.layout import parquet_bytes, read_parquet
 
 
-class Parts:
+class FinishedBatches:
     """The parts of one evaluation, ``identity``; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any] | None = None):
@@ -24,7 +24,10 @@ class Parts:
         self._identity = sha256_bytes(canonical_json(identity).encode())
 
     def get(self, name: str, content: Any, compute: Callable[[], pa.Table]) -> pa.Table:
-        """The table of part ``name``: read where it is there and of the same ``content`` (JSON), else computed."""
+        """Return the table of part ``name``.
+
+        It is read where it is there and of the same ``content`` (JSON), otherwise computed.
+        """
         if self._folder is None:
             return compute()
         header = {b"nanodit": canonical_json({"of": self._identity, "content": content}).encode()}

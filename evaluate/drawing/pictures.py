@@ -1,4 +1,4 @@
-"""What a test asks for: pictures, each a sample's noise and what the model is given instead of the sample's own.
+"""The pictures that a test asks for: each a sample's noise, and what the model is given instead of the sample's own.
 
 Tests name pictures, the run draws each of them once (:mod:`evaluate.run`), and tests read the rows that come of it.
 """
@@ -48,7 +48,7 @@ class Picture:
 
     @property
     def name(self) -> tuple[str, str, int]:
-        """What tells it from all other pictures: condition, key and seed."""
+        """The condition, key and seed, which tell it from all other pictures."""
         return self.condition, self.key, self.seed
 
     @property
@@ -57,11 +57,11 @@ class Picture:
         return next((self.donors[name] for name in MODALITIES if name in self.donors), None)
 
     def giver(self, modality: str) -> str:
-        """The key of the sample that gives a modality."""
+        """Return the key of the sample that gives a modality."""
         return self.donors.get(modality, self.key)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Return all fields as JSON values."""
         return {**vars(self), "subset": sorted(self.subset), "donors": dict(self.donors)}
 
 
@@ -82,7 +82,7 @@ class PictureBatch:
 
 
 def once(pictures: Iterable[Picture]) -> list[Picture]:
-    """Each picture once, sorted; raises ``ValueError`` for two that differ under one name."""
+    """Return each picture once, sorted; raises ``ValueError`` for two that differ under one name."""
     named: dict[tuple[str, str, int], Picture] = {}
     for picture in pictures:
         if named.setdefault(picture.name, picture) != picture:
@@ -104,7 +104,7 @@ def batches(pictures: Sequence[Picture], buckets: Mapping[str, str], size: int) 
 
 
 def compose(dataset: Dataset, rows: Mapping[str, Row], pictures: Sequence[Picture], embed: Embed | None) -> Batch:
-    """The samples of some pictures of one bucket, with the conditions that the model is given.
+    """Read the samples of some pictures of one bucket, with the conditions that the model is given.
 
     ``rows`` maps keys to index rows, of donors too. ``embed`` is needed only where a picture has a text of its own.
     """
@@ -116,7 +116,7 @@ def compose(dataset: Dataset, rows: Mapping[str, Row], pictures: Sequence[Pictur
 def _conditions(
     dataset: Dataset, rows: Mapping[str, Row], pictures: Sequence[Picture], embed: Embed | None
 ) -> Conditions:
-    """What the pictures are given, cut down to what each keeps."""
+    """Read the conditions that the pictures are given, cut down to what each keeps."""
     kept = frozenset().union(*(picture.subset for picture in pictures))
 
     def read(picture: Picture, modality: Modality) -> np.ndarray:

@@ -41,7 +41,7 @@ class Texts:
         gc.collect()
 
     def embed(self, text: str) -> np.ndarray:
-        """T5 features of a text, float16 (L, width); raises :class:`NanoditError` where there is no encoder."""
+        """Encode a text by T5: float16 (L, width); raises :class:`NanoditError` where there is no encoder."""
         if text not in self._features:
             if self._encoder is None:
                 self._open()

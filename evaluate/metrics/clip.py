@@ -37,14 +37,14 @@ class ClipProbe:
 
     @torch.inference_mode()
     def features(self, pictures: np.ndarray) -> np.ndarray:
-        """The image embedding of each picture, uint8 (B, H, W, 3) to unit float32 (B, width)."""
+        """Embed each picture, uint8 (B, H, W, 3) to unit float32 (B, width)."""
         inputs = self._processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
         pooled = self._model.vision_model(pixel_values=inputs["pixel_values"].to(self._device)).pooler_output
         return torch.nn.functional.normalize(self._model.visual_projection(pooled), dim=-1).cpu().numpy()
 
     @torch.inference_mode()
     def texts(self, phrases: Sequence[str]) -> np.ndarray:
-        """The embedding of each phrase, cut at CLIP's 77 tokens: unit float32 (B, width)."""
+        """Embed each phrase, cut at CLIP's 77 tokens: unit float32 (B, width)."""
         found = []
         for phrase in phrases:  # one at a time, so that none depends on the others
             length = self._model.config.text_config.max_position_embeddings
@@ -54,7 +54,7 @@ class ClipProbe:
         return np.stack(found)
 
     def preference(self, features: np.ndarray, phrases: Sequence[tuple[str, str]]) -> np.ndarray:
-        """The probability of the second phrase of each pair rather than the first, for each picture's features (B,).
+        """Return the probability of the second phrase of each pair rather than the first, for each picture (B,).
 
         A softmax over the two at CLIP's own temperature, as in its zero-shot classification.
         """
@@ -66,7 +66,7 @@ class ClipProbe:
 
 
 def open_probe(model: str | None, device: str) -> tuple[ClipProbe | None, str | None]:
-    """The probe of the configuration, or None and the reason why there is none.
+    """Open the probe of the configuration; returns None and the reason where there is none.
 
     Raises :class:`ConfigError` for files that are there and are no CLIP model.
     """

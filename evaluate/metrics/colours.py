@@ -33,7 +33,7 @@ LIGHTS = np.linspace(0.72, 1.06, 8)  # figures are lit by a field of .76 to 1.04
 CLEARANCE = 0.45  # background begins this far from every limb, in shoulder-to-hip lengths: beyond head and hair
 
 
-def judge(pixels: np.ndarray, joints: np.ndarray) -> dict[str, str | None]:
+def judge_colours(pixels: np.ndarray, joints: np.ndarray) -> dict[str, str | None]:
     """Name the colours of a figure's top, trousers, background and hair.
 
     ``pixels`` uint8 (H, W, 3); ``joints`` float (17 or more, 3) of x, y in pixels (centres at + .5) and confidence, as
@@ -55,20 +55,20 @@ def judge(pixels: np.ndarray, joints: np.ndarray) -> dict[str, str | None]:
 def score_colours(
     pictures: np.ndarray, joints: Sequence[np.ndarray | None], truths: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Columns ``NAME_true`` and ``NAME_judged`` for each picture, uint8 (B, H, W, 3).
+    """Return the columns ``NAME_true`` and ``NAME_judged`` of each picture, uint8 (B, H, W, 3).
 
     ``joints`` holds what was detected in each, None where no figure was found: nothing is judged then.
     """
     rows = []
     for picture, found, truth in zip(pictures, joints, truths):
-        judged = dict.fromkeys(ATTRIBUTES) if found is None else judge(picture, found)
+        judged = dict.fromkeys(ATTRIBUTES) if found is None else judge_colours(picture, found)
         row = {f"{name}_true": truth[name] for name in ATTRIBUTES}
         rows.append(row | {f"{name}_judged": judged[name] for name in ATTRIBUTES})
     return rows
 
 
 def nearest_colour(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) -> str:
-    """The palette name nearest to an sRGB ``colour`` (3,) in CIELAB, each of its colours in every light of LIGHTS."""
+    """Return the palette name nearest to an sRGB ``colour`` (3,) in CIELAB, in any light of LIGHTS."""
     names = list(palette)
     lit = np.array([palette[name] for name in names])[:, None] * LIGHTS[:, None]  # (names, lights, 3)
     distance = np.linalg.norm(to_lab(np.clip(lit, 0, 255)) - to_lab(np.asarray(colour, np.float64)), axis=-1)
@@ -76,7 +76,7 @@ def nearest_colour(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int
 
 
 def to_lab(srgb: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 255] to CIELAB under D65, (..., 3) to (..., 3). IEC 61966-2-1 and CIE 15."""
+    """Convert sRGB in [0, 255] to CIELAB under D65, (..., 3) to (..., 3). IEC 61966-2-1 and CIE 15."""
     encoded = srgb / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -86,12 +86,12 @@ def to_lab(srgb: np.ndarray) -> np.ndarray:
 
 
 def _grid(origin: np.ndarray, first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Points ``origin + a first + b second`` for all a and b: (len(a) * len(b), 2)."""
+    """Return the points ``origin + a first + b second`` for all a and b: (len(a) * len(b), 2)."""
     return (origin + a[:, None, None] * first + b[None, :, None] * second).reshape(-1, 2)
 
 
 def _torso(joints: np.ndarray) -> np.ndarray | None:
-    """Points well inside the quadrilateral of shoulders and hips."""
+    """Return the points well inside the quadrilateral of shoulders and hips."""
     if not _found(joints, SHOULDERS + HIPS):
         return None
     shoulders, hips = joints[list(SHOULDERS), :2], joints[list(HIPS), :2]
@@ -101,7 +101,7 @@ def _torso(joints: np.ndarray) -> np.ndarray | None:
 
 
 def _thighs(joints: np.ndarray) -> np.ndarray | None:
-    """Points along the middle of the thighs, from below the top's hem to above the knee."""
+    """Return the points along the middle of the thighs, from below the top's hem to above the knee."""
     along = np.linspace(0.3, 0.95, 12)[:, None]
     sides = [pair for pair in zip(HIPS, KNEES) if _found(joints, pair)]
     if not sides:
@@ -110,7 +110,7 @@ def _thighs(joints: np.ndarray) -> np.ndarray | None:
 
 
 def _crown(joints: np.ndarray) -> np.ndarray | None:
-    """Points on top of the head, above the forehead.
+    """Return the points on top of the head, above the forehead.
 
     The head's place, size and tilt are the similarity that best maps HEAD onto the joints found (least squares in the
     complex plane): one joint that is a pixel off hardly moves it.
@@ -126,7 +126,7 @@ def _crown(joints: np.ndarray) -> np.ndarray | None:
 
 
 def _surroundings(joints: np.ndarray, width: int, height: int) -> np.ndarray | None:
-    """Centres of all pixels far from every limb; of the farthest tenth where the figure fills the picture."""
+    """Return the centres of all pixels far from every limb, or the farthest tenth of them."""
     if not _found(joints, SHOULDERS + HIPS):
         return None
     y, x = np.mgrid[:height, :width] + 0.5
@@ -147,7 +147,7 @@ def _found(joints: np.ndarray, names: Sequence[int]) -> bool:
 
 
 def _median_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Median sRGB colour (3,) at the points (n, 2), moved into the picture where they lie outside."""
+    """Return the median sRGB colour (3,) at the points (n, 2), moved into the picture where they lie outside."""
     height, width = pixels.shape[:2]
     x = np.clip(np.floor(points[:, 0]), 0, width - 1).astype(int)
     y = np.clip(np.floor(points[:, 1]), 0, height - 1).astype(int)

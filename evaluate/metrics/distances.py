@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures are, on features: Fréchet distance, KID, CMMD, spread and nearest neighbours.
+"""Distances between two sets of pictures, on features: Fréchet distance, KID, CMMD, spread and nearest neighbours.
 
 Every distance between sets is taken at one n, equal on both sides, and carries a jackknife interval over images:
 bootstrap resamples hold duplicates, which pull these distances up. The values at different n are not comparable (the
@@ -40,11 +40,14 @@ class Distance:
     measure: str
 
     def interval(self) -> Interval:
-        """The 95 % interval by the jackknife over the pictures of both sets; none below MIN_CLUSTERS pictures."""
+        """Return the 95 % interval by the jackknife over the pictures of both sets.
+
+        It has no bounds below MIN_CLUSTERS pictures.
+        """
         return jackknife(self.value, self.without, self.n)
 
     def above(self, floor: Distance) -> Interval:
-        """How far this is above ``floor``, a distance to the same second set, with the interval of the difference.
+        """Return how far this is above ``floor``, a distance to the same second set, with its interval.
 
         The first sets are paired: their pictures of the same position (a drawn one and the real one of the same sample)
         are left out together. Raises ``ValueError`` where the two are not comparable: another n or another measure.
@@ -55,7 +58,7 @@ class Distance:
 
     @classmethod
     def mean(cls, distances: Sequence[Distance]) -> Distance:
-        """The mean over several noises of the distances to one second set, at the n of each of them."""
+        """Return the mean over several noises of the distances to one second set, at the n of each of them."""
         for other in distances:
             _check_comparable(distances[0], other)
         without = tuple(np.mean(groups, axis=0) for groups in zip(*(one.without for one in distances)))
@@ -63,7 +66,7 @@ class Distance:
 
 
 def jackknife(value: float, without: Sequence[np.ndarray], n: int) -> Interval:
-    """The interval of a statistic from its values with one group left out, of each of several independent sets.
+    """Return the interval of a statistic from its values with one group left out, of each of several independent sets.
 
     ``without`` holds for each set the values (g,); Student's t with the degrees of freedom of the smallest g. Variance
     of each set: ``(g - 1) / g sum (without - mean)^2`` (Efron & Stein 1981, eq. 1.4; for groups Shao & Tu 1995, 2.3).
@@ -76,7 +79,7 @@ def jackknife(value: float, without: Sequence[np.ndarray], n: int) -> Interval:
 
 
 def kid(first: np.ndarray, second: np.ndarray) -> Distance:
-    """Kernel distance: unbiased MMD^2 with the kernel ``(x y / width + 1)^3``; may be negative.
+    """Return the kernel distance: unbiased MMD^2 with the kernel ``(x y / width + 1)^3``; may be negative.
 
     ``first``, ``second``: float (n, width) with the same n >= 3. Binkowski et al. 2018, section 4, on all images at
     once instead of a mean over subsets.
@@ -87,7 +90,7 @@ def kid(first: np.ndarray, second: np.ndarray) -> Distance:
 
 
 def cmmd(first: np.ndarray, second: np.ndarray) -> Distance:
-    """Unbiased MMD^2 x 1000 with a Gaussian kernel of sigma 10 on features of unit length; may be negative.
+    """Return the unbiased MMD^2 x 1000 with a Gaussian kernel of sigma 10 on unit features; may be negative.
 
     ``first``, ``second``: float (n, width) with the same n >= 3, of any length but zero. Jayasumana et al. 2024, eq. 4;
     the published code computes the biased estimate, whose terms x = x are left out here.
@@ -103,7 +106,7 @@ def cmmd(first: np.ndarray, second: np.ndarray) -> Distance:
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> Distance:
-    """Fréchet distance of the Gaussians fitted to two sets: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))``.
+    """Return the Fréchet distance of fitted Gaussians: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))``.
 
     ``first``, ``second``: float (n, width) with the same n >= :func:`frechet_needs`. Heusel et al. 2017, eq. 6. Biased
     upwards by an amount that depends on n: the interval is about the mean of this estimate at this n, and there is
@@ -126,12 +129,15 @@ def frechet(first: np.ndarray, second: np.ndarray) -> Distance:
 
 
 def frechet_needs(width: int) -> int:
-    """How many pictures the Fréchet distance needs: with fewer, the covariance is mostly noise."""
+    """Return how many pictures the Fréchet distance needs: with fewer, the covariance is mostly noise."""
     return FRECHET_WIDTHS * width
 
 
 def spread(points: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean Euclidean distance over all pairs of ``points``, float (n, width), n >= 3, and without each of them (n,)."""
+    """Return the mean Euclidean distance over all pairs of ``points``, and without each of them (n,).
+
+    ``points`` are float (n, width), n >= 3.
+    """
     n = len(points)
     sums = np.concatenate([row.sum(1) for row in _rows(points, points, _euclidean)])
     total = sums.sum()
@@ -139,7 +145,7 @@ def spread(points: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def nearest(queries: np.ndarray, points: np.ndarray, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The ``count`` nearest of ``points`` (m, width) to each of ``queries`` (n, width).
+    """Find the ``count`` nearest of ``points`` (m, width) to each of ``queries`` (n, width).
 
     Returns Euclidean distances and indices, both (n, count), nearest first. Exact for duplicates to about 1e-8.
     """
@@ -153,7 +159,7 @@ def nearest(queries: np.ndarray, points: np.ndarray, count: int = 1) -> tuple[np
 
 
 def as_points(features: Sequence[Sequence[float]] | np.ndarray, space: str) -> np.ndarray:
-    """Features as float64 (n, width) whose Euclidean distances mean something.
+    """Return features as float64 (n, width) whose Euclidean distances mean something.
 
     In ``feature`` they have unit length: distances in [0, 2]. In ``feature_pixels`` the distance is the root mean
     square difference of pixels: in [0, 1].
@@ -163,12 +169,12 @@ def as_points(features: Sequence[Sequence[float]] | np.ndarray, space: str) -> n
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1."""
+    """Scale rows to length 1."""
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def _mmd(first: np.ndarray, second: np.ndarray, kernel: Callable[..., np.ndarray], measure: str) -> Distance:
-    """Unbiased MMD^2 (Gretton et al. 2012, eq. 3) and its values without each picture, from the kernel's row sums."""
+    """Return unbiased MMD^2 (Gretton et al. 2012, eq. 3), and without each picture, from the kernel's row sums."""
     n = len(first)
     if n < 3:
         raise ValueError(f"{n} pictures: a kernel distance needs 3")
@@ -215,7 +221,7 @@ def _frechet(first: _Gaussian, second: _Gaussian) -> float:
 
 
 def _rows(first: np.ndarray, second: np.ndarray, function: Callable[..., np.ndarray]):
-    """``function(some rows of first, second)``, as many rows at a time as memory allows."""
+    """Yield ``function(some rows of first, second)``, as many rows at a time as memory allows."""
     size = max(1, _CHUNK // len(second))
     for start in range(0, len(first), size):
         yield function(first[start : start + size], second)

@@ -1,4 +1,4 @@
-"""Turns pictures into rows of samples.parquet: every test looks at the same pictures, found joints included."""
+"""The examiner, which scores every picture once for all tests: the rows of samples.parquet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (13
 
 
 class Examiner:
-    """Scores pictures against their samples with whatever this dataset and machine allow.
+    """The scores of pictures against their samples, as far as this dataset and machine allow.
 
     ``lpips``, ``detector``, ``judge`` and ``probe`` may be None: their columns stay null, and the caller says why.
     ``figures`` tells whether the dataset knows its true attributes, ``box`` where the boxes come from that PCK is
@@ -112,11 +112,11 @@ class Examiner:
         self._real |= {row["key"]: row["feature"] for row in rows if row["kind"] == REAL and row["feature"] is not None}
 
     def detect(self, pictures: np.ndarray) -> list[Pose]:
-        """The people found in each picture and the joints of the largest; an empty list without a detector."""
+        """Find the people in each picture and the joints of the largest; an empty list without a detector."""
         return [] if self._detector is None else self._detector.detect(pictures)
 
     def stored_joints(self, rows: Sequence[Row], width: int, height: int) -> list[np.ndarray | None]:
-        """The joints that prep found in these samples, in pixels; an empty list for a dataset without poses."""
+        """Return the joints that prep found in these samples, in pixels; an empty list for a dataset without poses."""
         if "pose" not in self._dataset.info["layers"]:
             return []
         return [denormalise(self._dataset.pose(row), width, height) if row["persons"] else None for row in rows]
@@ -145,7 +145,7 @@ class Examiner:
     def _features(
         self, samples: Sequence[Row], pictures: np.ndarray, truths: np.ndarray, kind: str
     ) -> list[dict[str, Any]]:
-        """Both features of each picture, and how like the real image the judge finds it."""
+        """Return both features of each picture, and how like the real image the judge finds it."""
         columns: list[dict[str, Any]] = [{"feature_pixels": pixels} for pixels in pixel_features(pictures)]
         if self._probe is not None and kind == MODEL:
             columns = [
@@ -167,7 +167,7 @@ class Examiner:
     def _targets(
         self, samples: Sequence[Row], batch: Batch, kind: str, posed: Sequence[Posed] | None
     ) -> tuple[list[np.ndarray], list[Box]]:
-        """The joints to be met and the person's box, in pixels.
+        """Return the joints to be met and the person's box, in pixels.
 
         A drawn picture has to meet the pose that it was given; the real one, which shows how good the detector is, the
         true joints (or, without a truth, what prep found).
@@ -186,7 +186,7 @@ class Examiner:
         return targets, [self._box(row["key"], joints) for row, joints in zip(samples, targets)]
 
     def _box(self, key: str, joints: np.ndarray) -> Box:
-        """A figure's true box, otherwise the one around the confident ones of a person's joints."""
+        """Return a figure's true box, otherwise the one around the confident ones of a person's joints."""
         if self.figures:
             return Box.around(np.reshape(self._truth[key]["box"], (2, 2)))
         return Box.around(joints[joints[:, 2] >= CONFIDENCE, :2])
@@ -205,7 +205,7 @@ class PoseModelsConfig(Config):
 
 
 def open_detector(models: PoseModelsConfig | None, dataset: Dataset) -> tuple[DWPose | None, str | None]:
-    """The detector that judges joints, or None and the reason why there is none."""
+    """Open the detector that judges joints; returns None and the reason where there is none."""
     if models is not None:
         return DWPose(*models.files), None
     if dataset.info["encoders"] == "demo":

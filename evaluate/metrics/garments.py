@@ -17,7 +17,7 @@ _HEAD, _HAIR_REACH = (0, 1, 2, 3, 4), 0.85
 
 
 def garment(joints: np.ndarray, attribute: str, width: int, height: int, side: int) -> np.ndarray | None:
-    """Which cells of a ``side`` x ``side`` grid over a picture hold some of a figure's part, bool (side, side).
+    """Return which cells of a ``side`` x ``side`` grid over a picture hold some of a figure's part, bool (side, side).
 
     ``joints`` float (17, 3) of x, y in pixels and confidence, ``attribute`` one of top, trousers, background, hair.
     None where the joints that lead to it were not found.
@@ -45,14 +45,14 @@ def garment(joints: np.ndarray, attribute: str, width: int, height: int, side: i
 
 
 def _distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Of points (..., 2) from the line between two."""
+    """Return the distance of points (..., 2) from the line between two."""
     span = end - start
     along = np.clip((points - start) @ span / max(span @ span, 1e-9), 0, 1)
     return np.linalg.norm(points - start - along[..., None] * span, axis=-1)
 
 
 def unchanged(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Which cells of two pictures' mean colours (side * side * 3,) in [0, 1] are the same: bool (side, side)."""
+    """Return which cells of two pictures' mean colours (side * side * 3,) in [0, 1] are the same: bool (side, side)."""
     side = math.isqrt(len(before) // 3)
     difference = (after.astype(np.float64) - before).reshape(side, side, 3)
     return np.sqrt(np.square(difference).mean(-1)) <= UNCHANGED

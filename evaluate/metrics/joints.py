@@ -65,7 +65,7 @@ class Box:
 
     @classmethod
     def around(cls, points: np.ndarray) -> Box:
-        """The box around points (n, 2), in their unit; empty without points."""
+        """Return the box around points (n, 2), in their unit; empty without points."""
         return cls(*np.ptp(points, axis=0).tolist()) if len(points) else cls(0.0, 0.0)
 
     @property
@@ -75,7 +75,7 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Of the person in it, in square pixels, by AREA_OF_BOX."""
+        """The area of the person in it, in square pixels, by AREA_OF_BOX."""
         return AREA_OF_BOX * self.width * self.height
 
 
@@ -98,7 +98,7 @@ class Joints:
 
     @classmethod
     def read(cls, rows: Sequence[Mapping[str, Any]], mirrored: bool = False) -> Joints:
-        """From rows of samples.parquet that were scored; ``mirrored`` holds them against the mirror image instead."""
+        """Read rows of samples.parquet that were scored; ``mirrored`` holds them against the mirror image instead."""
         blank = np.zeros(3 * len(SIGMAS), np.float32)
         columns = [[blank if row["joints"] is None else row["joints"] for row in rows]]
         columns += [[row["target_joints"] for row in rows]]
@@ -118,18 +118,18 @@ class Joints:
         return self.asked & hits(self.found, self.target, self.side)
 
     def oks(self, part: slice) -> np.ndarray:
-        """OKS of a part of the body (n,); NaN where none of it was asked for."""
+        """Return OKS of a part of the body (n,); NaN where none of it was asked for."""
         return oks(similarity(self.found, self.target, self.area)[:, part], self.asked[:, part])
 
 
 def inside(joints: np.ndarray, width: np.ndarray | int, height: np.ndarray | int) -> np.ndarray:
-    """Which joints (..., J, 3) are within a picture of this size (...), bool (..., J): some are beyond its edge."""
+    """Return which joints (..., J, 3) are within a picture of this size (...): bool (..., J)."""
     edges = np.stack([np.asarray(width), np.asarray(height)], axis=-1)[..., None, :]
     return ((joints[..., :2] >= 0) & (joints[..., :2] <= edges)).all(-1)
 
 
 def hits(found: np.ndarray, target: np.ndarray, longer_side: np.ndarray | float, alpha: float = ALPHA) -> np.ndarray:
-    """Which joints were detected at most ``alpha * longer_side`` from their target: bool (..., J).
+    """Return which joints were detected at most ``alpha * longer_side`` from their target: bool (..., J).
 
     ``found``, ``target``: (..., J, 3); ``longer_side``: of the person's box, in pixels (...). PCK is the share of hits
     among the joints asked for, pooled over people (Yang & Ramanan 2013, "Articulated Human Detection with Flexible
@@ -140,7 +140,7 @@ def hits(found: np.ndarray, target: np.ndarray, longer_side: np.ndarray | float,
 
 
 def similarity(found: np.ndarray, target: np.ndarray, area: np.ndarray | float) -> np.ndarray:
-    """How near each joint is to its target, from 0 to 1: float64 (..., 133).
+    """Return how near each joint is to its target, from 0 to 1: float64 (..., 133).
 
     ``exp(-d^2 / (2 area (2 sigma)^2))`` with the distance d, SIGMAS and the person's ``area`` in square pixels (...)
     (COCO's keypoint evaluation, cocodataset.org/#keypoints-eval). COCO counts whatever place is given for a joint; here
@@ -151,7 +151,7 @@ def similarity(found: np.ndarray, target: np.ndarray, area: np.ndarray | float) 
 
 
 def oks(similarities: np.ndarray, asked_for: np.ndarray) -> np.ndarray:
-    """Object keypoint similarity: the mean over the joints asked for, float64 (...); NaN where none was.
+    """Return the object keypoint similarity: the mean over the joints asked for, float64 (...); NaN where none was.
 
     ``similarities``, ``asked_for``: (..., J), of the same joints.
     """
@@ -179,7 +179,9 @@ def _distance(found: np.ndarray, target: np.ndarray) -> np.ndarray:
 def score_joints(
     joints: Sequence[np.ndarray | None], targets: Sequence[np.ndarray], boxes: Sequence[Box], width: int, height: int
 ) -> list[dict[str, Any]]:
-    """Columns joints, target_joints, box_side, box_area, pose_hits and pose_joints (of the body) for each picture.
+    """Return the pose columns of each picture: what was found and asked for, the box, and how much of it was met.
+
+    Columns joints, target_joints, box_side, box_area, pose_hits and pose_joints (of the body).
 
     ``joints`` are those found in it, float (133, 3) in pixels, None where nobody was found: then all that were asked
     for are missed. ``targets`` are those asked for, in the same pixels.

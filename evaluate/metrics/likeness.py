@@ -41,7 +41,7 @@ class Judge:
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that the features depend on beside the picture."""
+        """A name for everything that the features depend on beside the picture."""
         facts = {**self.encoder.fingerprint(), "from_grey": self.origin is not None}
         return sha256_bytes(canonical_json(facts).encode())[:16]
 
@@ -51,13 +51,13 @@ class Judge:
         return self.encoder.width
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
-        """The class token of each picture, uint8 (B, H, W, 3) to float32 (B, width)."""
+        """Return the class token of each picture, uint8 (B, H, W, 3) to float32 (B, width)."""
         features = self.encoder.encode(pictures)[0]
         return features if self.origin is None else features - self.origin
 
 
 def open_judge(model: str | None, dataset: Dataset, device: str) -> tuple[Judge | None, str | None]:
-    """The judge of a dataset, or None and the reason why there is none.
+    """Open the judge of a dataset; returns None and the reason where there is none.
 
     ``model`` names another one (a folder or a model in the hub's cache). Raises :class:`ConfigError` for one that is
     named and cannot be had, or that the dataset's features are of.
@@ -87,7 +87,10 @@ def _is_dinov2(recorded: dict[str, Any]) -> bool:
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a model on this machine; raises :class:`ConfigError` where it is neither a folder nor cached."""
+    """Return the folder of a model on this machine.
+
+    Raises :class:`ConfigError` where it is neither a folder nor cached.
+    """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -100,7 +103,7 @@ def local_folder(model: str) -> Path:
 
 
 def demo_judge() -> Path:
-    """The folder of the demo judge, built where it is not there yet; equal bytes every time."""
+    """Return the folder of the demo judge, built where it is not there yet; equal bytes every time."""
     from prep.encoders.demo import build_dino, demo_folder
 
     folder = demo_folder().with_name(f"{demo_folder().name}-judge")
@@ -120,7 +123,7 @@ def demo_judge() -> Path:
 
 
 def pixel_features(pictures: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Mean colours on a grid: uint8 (B, H, W, 3) to float32 (B, side * side * 3) in [0, 1].
+    """Average colours on a grid: uint8 (B, H, W, 3) to float32 (B, side * side * 3) in [0, 1].
 
     Exact averages over areas; a pixel on the border of two cells counts in each as far as it lies there.
     """
@@ -130,7 +133,7 @@ def pixel_features(pictures: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def _areas(length: int, cells: int) -> np.ndarray:
-    """The share of each of ``length`` pixels in each of ``cells`` equal intervals, float32 (cells, length)."""
+    """Return the share of each of ``length`` pixels in each of ``cells`` equal intervals, float32 (cells, length)."""
     edges = np.arange(cells + 1) * length / cells
     pixels = np.arange(length)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -138,6 +141,6 @@ def _areas(length: int, cells: int) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of features (B, width): float64 (B,) in [-1, 1]."""
+    """Return the cosine of each pair of features (B, width): float64 (B,) in [-1, 1]."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return np.einsum("bd,bd->b", a, b) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -1,4 +1,4 @@
-"""How near a picture is to another, pixel by pixel: pure functions on arrays.
+"""The likeness of two pictures, pixel by pixel: pure functions on arrays.
 
 Images are uint8 ``(B, H, W, 3)`` (one image is a batch of one), so that every method, baseline and reference is judged
 on the same quantised pixels. Every function returns one number per image: averages and intervals belong to
@@ -22,7 +22,7 @@ LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torch.hub's file name; the digits
 
 
 def mse(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Mean squared error per image, on pixels scaled to [0, 1].
+    """Return the mean squared error per image, on pixels scaled to [0, 1].
 
     ``images``, ``references``: uint8 (B, H, W, 3). Returns float64 (B,) in [0, 1].
     """
@@ -32,7 +32,7 @@ def mse(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio per image in dB; identical images give infinity.
+    """Return the peak signal-to-noise ratio per image in dB; identical images give infinity.
 
     ``images``, ``references``: uint8 (B, H, W, 3). Returns float64 (B,): ``-10 log10(mse)``.
     """
@@ -41,7 +41,7 @@ def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Structural similarity per image with the original settings: Gaussian 11 x 11, sigma 1.5, K = (.01, .03).
+    """Return the structural similarity per image as first published: Gaussian 11 x 11, sigma 1.5, K = (.01, .03).
 
     ``images``, ``references``: uint8 (B, H, W, 3), sides of at least 11. Returns float64 (B,) in [-1, 1], the mean
     over windows that lie inside the image and over the three channels. Wang et al. 2004, eq. 13; equal to
@@ -64,7 +64,7 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def _blur(images: np.ndarray) -> np.ndarray:
-    """Separable Gaussian of the SSIM window over (B, H, W, C), valid positions only: (B, H - 10, W - 10, C)."""
+    """Blur (B, H, W, C) by SSIM's separable Gaussian, valid positions only: (B, H - 10, W - 10, C)."""
     offsets = np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1)
     kernel = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     kernel /= kernel.sum()
@@ -75,7 +75,7 @@ def _blur(images: np.ndarray) -> np.ndarray:
 
 
 def degenerate(image: np.ndarray) -> str | None:
-    """Why an image cannot be scored, or None: ``non-finite`` or ``constant``.
+    """Return why an image cannot be scored, or None: ``non-finite`` or ``constant``.
 
     ``image``: float (3, H, W) as the sampler returned it, before rounding to 8 bits. Constant means that no channel
     varies by more than one 8-bit level, which no photograph or drawing does and a collapsed model does.
@@ -114,7 +114,7 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
-        """LPIPS per image of uint8 (B, H, W, 3) against uint8 (B, H, W, 3): float64 (B,), at least 0."""
+        """Return LPIPS per image of uint8 (B, H, W, 3) against uint8 (B, H, W, 3): float64 (B,), at least 0."""
         _check_pair(images, references)
         pair = [
             torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
@@ -124,12 +124,12 @@ class Lpips:
 
 
 def lpips_backbone() -> Path:
-    """Where torch.hub keeps AlexNet's weights (the file may be absent)."""
+    """Return where torch.hub keeps AlexNet's weights (the file may be absent)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
 
 
 def lpips_unavailable() -> str | None:
-    """Why LPIPS cannot be computed here, or None when it can."""
+    """Return why LPIPS cannot be computed here, or None when it can."""
     return None if lpips_backbone().is_file() else f"no backbone weights: torch.hub's cache lacks {LPIPS_BACKBONE}"
 
 
@@ -142,7 +142,7 @@ def _check_pair(images: np.ndarray, references: np.ndarray) -> None:
 
 
 def score_pixels(pictures: np.ndarray, truths: np.ndarray, lpips: Lpips | None) -> list[dict[str, float | None]]:
-    """Columns mse, psnr, ssim and lpips for each picture, uint8 (B, H, W, 3), against its truth.
+    """Return columns mse, psnr, ssim and lpips of each picture, uint8 (B, H, W, 3), against its truth.
 
     PSNR is at most PSNR_CEILING, so that an exact copy has a number; LPIPS is null without its weights.
     """

@@ -1,4 +1,4 @@
-"""What training images look like in the two feature spaces: the judge's class token, and mean colours on a grid.
+"""The training images in the two feature spaces: the judge's class token, and mean colours on a grid.
 
 The judge's features of a training set are kept in the cache folder, by dataset, judge and images: every run on the
 same data shares them.
@@ -39,7 +39,7 @@ class TrainFeatures:
 
 
 def load_train_features(dataset: Dataset, judge: Judge | None, count: int) -> TrainFeatures:
-    """The features of the first ``count`` training images in key order, from the cache where it has them."""
+    """Return features of the first ``count`` training images in key order, from the cache where it has them."""
     rows = sorted(dataset.rows("train"), key=lambda row: row["key"])[:count]
     path = _cache(dataset, judge, rows)
     table = _read(path, len(rows), judge)
@@ -59,7 +59,7 @@ def _cache(dataset: Dataset, judge: Judge | None, rows: list[Row]) -> Path:
 
 
 def _read(path: Path, count: int, judge: Judge | None) -> np.ndarray | None:
-    """What the cache holds; None where there is nothing, or nothing usable."""
+    """Read the cache; None where there is nothing, or nothing usable."""
     try:
         table = load_npy(path.read_bytes())
     except (OSError, ValueError, EOFError):
@@ -68,7 +68,7 @@ def _read(path: Path, count: int, judge: Judge | None) -> np.ndarray | None:
 
 
 def _compute(dataset: Dataset, judge: Judge | None, rows: list[Row]) -> np.ndarray:
-    """Both features of each image side by side, float32 (n, 768 + width)."""
+    """Compute both features of each image side by side, float32 (n, 768 + width)."""
     places: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         places.setdefault(row["bucket"], []).append(index)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evaluate.records import MODEL, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval, more_samples
 from evaluate.suite import TESTS
 from evaluate.suite.declaration import Values
@@ -21,7 +21,7 @@ from evaluate.suite.declaration import Values
 FACTS = ("fingerprint", "base", "encoders")  # of the dataset, in a report's provenance
 
 
-class Evidence(Protocol):
+class MeasuredRows(Protocol):
     """The rows of samples.parquet and heldout_loss.parquet."""
 
     samples: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class Evidence(Protocol):
 
 
 def objections(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Why nothing of two reports (contents of report.json) may be compared; empty where metrics may be."""
+    """Return why nothing of two reports (contents of report.json) may be compared; empty where metrics may be."""
     found = []
     if one["schema"] != other["schema"]:
         found.append(f"schema {one['schema']} and {other['schema']}")
@@ -42,7 +42,7 @@ def objections(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def differing(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How entries of report.json under one name differ in n or settings: ``steps 10, 16``; empty where they do not."""
+    """Return how entries of report.json under one name differ in n or settings (``steps 10, 16``), or nothing."""
     return [
         f"{name} {', '.join(dict.fromkeys(values))}"
         for name, values in _columns(metrics).items()
@@ -57,7 +57,7 @@ def _columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _short(value: Any) -> str:
-    """A setting as text; of a hash the beginning."""
+    """Return a setting as text; of a hash the beginning."""
     text = "unknown" if value is None else str(value)
     return text[:16] if len(text) == 64 else text
 
@@ -65,7 +65,7 @@ def _short(value: Any) -> str:
 def paired(
     samples: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]], condition: str, column: str
 ) -> Interval | None:
-    """Mean of ``column`` in ``samples`` less that in ``others``, picture by picture from the same noise.
+    """Return the mean of ``column`` in ``samples`` less that in ``others``, picture by picture from the same noise.
 
     Rows of two samples.parquet whose metrics are not :func:`differing`. Over the pictures, (sample, seed), that both
     have; None where there are none, or any of them has no value.
@@ -79,7 +79,7 @@ def paired(
 
 @dataclass(frozen=True)
 class Difference:
-    """What one evaluation has over another in a metric, picture by picture."""
+    """The advantage of one evaluation over another in a metric, picture by picture."""
 
     interval: Interval
     better: str
@@ -97,8 +97,8 @@ class Difference:
         return more_samples(self.interval)
 
 
-def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Difference | None:
-    """What ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
+def difference(metric: Mapping[str, Any], one: MeasuredRows, other: MeasuredRows) -> Difference | None:
+    """Return what ``one`` has over ``other`` in a metric of both that is not :func:`differing`.
 
     None where the metric is no mean over pictures or grid points, or any of these has no value.
     """
@@ -107,7 +107,7 @@ def difference(metric: Mapping[str, Any], one: Evidence, other: Evidence) -> Dif
     return interval and Difference(interval, metric["better"])
 
 
-def values_of(name: str, evidence: Evidence) -> Values | None:
+def values_of(name: str, evidence: MeasuredRows) -> Values | None:
     """Return the pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
     test = next((test for test in TESTS.values() if test.owns(name)), None)
     return test.values(name, evidence) if test and test.values else None
@@ -121,4 +121,4 @@ def _paired(values: Values, others: Values) -> Interval | None:
     differences = np.array([one[0] - other[0] for one, other in pairs], np.float64)
     if not np.isfinite(differences).all():
         return None
-    return statistics.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])
+    return intervals.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])

@@ -26,7 +26,7 @@ CHARTS = 12  # metrics drawn over the run's evaluations
 
 
 def minutes(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Minutes of training up to each logged step, from the steps per second that the run recorded.
+    """Return the minutes of training up to each logged step, from the steps per second that the run recorded.
 
     As the rates do, they leave out validation, saving and compilation. A step without a rate takes that of the next one
     that has, or of the last. Empty where the run recorded none.
@@ -46,7 +46,7 @@ def minutes(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What was logged in training, over the steps and, where the run recorded its speed, over time."""
+    """Draw what was logged in training, over the steps and, where the run recorded its speed, over time."""
     logs = [(run, run.files.metrics_log or run.files.curves) for run in runs]
     clocks = {run.letter: minutes(log) for run, log in logs}
     charts = []
@@ -80,7 +80,7 @@ def _lines(points: Mapping[Run, Sequence[tuple[float, float]]], axes: Axes, nois
 
 
 def history_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Headline metrics over the evaluations of a run with equal settings, over the steps and over time."""
+    """Draw headline metrics over the evaluations of a run with equal settings, over the steps and over time."""
     series: dict[str, dict[Run, list[tuple[int, Mapping[str, Any]]]]] = {}
     for run in runs:
         earlier = {step: {one["name"]: one for one in metrics} for step, metrics in run.files.earlier.items()}
@@ -110,7 +110,7 @@ def history_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _headline_metrics(run: Run) -> list[Mapping[str, Any]]:
-    """The first metric of each family."""
+    """Return the first metric of each family."""
     found: dict[str, Mapping[str, Any]] = {}
     for metric in sorted(run.files.metrics, key=metric_order):
         if not is_charted(metric["name"]):
@@ -125,7 +125,7 @@ def _banded(run: Run, points: Sequence[tuple[int, Mapping[str, Any]]], clock: Ma
 
 
 def heldout_charts(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Error by t against the trivial predictors, and the ratio to the best of them; None where nothing was measured.
+    """Draw the error by t against the trivial predictors, and the ratio to the best; None where nothing was measured.
 
     Of one run for every condition; of several, for each condition that all measured in the same way, run beside run.
     """
@@ -156,7 +156,7 @@ def heldout_charts(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _bins(run: Run) -> dict[str, list[Mapping[str, Any]]]:
-    """By condition the errors at rising t."""
+    """Return by condition the errors at rising t."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for metric in run.files.metrics:
         if metric["name"].startswith("heldout_mse/") and metric["value"] is not None:

@@ -1,4 +1,4 @@
-"""What a report is made of: the files of one evaluation, read and checked, and the run's own records beside them."""
+"""The material of a report: the files of one evaluation, read and checked, and the run's own records beside them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class EvaluationFiles:
     """The files of one evaluation, read.
 
     ``metrics_log`` holds the records of the run's metrics.jsonl up to the step, empty where the evaluation does not lie
@@ -44,7 +44,7 @@ class Files:
     unfinished: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path) -> Files:
+    def read(cls, folder: Path) -> EvaluationFiles:
         """Read an output folder, or the newest one of a run.
 
         Raises :class:`ConfigError` when there is none and :class:`DataError` for files that are missing, damaged or of
@@ -84,7 +84,7 @@ class Files:
 
 
 def find_output(folder: Path) -> Path:
-    """The evaluation's folder that is meant: itself, or the newest of a run folder."""
+    """Return the evaluation's folder that is meant: itself, or the newest of a run folder."""
     if (folder / "report.json").is_file():
         return folder
     if (folder / "parts").is_dir():
@@ -96,7 +96,7 @@ def find_output(folder: Path) -> Path:
 
 
 def unfinished(run_folder: Path) -> list[str]:
-    """The evaluations of a run that were begun and neither finished nor cleared away, by name."""
+    """Return the evaluations of a run that were begun and neither finished nor cleared away, by name."""
     begun = {path.parent for path in run_folder.glob(f"{OUTPUTS}/step-*/parts")}
     return sorted(path.name for path in begun if not (path / "report.json").is_file())
 
@@ -107,7 +107,7 @@ def _step(folder: Path) -> int | None:
 
 
 def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """Metrics of the run's evaluations up to this one by step: those that it may be compared with."""
+    """Return the metrics of the run's evaluations up to this one by step: those that it may be compared with."""
     step, found = report["provenance"].get("step", 0), {}
     now = {metric["name"]: metric for metric in report["metrics"]}
     for path in sorted(folder.parent.glob("step-*/report.json")):
@@ -184,7 +184,7 @@ def _read_curves(path: Path, required: bool = True) -> list[dict[str, Any]]:
 class Run:
     """One evaluation on the page: its files, and how it is named where there are several."""
 
-    files: Files
+    files: EvaluationFiles
     letter: str  # A, B, ... ; empty where it is the only one
     style: str  # CSS class of its lines
 
@@ -201,8 +201,8 @@ class Run:
         return self.letter or self.title
 
 
-def name_runs(files: Sequence[Files]) -> list[Run]:
-    """Letters and colours for several evaluations, in the order given."""
+def name_runs(files: Sequence[EvaluationFiles]) -> list[Run]:
+    """Return the letters and colours for several evaluations, in the order given."""
     if len(files) == 1:
         return [Run(files[0], "", "c1")]
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

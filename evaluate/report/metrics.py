@@ -36,7 +36,7 @@ def test_of(name: str) -> SuiteTest | None:
 
 
 def label(name: str) -> tuple[str, str, str]:
-    """A metric's family, condition and detail as people say them: ("Attribute accuracy", "text + pose", "hair")."""
+    """Return a metric's family, condition and detail: ("Attribute accuracy", "text + pose", "hair")."""
     # the longest family that fits: reconstruction/psnr is none for reconstruction/psnr_gain
     stem = name.replace("_pixels", "")
     family = next((known for known in FAMILIES if stem == known or stem.startswith(known + "/")), None)
@@ -51,7 +51,7 @@ def label(name: str) -> tuple[str, str, str]:
 
 
 def part_name(condition: str) -> str:
-    """The name of a condition as people say it: ``text+pose`` becomes "text + pose"."""
+    """Return the name of a condition as people say it: ``text+pose`` becomes "text + pose"."""
     name, _, scale = condition.removeprefix("noises/").partition("@")
     words = "all conditions" if name == "all" else PARTS.get(name, name).replace("+", " + ")
     words = words.replace("/mirrored", ", mirrored")
@@ -59,17 +59,17 @@ def part_name(condition: str) -> str:
 
 
 def baseline_name(name: str) -> str:
-    """The name of a baseline as people say it."""
+    """Return the name of a baseline as people say it."""
     return BASELINE_NAMES.get(name, name.replace("_", " "))
 
 
 def condition_order(condition: str) -> tuple[int, str]:
-    """A key to sort conditions by: the usual three first."""
+    """Return a key to sort conditions by: the usual three first."""
     return (USUAL.index(condition) if condition in USUAL else len(USUAL), condition)
 
 
 def metric_order(metric: Metric) -> tuple[int, int, str, tuple[int, str], bool, str]:
-    """A key to sort metrics by: test, family, the judge's space before mean colours, condition, detail."""
+    """Return a key to sort metrics by: test, family, the judge's space before mean colours, condition, detail."""
     title, _, detail = label(metric["name"])
     tests, titles = list(TESTS.values()), list(FAMILIES.values())
     test, plain = test_of(metric["name"]), title.removesuffix(PIXELS)
@@ -80,7 +80,7 @@ def metric_order(metric: Metric) -> tuple[int, int, str, tuple[int, str], bool, 
 
 
 def headlines(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The metrics with a bar, for the verdict box, each on a scale of its own."""
+    """Return the metrics with a bar, for the verdict box, each on a scale of its own."""
     result = []
     for metric in sorted(metrics, key=metric_order):
         if metric["needed"] is not None:
@@ -93,14 +93,14 @@ def headlines(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
 
 
 def more_for(metric: Metric, bar: float) -> int | None:
-    """About how many more samples would tell a metric from ``bar``; None where that cannot be said."""
+    """Return about how many more samples would tell a metric from ``bar``; None where that cannot be said."""
     if metric["low"] is None:
         return None
     return more_samples(Interval(metric["value"] - bar, metric["low"] - bar, metric["high"] - bar, metric["n"]))
 
 
 def roles(metric: Metric) -> tuple[str | None, str | None]:
-    """The baselines of a metric that are its floor and its ceiling."""
+    """Return the baselines of a metric that are its floor and its ceiling."""
     own = (meant for start, meant in ROLES.items() if metric["name"].startswith(start))
     floors, ceilings = next(own, (FLOORS, CEILINGS))
     return tuple(next((name for name in names if name in metric["baselines"]), None) for names in (floors, ceilings))
@@ -118,7 +118,7 @@ def against_floor(metric: Metric) -> dict[str, Any] | None:
 
 
 def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """All metrics by test; of each family, on one scale, the first is a headline.
+    """Group all metrics by test; of each family, on one scale, the first is a headline.
 
     The held-out error by t has its chart instead.
     """
@@ -147,7 +147,7 @@ def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
 
 
 def scale_of(metrics: Sequence[Metric]) -> tuple[float, float]:
-    """The range that shows all values, intervals, bars and baselines, and zero."""
+    """Return the range that shows all values, intervals, bars and baselines, and zero."""
     values = [0.0]
     for metric in metrics:
         values += [metric[name] for name in ("value", "low", "high", "needed") if metric[name] is not None]
@@ -157,7 +157,7 @@ def scale_of(metrics: Sequence[Metric]) -> tuple[float, float]:
 
 
 def forest(metric: Metric, low: float, high: float) -> dict[str, Any]:
-    """Positions in [0, 1] of a metric's dot, interval, bar and baselines on a scale from ``low`` to ``high``."""
+    """Return positions in [0, 1] of a metric's dot, interval, bar and baselines on a scale from ``low`` to ``high``."""
 
     def place(value: float | None) -> float | None:
         return None if value is None else (value - low) / (high - low)
@@ -187,7 +187,7 @@ def alarms(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def comparisons(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every headline of several runs side by side, and what each has over the first where they may be compared.
+    """Put the headlines of several runs side by side, with what each has over the first where they may be compared.
 
     ``objections`` name runs of which nothing may be compared with the first. In ``rows``: ``metrics`` (one for each run
     or None), ``differing`` (why they are not compared, or empty) and ``differences`` (one for each run or None).
@@ -216,7 +216,7 @@ def comparisons(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def number(value: float | None, metric: Metric) -> str:
-    """A number of a metric (its value, a bound, a baseline) as people read it, a dash for null.
+    """Write a number of a metric (its value, a bound, a baseline), a dash for null.
 
     dB get one decimal, shares and similarities two, losses and distances three significant digits.
     """
@@ -232,6 +232,6 @@ def number(value: float | None, metric: Metric) -> str:
 
 
 def signed(value: float, metric: Metric) -> str:
-    """A difference of a metric with its sign."""
+    """Write a difference of a metric with its sign."""
     text = number(value, metric)
     return text if text.startswith("−") or not math.isfinite(value) or value == 0 else f"+{text}"

@@ -28,7 +28,7 @@ SIDES = (384, 256, 192, 128, 96, 64)  # pixels of the longer side, tried in turn
 
 
 @dataclass
-class Thumbnails:
+class EmbeddedImages:
     """Pictures as data URIs, their longer side at most ``side`` pixels.
 
     What is smaller stays the PNG that it is, unless ``lossless`` is false.
@@ -39,11 +39,11 @@ class Thumbnails:
     _made: dict[Path, tuple[str, tuple[int, int]]] = field(default_factory=dict)
 
     def make(self, path: Path) -> str:
-        """The picture in a file. Raises :class:`DataError` for one that is missing or damaged."""
+        """Return the picture in a file. Raises :class:`DataError` for one that is missing or damaged."""
         return self._get(path)[0]
 
     def size(self, path: Path) -> tuple[int, int]:
-        """Width and height of the picture in a file, as it is there."""
+        """Return the width and height of the picture in a file, as it is there."""
         return self._get(path)[1]
 
     def _get(self, path: Path) -> tuple[str, tuple[int, int]]:
@@ -70,13 +70,13 @@ class Thumbnails:
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", size
 
 
-def picture(run: Run, name: Name, thumbnails: Thumbnails, title: str, note: str = "") -> dict[str, Any]:
-    """A picture of samples.parquet for the page: ``data`` is empty where it was not kept."""
+def picture(run: Run, name: Name, images: EmbeddedImages, title: str, note: str = "") -> dict[str, Any]:
+    """Return a picture of samples.parquet for the page: ``data`` is empty where it was not kept."""
     row = run.files.rows[name]
     return {
         "title": title,
         "note": row["degenerate"] or note,
-        "data": thumbnails.make(run.files.folder / row["image"]) if row["image"] else "",
+        "data": images.make(run.files.folder / row["image"]) if row["image"] else "",
         "width": row["width"],
         "height": row["height"],
         "stretch": math.sqrt(row["width"] / row["height"]),  # pictures of all shapes get equal areas
@@ -85,19 +85,19 @@ def picture(run: Run, name: Name, thumbnails: Thumbnails, title: str, note: str 
 
 
 def judged(row: Row) -> list[dict[str, Any]]:
-    """The colours that the judge of figures saw, and those asked for."""
+    """Return the colours that the judge of figures saw, and those asked for."""
     if row["top_true"] is None:
         return []
     return [{"attribute": name, "judged": row[f"{name}_judged"], "true": row[f"{name}_true"]} for name in ATTRIBUTES]
 
 
-def real_of(run: Run, key: str, thumbnails: Thumbnails, title: str = "real", note: str = "holdout") -> dict[str, Any]:
-    """The real image of a sample."""
-    return picture(run, (REAL, "real", key, 0), thumbnails, title, note)
+def real_of(run: Run, key: str, images: EmbeddedImages, title: str = "real", note: str = "holdout") -> dict[str, Any]:
+    """Return the real image of a sample."""
+    return picture(run, (REAL, "real", key, 0), images, title, note)
 
 
 def shorten(caption: str | None, limit: int = CAPTION_LIMIT) -> str:
-    """A caption cut to what the page shows, between words."""
+    """Cut a caption to what the page shows, between words."""
     caption = caption or ""
     if len(caption) <= limit:
         return caption
@@ -105,8 +105,8 @@ def shorten(caption: str | None, limit: int = CAPTION_LIMIT) -> str:
     return (cut.rsplit(None, 1)[0] if " " in cut else cut).rstrip() + " …"
 
 
-def gallery(runs: Sequence[Run], thumbnails: Thumbnails) -> dict[str, Any] | None:
-    """Samples at quantiles of a measure, by each run's own ranking, then the first ones in the order of their keys."""
+def gallery(runs: Sequence[Run], images: EmbeddedImages) -> dict[str, Any] | None:
+    """Choose samples at quantiles of a measure, by each run's own ranking, then the first by their keys."""
     chosen: dict[str, list[str]] = {}
     rules = []
     for run in runs:
@@ -119,19 +119,19 @@ def gallery(runs: Sequence[Run], thumbnails: Thumbnails) -> dict[str, Any] | Non
     kept = [row["key"] for row in runs[0].files.samples if row["kind"] == REAL and row["image"]]
     # without a ranking (one without pictures of the reconstruction test) all that were kept
     first = [key for key in kept if key not in chosen][: FIRST if chosen else None]
-    entries = [_entry(runs, key, chosen.get(key, []), thumbnails) for key in (*chosen, *first)]
+    entries = [_entry(runs, key, chosen.get(key, []), images) for key in (*chosen, *first)]
     entries = [entry for entry in entries if entry["rows"]]
     return {"rules": rules, "first": len(first), "entries": entries} if entries else None
 
 
-def _entry(runs: Sequence[Run], key: str, words: Sequence[str], thumbnails: Thumbnails) -> dict[str, Any]:
+def _entry(runs: Sequence[Run], key: str, words: Sequence[str], images: EmbeddedImages) -> dict[str, Any]:
     rows, pose, caption, real = [], None, None, None
     for run in runs:
         own = run.files.rows.get((REAL, "real", key, 0))
         if own is None:
             continue
         if real is None and own["image"]:
-            caption, real = own["caption"], real_of(run, key, thumbnails)
+            caption, real = own["caption"], real_of(run, key, images)
         drawn = [
             row
             for row in run.files.samples
@@ -145,7 +145,7 @@ def _entry(runs: Sequence[Run], key: str, words: Sequence[str], thumbnails: Thum
             picture(
                 run,
                 (MODEL, row["condition"], key, 0),
-                thumbnails,
+                images,
                 part_name(row["condition"]),
                 f"{row['psnr']:.1f} dB" if row["psnr"] is not None else "",
             )
@@ -156,7 +156,7 @@ def _entry(runs: Sequence[Run], key: str, words: Sequence[str], thumbnails: Thum
 
 
 def skeleton(row: Row) -> dict[str, Any]:
-    """The joints that a picture was asked for, as lines and dots in its pixels, and which of them were found there."""
+    """Return the joints that a picture was asked for, as lines and dots in its pixels, and which of them were found."""
     target = np.reshape(row["target_joints"], (-1, 3))[:BODY_JOINTS]
     found = np.zeros_like(target) if row["joints"] is None else np.reshape(row["joints"], (-1, 3))[:BODY_JOINTS]
     asked, detected = target[:, 2] >= CONFIDENCE, found[:, 2] >= CONFIDENCE

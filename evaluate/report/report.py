@@ -20,9 +20,9 @@ from evaluate.records import ATTRIBUTES, SCHEMA_VERSION
 from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
-from evaluate.report.files import OUTPUTS, UNKNOWN, Files, Run, find_output, name_runs
+from evaluate.report.files import OUTPUTS, UNKNOWN, EvaluationFiles, Run, find_output, name_runs
 from evaluate.report.metrics import number
-from evaluate.report.pictures import SIDES, Thumbnails, gallery
+from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
 from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import RATIO_FROM
@@ -31,7 +31,7 @@ from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, write_atomic
 from nanodit.pages import open_template
 
-__all__ = ["Files", "find_output", "metrics_csv", "number", "render", "report_json", "write_report"]
+__all__ = ["EvaluationFiles", "find_output", "metrics_csv", "number", "render", "report_json", "write_report"]
 
 LIMIT = 10_000_000  # bytes of the page
 
@@ -43,7 +43,7 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     ``report.html`` in the working directory. Raises :class:`ConfigError` where the JSON would replace an evaluation's.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
-    files = [Files.read(folder) for folder in folders]
+    files = [EvaluationFiles.read(folder) for folder in folders]
     page = output or (files[0].folder if len(files) == 1 else Path()) / "report.html"
     record, table = page.with_suffix(".json"), page.with_suffix(".csv")
     own = len(files) == 1 and record.absolute() == (files[0].folder / "report.json").absolute()
@@ -57,20 +57,20 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     return [page, record, table]
 
 
-def render(files: Files | Sequence[Files]) -> str:
-    """The page as text, of at most LIMIT bytes: pictures are made smaller until it is.
+def render(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
+    """Return the page as text, of at most LIMIT bytes: pictures are made smaller until it is.
 
     Raises :class:`ResourceError` where the smallest do not help.
     """
-    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     for side, lossless in ((SIDES[0], True), *((side, False) for side in SIDES)):
-        html = _render(runs, Thumbnails(side, lossless))
+        html = _render(runs, EmbeddedImages(side, lossless))
         if len(html.encode()) <= LIMIT:
             return html
     raise ResourceError(f"the page would be larger than {LIMIT / 1e6:.0f} MB; give fewer runs")
 
 
-def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
+def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
     filters = {
         "number": number,
         "signed": numbers.signed,
@@ -86,14 +86,14 @@ def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
         alarms=numbers.alarms(runs),
         comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
         groups=[{"run": run, "groups": numbers.metric_groups(run.files.metrics)} for run in runs],
-        gallery=gallery(runs, thumbnails),
+        gallery=gallery(runs, images),
         heldout=curves.heldout_charts(runs),
         training=curves.training_charts(runs),
         history=curves.history_charts(runs),
         tests=list(TESTS.values()),
-        sections=sections(runs, thumbnails),
+        sections=sections(runs, images),
         missing=[{"run": run, **missing(run)} for run in runs],
-        scaled=None if thumbnails.lossless else thumbnails.side,
+        scaled=None if images.lossless else images.side,
         colour=colour,
         attributes=ATTRIBUTES,
         alpha=ALPHA,
@@ -103,7 +103,7 @@ def _render(runs: Sequence[Run], thumbnails: Thumbnails) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a run's numbers depend on, and how to make them again; what is not known is called unknown."""
+    """Return what a run's numbers depend on, and how to make them again; what is not known is called unknown."""
     given = run.files.provenance
     dataset, training, git = (given.get(name) or {} for name in ("dataset", "training", "git"))
     counts = dataset.get("counts") if isinstance(dataset.get("counts"), Mapping) else {}
@@ -155,14 +155,14 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def tally(run: Run) -> dict[str, int]:
-    """How many headline metrics are better or worse than their floor, or inconclusive."""
+    """Return how many headline metrics are better or worse than their floor, or inconclusive."""
     groups = numbers.metric_groups(run.files.metrics)
     verdicts = [row["floor"]["verdict"] for group in groups for row in group["headline"] if row["floor"]]
     return {name: verdicts.count(name) for name in ("better", "worse", "inconclusive")} | {"total": len(verdicts)}
 
 
 def missing(run: Run) -> dict[str, Any]:
-    """What was skipped and which metrics have no value or no interval, with the reasons."""
+    """Return what was skipped and which metrics have no value or no interval, with the reasons."""
     unscored: dict[str, list[str]] = {}
     for metric in run.files.metrics:
         if metric["reason"]:
@@ -170,13 +170,13 @@ def missing(run: Run) -> dict[str, Any]:
     return {"skipped": run.files.report["skipped"], "unscored": unscored}
 
 
-def report_json(files: Files | Sequence[Files]) -> dict[str, Any]:
-    """What the page says as JSON: the report.json of one evaluation, or all of several with what was compared.
+def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str, Any]:
+    """Return what the page says: the report.json of one evaluation, or all of several with what was compared.
 
     Of several, ``metrics`` and ``skipped`` name their ``run``, ``provenance`` is by run, and ``comparisons`` hold what
     each has over the first: ``difference``, ``low``, ``high``, ``n`` (images) and ``verdict``, or ``not_compared``.
     """
-    runs = name_runs([files] if isinstance(files, Files) else list(files))
+    runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     if len(runs) == 1:
         return runs[0].files.report
     compared = numbers.comparisons(runs)
@@ -203,9 +203,9 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
     return {**bounds, "verdict": difference.verdict, "more": difference.more}
 
 
-def metrics_csv(files: Files | Sequence[Files]) -> str:
-    """The metrics of report.json as CSV; baselines and settings as JSON in their cells. Of several runs, by run."""
-    runs = name_runs([files] if isinstance(files, Files) else list(files))
+def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
+    """Write the metrics of report.json as CSV; baselines and settings are JSON in their cells."""
+    runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

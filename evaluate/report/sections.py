@@ -12,7 +12,7 @@ from evaluate.metrics.colours import PALETTES
 from evaluate.records import AGAIN, MODEL, REAL
 from evaluate.report.files import Run
 from evaluate.report.metrics import condition_order, part_name
-from evaluate.report.pictures import Thumbnails, picture, shorten
+from evaluate.report.pictures import EmbeddedImages, picture, shorten
 from evaluate.suite import TESTS
 from evaluate.suite.declaration import SuiteTest
 from nanodit.errors import DataError
@@ -25,7 +25,7 @@ class Page:
     """One evaluation as a test's section sees it: what the test left, and pictures and words for the page."""
 
     run: Run
-    thumbnails: Thumbnails
+    images: EmbeddedImages
 
     def extras(self, test: str) -> dict[str, Any] | None:
         """Return what a test left in extras.json."""
@@ -43,11 +43,11 @@ class Page:
 
     def drawn(self, condition: str, key: str, seed: int, title: str, note: str = "") -> dict[str, Any]:
         """Return a picture of the model."""
-        return picture(self.run, (MODEL, condition, key, seed), self.thumbnails, title, note) | {"judged": []}
+        return picture(self.run, (MODEL, condition, key, seed), self.images, title, note) | {"judged": []}
 
     def real(self, key: str, title: str = "real", note: str = "holdout") -> dict[str, Any]:
         """Return the real image of a sample."""
-        return picture(self.run, (REAL, "real", key, 0), self.thumbnails, title, note) | {"judged": []}
+        return picture(self.run, (REAL, "real", key, 0), self.images, title, note) | {"judged": []}
 
     def kept(self, key: str) -> bool:
         """Whether the real image of a sample was kept."""
@@ -59,9 +59,9 @@ class Page:
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name} leads out of the folder")
         path = self.run.files.folder / path
-        width, height = self.thumbnails.size(path)
+        width, height = self.images.size(path)
         return {
-            **{"title": title, "note": "", "judged": [], "data": self.thumbnails.make(path)},
+            **{"title": title, "note": "", "judged": [], "data": self.images.make(path)},
             **{"width": width, "height": height, "stretch": math.sqrt(width / height)},
         }
 
@@ -87,13 +87,13 @@ def colour(attribute: str, name: str) -> str:
     return "#{:02x}{:02x}{:02x}".format(*PALETTES[attribute][name])
 
 
-def sections(runs: Sequence[Run], thumbnails: Thumbnails) -> dict[str, list[dict[str, Any]]]:
+def sections(runs: Sequence[Run], images: EmbeddedImages) -> dict[str, list[dict[str, Any]]]:
     """Return by test what each run has of it: ``run`` and ``shown``, or ``why`` there is nothing."""
     found: dict[str, list[dict[str, Any]]] = {}
     for test in (test for test in TESTS.values() if test.section):
         for run in runs:
             try:
-                shown = test.section.values(Page(run, thumbnails))
+                shown = test.section.values(Page(run, images))
             except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
                 path = run.files.folder / "extras.json"
                 raise DataError(f"{path} is damaged ({test.name}: {type(error).__name__} {error}). {AGAIN}") from error

@@ -9,7 +9,7 @@ from evaluate.suite import is_charted
 
 
 def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
-    """Headline metrics with interval, n, bar and baselines, then what was skipped and why.
+    """Write headline metrics with interval, n, bar and baselines, then what was skipped and why.
 
     Metrics with a bar, or one per test and condition: the breakdown by attribute and by t stays in the files.
     """

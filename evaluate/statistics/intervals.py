@@ -30,7 +30,7 @@ class Interval:
     n: int
 
     def verdict(self, needed: float, better: str = "higher") -> str:
-        """``met`` or ``missed`` where the whole interval agrees, otherwise ``inconclusive``."""
+        """Return ``met`` or ``missed`` where the whole interval agrees, otherwise ``inconclusive``."""
         if self.low is None or self.high is None:
             return "inconclusive"
         low, high = (self.low, self.high) if better == "higher" else (-self.high, -self.low)
@@ -39,7 +39,7 @@ class Interval:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], clusters: int, *, seed: int = 0) -> Interval:
-    """Interval of any statistic that can be computed from how often each image was drawn.
+    """Return the interval of any statistic that can be computed from how often each image was drawn.
 
     ``statistic`` maps weights float64 (R, C), the number of times each of ``clusters`` images was drawn in each of R
     resamples, to values (R,). Percentile bootstrap with the small-sample correction of Hesterberg (2015, "What
@@ -66,7 +66,7 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], clusters: int, *, s
 
 
 def mean(values: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """Mean of ``values`` with an interval over ``clusters`` (the image key of every value).
+    """Return the mean of ``values`` with an interval over ``clusters`` (the image key of every value).
 
     Images with more values weigh more, as in the plain mean. ``n`` is the number of images.
     """
@@ -74,7 +74,7 @@ def mean(values: Sequence[float], clusters: Sequence[str]) -> Interval:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """Pooled ``sum(numerators) / sum(denominators)`` with an interval over images.
+    """Return the pooled ``sum(numerators) / sum(denominators)`` with an interval over images.
 
     Raises ``ValueError`` when the denominators sum to zero. Images whose denominators are all zero carry nothing and
     are not counted in ``n``.
@@ -88,7 +88,10 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], clusters: 
 
 
 def quotient(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """As :func:`ratio` for denominators of either sign, where every image counts; their sum must not be near zero."""
+    """Return a pooled quotient as :func:`ratio` does, for denominators of either sign.
+
+    Every image counts, and the denominators' sum must not be near zero.
+    """
     top, bottom = _per_cluster(numerators, clusters), _per_cluster(denominators, clusters)
     with np.errstate(divide="ignore", invalid="ignore"):
         return bootstrap(lambda weights: (weights @ top) / (weights @ bottom), len(top))
@@ -97,7 +100,9 @@ def quotient(numerators: Sequence[float], denominators: Sequence[float], cluster
 def difference(
     values: Sequence[float], clusters: Sequence[str], others: Sequence[float], other_clusters: Sequence[str]
 ) -> Interval:
-    """Mean of ``values`` less mean of ``others`` over different images; ``n`` is the smaller number of images.
+    """Return the mean of ``values`` less the mean of ``others`` over different images.
+
+    ``n`` is the smaller number of images.
 
     Both sides are resampled, each from its own images.
     """
@@ -125,7 +130,7 @@ def difference(
 
 
 def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """A pooled share of successes, clustered by image.
+    """Return a pooled share of successes, clustered by image.
 
     As :func:`ratio`, except where every image is all right or all wrong in the same way: resampling would then print
     an interval of width zero, so the open side is the exact binomial bound ``1 - (tail)^(1/n)`` over images.
@@ -139,12 +144,12 @@ def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Se
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """Mean of ``values - others``, pair by pair, with an interval over images."""
+    """Return the mean of ``values - others``, pair by pair, with an interval over images."""
     return mean(np.asarray(values, np.float64) - np.asarray(others, np.float64), clusters)
 
 
 def paired_t(values: Sequence[float], others: Sequence[float]) -> Interval:
-    """Mean of ``values - others``, one pair for each training seed, with Student's t interval over the seeds.
+    """Return the mean of ``values - others``, one pair for each training seed, with Student's t interval.
 
     With a handful of seeds a percentile bootstrap is far too short (of three it excludes zero in about 29 % of the
     cases without a difference), so arms are compared by this. ``n`` is the number of seeds; one has no bounds.
@@ -158,7 +163,7 @@ def paired_t(values: Sequence[float], others: Sequence[float]) -> Interval:
 
 
 def _per_cluster(values: Sequence[float], clusters: Sequence[str]) -> np.ndarray:
-    """Sum of values per cluster, clusters in sorted order (so that the order of rows changes nothing)."""
+    """Return the sum of values per cluster, clusters in sorted order (so that the order of rows changes nothing)."""
     values = np.asarray(values, np.float64)
     if len(values) != len(clusters):
         raise ValueError(f"{len(values)} values for {len(clusters)} cluster names")
@@ -168,7 +173,7 @@ def _per_cluster(values: Sequence[float], clusters: Sequence[str]) -> np.ndarray
 
 
 def _tail(clusters: int) -> float:
-    """The corrected percentile for n clusters: Phi(sqrt(n / (n - 1)) * t quantile), .025 in the limit."""
+    """Return the corrected percentile for n clusters: Phi(sqrt(n / (n - 1)) * t quantile), .025 in the limit."""
     freedom = clusters - 1
     z = NormalDist().inv_cdf((1 - LEVEL) / 2)
     # Student's t from the normal quantile: Abramowitz & Stegun 26.7.5, off by less than 1e-3 from 9 degrees of freedom
@@ -177,9 +182,10 @@ def _tail(clusters: int) -> float:
 
 
 def more_samples(interval: Interval) -> int | None:
-    """About how many more images would keep an interval clear of zero, were its value the truth; None where it is.
+    """Return about how many more images would keep an interval clear of zero, were its value the truth.
 
-    The width falls as 1 / sqrt(n). A value of zero, or an interval without bounds, has no answer either.
+    None where it is clear already. The width falls as 1 / sqrt(n). A value of zero, or an interval without bounds, has
+    no answer either.
     """
     if interval.low is None or interval.value == 0 or interval.low > 0 or interval.high < 0:
         return None

@@ -1,4 +1,4 @@
-"""What a few training seeds allow to be said about two arms: better, worse, equivalent, or nothing yet.
+"""Verdicts on two arms from a few training seeds: better, worse, equivalent, or nothing yet.
 
 A training seed is the unit: everything that a seed decides (initial weights, order of the data, noise, times) is shared
 by the arms that are compared, so arms are paired by seed and Student's t interval is taken over the differences. Images
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison concludes, after Holm's correction over the arms that were judged together.
+    """The conclusion from a comparison, after Holm's correction over the arms that were judged together.
 
     ``adjusted`` is the corrected p-value. Where the verdict is open, about ``more`` more seeds would settle it, were
     the mean and the spread so far the truth, and it would then be ``toward`` different or equivalent; None where no
@@ -94,7 +94,7 @@ def welch(values: Sequence[float], others: Sequence[float]) -> Comparison | None
 
 
 def holm(p_values: Sequence[float]) -> tuple[list[float], list[int]]:
-    """Adjusted p-values in the order given, and the factor that each p-value was held against the level with.
+    """Adjust p-values, in the order given; also returns the factor that each was held against the level with.
 
     Rejecting where the adjusted value is at most the level keeps the chance of any false rejection at that level,
     whatever the dependence (Holm 1979, "A simple sequentially rejective multiple test procedure").
@@ -108,10 +108,10 @@ def holm(p_values: Sequence[float]) -> tuple[list[float], list[int]]:
     return adjusted, factors
 
 
-def judge(
+def judge_comparisons(
     comparisons: Mapping[Hashable, Comparison | None], mode: Literal["min", "max"], margin: float | None
 ) -> dict[Hashable, Verdict]:
-    """The verdict on each comparison, corrected over all of them.
+    """Judge each comparison, corrected over all of them.
 
     ``equivalent``: the 95 % interval lies within +-``margin``, also where it excludes zero: a difference that small was
     declared to make none (two one-sided tests at 2.5 % each, half of what Schuirmann 1987 asks for, and therefore not
@@ -147,7 +147,7 @@ def _verdict(one: Comparison | None, mode: str, margin: float | None, adjusted: 
 def more_seeds(
     one: Comparison, margin: float | None, level: float = ALPHA
 ) -> tuple[int | None, Literal["different", "equivalent"] | None]:
-    """About how many more seeds would settle a comparison, were its mean and spread the truth, and which way.
+    """Return about how many more seeds would settle a comparison, were its mean and spread the truth, and which way.
 
     The smallest number at which the half width of the interval, by the t distribution of that number, falls below the
     mean (at ``level``, which a correction makes smaller than .05), or puts the 95 % interval within +-``margin``. A
@@ -168,7 +168,10 @@ def more_seeds(
 
 
 def half_width(spreads: Sequence[float], seeds: Sequence[int], level: float = ALPHA) -> np.ndarray:
-    """Half of the interval (n,) at numbers of ``seeds`` (n,) in each arm, for one spread (paired) or two (Welch)."""
+    """Return half of the interval (n,) at numbers of ``seeds`` (n,) in each arm.
+
+    ``spreads`` are one of paired differences, or two of Welch's test.
+    """
     seeds = np.asarray(seeds)
     if len(spreads) == 1:
         error, freedom = spreads[0] / np.sqrt(seeds), seeds - 1
@@ -189,7 +192,7 @@ class Effect:
 def factorial_effects(
     cells: Mapping[frozenset[str], Mapping[int, float]], factors: Collection[str]
 ) -> list[Effect] | None:
-    """All effects of a two-level full factorial: ``cells`` maps the factors that are on to (training seed -> value).
+    """Return all effects of a two-level full factorial: ``cells`` maps the factors on to (training seed -> value).
 
     The main effect is the mean of the cells with the factor less the mean of those without. The interaction of two is
     half the difference of the one's effect with and without the other, and so on for more: the contrast of signs
@@ -215,7 +218,7 @@ def factorial_effects(
 
 
 def _welch_error(spreads: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Standard error of a difference of means, and its degrees of freedom (Satterthwaite 1946)."""
+    """Return the standard error of a difference of means, and its degrees of freedom (Satterthwaite 1946)."""
     variances = [spread**2 / count for spread, count in zip(spreads, counts)]
     total = sum(variances)
     if not total:

@@ -17,17 +17,17 @@ from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE, PALETTES
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest, Values
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each of the configured conditions."""
+    """Ask for every sample under each of the configured conditions."""
     return context.configured()
 
 
 def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
-    """``attribute_accuracy/CONDITION`` of every configured condition with text, see :func:`accuracies`."""
+    """Return ``attribute_accuracy/CONDITION`` of every configured condition with text, see :func:`accuracies`."""
     if context.no_detector:
         return [], [Skipped("attribute_accuracy", context.no_detector)]
     if not context.figures:
@@ -39,7 +39,7 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
 def accuracies(
     samples: Sequence[Mapping[str, Any]], conditions: Sequence[str], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[Metric]:
-    """``attribute_accuracy/CONDITION``, the mean over the four attributes, and one metric for each attribute.
+    """Return ``attribute_accuracy/CONDITION``, the mean over the four attributes, and one metric for each attribute.
 
     ``settings`` maps a condition to what its pictures were drawn with. Intervals resample images: the four judgements
     and all seeds of an image stay together.
@@ -61,13 +61,13 @@ def accuracies(
                 metrics.append(Metric(metric, None, n=len({row["key"] for row in rows}), reason=reason, **details))
                 continue
             right = [_right(row, judged) for row in rows]
-            interval = statistics.proportion(right, [len(judged)] * len(rows), [row["key"] for row in rows])
+            interval = intervals.proportion(right, [len(judged)] * len(rows), [row["key"] for row in rows])
             metrics.append(Metric.of(metric, interval, **details))
     return metrics
 
 
 def _right(row: Mapping[str, Any], attributes: Sequence[str]) -> int:
-    """How many of these attributes were judged to be what the caption says."""
+    """Return how many of these attributes were judged to be what the caption says."""
     return sum(row[f"{name}_judged"] == row[f"{name}_true"] for name in attributes)
 
 

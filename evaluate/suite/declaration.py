@@ -1,4 +1,4 @@
-"""What a test of the evaluation declares of itself: all that config, run and reports know of it."""
+"""The declaration of a test: all that config, run and reports know of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
 from nanodit.config import Config
@@ -44,7 +44,7 @@ class SuiteTest:
     pictures: Callable[[DrawingContext, Any], tuple[list[Picture], list[Skipped]]]
     summarise: Callable[[Rows, DrawingContext, Any], tuple[list[Metric], list[Skipped]]]
     config: type[Config] | None = None
-    measure: Callable[[DrawingContext, Any, Parts], None] | None = None  # what needs no pictures
+    measure: Callable[[DrawingContext, Any, FinishedBatches], None] | None = None  # what needs no pictures
     stem: str = ""  # how its metrics' names begin, where that is not its own name
     families: Mapping[str, str] = field(default_factory=dict)
     charted: tuple[str, ...] = ()  # families that have a chart instead of lines in tables

@@ -1,4 +1,4 @@
-"""How far the drawn pictures are, as a set, from real ones: FD, KID and CMMD on the judge's features.
+"""The distance of the drawn pictures, as a set, from real ones: FD, KID and CMMD on the judge's features.
 
 The reference are training images, as many as there are pictures, and the floor is what the holdout's real images score
 against the same reference at the same n: a perfect model is at the floor, not at zero. A copy of training images is
@@ -28,12 +28,12 @@ INTERVAL = "jackknife over images"
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each of the configured conditions."""
+    """Ask for every sample under each of the configured conditions."""
     return context.configured()
 
 
 def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
-    """``distribution/fd``, ``/kid`` and ``/cmmd`` with ``/CONDITION``, and ``..._above_real``: what is above the floor.
+    """Return ``distribution/fd``, ``/kid`` and ``/cmmd`` of each condition, and ``..._above_real``.
 
     With several noises the value is the mean of one distance for each noise, all at the same n. Baselines: ``real``
     (the floor) and ``mean_image``. What n is too small for is skipped with the number of samples that it lacks.
@@ -79,7 +79,7 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
 
 
 def _above(name: str, distance: Distance, floor: Distance, details: dict[str, Any]) -> Metric:
-    """What the pictures have over real images; where that may be nothing, how many samples would tell."""
+    """Return what the pictures have over real images; where that may be nothing, how many samples would tell."""
     interval = distance.above(floor)
     more = more_samples(interval)
     reason = None if more is None or interval.value < 0 else f"inconclusive, about {more} more samples"
@@ -93,7 +93,7 @@ def _too_few(n: int, needed: int, width: int) -> str:
 
 
 def _features(rows: Any, keys: list[str]) -> np.ndarray:
-    """The judge's features of one picture for each key, float32 (n, width)."""
+    """Return the judge's features of one picture for each key, float32 (n, width)."""
     by_key = {row["key"]: row["feature"] for row in rows}
     return np.stack([by_key[key] for key in keys])
 

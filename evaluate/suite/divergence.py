@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
@@ -39,15 +39,15 @@ COLUMNS = ("key", "seed", "kind", "condition", "degenerate", *SPACES)
 
 
 class DivergenceConfig(Config):
-    """How many prompts are drawn from how many noises each."""
+    """The number of prompts, and of the noises that each is drawn from."""
 
     prompts: int = Field(default=32, gt=0)
     noises: int = Field(default=4, ge=2)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What one checkpoint drew, in one space: points (prompts, noises, width), and the real images (prompts, width)."""
+class DrawnPoints:
+    """The pictures of one checkpoint in one space: (prompts, noises, width), and the real images (prompts, width)."""
 
     points: np.ndarray
     real: np.ndarray
@@ -65,7 +65,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Past:
+class EarlierEvaluation:
     """An earlier evaluation of the run with the same settings: its metrics of this test, and its rows."""
 
     step: int
@@ -74,18 +74,18 @@ class Past:
 
 
 def mean_over_prompts(values: np.ndarray) -> Interval:
-    """Mean of one value for each prompt, with the jackknife's interval (which is Student's)."""
+    """Return the mean of one value for each prompt, with the jackknife's interval (which is Student's)."""
     whole, without = _mean(values)
     return jackknife(whole, [without], len(values))
 
 
 def ratio(statistic: tuple[float, np.ndarray], real: tuple[float, np.ndarray]) -> Interval:
-    """One statistic over another, each with its values without the first, second, ... prompt."""
+    """Return one statistic over another, each with its values without the first, second, ... prompt."""
     return jackknife(statistic[0] / real[0], [statistic[1] / real[1]], len(real[1]))
 
 
 def trend(steps: Sequence[int], values: np.ndarray) -> np.ndarray:
-    """Change of each prompt's value from the first to the last step along the line fitted by least squares.
+    """Return how each prompt's value changes from the first to the last step, along the line of least squares.
 
     ``values`` (checkpoints, prompts), at least two checkpoints. Returns (prompts,).
     """
@@ -95,7 +95,7 @@ def trend(steps: Sequence[int], values: np.ndarray) -> np.ndarray:
 
 
 def pictures(context: DrawingContext, config: DivergenceConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Some prompts, each from several noises; those that other tests draw too are the same pictures."""
+    """Ask for some prompts, each from several noises; those that other tests draw too are the same pictures."""
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
@@ -108,7 +108,7 @@ def pictures(context: DrawingContext, config: DivergenceConfig) -> tuple[list[Pi
 
 
 def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``divergence/NAME`` in the judge's space and ``divergence/NAME_pixels``, each ``/CONDITION``.
+    """Return ``divergence/NAME`` in the judge's space and ``divergence/NAME_pixels``, each ``/CONDITION``.
 
     ``diversity``: over noises. ``ratio``: that over the distance of real images of different prompts. ``variety``: the
     distance between pictures of different prompts over the same of their real images; 1 is as varied as real.
@@ -147,13 +147,13 @@ def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> 
 class _Asked:
     """The pictures of the test: prompts, how they are given, and the condition in samples.parquet of each noise."""
 
-    arm: Arm
+    arm: DrawingArm
     keys: list[str]
     labels: list[str]
 
 
 def _ask(context: DrawingContext, config: DivergenceConfig) -> _Asked | Skipped:
-    """What to draw; skipped where training saw neither text alone nor nothing, or where there are too few samples."""
+    """Choose what to draw; skipped where training saw neither text alone nor nothing, or for too few samples."""
     arms = [context.arm(name, test="divergence") for name in GIVEN]
     arm = next((arm for arm in arms if not isinstance(arm, Skipped)), arms[0])
     if isinstance(arm, Skipped):
@@ -173,9 +173,14 @@ def _settings(context: DrawingContext, asked: _Asked, space: str) -> dict[str, A
 
 
 def _in_space(
-    space: str, rows: Rows, step: int | None, asked: _Asked, earlier: Sequence[Past], settings: Mapping[str, Any]
+    space: str,
+    rows: Rows,
+    step: int | None,
+    asked: _Asked,
+    earlier: Sequence[EarlierEvaluation],
+    settings: Mapping[str, Any],
 ) -> tuple[list[Metric], dict[str, Interval]]:
-    """The metrics of one space, and by alarm the interval that it reads."""
+    """Return the metrics of one space, and by alarm the interval that it reads."""
     end = f"{'' if space == 'feature' else '_pixels'}{'' if asked.arm.name == 'all' else f'/{asked.arm.name}'}"
     if reason := degenerate_reason(_pick(rows, asked)):
         details = {"n": len(asked.keys), "settings": settings, "reason": reason}
@@ -210,7 +215,7 @@ def _in_space(
 
 
 def _alarms(intervals: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
-    """Each alarm with whether it fired: True, False, or None where it cannot be told."""
+    """Return each alarm with whether it fired: True, False, or None where it cannot be told."""
     alarms = []
     for name, bad in (("collapse", "low"), ("collapsing", "low"), ("drift", "high")):
         own = [intervals.get(space, {}).get(name) for space in SPACES]
@@ -222,8 +227,8 @@ def _alarms(intervals: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, A
 
 def _earlier(
     context: DrawingContext, asked: _Asked, settings: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[Past], str | None]:
-    """The last CHECKPOINTS - 1 earlier evaluations of this run with the same ``settings``; or none, and why."""
+) -> tuple[list[EarlierEvaluation], str | None]:
+    """Return the last CHECKPOINTS - 1 earlier evaluations of this run with the same ``settings``; or none, and why."""
     if context.run_folder is None or context.step is None:
         return [], "the run of this checkpoint is not known"
     found = []
@@ -235,12 +240,12 @@ def _earlier(
     for step, folder, metrics in sorted(found, key=lambda one: one[0])[1 - CHECKPOINTS :]:
         rows = _read_rows(folder / "samples.parquet", asked)
         if rows is not None:
-            series.append(Past(step, metrics, rows))
+            series.append(EarlierEvaluation(step, metrics, rows))
     return series, None if series else "this run has no earlier evaluation with these settings in validation_outputs"
 
 
 def _read_report(folder: Path) -> dict[str, Any] | None:
-    """Step, metrics of this test and by space its settings, of a finished evaluation; None where it has none."""
+    """Return Step, metrics of this test and by space its settings, of a finished evaluation; None where it has none."""
     try:
         report = json.loads((folder / "report.json").read_text())
         own = [metric for metric in report["metrics"] if metric["name"].startswith("divergence/")]
@@ -254,7 +259,7 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_rows(path: Path, asked: _Asked) -> Rows | None:
-    """The rows of the prompts' real and drawn pictures; None where any is missing or cannot be scored."""
+    """Return the rows of the prompts' real and drawn pictures; None where any is missing or cannot be scored."""
     try:
         table = pq.read_table(path, columns=list(COLUMNS), filters=[("condition", "in", ["real", *asked.labels])])
     except (OSError, ValueError, pa.ArrowException):
@@ -266,31 +271,31 @@ def _read_rows(path: Path, asked: _Asked) -> Rows | None:
 
 
 def _pick(rows: Rows, asked: _Asked) -> list[Mapping[str, Any]]:
-    """The pictures of the test, one for each prompt and noise."""
+    """Return the pictures of the test, one for each prompt and noise."""
     keys = set(asked.keys)
     return [
         row for seed, label in enumerate(asked.labels) for row in rows.select(MODEL, label, seed) if row["key"] in keys
     ]
 
 
-def _drawn(rows: Rows, asked: _Asked, space: str) -> Drawn:
+def _drawn(rows: Rows, asked: _Asked, space: str) -> DrawnPoints:
     points = [_points(rows.select(MODEL, label, seed), asked.keys, space) for seed, label in enumerate(asked.labels)]
-    return Drawn(np.stack(points, axis=1), _points(rows.real.values(), asked.keys, space))
+    return DrawnPoints(np.stack(points, axis=1), _points(rows.real.values(), asked.keys, space))
 
 
 def _points(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], space: str) -> np.ndarray:
-    """One picture of each key in a space: (keys, width)."""
+    """Return One picture of each key in a space: (keys, width)."""
     by_key = {row["key"]: row[space] for row in rows}
     return as_points(np.stack([by_key[key] for key in keys]), space)
 
 
 def _mean(values: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean, and the mean without each value."""
+    """Return the mean, and the mean without each value."""
     return float(values.mean()), (values.sum() - values) / (len(values) - 1)
 
 
 def _alike(rows: Rows, space: str) -> float | None:
-    """Mean distance of pairs of real figures that share ALIKE attributes; None where there are not enough."""
+    """Return the mean distance of real figures that share ALIKE attributes; None where there are not enough."""
     real = [row for row in rows.real.values() if row[f"{ATTRIBUTES[0]}_true"] is not None]
     if len(real) < 2:
         return None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
 from evaluate.drawing.pictures import Picture
@@ -25,7 +25,7 @@ from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
 
@@ -38,14 +38,14 @@ Name = tuple[str, int]  # key and seed of a picture
 
 
 class EditConfig(Config):
-    """How many captions are edited, and in which ways beside the paraphrase."""
+    """The number of captions edited, and the ways in which they are beside the paraphrase."""
 
     prompts: int = Field(default=64, gt=0)
     types: list[ChangeType] = Field(default=["attribute", "opposite"], min_length=1)
 
 
 def pictures(context: DrawingContext, config: EditConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Some samples with their own text, with each edit of it, and with the paraphrase."""
+    """Ask for some samples with their own text, with each edit of it, and with the paraphrase."""
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
@@ -66,7 +66,7 @@ def pictures(context: DrawingContext, config: EditConfig) -> tuple[list[Picture]
 
 
 def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``edit/NAME`` of another attribute, ``edit/NAME/opposite`` of the opposite; ``_pixels`` on mean colours.
+    """Return ``edit/NAME`` of another attribute, ``edit/NAME/opposite`` of the opposite; ``_pixels`` on mean colours.
 
     ``effect``: distance to the unedited picture less that of the paraphrase's picture. ``direction``: share of figures
     whose garment has the new colour; ``direction_gain``: less the share of the unedited pictures; ``direction_probe``:
@@ -78,13 +78,13 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped("edit/effect", context.no_judge)]
-    drawn = _Drawn(rows, asked)
+    drawn = _EditedPictures(rows, asked)
     metrics: list[Metric] = []
     for type, edits in asked.edits.items():
         if type == NULL or not edits:
             continue
         settings = context.settings(asked.arm.name, asked.arm.guidance, edit=type, **asked.counts(type))
-        test = _Type(type, drawn, settings, rows)
+        test = _EditMetrics(type, drawn, settings, rows)
         for space in spaces:
             metrics.append(test.effect(space, context.judged if space == "feature" else {}))
         if type == "attribute":
@@ -99,8 +99,8 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
     return metrics, skipped
 
 
-def _attribute_metrics(test: _Type, context: DrawingContext) -> tuple[list[Metric], list[Skipped]]:
-    """Where the new colour is, and what else has changed."""
+def _attribute_metrics(test: _EditMetrics, context: DrawingContext) -> tuple[list[Metric], list[Skipped]]:
+    """Measure where the new colour is, and what else has changed."""
     if not context.figures:
         why = "the dataset has no truth.parquet; only built-in figures have colours at known places"
         return [test.preserved(None), *test.pose_kept()], [Skipped("edit/direction", why)]
@@ -113,12 +113,12 @@ def _attribute_metrics(test: _Type, context: DrawingContext) -> tuple[list[Metri
 class _Asked:
     """The pictures of the test: how they are given, the samples, and by type the edit of each sample that has one."""
 
-    arm: Arm
+    arm: DrawingArm
     keys: list[str]
     edits: dict[EditType, dict[str, Edit]]
 
     def counts(self, type: EditType) -> dict[str, Any]:
-        """To how many captions an edit applies, for the settings."""
+        """Return to how many captions an edit applies, for the settings."""
         return {"captions": len(self.keys), "edited": len(self.edits[type]), "null_edited": len(self.edits[NULL])}
 
 
@@ -137,11 +137,11 @@ def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
 
 
 def _label(type: EditType) -> str:
-    """The condition of edited pictures in samples.parquet."""
+    """Return the condition of edited pictures in samples.parquet."""
     return f"edit/{type}"
 
 
-class _Drawn:
+class _EditedPictures:
     """The unedited pictures by key and seed, and by type the edited ones."""
 
     def __init__(self, rows: Rows, asked: _Asked):
@@ -151,7 +151,7 @@ class _Drawn:
         self.edited = {type: _named(rows.select(MODEL, _label(type))) for type in asked.edits}
 
     def distance(self, type: EditType, name: Name, space: str) -> float:
-        """Between an edited picture and the unedited one."""
+        """Return the distance between an edited picture and the unedited one."""
         pair = [own[name][space] for own in (self.edited[type], self.unedited)]
         one, other = as_points(np.stack(pair), space)
         return float(np.linalg.norm(one - other))
@@ -161,15 +161,15 @@ def _named(rows: Any) -> dict[Name, Row]:
     return {(row["key"], row["seed"]): row for row in rows}
 
 
-class _Type:
+class _EditMetrics:
     """The metrics of one type of edit."""
 
-    def __init__(self, type: EditType, drawn: _Drawn, settings: Row, rows: Rows):
+    def __init__(self, type: EditType, drawn: _EditedPictures, settings: Row, rows: Rows):
         self._type, self._drawn, self._settings, self._rows = type, drawn, settings, rows
         self._edited, self._null, self._unedited = drawn.edited[type], drawn.edited[NULL], drawn.unedited
 
     def effect(self, space: str, judged: Row) -> Metric:
-        """How much further an edit moves a picture than the paraphrase of the same caption does."""
+        """Return how much further an edit moves a picture than the paraphrase of the same caption does."""
         names = [name for name in self._edited if name in self._null]
         settings = {**self._settings, "space": space, "null": NULL, **judged}
         name = self._name("effect", space)
@@ -179,11 +179,11 @@ class _Type:
         baselines = {"null_edit": 0.0}
         if pairs := self._random_pairs(space):
             baselines["random_pair"] = float(np.mean(pairs) - np.mean(null))
-        interval = statistics.paired_difference(moved, null, _keys(names))
+        interval = intervals.paired_difference(moved, null, _keys(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def direction(self) -> list[Metric]:
-        """How often the garment has the new colour, and how much more often than in the unedited picture."""
+        """Return how often the garment has the new colour, and how much more often than in the unedited picture."""
         names = [name for name in self._edited if self._edit(name).attribute]
         metrics = {name: self._name(name) for name in ("direction", "direction_gain")}
         if reason := self._unfit(names, "caption names a colour that can be judged"):
@@ -199,15 +199,15 @@ class _Type:
             "judge_on_real": float(np.mean([right[one] for one in attributes])),
         }
         keys = _keys(names)
-        share = statistics.proportion(edited, [1] * len(names), keys)
-        gain = statistics.paired_difference(edited, unedited, keys)
+        share = intervals.proportion(edited, [1] * len(names), keys)
+        gain = intervals.paired_difference(edited, unedited, keys)
         return [
             Metric.of(metrics["direction"], share, baselines=baselines, settings=self._settings),
             Metric.of(metrics["direction_gain"], gain, baselines={"no_edit": 0.0}, settings=self._settings),
         ]
 
     def preserved(self, region: Any) -> Metric:
-        """The share of cells that stay as they were, outside of the ``region`` of the garment where there is one.
+        """Return the share of cells that stay as they were, outside of the ``region`` of the garment if there is one.
 
         Left out: pictures without a figure in the unedited one, or with no cell that is certainly outside.
         """
@@ -227,11 +227,11 @@ class _Type:
         if real := self._real_pairs():
             shares = [unchanged(row["feature_pixels"], other["feature_pixels"]).mean() for row, other in real]
             baselines["random_pair"] = float(np.mean(shares))
-        interval = statistics.mean(kept, _keys(names))
+        interval = intervals.mean(kept, _keys(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def pose_kept(self) -> list[Metric]:
-        """The share of the unedited picture's joints that are found again in their place; none without a detector."""
+        """Return the share of the unedited picture's joints found again in their place; empty without a detector."""
         if not any(row["figure_found"] is not None for row in self._unedited.values()):
             return []
         names = [name for name in self._edited if self._unedited[name]["joints"] is not None]
@@ -250,11 +250,11 @@ class _Type:
                 Metric(name, None, n=_images(names), settings=settings, reason="no joint was found with confidence")
             ]
         return [
-            Metric.of(name, statistics.proportion(hits, asked, _keys(names)), baselines=baselines, settings=settings)
+            Metric.of(name, intervals.proportion(hits, asked, _keys(names)), baselines=baselines, settings=settings)
         ]
 
     def probed(self, probe: Any) -> Metric:
-        """How much more probable CLIP finds the new words than the old ones, than it did in the unedited picture."""
+        """Return how much more probable the edit makes the new words than the old ones to CLIP."""
         names = [name for name in self._edited if self._edited[name]["feature_probe"] is not None]
         settings = self._settings | {"probe": probe.label}
         name = self._name("direction_probe")
@@ -265,7 +265,7 @@ class _Type:
             probe.preference(np.stack([rows[one]["feature_probe"] for one in names]), phrases)
             for rows in self._pictures
         )
-        interval = statistics.paired_difference(after, before, _keys(names))
+        interval = intervals.paired_difference(after, before, _keys(names))
         return Metric.of(name, interval, baselines={"no_edit": 0.0}, settings=settings)
 
     @property
@@ -280,7 +280,7 @@ class _Type:
         return self._drawn.edits[self._type][name[0]]
 
     def _unfit(self, names: Sequence[Name], need: str) -> str | None:
-        """Why these pictures carry no number, or None."""
+        """Return why these pictures carry no number, or None."""
         if not names:
             return f"no {need}"
         rows = [own[name] for own in (*self._pictures, self._null) for name in self._edited if name in own]
@@ -291,7 +291,7 @@ class _Type:
         return row[f"{edit.attribute}_judged"] == edit.words[0][1].lower()
 
     def _outside(self, name: Name, region: Any) -> np.ndarray | None:
-        """The cells that should stay as they were."""
+        """Return the cells that should stay as they were."""
         row = self._unedited[name]
         if row["degenerate"]:
             return np.ones((1, 1), bool)  # no number comes of it
@@ -308,19 +308,19 @@ class _Type:
         return float(unchanged(self._unedited[name]["feature_pixels"], row["feature_pixels"])[cells].mean())
 
     def _real_pairs(self) -> list[tuple[Row, Row]]:
-        """Real images and others in their place."""
+        """Return Real images and others in their place."""
         keys = {key for key, _ in self._edited}
         others = [row for row in self._rows.select(BASELINE, "random_pair") if row["key"] in keys]
         return [(self._rows.real[row["key"]], row) for row in others]
 
     def _random_pairs(self, space: str) -> list[float]:
-        """Distances between a real image and another in its place."""
+        """Return the distances between a real image and another in its place."""
         pairs = [as_points(np.stack([row[space], other[space]]), space) for row, other in self._real_pairs()]
         return [float(np.linalg.norm(one - other)) for one, other in pairs]
 
 
 def _joints_kept(before: Row, after: Row) -> tuple[int, int]:
-    """How many of the unedited picture's body joints are found again in their place, and how many it has."""
+    """Return how many of the unedited picture's body joints are found again in their place, and how many it has."""
     joints, found = (np.zeros((17, 3)) if row["joints"] is None else _body(row) for row in (before, after))
     there = joints[:, 2] >= CONFIDENCE
     stayed = there & hits(found, joints, Box.around(joints[there, :2]).longer_side)
@@ -339,8 +339,8 @@ def _images(names: Sequence[Name]) -> int:
     return len(set(_keys(names)))
 
 
-def _extras(context: DrawingContext, asked: _Asked, drawn: _Drawn, spaces: Sequence[str]) -> dict[str, Any]:
-    """What the report shows: counts, mean distances, and some pairs of pictures, which are kept."""
+def _extras(context: DrawingContext, asked: _Asked, drawn: _EditedPictures, spaces: Sequence[str]) -> dict[str, Any]:
+    """Return what the report shows: counts, mean distances, and some pairs of pictures, which are kept."""
     degenerate = {name for own in (drawn.unedited, *drawn.edited.values()) for name in own if own[name]["degenerate"]}
 
     def distances(type: EditType, name: Name) -> dict[str, float] | None:

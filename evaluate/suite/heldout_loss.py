@@ -20,10 +20,10 @@ from torch import Tensor
 from evaluate.drawing.arms import TRAINED, choose_subsets
 from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
@@ -46,7 +46,7 @@ class HeldoutLossConfig(Config):
 
 
 def grid_times(key: str, bins: int, times_per_bin: int) -> np.ndarray:
-    """Times of one sample before the resolution shift, float64 (bins, times_per_bin), stratified within each bin."""
+    """Return the times of one sample before the resolution shift, stratified: float64 (bins, times_per_bin)."""
     offsets = generator("heldout times", key).random((bins, times_per_bin))
     strata = (np.arange(times_per_bin) + offsets) / times_per_bin
     return (np.arange(bins)[:, None] + strata) / bins
@@ -85,7 +85,7 @@ def measure_batch(
     training: TrainingImages | None,
     config: HeldoutLossConfig,
 ) -> list[dict[str, Any]]:
-    """The rows of :func:`measure` for one batch."""
+    """Return the rows of :func:`measure` for one batch."""
     rows = []
     trivial = _trivial_errors(subject, batch, training, config) if training else {}
     for subset in subsets:
@@ -111,7 +111,7 @@ def _grid(subject: Subject, batch: Batch, config: HeldoutLossConfig) -> Iterator
 
 
 def _model_errors(subject: Subject, batch: Batch, subset: Subset, config: HeldoutLossConfig) -> np.ndarray:
-    """Mean squared error and loss of the model in every bin, float64 (bins, 2, B)."""
+    """Return the mean squared error and loss of the model in every bin, float64 (bins, 2, B)."""
     conditions = batch.conditions.keeping(subset).to(subject.device)
     context = subject.model.encode_context(conditions, batch.height, batch.width, cache=True)
     errors = np.zeros((config.bins, 2, len(batch.rows)))
@@ -125,7 +125,7 @@ def _model_errors(subject: Subject, batch: Batch, subset: Subset, config: Heldou
 def _trivial_errors(
     subject: Subject, batch: Batch, training: TrainingImages, config: HeldoutLossConfig
 ) -> dict[str, np.ndarray]:
-    """The same of each trivial predictor, by name."""
+    """Return the same of each trivial predictor, by name."""
     mean_image = to_float(training.mean_image(batch.bucket)[None])
     s = subject.flow.shift_of(batch.height, batch.width)
     errors = {name: np.zeros((config.bins, 2, len(batch.rows))) for name in PREDICTORS}
@@ -138,12 +138,12 @@ def _trivial_errors(
 
 
 def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
-    """Mean squared error and flow loss of each image: float64 (2, B)."""
+    """Return the mean squared error and flow loss of each image: float64 (2, B)."""
     loss = flow_loss(x_hat, x, t, t_min).double()
     return torch.stack([loss * t.double().clamp_min(t_min) ** 2, loss]).numpy()
 
 
-def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: Parts) -> None:
+def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: FinishedBatches) -> None:
     """Measure the samples, then as many training images for the gap: the rows of heldout_loss.parquet."""
     subject, subsets = context.subject, choose_subsets(config.conditions, context.subject)[0]
     train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
@@ -174,12 +174,12 @@ def _measure_chunk(
 
 
 def pictures(context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[Picture], list[Skipped]]:
-    """No pictures: predictions are scored (:func:`measure`). Skipped are the conditions that were never trained."""
+    """Ask for no pictures, as predictions are scored; name the conditions that were never trained."""
     return [], choose_subsets(config.conditions, context.subject)[1]
 
 
 def summarise(rows: Rows, context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[Metric], list[Skipped]]:
-    """The metrics of :func:`losses` for every subset measured, and :func:`gaps` to training images."""
+    """Return the metrics of :func:`losses` for every subset measured, and :func:`gaps` to training images."""
     held, train = ([row for row in context.heldout if row["split"] == split] for split in ("holdout", "train"))
     return losses(held, config, context.common) + gaps(held, train, config, context.common), []
 
@@ -190,7 +190,7 @@ def gaps(
     config: HeldoutLossConfig,
     settings: Mapping[str, Any],
 ) -> list[Metric]:
-    """``heldout_gap`` and ``heldout_gap/CONDITION``: the mean loss on training images less that on held-out ones.
+    """Return ``heldout_gap/CONDITION``: the mean loss on training images less that on held-out ones.
 
     Below zero the model knows the images that it was trained on better than others like them.
     """
@@ -205,12 +205,12 @@ def gaps(
             metrics.append(Metric(name, None, n=min(len(set(one)) for one in keys), reason=reason, **details))
             continue
         values = [[row["loss"] for row in rows] for rows in (seen, unseen)]
-        metrics.append(Metric.of(name, statistics.difference(values[0], keys[0], values[1], keys[1]), **details))
+        metrics.append(Metric.of(name, intervals.difference(values[0], keys[0], values[1], keys[1]), **details))
     return metrics
 
 
 def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of every metric of the grid."""
+    """Return the settings of every metric of the grid."""
     return {
         **settings,
         "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift",
@@ -219,7 +219,7 @@ def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any]) -> dict[st
 
 
 def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]) -> list[Metric]:
-    """Metrics from the rows of :func:`measure`.
+    """Return metrics from the rows of :func:`measure`.
 
     ``heldout_loss`` (all conditions) and ``heldout_loss/CONDITION``: the mean loss on the grid.
     ``heldout_mse/CONDITION/ LOW-HIGH``: the error in one bin. ``heldout_ratio/CONDITION``: the worst bin from t = .3
@@ -252,11 +252,11 @@ def _mean_metric(name: str, rows: Sequence[Mapping[str, Any]], column: str, sett
     reason = _non_finite(rows)
     if reason:
         return Metric(name, None, n=len(set(keys)), reason=reason, **details)
-    return Metric.of(name, statistics.mean([row[column] for row in rows], keys), **details)
+    return Metric.of(name, intervals.mean([row[column] for row in rows], keys), **details)
 
 
 def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settings: Mapping[str, Any]) -> Metric:
-    """The largest over bins of model error over best trivial error, each bin pooled over images."""
+    """Return the largest over bins of model error over best trivial error, each bin pooled over images."""
     details = {"settings": settings, "better": "lower", "baselines": {"best_trivial": 1.0}}
     images = len({row["key"] for row in bins[0]})
     reason = _non_finite([row for members in bins for row in members])
@@ -270,7 +270,7 @@ def _ratio_metric(name: str, bins: Sequence[Sequence[Mapping[str, Any]]], settin
         best = np.einsum("pbi,ri->prb", trivial, weights).min(0)
         return (weights @ model.T / best).max(1)
 
-    return Metric.of(name, statistics.bootstrap(worst, images), **details)
+    return Metric.of(name, intervals.bootstrap(worst, images), **details)
 
 
 def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points, nearest
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
 
@@ -38,7 +38,7 @@ class Nearness:
     isolation: np.ndarray  # (n,), about 0 for a copy and 1 for a picture that is equally far from everything
 
     def take(self, places: Sequence[int]) -> Nearness:
-        """Those of some of the pictures."""
+        """Return those of some of the pictures."""
         return Nearness(*(values[list(places)] for values in vars(self).values()))
 
 
@@ -51,11 +51,11 @@ def nearness(points: np.ndarray, training: np.ndarray) -> Nearness:
 
 
 def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, holdout_keys: Sequence[str]) -> Interval:
-    """Share of pictures below the QUANTILE of the holdout in both distance and isolation; at most that by chance.
+    """Return the share of pictures below the QUANTILE of the holdout in both distance and isolation.
 
-    Every picture belongs to the holdout image of its key: images are resampled with their pictures, and the quantile
-    with them, so that the interval knows how uncertain it is. Where all or no pictures are below, the open side is the
-    exact binomial bound.
+    By chance it is at most QUANTILE. Every picture belongs to the holdout image of its key: images are resampled with
+    their pictures, and the quantile with them, so that the interval knows how uncertain it is. Where all or no pictures
+    are below, the open side is the exact binomial bound.
     """
     place = {key: index for index, key in enumerate(holdout_keys)}
     owners = np.array([place[key] for key in keys])
@@ -66,28 +66,28 @@ def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, hol
         below &= drawn.isolation < _quantile(holdout.isolation, weights)[:, None]
         return (below * weights[:, owners]).sum(1) / (weights @ counts)
 
-    interval = statistics.bootstrap(share, len(place))
+    interval = intervals.bootstrap(share, len(place))
     if interval.low is None or interval.value not in (0.0, 1.0):
         return interval
-    certain = statistics.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
+    certain = intervals.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
     low, high = min(interval.low, certain.low), max(interval.high, certain.high)
     return Interval(interval.value, low, high, interval.n)
 
 
 def _quantile(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The smallest of ``values`` (n,) at which the cumulated ``weights`` (R, n) reach QUANTILE of their sum: (R,)."""
+    """Return the smallest of ``values`` (n,) at which ``weights`` (R, n), cumulated, reach QUANTILE of their sum."""
     order = np.argsort(values, kind="stable")
     cumulated = weights[:, order].cumsum(1)
     return values[order][(cumulated < QUANTILE * cumulated[:, -1:]).sum(1)]
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each of the configured conditions."""
+    """Ask for every sample under each of the configured conditions."""
     return context.configured()
 
 
 def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
-    """``memorisation/copies`` and ``memorisation/distance_ratio`` with ``/CONDITION``; ``_pixels`` on mean colours.
+    """Return ``memorisation/copies`` and ``/distance_ratio`` of each condition; ``_pixels`` is on mean colours.
 
     ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest training image over that of the
     sample's own holdout image, pooled. The alarm is for a condition whose share of copies is above chance, the interval
@@ -130,20 +130,20 @@ class _Search:
         return nearness(self._points(rows), self._training)
 
     def of(self, condition: str) -> tuple[list[str], Nearness]:
-        """The pictures drawn under one condition: keys, and what is near."""
+        """Return the pictures drawn under one condition: keys, and what is near."""
         places = self._places[condition]
         return [self.drawn[place]["key"] for place in places], self.found.take(places)
 
     def distance(self, row: Mapping[str, Any], index: int) -> float:
-        """Between a picture and a training image."""
+        """Return the distance between a picture and a training image."""
         return float(np.linalg.norm(self._points([row])[0] - self._training[index]))
 
     def _points(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         return as_points(np.stack([row[self.space] for row in rows]), self.space)
 
 
-def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> list[Metric]:
-    """``copies`` and ``distance_ratio`` of one condition in one space."""
+def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Search) -> list[Metric]:
+    """Return ``copies`` and ``distance_ratio`` of one condition in one space."""
     end = f"{'' if search.space == 'feature' else '_pixels'}{'' if arm.name == 'all' else f'/{arm.name}'}"
     names = {name: f"memorisation/{name}{end}" for name in ("copies", "distance_ratio")}
     judged = context.judged if search.space == "feature" else {}
@@ -170,7 +170,7 @@ def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> 
         ),
         Metric.of(
             names["distance_ratio"],
-            statistics.ratio(found.distance, [own[key] for key in keys], keys),
+            intervals.ratio(found.distance, [own[key] for key in keys], keys),
             baselines={"real": 1.0, "mean_image": float(mean.distance.sum() / holdout.distance.sum())},
             settings=settings,
         ),
@@ -178,7 +178,7 @@ def _metrics(rows: Rows, context: DrawingContext, arm: Arm, search: _Search) -> 
 
 
 def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[str, Any]]:
-    """For each condition whether the share of likely copies is above chance in both spaces; None: cannot be told."""
+    """Return for each condition whether the share of likely copies is above chance in both spaces, or None."""
     lows = {metric.name: metric.low for metric in metrics}
     alarms = []
     for condition in conditions:
@@ -190,7 +190,7 @@ def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[s
 
 
 def _closest(rows: Rows, context: DrawingContext, searches: Sequence[_Search]) -> list[dict[str, Any]]:
-    """The CLOSEST pairs of a drawn picture and its nearest training image, in the judge's space where there is one.
+    """Return the CLOSEST pairs of a drawn picture and its nearest training image, in the judge's space if there is one.
 
     Of pictures of one sample with one training image in common only the nearest counts. ``distance`` is that of the
     pair in each space, ``relative`` that over the distance from the sample's own holdout image to its nearest training

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
 from evaluate.suite.declaration import Section, SuiteTest, Values
 from nanodit.config import Config
@@ -37,14 +37,14 @@ NOBODY_ASKED = "no sample has a pose to ask for"
 
 
 class PoseTestConfig(Config):
-    """What is drawn for this test alone."""
+    """The pictures drawn for this test alone."""
 
     conditions: list[str] = Field(default=["pose"])  # without guidance, beside the configured ones
     mirrored: int = Field(default=64, ge=0)  # samples drawn from the mirror image of their pose too, one noise each
 
 
 def pictures(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample under each condition with a pose, and some from the mirror image of their pose."""
+    """Ask for every sample under each condition with a pose, and some from the mirror image of their pose."""
     drawn, skipped = context.configured()
     if context.no_detector:
         return drawn, skipped
@@ -53,8 +53,8 @@ def pictures(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Pict
     return drawn + _mirrored(context, arms, config.mirrored), skipped + left_out
 
 
-def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Arm], list[Skipped]]:
-    """The configured conditions with a pose, then those of this test."""
+def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[DrawingArm], list[Skipped]]:
+    """Return the configured conditions with a pose, then those of this test."""
     arms = {arm.name: arm for arm in context.arms if "pose" in arm.subset}
     skipped = []
     for conditions in config.conditions:
@@ -68,20 +68,20 @@ def _arms(context: DrawingContext, config: PoseTestConfig) -> tuple[list[Arm], l
     return list(arms.values()), skipped
 
 
-def _mirrored(context: DrawingContext, arms: Sequence[Arm], count: int) -> list[Picture]:
-    """Some samples with a person, given the mirror image of their pose and as little beside it as any condition."""
+def _mirrored(context: DrawingContext, arms: Sequence[DrawingArm], count: int) -> list[Picture]:
+    """Ask for some samples with a person, given the mirror image of their pose and as little beside it as possible."""
     keys = [key for key in context.keys if context.rows[key]["persons"]][:count]
     arm = min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)
     return [Picture(key, _turned(arm), arm.subset, arm.guidance, mirrored_pose=True) for key in keys] if arm else []
 
 
-def _turned(arm: Arm) -> str:
-    """The label of an arm's pictures from the mirror image of the pose."""
+def _turned(arm: DrawingArm) -> str:
+    """Return the label of an arm's pictures from the mirror image of the pose."""
     return f"{arm.name}/{MIRRORED}"
 
 
 def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, ``.../PART`` of other parts and of the whole.
+    """Return ``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, and of its parts behind a further /.
 
     ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
     found. ``pose_mirror/CONDITION``: PCK against the pose given, less that of the same pictures against its mirror
@@ -98,8 +98,10 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     metrics: list[Metric] = []
     counts, overlays = {}, []
     for arm in arms:
-        drawn = Drawn(arm.name, rows.select(MODEL, arm.name), references, _settings(context, arm))
-        turned = Drawn(_turned(arm), rows.select(MODEL, _turned(arm)), references, _settings(context, arm, turned=True))
+        drawn = PosedPictures(arm.name, rows.select(MODEL, arm.name), references, _settings(context, arm))
+        turned = PosedPictures(
+            _turned(arm), rows.select(MODEL, _turned(arm)), references, _settings(context, arm, turned=True)
+        )
         metrics += [*accuracy(drawn), *persons(drawn), margin(drawn)]
         if turned.rows:
             metrics += [*accuracy(turned, [HEADLINE]), *persons(turned), drop(drawn, turned)]
@@ -121,18 +123,18 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     return metrics, []
 
 
-def _settings(context: DrawingContext, arm: Arm, turned: bool = False) -> dict[str, Any]:
+def _settings(context: DrawingContext, arm: DrawingArm, turned: bool = False) -> dict[str, Any]:
     more = {"pose": MIRRORED, "seeds": 1} if turned else {}
     return context.settings(arm.name, arm.guidance, **_judged(context), box=context.examiner.box, **more)
 
 
 def _judged(context: DrawingContext) -> dict[str, Any]:
-    """Settings of what finds the joints."""
+    """Return the settings of what finds the joints."""
     return {"detector": context.detector, "confidence": CONFIDENCE}
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PosedPictures:
     """The rows of one condition, the rows of all samples that stand for floor and ceiling, and the settings."""
 
     name: str
@@ -161,20 +163,20 @@ class Drawn:
         return Joints.read(self.rows, mirrored=True)
 
     @cached_property
-    def baselines(self) -> dict[str, Drawn]:
+    def baselines(self) -> dict[str, PosedPictures]:
         """Floor and ceiling on the same samples, where there are any."""
         members = {
             label: [row for row in rows if row["key"] in self.keys and row["target_joints"] is not None]
             for label, rows in self.references.items()
         }
-        return {label: Drawn(label, rows, {}, {}) for label, rows in members.items() if rows}
+        return {label: PosedPictures(label, rows, {}, {}) for label, rows in members.items() if rows}
 
     def metric(
-        self, name: str, share: Share, pool: Pool = statistics.proportion, better: str = "higher", **settings: Any
+        self, name: str, share: Share, pool: Pool = intervals.proportion, better: str = "higher", **settings: Any
     ) -> Metric:
-        """A share pooled over these pictures, and over those of the baselines; a reason where there is none.
+        """Pool a share over these pictures, and over those of the baselines; a reason where there is none.
 
-        ``pool`` is :func:`statistics.ratio` for differences, which may be below zero.
+        ``pool`` is :func:`intervals.ratio` for differences, which may be below zero.
         """
         found = {label: share(other) for label, other in self.baselines.items() if not other.reason}
         baselines = {label: float(tops.sum() / whole) for label, (tops, of) in found.items() if (whole := of.sum())}
@@ -188,12 +190,12 @@ class Drawn:
         return metric
 
 
-Share = Callable[[Drawn], tuple[np.ndarray, np.ndarray]]  # of each picture: how much of how much, (n,) and (n,)
+Share = Callable[[PosedPictures], tuple[np.ndarray, np.ndarray]]  # of each picture: how much of how much, (n,) and (n,)
 Pool = Callable[[np.ndarray, np.ndarray, Sequence[str]], Interval]
 
 
-def accuracy(drawn: Drawn, parts: Sequence[str] = tuple(PARTS)) -> list[Metric]:
-    """``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition, by part of the body."""
+def accuracy(drawn: PosedPictures, parts: Sequence[str] = tuple(PARTS)) -> list[Metric]:
+    """Return ``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition by part."""
     box = drawn.settings["box"]
     scales = {
         "pck": {"alpha": ALPHA, "of": f"longer side of the {box}"},
@@ -211,62 +213,62 @@ def accuracy(drawn: Drawn, parts: Sequence[str] = tuple(PARTS)) -> list[Metric]:
     ]
 
 
-def _pck(drawn: Drawn, part: slice) -> tuple[np.ndarray, np.ndarray]:
+def _pck(drawn: PosedPictures, part: slice) -> tuple[np.ndarray, np.ndarray]:
     return drawn.joints.hit[:, part].sum(1), drawn.joints.asked[:, part].sum(1)
 
 
-def _oks(drawn: Drawn, part: slice) -> tuple[np.ndarray, np.ndarray]:
+def _oks(drawn: PosedPictures, part: slice) -> tuple[np.ndarray, np.ndarray]:
     values = drawn.joints.oks(part)
     there = np.isfinite(values)
     return np.where(there, values, 0), there
 
 
-def persons(drawn: Drawn) -> list[Metric]:
-    """``pose_persons/CONDITION/nobody`` and ``/several``, of the pictures that were asked for a person."""
+def persons(drawn: PosedPictures) -> list[Metric]:
+    """Return ``pose_persons/CONDITION/nobody`` and ``/several``, of the pictures that were asked for a person."""
     return [
         drawn.metric(f"pose_persons/{drawn.name}/{label}", partial(_share, few=few, many=many), better="lower")
         for label, few, many in (("nobody", 0, 0), ("several", 2, np.inf))
     ]
 
 
-def _share(drawn: Drawn, few: float, many: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures in which ``few`` to ``many`` were found, of those asked for a person; where they were looked for."""
+def _share(drawn: PosedPictures, few: float, many: float) -> tuple[np.ndarray, np.ndarray]:
+    """Count the pictures in which ``few`` to ``many`` were found, of those asked for a person and looked at."""
     looked = drawn.joints.asked.any(1) & [row["persons"] is not None for row in drawn.rows]
     return looked & [few <= (row["persons"] or 0) <= many for row in drawn.rows], looked
 
 
-def margin(drawn: Drawn) -> Metric:
-    """``pose_mirror/CONDITION``: PCK against the pose given, less that of the same picture against its mirror image."""
-    return _clear(drawn.metric(f"pose_mirror/{drawn.name}", _margin, statistics.ratio, joints=HEADLINE, alpha=ALPHA))
+def margin(drawn: PosedPictures) -> Metric:
+    """Return ``pose_mirror/CONDITION``: PCK against the pose given less that against its mirror image."""
+    return _clear(drawn.metric(f"pose_mirror/{drawn.name}", _margin, intervals.ratio, joints=HEADLINE, alpha=ALPHA))
 
 
-def _margin(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
+def _margin(drawn: PosedPictures) -> tuple[np.ndarray, np.ndarray]:
     body = PARTS[HEADLINE]
     gained = drawn.joints.hit[:, body].sum(1) - drawn.turned.hit[:, body].sum(1)
     return gained, drawn.joints.asked[:, body].sum(1)
 
 
-def drop(straight: Drawn, turned: Drawn) -> Metric:
-    """``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures from its mirror image.
+def drop(straight: PosedPictures, turned: PosedPictures) -> Metric:
+    """Return ``pose_mirror/CONDITION/mirrored``: PCK against the pose, less that of pictures from its mirror image.
 
     The same samples and noises, in pairs.
     """
     names = {(row["key"], row["seed"]) for row in turned.rows}
     rows = [row for row in straight.rows if (row["key"], row["seed"]) in names]
-    pairs = Drawn(turned.name, sorted(rows, key=_name), {}, turned.settings)
+    pairs = PosedPictures(turned.name, sorted(rows, key=_name), {}, turned.settings)
     other = replace(turned, rows=sorted(turned.rows, key=_name), references={})
 
-    def lost(pairs: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    def lost(pairs: PosedPictures) -> tuple[np.ndarray, np.ndarray]:
         body = PARTS[HEADLINE]
         return pairs.joints.hit[:, body].sum(1) - other.turned.hit[:, body].sum(1), pairs.joints.asked[:, body].sum(1)
 
     one = other if other.reason else pairs  # either without a number leaves none
-    metric = one.metric(f"pose_mirror/{turned.name}", lost, statistics.ratio, joints=HEADLINE, alpha=ALPHA)
+    metric = one.metric(f"pose_mirror/{turned.name}", lost, intervals.ratio, joints=HEADLINE, alpha=ALPHA)
     return _clear(replace(metric, baselines={"pose_ignored": 0.0}))
 
 
 def _clear(metric: Metric) -> Metric:
-    """Of a difference that should be above zero: where it may be nothing, how many samples would tell."""
+    """Say of a difference that should be above zero, where it may be nothing, how many samples would tell."""
     if metric.low is None or metric.value <= 0:
         return metric
     more = more_samples(Interval(metric.value, metric.low, metric.high, metric.n))
@@ -278,7 +280,7 @@ def _name(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def count(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """How many pictures of one condition were asked for a person, and what was found: every picture is in it.
+    """Count how many pictures of one condition were asked for a person, and what was found: every picture is in it.
 
     ``sources`` are the index rows by key: how many people prep found in the image whose pose was given.
     """
@@ -300,8 +302,8 @@ def count(rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, 
     }
 
 
-def _overlays(drawn: Drawn) -> list[dict[str, Any]]:
-    """The joints asked for and found in the pictures at OVERLAYS of the body's OKS, ties in the order of keys."""
+def _overlays(drawn: PosedPictures) -> list[dict[str, Any]]:
+    """Return the joints asked for and found in the pictures at OVERLAYS of OKS, ties in the order of keys."""
     if drawn.reason:
         return []
     values = drawn.joints.oks(PARTS[HEADLINE])

@@ -1,4 +1,4 @@
-"""How near a picture drawn from a sample's own conditions comes to that sample, pixel by pixel and perceptually.
+"""The likeness of a picture drawn from a sample's own conditions to that sample, by pixels and perceptually.
 
 Given everything, one condition alone, and nothing, all without guidance and from the same noise, so that they may be
 compared; and under the configured conditions with their guidance. The baselines need no model: another image of the
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 
@@ -29,13 +29,13 @@ LPIPS_SCALE = {"excellent": 0.3, "good": 0.5, "blurry": 0.7}
 
 
 class ReconstructionConfig(Config):
-    """What is given, each drawn without guidance."""
+    """The conditions given, each drawn without guidance."""
 
     conditions: list[str] = Field(default=["all", "text", "dino", "pose", "nothing"])
 
 
-def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Arm], list[Skipped]]:
-    """The configured conditions, then those of this test, and what of either is left out."""
+def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[DrawingArm], list[Skipped]]:
+    """Return the configured conditions, then those of this test, and what of either is left out."""
     _, skipped = context.configured()
     arms = {arm.name: arm for arm in context.arms}
     for conditions in config.conditions:
@@ -48,13 +48,13 @@ def _arms(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[A
 
 
 def pictures(context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Every sample and noise, given each of these conditions."""
+    """Ask for every sample and noise, given each of these conditions."""
     arms, skipped = _arms(context, config)
     return [picture for arm in arms for picture in context.of_all(arm)], skipped
 
 
 def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig) -> tuple[list[Metric], list[Skipped]]:
-    """Every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
+    """Return every measure of each of these conditions (:func:`likeness`) and its skill (:func:`skills`)."""
     missing = {"lpips": context.examiner.no_lpips, "dino_similarity": context.no_judge}
     skipped = [Skipped(f"reconstruction/{measure}", reason) for measure, reason in missing.items() if reason]
     measures = [measure for measure in MEASURES if not missing.get(measure)]
@@ -77,7 +77,7 @@ def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig)
 
 
 def quantiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The pictures at QUANTILES of PSNR, ties in the order of their keys; empty where any cannot be scored."""
+    """Return the pictures at QUANTILES of PSNR, ties in the order of their keys; empty where any cannot be scored."""
     if not rows or any(row["psnr"] is None for row in rows):
         return []
     ranked = sorted(rows, key=lambda row: (row["psnr"], row["key"]))
@@ -94,7 +94,7 @@ def likeness(
     settings: Mapping[str, Mapping[str, Any]],
     measures: Sequence[str],
 ) -> list[Metric]:
-    """``reconstruction/MEASURE`` given everything and ``reconstruction/MEASURE/CONDITION``, with the baselines.
+    """Return ``reconstruction/MEASURE`` given everything and ``reconstruction/MEASURE/CONDITION``, with the baselines.
 
     ``reconstruction/psnr_gain`` is the paired difference in PSNR to a random pair: how many dB nearer the picture is
     than another image of the same bucket. ``settings`` maps a condition to what its pictures were drawn with.
@@ -116,7 +116,7 @@ def likeness(
 def _metric(name: str, rows: Sequence[Mapping[str, Any]], measure: str, details: Mapping[str, Any]) -> Metric:
     if reason := degenerate_reason(rows):
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
-    return Metric.of(name, statistics.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
+    return Metric.of(name, intervals.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
 
 
 def _gain(
@@ -131,7 +131,7 @@ def _gain(
     if reason:
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]
-    interval = statistics.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
+    interval = intervals.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
     return Metric.of(name, interval, **details)
 
 
@@ -141,7 +141,7 @@ def skills(
     settings: Mapping[str, Mapping[str, Any]],
     measures: Sequence[str],
 ) -> list[Metric]:
-    """``reconstruction/skill_MEASURE``: the share of the way from a random pair to a JPEG of the truth itself.
+    """Return ``reconstruction/skill_MEASURE``: the share of the way from a random pair to a JPEG of the truth itself.
 
     ``(random - model) / (random - floor)`` of the means, on the squared error for PSNR: 0 is no better than any other
     image of the bucket, 1 is a copy. Conditions as in :func:`likeness`.
@@ -180,7 +180,7 @@ def _skill(
             gained = sum(random[key][column] - others[label][key][column] for key in ways)
             details["baselines"][label] = gained / sum(ways.values())
     gains = [random[row["key"]][column] - row[column] for row in paired]
-    return Metric.of(name, statistics.quotient(gains, [ways[key] for key in keys], keys), **details)
+    return Metric.of(name, intervals.quotient(gains, [ways[key] for key in keys], keys), **details)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:

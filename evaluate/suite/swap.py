@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.drawing.arms import Arm
+from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
@@ -39,7 +39,7 @@ EXAMPLES = 4  # samples whose pictures are kept for the report
 
 
 class SwapConfig(Config):
-    """How many samples are given another's features, and among how many it has to be told which."""
+    """The number of samples given another's features, and of candidates among which the donor has to be told."""
 
     prompts: int = Field(default=64, gt=0)
     candidates: int = Field(default=8, ge=2)
@@ -68,7 +68,7 @@ def choose_donor(key: str, others: Sequence[str], likeness: Sequence[float], cou
 
 
 def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture], list[Skipped]]:
-    """Each sample with its own and with the donor's features, and the matrix."""
+    """Ask for each sample with its own and with the donor's features, and for the matrix."""
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], [asked]
@@ -90,7 +90,9 @@ def pictures(context: DrawingContext, config: SwapConfig) -> tuple[list[Picture]
 
 
 def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[list[Metric], list[Skipped]]:
-    """``swap/NAME`` for features wholly the donor's, ``swap/NAME/cls`` and ``/patches``; ``_pixels`` on mean colours.
+    """Return ``swap/NAME``, and ``/cls`` or ``/patches`` where only these are the donor's.
+
+    ``_pixels`` is measured on mean colours.
 
     ``gain``: similarity to the donor's image (cosine of the judge's features; less the distance, on mean colours) above
     that of the picture with the sample's own features. ``identified``: share in which the donor's image is the nearest
@@ -108,7 +110,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
-        drawn = _Drawn(rows, asked, mode)
+        drawn = _SwappedPictures(rows, asked, mode)
         settings = context.settings(arm.name, arm.guidance, swapped="+".join(SWAPPED[mode]), **asked.counts)
         reason = degenerate_reason([*drawn.swapped, *drawn.unswapped])
         nearest[mode] = {}
@@ -118,7 +120,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
             if reason:
                 metrics += [Metric(name, None, n=len(asked.pairs), settings=own, reason=reason) for name in names]
                 continue
-            toward = _Toward(rows, drawn, space)
+            toward = _TowardDonor(rows, drawn, space)
             metrics += toward.metrics(names, own)
             for key, found in toward.nearest().items():
                 nearest[mode].setdefault(key, {})[space] = found
@@ -134,14 +136,14 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
 class _Asked:
     """The pictures of the test: how each mode is given, the pairs, the samples of the matrix, and what is left out."""
 
-    arms: dict[str, Arm]
+    arms: dict[str, DrawingArm]
     pairs: list[Pair]
     matrix: int
     skipped: list[Skipped]
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Of the pairs, for the settings."""
+        """The numbers of the pairs and their candidates, for the settings."""
         sizes = sorted({len(pair.candidates) for pair in self.pairs})
         return {"prompts": len(self.pairs), "candidates": sizes[0] if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"}
 
@@ -166,7 +168,7 @@ def _ask(context: DrawingContext, config: SwapConfig) -> _Asked | Skipped:
 
 
 def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
-    """A donor for each of the first samples; a sample without two others of its bucket, no duplicates, has none."""
+    """Choose a donor for each of the first samples; one without two others of its bucket, no duplicates, has none."""
     dataset = context.subject.dataset
     buckets: dict[str, list[str]] = {}
     for key in context.keys:  # content hashes: the first of them are a random sample
@@ -197,7 +199,7 @@ def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
 
 
 def _label(mode: str, column: int | None = None) -> str:
-    """The condition of swapped pictures in samples.parquet."""
+    """Return the condition of swapped pictures in samples.parquet."""
     return f"swap/{mode}" + ("" if column is None else f"/{column}")
 
 
@@ -205,7 +207,7 @@ def _name(name: str, mode: str, space: str | None = None) -> str:
     return f"swap/{name}{'_pixels' if space == 'feature_pixels' else ''}{'' if mode == 'both' else f'/{mode}'}"
 
 
-class _Drawn:
+class _SwappedPictures:
     """The pictures of one mode, and beside each the one from the same noise with the sample's own features."""
 
     def __init__(self, rows: Rows, asked: _Asked, mode: str):
@@ -216,21 +218,21 @@ class _Drawn:
         self.keys = [row["key"] for row in self.swapped]
 
 
-class _Toward:
-    """How near the pictures of one mode come to the candidates' images, in one space."""
+class _TowardDonor:
+    """The nearness of one mode's pictures to the candidates' images, in one space."""
 
-    def __init__(self, rows: Rows, drawn: _Drawn, space: str):
+    def __init__(self, rows: Rows, drawn: _SwappedPictures, space: str):
         self._drawn, self._space = drawn, space
         keys = sorted({key for pair in drawn.pairs.values() for key in pair.candidates})
         self._images = dict(zip(keys, self._points([rows.real[key] for key in keys])))
         self._swapped, self._unswapped = self._points(drawn.swapped), self._points(drawn.unswapped)
 
     def metrics(self, names: Sequence[str], settings: Mapping[str, Any]) -> list[Metric]:
-        """``gain`` and ``identified`` under these names."""
+        """Return ``gain`` and ``identified`` under these names."""
         keys, pairs = self._drawn.keys, [self._drawn.pairs[key] for key in self._drawn.keys]
         donors = np.stack([self._images[pair.donor] for pair in pairs])
         before, after = self._similarity(self._unswapped, donors), self._similarity(self._swapped, donors)
-        gain = statistics.paired_difference(after, before, keys)
+        gain = intervals.paired_difference(after, before, keys)
         most = float(np.mean(self._similarity(donors, donors) - before))
         hits = {
             name: [found == pair.donor for found, pair in zip(self._found(points), pairs)]
@@ -238,14 +240,14 @@ class _Toward:
         }
         chance = float(np.mean([1 / len(pair.candidates) for pair in pairs]))
         told = {"chance": chance, "unswapped": float(np.mean(hits["unswapped"])), "donor_itself": 1.0}
-        share = statistics.proportion(hits["swapped"], [1] * len(keys), keys)
+        share = intervals.proportion(hits["swapped"], [1] * len(keys), keys)
         return [
             Metric.of(names[0], gain, baselines={"no_swap": 0.0, "donor_itself": most}, settings=settings),
             Metric.of(names[1], share, baselines=told, settings=settings),
         ]
 
     def nearest(self) -> dict[str, str]:
-        """The candidate whose image is nearest to each sample's picture from the first noise."""
+        """Return the candidate whose image is nearest to each sample's picture from the first noise."""
         found = zip(self._drawn.swapped, self._found(self._swapped))
         return {row["key"]: key for row, key in found if row["seed"] == 0}
 
@@ -253,7 +255,7 @@ class _Toward:
         return as_points(np.stack([row[self._space] for row in rows]), self._space)
 
     def _similarity(self, points: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Of each pair (n,): the cosine of the judge's features; less the distance, on mean colours."""
+        """Return of each pair (n,) the cosine of the judge's features; on mean colours less the distance."""
         if self._space == "feature":
             return np.einsum("nd,nd->n", points, others)
         return -np.linalg.norm(points - others, axis=1)
@@ -267,8 +269,10 @@ class _Toward:
         return found
 
 
-def _text_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any], reason: str | None) -> Metric:
-    """The share of attributes that are still as the sample's text says, and how many are as in the donor's image."""
+def _text_kept(
+    rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
+) -> Metric:
+    """Return the share of attributes as the text says, beside the share of those as in the donor's image."""
     name = _name("text_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
@@ -281,29 +285,31 @@ def _text_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any]
         "donor": float(np.mean([_right(row, donor) for row, donor in zip(drawn.swapped, donors)])) / len(ATTRIBUTES),
         "judge_on_real": float(np.mean([_right(row, row) for row in real])) / len(ATTRIBUTES),
     }
-    interval = statistics.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.keys)
+    interval = intervals.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.keys)
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
 def _right(row: Mapping[str, Any], truth: Mapping[str, Any]) -> int:
-    """How many attributes of a picture were judged to be what they are in ``truth``."""
+    """Return how many attributes of a picture were judged to be what they are in ``truth``."""
     return sum(row[f"{name}_judged"] == truth[f"{name}_true"] for name in ATTRIBUTES)
 
 
-def _similarity_kept(rows: Rows, drawn: _Drawn, mode: str, settings: Mapping[str, Any], reason: str | None) -> Metric:
-    """Likeness of the swapped pictures to the sample's own image."""
+def _similarity_kept(
+    rows: Rows, drawn: _SwappedPictures, mode: str, settings: Mapping[str, Any], reason: str | None
+) -> Metric:
+    """Return the likeness of the swapped pictures to the sample's own image."""
     name = _name("similarity_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
     others = {"unswapped": drawn.unswapped, "random_pair": rows.select(BASELINE, "random_pair")}
     means = {label: average(own, lambda row: row["dino_similarity"]) for label, own in others.items()}
-    interval = statistics.mean([row["dino_similarity"] for row in drawn.swapped], drawn.keys)
+    interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.keys)
     baselines = {label: mean for label, mean in means.items() if mean is not None}
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
 def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
-    """The mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
+    """Return the mode of the matrix and its samples: the first of the bucket that most of the samples are of."""
     buckets: dict[str, list[str]] = {}
     for pair in asked.pairs:
         buckets.setdefault(context.rows[pair.key]["bucket"], []).append(pair.key)
@@ -312,7 +318,7 @@ def _matrix(context: DrawingContext, asked: _Asked) -> tuple[str, list[str]]:
 
 
 def _extras(context: DrawingContext, asked: _Asked, nearest: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the report shows: the matrix and some examples, whose pictures are kept."""
+    """Return what the report shows: the matrix and some examples, whose pictures are kept."""
     mode, keys = _matrix(context, asked)
     cells = [
         [

@@ -1,4 +1,4 @@
-"""What follows from a sweep's finished trials: one comparison for each arm with what it was declared against.
+"""The conclusions from a sweep's finished trials: one comparison for each arm with what it was declared against.
 
 Only trials of one cohort (equal code, data and environment) are ever put together, and only finished ones take part.
 """
@@ -21,14 +21,14 @@ from evaluate.statistics.verdicts import (
     Verdict,
     factorial_effects,
     holm,
-    judge,
+    judge_comparisons,
     more_seeds,
     paired,
     welch,
 )
-from evaluate.sweep.files import VALIDATION, Arm, Sweep, Trial
+from evaluate.sweep.files import VALIDATION, RecordedArm, RecordedSweep, RecordedTrial
 
-Measure = Callable[[Trial], float | None]
+Measure = Callable[[RecordedTrial], float | None]
 
 EVALUATED_WITH = (
     "guidance",
@@ -50,7 +50,7 @@ class Contrast:
     arm changes beyond its factor: the verdict is then on all of it together.
     """
 
-    arm: Arm
+    arm: RecordedArm
     against: str
     comparison: Comparison | None
     verdict: Verdict
@@ -66,22 +66,22 @@ class Contrast:
 class Cohort:
     """Trials of equal code, data and environment; ``traits`` are those in which the sweep's cohorts differ."""
 
-    trials: Sequence[Trial]
+    trials: Sequence[RecordedTrial]
     traits: Mapping[str, Any]
 
-    def of(self, arm: str) -> list[Trial]:
-        """The arm's trials."""
+    def of(self, arm: str) -> list[RecordedTrial]:
+        """Return the arm's trials."""
         return [trial for trial in self.trials if trial.arm == arm]
 
     def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """Training seed -> value of the arm's trials that have one."""
+        """Return training seed -> value of the arm's trials that have one."""
         found = {trial.seed: measure(trial) for trial in self.of(arm)}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def split_cohorts(sweep: Sweep) -> list[Cohort]:
-    """The finished trials by cohort, the largest first."""
-    groups: dict[str, list[Trial]] = {}
+def split_cohorts(sweep: RecordedSweep) -> list[Cohort]:
+    """Return the finished trials by cohort, the largest first."""
+    groups: dict[str, list[RecordedTrial]] = {}
     for trial in sweep.trials:
         if trial.status == "finished":
             groups.setdefault(trial.cohort, []).append(trial)
@@ -93,7 +93,7 @@ def split_cohorts(sweep: Sweep) -> list[Cohort]:
 
 
 def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Return nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         nested = isinstance(value, Mapping)
@@ -102,14 +102,14 @@ def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def measure_of(metric: str) -> Measure:
-    """The metric of a trial that takes part in claims about it."""
+    """Return the metric of a trial that takes part in claims about it."""
     return lambda trial: trial.value(metric) if trial.excluded(metric) is None else None
 
 
 def contrasts(
-    sweep: Sweep, cohort: Cohort, measure: Measure, mode: str, margin: float | None, metric: str = ""
+    sweep: RecordedSweep, cohort: Cohort, measure: Measure, mode: str, margin: float | None, metric: str = ""
 ) -> list[Contrast]:
-    """Every arm against what it was declared against, and the verdicts.
+    """Compare every arm with what it was declared against, and judge the comparisons.
 
     Holm's correction is over the arms; the A/A arm makes no claim, is judged by itself and, since its seeds are others,
     by Welch's t. ``metric`` is what the measure is called in report.json, if it is from there: its settings must agree.
@@ -125,23 +125,23 @@ def contrasts(
         if barred[arm.name]:
             compared[arm.name] = None
     claims = {arm.name: compared[arm.name] for arm, _ in pairs if arm.role != "a/a"}
-    verdicts = judge(claims, mode, margin)
+    verdicts = judge_comparisons(claims, mode, margin)
     for arm, _ in pairs:
         if arm.role == "a/a":
-            verdicts |= judge({arm.name: compared[arm.name]}, mode, margin)
+            verdicts |= judge_comparisons({arm.name: compared[arm.name]}, mode, margin)
             verdicts[arm.name] = _of_a_repeat(verdicts[arm.name], compared[arm.name], margin)
     return [Contrast(arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name]) for arm, other in pairs]
 
 
 def _of_a_repeat(verdict: Verdict, one: Comparison | None, margin: float | None) -> Verdict:
-    """What more seeds would settle where the truth is known: no difference, whatever the mean so far."""
+    """Return what more seeds would settle where the truth is known: no difference, whatever the mean so far."""
     if one is None or verdict.more is None:
         return verdict
     more, toward = more_seeds(replace(one, interval=replace(one.interval, value=0.0)), margin)
     return replace(verdict, more=more, toward=toward)
 
 
-def _settings_that_differ(cohort: Cohort, arm: Arm, other: str, metric: str) -> list[str]:
+def _settings_that_differ(cohort: Cohort, arm: RecordedArm, other: str, metric: str) -> list[str]:
     trials = [*cohort.of(arm.name), *cohort.of(other)]
     entries = [trial.metrics[metric] for trial in trials if metric in trial.metrics and trial.excluded(metric) is None]
     found = differing([{"n": None, **entry} for entry in entries]) if entries else []
@@ -151,7 +151,7 @@ def _settings_that_differ(cohort: Cohort, arm: Arm, other: str, metric: str) -> 
 
 
 @dataclass(frozen=True)
-class Equal:
+class AtEqual:
     """The held-out loss in training where every trial is asked at the same place: ``at`` a step or a minute."""
 
     axis: str
@@ -160,7 +160,7 @@ class Equal:
     contrasts: Sequence[Contrast]
 
 
-def at_equal(sweep: Sweep, cohort: Cohort, axis: str) -> Equal | None:
+def at_equal(sweep: RecordedSweep, cohort: Cohort, axis: str) -> AtEqual | None:
     """Compare the validations at the end of the trial that ends first on ``axis`` ("step" or "minutes").
 
     Linear between a trial's validations, and never beyond them: a trial whose first validation is later has no value.
@@ -175,18 +175,18 @@ def at_equal(sweep: Sweep, cohort: Cohort, axis: str) -> Equal | None:
     margin = sweep.margin if sweep.primary in ("heldout_loss", VALIDATION) else None
     found = contrasts(sweep, cohort, lambda trial: measured.get((trial.arm, trial.seed)), "min", margin)
     values = {arm: cohort.values(arm, lambda trial: measured.get((trial.arm, trial.seed))) for arm in sweep.arms}
-    return Equal(axis, place, values, found)
+    return AtEqual(axis, place, values, found)
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The value at ``x``, linear between points of rising x; None outside of them."""
+    """Return the value at ``x``, linear between points of rising x; None outside of them."""
     if not points or not points[0][0] <= x <= points[-1][0]:
         return None
     return float(np.interp(x, *zip(*points)))
 
 
-def slope(trial: Trial) -> float | None:
-    """How steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
+def slope(trial: RecordedTrial) -> float | None:
+    """Return how steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
 
     A loss that falls as step^-a has the slope -a. From SLOPE_FROM of the steps on; None below three validations.
     """
@@ -198,16 +198,16 @@ def slope(trial: Trial) -> float | None:
     return float(np.polyfit(steps, losses, 1)[0])
 
 
-def rate(trial: Trial) -> float | None:
-    """Steps per second of training alone."""
+def rate(trial: RecordedTrial) -> float | None:
+    """Return Steps per second of training alone."""
     steps, seconds = trial.number("steps"), trial.number("seconds")
     return steps / seconds if steps and seconds else None
 
 
 def logarithm(measure: Measure) -> Measure:
-    """The logarithm of a positive measure, so that differences are ratios."""
+    """Return the logarithm of a positive measure, so that differences are ratios."""
 
-    def taken(trial: Trial) -> float | None:
+    def taken(trial: RecordedTrial) -> float | None:
         value = measure(trial)
         return math.log(value) if value is not None and value > 0 else None
 
@@ -223,8 +223,8 @@ class Factorial:
     reason: str = ""
 
 
-def factorial(sweep: Sweep, cohort: Cohort) -> Factorial:
-    """Main effects and interactions on the primary metric, where the arms are all on-off combinations of the factors.
+def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
+    """Return main effects and interactions on the primary metric, where the arms are all combinations of the factors.
 
     What an arm has on is collected along what it was declared against. Each factor must mean the same settings
     wherever it is on.
@@ -265,8 +265,11 @@ def factorial(sweep: Sweep, cohort: Cohort) -> Factorial:
     return Factorial(found, adjusted)
 
 
-def chain(sweep: Sweep, arm: Arm) -> list[str]:
-    """The factors that are on in an arm, from the first arm on; what is declared in a circle ends where it closes."""
+def chain(sweep: RecordedSweep, arm: RecordedArm) -> list[str]:
+    """Return the factors that are on in an arm, from the first arm on.
+
+    What is declared in a circle ends where it closes.
+    """
     found, seen = [], set()
     while arm.against in sweep.arms and arm.name not in seen:
         seen.add(arm.name)
@@ -275,8 +278,8 @@ def chain(sweep: Sweep, arm: Arm) -> list[str]:
     return found[::-1]
 
 
-def _settings(sweep: Sweep, arm: Arm) -> dict[str, Any]:
-    """Keys that an arm has changed since the first arm, and to what."""
+def _settings(sweep: RecordedSweep, arm: RecordedArm) -> dict[str, Any]:
+    """Return the keys that an arm has changed since the first arm, and to what."""
     links, seen = [arm], set()
     while links[-1].against in sweep.arms and links[-1].name not in seen:
         seen.add(links[-1].name)
@@ -290,7 +293,7 @@ def _under(settings: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, An
 
 
 def front(points: Mapping[str, tuple[float, float]], mode: str) -> list[str]:
-    """The names of points (cost, quality) that none other beats in both, by rising cost."""
+    """Return the names of points (cost, quality) that none other beats in both, by rising cost."""
     sign = 1 if mode == "min" else -1
     order = sorted(points, key=lambda name: (points[name][0], sign * points[name][1]))
     found, best = [], math.inf
@@ -304,7 +307,7 @@ def front(points: Mapping[str, tuple[float, float]], mode: str) -> list[str]:
 def band(
     curves: Sequence[Sequence[tuple[float, float]]], limit: int = 80
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    """The mean over seeds of several curves, and the range of the seeds, where all of them have values.
+    """Return the mean over seeds of several curves, and the range of the seeds, where all of them have values.
 
     Curves of equal x are averaged point by point, others on at most ``limit`` of their places, linear between theirs.
     """
@@ -327,7 +330,7 @@ def band(
 
 
 def ticks_even(values: Sequence[float], count: int) -> list[float]:
-    """At most ``count`` of the values, evenly spread, the first and the last among them."""
+    """Return at most ``count`` of the values, evenly spread, the first and the last among them."""
     if len(values) <= count:
         return list(values)
     chosen = [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a sweep left on disk: its declaration ``sweep.json``, and one run folder with ``trial.json`` for each trial."""
+"""The files of a sweep: its declaration ``sweep.json``, and one run folder with ``trial.json`` for each trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDED = ("arms", "seeds", "primary", "time_claims")
 
 
 @dataclass(frozen=True)
-class Arm:
+class RecordedArm:
     """One arm as it was declared: what it is compared with, and everything that it changes there."""
 
     name: str
@@ -35,7 +35,7 @@ class Arm:
     undeclared: Sequence[str] = ()  # keys among these that belong to none of the factors
 
     @classmethod
-    def of(cls, name: str, content: Mapping[str, Any]) -> Arm:
+    def of(cls, name: str, content: Mapping[str, Any]) -> RecordedArm:
         """Read an entry of sweep.json."""
         factor = content.get("factor") or ()
         return cls(
@@ -50,7 +50,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RecordedTrial:
     """One training run of the sweep, as far as it came.
 
     ``metrics`` are the entries of its last evaluation's report.json by name, ``skipped`` the reasons for those that are
@@ -77,7 +77,7 @@ class Trial:
         return self.record.get("reason")
 
     def number(self, name: str) -> float | None:
-        """A number of the trial's record; None where it is not known, or no number."""
+        """Return a number of the trial's record; None where it is not known, or no number."""
         value = self.record.get(name)
         known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return float(value) if known else None
@@ -88,7 +88,7 @@ class Trial:
         return json.dumps(self.record.get("cohort") or {}, sort_keys=True, default=str)
 
     def value(self, name: str) -> float | None:
-        """A metric: of the last evaluation by its name, or the last one logged under a tag; None if not a number."""
+        """Return a metric of the last evaluation, or the last value logged under a tag; None if not a number."""
         if name in self.metrics:
             value = self.metrics[name]["value"]
         elif "/" in name:
@@ -98,7 +98,7 @@ class Trial:
         return float(value) if value is not None and math.isfinite(value) else None
 
     def excluded(self, name: str) -> str | None:
-        """Why the trial takes no part in a claim about a metric; None where it does."""
+        """Return why the trial takes no part in a claim about a metric; None where it does."""
         if self.status != "finished":
             return f"{self.status}: {self.reason}" if self.reason else self.status
         if self.value(name) is not None:
@@ -132,7 +132,7 @@ class Trial:
         return found
 
     def curve(self, tag: str, axis: Literal["step", "images", "minutes"] = "step") -> list[tuple[float, float]]:
-        """What was logged under ``tag`` over steps, images seen or minutes of training; empty where that is unknown."""
+        """Return what was logged under ``tag`` over steps, images seen or minutes of training; empty where unknown."""
         points = [(record["step"], record[tag]) for record in self.log if tag in record]
         points = [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
         if axis == "minutes":
@@ -144,17 +144,17 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class RecordedSweep:
     """A sweep, read: the declaration, and every trial that it asks for in the order of arms and seeds."""
 
     folder: Path
     content: Mapping[str, Any]
-    arms: Mapping[str, Arm]
-    trials: Sequence[Trial]
+    arms: Mapping[str, RecordedArm]
+    trials: Sequence[RecordedTrial]
 
     @property
     def name(self) -> str:
-        """What the sweep is called."""
+        """The name of the sweep."""
         return str(self.content.get("name") or "sweep")
 
     @property
@@ -183,14 +183,14 @@ class Sweep:
         return not self.content.get("fractional", False)
 
     @classmethod
-    def read(cls, folder: Path) -> Sweep:
+    def read(cls, folder: Path) -> RecordedSweep:
         """Read a sweep's folder. Raises :class:`DataError` for files that are missing or damaged, by name."""
         content = _read_json(folder / SWEEP)
         if content.get("schema") != SCHEMA:
             raise DataError(f"{folder / SWEEP}: schema {content.get('schema')}, this version reads {SCHEMA}. {AGAIN}")
         if lacking := [name for name in NEEDED if name not in content]:
             raise DataError(f"{folder / SWEEP} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
-        arms = {name: Arm.of(name, arm) for name, arm in content["arms"].items()}
+        arms = {name: RecordedArm.of(name, arm) for name, arm in content["arms"].items()}
         found = {}
         trials = folder / TRIALS
         for path in sorted([*trials.glob(f"*/{TRIAL}"), *trials.glob(f"*/*/{TRIAL}")]):  # an arm may be called A/A
@@ -203,11 +203,11 @@ class Sweep:
         ]
         order = list(dict.fromkeys([*asked, *sorted(found, key=str)]))
         missing = [pair for pair in order if pair not in found]
-        found |= {pair: Trial(*pair, trials / f"{pair[0]}-seed{pair[1]}", {}) for pair in missing}
+        found |= {pair: RecordedTrial(*pair, trials / f"{pair[0]}-seed{pair[1]}", {}) for pair in missing}
         return cls(folder, content, arms, [found[pair] for pair in order])
 
 
-def _read_trial(path: Path) -> Trial:
+def _read_trial(path: Path) -> RecordedTrial:
     record = _read_json(path)
     if lacking := [name for name in ("arm", "seed", "status") if name not in record]:
         raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
@@ -218,7 +218,7 @@ def _read_trial(path: Path) -> Trial:
         raise DataError(f"{folder / 'metrics.jsonl'} is damaged ({error}). {AGAIN}") from error
     reports = {step: file for file in folder.glob(f"{OUTPUTS}/step-*/report.json") if (step := step_of(file.parent))}
     if not reports:
-        return Trial(record["arm"], record["seed"], folder, record, log)
+        return RecordedTrial(record["arm"], record["seed"], folder, record, log)
     step = max(reports)
     report = _read_json(reports[step])
     try:
@@ -226,11 +226,11 @@ def _read_trial(path: Path) -> Trial:
         skipped = {one["name"]: one["reason"] for one in report["skipped"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{reports[step]} is damaged ({error!r}). {AGAIN}") from error
-    return Trial(record["arm"], record["seed"], folder, record, log, metrics, skipped, step)
+    return RecordedTrial(record["arm"], record["seed"], folder, record, log, metrics, skipped, step)
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name ``step-NNNNNN``; None for any other name."""
+    """Return the step in a folder's name ``step-NNNNNN``; None for any other name."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else None
 

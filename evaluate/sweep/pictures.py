@@ -14,7 +14,7 @@ from PIL import Image
 
 from evaluate.records import MODEL
 from evaluate.sweep.analysis import Cohort, ticks_even
-from evaluate.sweep.files import AGAIN, OUTPUTS, Sweep, Trial, step_of
+from evaluate.sweep.files import AGAIN, OUTPUTS, RecordedSweep, RecordedTrial, step_of
 from nanodit.errors import DataError
 from prep.dataset.layout import read_parquet
 from train.loop.visual import cut_out
@@ -37,8 +37,8 @@ class Grid:
     size: tuple[int, int]
 
 
-def grids(sweep: Sweep, cohort: Cohort) -> tuple[list[Grid], str]:
-    """The grids, and why there are none.
+def grids(sweep: RecordedSweep, cohort: Cohort) -> tuple[list[Grid], str]:
+    """Return the grids, and why there are none.
 
     Of each arm the finished trial of its lowest training seed: from ``visual_debug`` where all arms have steps in
     common there, otherwise from the pictures that their evaluations kept. All of these start from the noise of the
@@ -60,7 +60,7 @@ def grids(sweep: Sweep, cohort: Cohort) -> tuple[list[Grid], str]:
     return [], "no pictures of the same samples at the same steps: set visual_debug.every_steps, or grid_images above 0"
 
 
-def _assemble(drawn: Mapping[str, tuple[Trial, Mapping[int, Any]]], steps: Sequence[int]) -> list[Grid]:
+def _assemble(drawn: Mapping[str, tuple[RecordedTrial, Mapping[int, Any]]], steps: Sequence[int]) -> list[Grid]:
     opened = {arm: {step: load[step]() for step in steps} for arm, (_, load) in drawn.items()}
     given = sorted(set.intersection(*(set(sheets) for own in opened.values() for sheets in own.values())))
     given = next((name for name in ("all", *given) if name in given), None)
@@ -82,8 +82,8 @@ def _assemble(drawn: Mapping[str, tuple[Trial, Mapping[int, Any]]], steps: Seque
     return found
 
 
-def _watched(trial: Trial) -> dict[int, Any]:
-    """Step -> how to open what ``visual_debug`` drew: by condition and key, without the real images."""
+def _watched(trial: RecordedTrial) -> dict[int, Any]:
+    """Return step -> how to open what ``visual_debug`` drew: by condition and key, without the real images."""
     files = {step_of(path.parent): path for path in trial.folder.glob("visual_debug/step-*/grid.png")}
 
     def load(path: Path) -> dict[str, Pictures]:
@@ -92,8 +92,8 @@ def _watched(trial: Trial) -> dict[int, Any]:
     return {step: lambda path=path: load(path) for step, path in sorted(files.items())}
 
 
-def _evaluated(trial: Trial) -> dict[int, Any]:
-    """Step -> how to open what an evaluation kept of the first noise: by condition and key."""
+def _evaluated(trial: RecordedTrial) -> dict[int, Any]:
+    """Return step -> how to open what an evaluation kept of the first noise: by condition and key."""
     folders = {step_of(path.parent): path.parent for path in trial.folder.glob(f"{OUTPUTS}/step-*/samples.parquet")}
 
     def load(folder: Path) -> dict[str, Pictures]:
@@ -121,7 +121,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def encode(image: Image.Image) -> str:
-    """A picture as a data URI, its longer side at most SIDE pixels."""
+    """Return a picture as a data URI, its longer side at most SIDE pixels."""
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -12,14 +12,16 @@ from typing import Any
 from evaluate.statistics.intervals import Interval
 from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, paired
 from evaluate.sweep.analysis import Cohort, Measure, logarithm, measure_of, rate, slope
-from evaluate.sweep.files import AGAIN, SWEEP, VALIDATION, Arm, Sweep, Trial
+from evaluate.sweep.files import AGAIN, SWEEP, VALIDATION, RecordedArm, RecordedSweep, RecordedTrial
 from evaluate.sweep.words import digits, metric_title, plural, words_of
 from nanodit.errors import DataError
+
+NOT_RECORDED = "not recorded by finished trials of a common seed"
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a question asks of a trial that is no metric; with a ``unit`` arms are compared by their ratio."""
+    """A quantity of a trial that a question asks for; with a ``unit`` arms are compared by their ratio."""
 
     title: str
     measure: Measure
@@ -31,21 +33,9 @@ class _Measured:
 
 MEASURES = {
     "peak_memory": _Measured(
-        "peak memory",
-        lambda trial: trial.number("peak_memory_gb"),
-        "less",
-        "more",
-        "not recorded by finished trials of a common seed",
-        "GB",
+        "peak memory", lambda trial: trial.number("peak_memory_gb"), "less", "more", NOT_RECORDED, "GB"
     ),
-    "iterations_per_second": _Measured(
-        "iterations per second",
-        rate,
-        "slower",
-        "faster",
-        "not recorded by finished trials of a common seed",
-        "a second",
-    ),
+    "iterations_per_second": _Measured("iterations per second", rate, "slower", "faster", NOT_RECORDED, "a second"),
     "slope": _Measured(
         "slope of ln(held-out loss) over ln(step)",
         slope,
@@ -56,7 +46,7 @@ MEASURES = {
 }
 
 
-def questions(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
+def questions(sweep: RecordedSweep, cohort: Cohort) -> list[dict[str, Any]]:
     """Return the declared questions, each with its answers or why there is none.
 
     Empty for sweeps that declared none. Raises :class:`DataError` for a declaration that names no arms.
@@ -73,7 +63,7 @@ def questions(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
     return found
 
 
-def _answer(sweep: Sweep, cohort: Cohort, other: Arm, arm: Arm, name: str) -> dict[str, str]:
+def _answer(sweep: RecordedSweep, cohort: Cohort, other: RecordedArm, arm: RecordedArm, name: str) -> dict[str, str]:
     measured = MEASURES.get(name)
     if measured is None:
         why = reasons([*cohort.of(other.name), *cohort.of(arm.name)], name)
@@ -87,7 +77,7 @@ def _answer(sweep: Sweep, cohort: Cohort, other: Arm, arm: Arm, name: str) -> di
     return {"what": measured.title, "says": "", "why": why}
 
 
-def _ratio(cohort: Cohort, other: Arm, arm: Arm, of: _Measured) -> dict[str, str]:
+def _ratio(cohort: Cohort, other: RecordedArm, arm: RecordedArm, of: _Measured) -> dict[str, str]:
     """Compare by the geometric mean of the ratios, seed by seed: t interval over their logarithms."""
     compared = paired(*(cohort.values(one.name, logarithm(of.measure)) for one in (arm, other)))
     if compared is None:
@@ -100,7 +90,7 @@ def _ratio(cohort: Cohort, other: Arm, arm: Arm, of: _Measured) -> dict[str, str
     return {"what": of.title, "says": says + _tail(compared, of), "why": ""}
 
 
-def _difference(cohort: Cohort, other: Arm, arm: Arm, of: _Measured) -> dict[str, str]:
+def _difference(cohort: Cohort, other: RecordedArm, arm: RecordedArm, of: _Measured) -> dict[str, str]:
     compared = paired(*(cohort.values(one.name, of.measure) for one in (arm, other)))
     if compared is None:
         return {"what": of.title, "says": "", "why": of.why}
@@ -123,12 +113,12 @@ def _tail(compared: Comparison, of: _Measured) -> str:
     return f"; {of.less if interval.value < 0 else of.more}, over {seeds}"
 
 
-def _mean(cohort: Cohort, arm: Arm, measure: Measure) -> float | None:
+def _mean(cohort: Cohort, arm: RecordedArm, measure: Measure) -> float | None:
     values = cohort.values(arm.name, measure)
     return math.fsum(values.values()) / len(values) if values else None
 
 
-def reasons(trials: list[Trial], metric: str) -> str:
+def reasons(trials: list[RecordedTrial], metric: str) -> str:
     """Return why no trial of these has a metric."""
     found = dict.fromkeys(reason for trial in trials if (reason := trial.excluded(metric)))
     return "; ".join(found) or "no trial has finished"

@@ -14,7 +14,7 @@ from typing import Any
 from evaluate.suite import is_charted
 from evaluate.sweep import sections, views
 from evaluate.sweep.analysis import Cohort, Contrast, at_equal, contrasts, factorial, measure_of, split_cohorts
-from evaluate.sweep.files import SWEEP, Sweep
+from evaluate.sweep.files import SWEEP, RecordedSweep
 from evaluate.sweep.pictures import grids
 from evaluate.sweep.questions import questions
 from evaluate.sweep.words import metric_title
@@ -41,7 +41,7 @@ def write_sweep_report(folder: Path, output: Path | None = None) -> list[Path]:
     Raises :class:`DataError` for files that are missing or damaged, and :class:`ConfigError` where the JSON would
     replace an evaluation's.
     """
-    sweep = Sweep.read(folder)
+    sweep = RecordedSweep.read(folder)
     page = output or folder / "report.html"
     record, table = page.with_suffix(".json"), page.with_suffix(".csv")
     if (record.parent / "samples.parquet").is_file() and record.name == "report.json":
@@ -52,8 +52,8 @@ def write_sweep_report(folder: Path, output: Path | None = None) -> list[Path]:
     return [page, record, table]
 
 
-def render(sweep: Sweep) -> str:
-    """The page as text."""
+def render(sweep: RecordedSweep) -> str:
+    """Return the page as text."""
     cohorts = split_cohorts(sweep)
     first = cohorts[0] if cohorts else Cohort((), {})
     judged = [_judge(sweep, cohort) for cohort in cohorts or [first]]
@@ -90,12 +90,12 @@ def render(sweep: Sweep) -> str:
     )
 
 
-def _judge(sweep: Sweep, cohort: Cohort) -> list[Contrast]:
+def _judge(sweep: RecordedSweep, cohort: Cohort) -> list[Contrast]:
     return contrasts(sweep, cohort, measure_of(sweep.primary), sweep.mode, sweep.margin, sweep.primary)
 
 
-def sweep_json(sweep: Sweep) -> dict[str, Any]:
-    """The verdicts as JSON: in the shape of an evaluation's report.json, a metric being a difference between arms.
+def sweep_json(sweep: RecordedSweep) -> dict[str, Any]:
+    """Return the verdicts in the shape of an evaluation's report.json, a metric being a difference between arms.
 
     ``n`` counts training seeds. ``skipped`` names the trials that take no part, and why.
     """
@@ -159,8 +159,8 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def sweep_csv(sweep: Sweep) -> str:
-    """One row for each trial: how it ended, what it took, and every metric of its last evaluation."""
+def sweep_csv(sweep: RecordedSweep) -> str:
+    """Write one row for each trial: how it ended, what it took, and every metric of its last evaluation."""
     cohorts = {trial.folder: number for number, one in enumerate(split_cohorts(sweep), 1) for trial in one.trials}
     names = sorted({name for trial in sweep.trials for name in trial.metrics if not is_charted(name)})
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""What a sweep's page shows below its verdicts: curves, equal steps and time, cost, effects, trials, cohorts."""
+"""The sections of a sweep's page below its verdicts: curves, equal steps and time, cost, effects, trials, cohorts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluate.statistics.verdicts import MIN_SEEDS
-from evaluate.sweep.analysis import Cohort, Equal, Factorial, band, flatten, front, measure_of, rate
-from evaluate.sweep.files import VALIDATION, Sweep
+from evaluate.sweep.analysis import AtEqual, Cohort, Factorial, band, flatten, front, measure_of, rate
+from evaluate.sweep.files import VALIDATION, RecordedSweep
 from evaluate.sweep.views import WHY_NO_TIME, forest, scale, styles
 from evaluate.sweep.words import digits, duration, metric_title, p_words, setting, words_of
 from nanodit.svg import Axes, Point, Series, line_chart, scatter, smooth, thin
@@ -17,8 +17,8 @@ NARROW = 340
 AXES = {"step": "step", "minutes": "minutes of training", "images": "images seen"}
 
 
-def curve_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
-    """Losses over steps, minutes and images: the mean over the seeds, and the range of the seeds as a band."""
+def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
+    """Draw losses over steps, minutes and images: the mean over the seeds, and the range of the seeds as a band."""
     charts, why = [], []
     for axis, words in AXES.items():
         if axis == "minutes" and not sweep.time_claims:
@@ -50,8 +50,8 @@ def curve_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
     return {"charts": charts, "why": why}
 
 
-def equal_tables(sweep: Sweep, equal: Mapping[str, Equal | None]) -> list[dict[str, Any]]:
-    """Held-out loss at equal steps and at equal time, or why not."""
+def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> list[dict[str, Any]]:
+    """Compare held-out loss at equal steps and at equal time, or say why not."""
     tables = []
     for axis, title in (("step", "At equal steps"), ("minutes", "At equal time")):
         found, why = equal[axis], ""
@@ -81,8 +81,8 @@ def equal_tables(sweep: Sweep, equal: Mapping[str, Equal | None]) -> list[dict[s
     return tables
 
 
-def pareto_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
-    """The primary metric against training time and peak memory: means over seeds, with the range of the seeds."""
+def pareto_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
+    """Draw the primary metric against training time and peak memory: means over seeds, with their range."""
     charts, why = [], []
     costs = (
         ("seconds", "minutes of training", 60.0, sweep.time_claims, f"Time: {WHY_NO_TIME}."),
@@ -112,8 +112,8 @@ def pareto_charts(sweep: Sweep, cohort: Cohort) -> dict[str, Any]:
     return {"charts": charts, "why": why}
 
 
-def effect_rows(sweep: Sweep, found: Factorial) -> dict[str, Any]:
-    """Main effects and interactions with their intervals on one scale, or why there are none."""
+def effect_rows(sweep: RecordedSweep, found: Factorial) -> dict[str, Any]:
+    """Return main effects and interactions with their intervals on one scale, or why there are none."""
     bounds = scale([effect.comparison.interval for effect in found.effects])
     rows = []
     for effect, adjusted in zip(found.effects, found.adjusted):
@@ -135,8 +135,8 @@ def effect_rows(sweep: Sweep, found: Factorial) -> dict[str, Any]:
     return {"rows": rows, "why": found.reason}
 
 
-def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Every trial on a common line of time, with how it ended and why."""
+def trial_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
+    """Put every trial on a common line of time, with how it ended and why."""
     spans = [(trial.number("started"), trial.number("ended")) for trial in sweep.trials]
     starts, ends = [start for start, _ in spans if start is not None], [end for _, end in spans if end is not None]
     first, last = (min(starts), max([*ends, *starts])) if starts else (0.0, 0.0)
@@ -164,8 +164,8 @@ def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def cost_rows(sweep: Sweep) -> dict[str, Any]:
-    """What each arm took, by the clock, and what was spent on trials that take no part."""
+def cost_rows(sweep: RecordedSweep) -> dict[str, Any]:
+    """Return what each arm took, by the clock, and what was spent on trials that take no part."""
     rows, total, lost = [], 0.0, 0.0
     for arm in dict.fromkeys(trial.arm for trial in sweep.trials):
         own = [trial for trial in sweep.trials if trial.arm == arm]
@@ -200,7 +200,7 @@ def cost_rows(sweep: Sweep) -> dict[str, Any]:
 
 
 def cohort_rows(cohorts: Sequence[Cohort]) -> list[dict[str, Any]]:
-    """What the trials of each cohort recorded, and which trials these are."""
+    """Return what the trials of each cohort recorded, and which trials these are."""
     rows = []
     for number, cohort in enumerate(cohorts, 1):
         record = cohort.trials[0].record.get("cohort") or {}

@@ -1,4 +1,4 @@
-"""What a sweep's page shows of its arms, as plain values: verdicts, warnings, differences, seeds, other metrics."""
+"""The arms of a sweep's page as plain values: verdicts, warnings, differences, seeds, other metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evaluate.statistics.intervals import Interval
 from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, paired, welch
 from evaluate.suite import is_charted
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
-from evaluate.sweep.files import Sweep
+from evaluate.sweep.files import RecordedSweep
 from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
 from nanodit.svg import seed_points
 
@@ -22,22 +22,22 @@ WHY_NO_TIME = (
 )
 
 
-def styles(sweep: Sweep) -> dict[str, str]:
-    """The CSS class of each arm; after six the colours come again, dashed, and the A/A arm is grey."""
+def styles(sweep: RecordedSweep) -> dict[str, str]:
+    """Return the CSS class of each arm; after six the colours come again, dashed, and the A/A arm is grey."""
     claims = [arm for arm in sweep.arms.values() if arm.role != "a/a"]
     found = {arm.name: STYLES[index % 6] + (" again" if index >= 6 else "") for index, arm in enumerate(claims)}
     return {name: found.get(name, "b1") for name in (*sweep.arms, *(trial.arm for trial in sweep.trials))}
 
 
-def budget(sweep: Sweep) -> str:
-    """What every trial was given."""
+def budget(sweep: RecordedSweep) -> str:
+    """Return what every trial was given."""
     given = sweep.content.get("budget") or {}
     words = {"steps": "steps", "hours": "hours of training", "samples": "images"}
     return " and ".join(f"{value:,} {words.get(name, name)}" for name, value in given.items() if value) or "unknown"
 
 
 def scale(intervals: Sequence[Interval], extra: Sequence[float] = ()) -> tuple[float, float]:
-    """The range of a forest plot: all intervals, what is ``extra``, and zero in it."""
+    """Return the range of a forest plot: all intervals, what is ``extra``, and zero in it."""
     values = [0.0, *extra]
     for one in intervals:
         values += [value for value in (one.value, one.low, one.high) if value is not None and math.isfinite(value)]
@@ -47,7 +47,7 @@ def scale(intervals: Sequence[Interval], extra: Sequence[float] = ()) -> tuple[f
 
 
 def forest(comparison: Comparison | None, bounds: tuple[float, float], margin: float | None) -> dict[str, Any] | None:
-    """Shares of the plot's width at which dot, interval, zero, margin and every seed's difference are."""
+    """Return the shares of the plot's width at which dot, interval, zero, margin and every seed's difference are."""
     if comparison is None:
         return None
     low, high = bounds
@@ -66,8 +66,8 @@ def forest(comparison: Comparison | None, bounds: tuple[float, float], margin: f
     }
 
 
-def verdict_rows(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """Each comparison with its verdict, all on one scale: zero, the margin and the intervals."""
+def verdict_rows(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, Any]]:
+    """Return each comparison with its verdict, all on one scale: zero, the margin and the intervals."""
     intervals = [one.comparison.interval for one in found if one.comparison]
     seeds = [value for one in found if one.comparison for value in one.comparison.differences.values()]
     margin = sweep.margin or 0.0
@@ -102,8 +102,10 @@ def verdict_rows(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, Any]
     return rows
 
 
-def banners(sweep: Sweep, cohorts: Sequence[Cohort], judged: Sequence[Sequence[Contrast]]) -> list[dict[str, Any]]:
-    """What has to be known before any number is read; ``bad`` ones are red."""
+def banners(
+    sweep: RecordedSweep, cohorts: Sequence[Cohort], judged: Sequence[Sequence[Contrast]]
+) -> list[dict[str, Any]]:
+    """Return what has to be known before any number is read; ``bad`` ones are red."""
     found = []
     for arm in sweep.arms.values():
         if arm.undeclared:
@@ -144,7 +146,7 @@ def banners(sweep: Sweep, cohorts: Sequence[Cohort], judged: Sequence[Sequence[C
 
 
 def doubts_of(cohort: Cohort) -> list[str]:
-    """What keeps equal records from meaning equal code and data."""
+    """Return what keeps equal records from meaning equal code and data."""
     record = cohort.trials[0].record.get("cohort") or {}
     if not record:
         return ["the trials did not record them"]
@@ -157,8 +159,8 @@ def doubts_of(cohort: Cohort) -> list[str]:
     return found
 
 
-def arm_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Every arm by what it changes, declared or not, in what it is compared with."""
+def arm_rows(sweep: RecordedSweep) -> list[dict[str, Any]]:
+    """Describe every arm by what it changes, declared or not, in what it is compared with."""
     rows = []
     for arm in sweep.arms.values():
         undeclared = set(arm.undeclared)
@@ -185,8 +187,8 @@ def arm_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def seed_table(sweep: Sweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
-    """The primary metric of every trial; its interval, over images, describes that one run."""
+def seed_table(sweep: RecordedSweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
+    """Return the primary metric of every trial; its interval, over images, describes that one run."""
     number = {trial.folder: index for index, cohort in enumerate(cohorts, 1) for trial in cohort.trials}
     measure = measure_of(sweep.primary)
     every = [value for trial in sweep.trials if (value := measure(trial)) is not None]
@@ -214,14 +216,14 @@ def seed_table(sweep: Sweep, cohorts: Sequence[Cohort]) -> dict[str, Any]:
     return {"columns": max(len(row["cells"]) for row in rows) if rows else 0, "rows": rows}
 
 
-def points_chart(sweep: Sweep, cohort: Cohort) -> Any:
-    """The primary metric of every seed of every arm."""
+def points_chart(sweep: RecordedSweep, cohort: Cohort) -> Any:
+    """Draw the primary metric of every seed of every arm."""
     values = {arm: cohort.values(arm, measure_of(sweep.primary)) for arm in sweep.arms}
     return seed_points(values, styles(sweep), metric_title(sweep.primary))
 
 
-def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
-    """Every other metric: the arms' means, and differences with intervals that claim nothing."""
+def metric_rows(sweep: RecordedSweep, cohort: Cohort) -> list[dict[str, Any]]:
+    """Return every other metric: the arms' means, and differences with intervals that claim nothing."""
     names = dict.fromkeys(name for trial in cohort.trials for name in trial.metrics)
     rows = []
     for name in names:
@@ -254,8 +256,8 @@ def metric_rows(sweep: Sweep, cohort: Cohort) -> list[dict[str, Any]]:
     return rows
 
 
-def changes(sweep: Sweep, found: Sequence[Contrast]) -> list[dict[str, str]]:
-    """For each comparison, what it would take to conclude something else."""
+def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, str]]:
+    """Say for each comparison what it would take to conclude something else."""
     rows = []
     for one in found:
         name, compared, verdict = f"{one.arm.name} against {one.against}", one.comparison, one.verdict

@@ -1,4 +1,4 @@
-"""How a sweep's page says its numbers: with as many digits as their intervals allow."""
+"""The numbers of a sweep's page as text: with as many digits as their intervals allow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evaluate.statistics.verdicts import MOST_SEEDS, Comparison, Verdict
 
 
 def metric_title(metric: str) -> str:
-    """How people say a metric: of report.json, of metrics.jsonl or of a trial's record."""
+    """Return how people say a metric: of report.json, of metrics.jsonl or of a trial's record."""
     if metric.startswith(("validation/", "train/", "sys/", "memory/")):
         return metric.partition("/")[2].replace("_", " ")
     title, part, detail = label(metric)
@@ -21,7 +21,7 @@ def metric_title(metric: str) -> str:
 
 
 def digits(value: float | None, like: float | None = None, sign: bool = False) -> str:
-    """A number with as many decimals as leave ``like`` (an interval's half width, say) two significant digits.
+    """Write a number with as many decimals as leave ``like`` (an interval's half width, say) two significant digits.
 
     Without it, or where it is rounding error, with three digits of its own.
     """
@@ -36,7 +36,7 @@ def digits(value: float | None, like: float | None = None, sign: bool = False) -
 
 
 def words_of(interval: Interval, sign: bool = True) -> str:
-    """A difference with its interval: ``−0.031 [−0.044, −0.018]``."""
+    """Write a difference with its interval: ``−0.031 [−0.044, −0.018]``."""
     if interval.low is None:
         return digits(interval.value, sign=sign)
     half = (interval.high - interval.low) / 2
@@ -45,17 +45,17 @@ def words_of(interval: Interval, sign: bool = True) -> str:
 
 
 def p_words(p: float | None) -> str:
-    """A p-value as people write it."""
+    """Write a p-value."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def plural(count: int, word: str) -> str:
-    """``1 seed``, ``2 seeds``."""
+    """Write ``1 seed``, ``2 seeds``."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def more_words(verdict: Verdict, comparison: Comparison | None) -> str:
-    """What would settle an open verdict."""
+    """Return what would settle an open verdict."""
     if comparison is None or verdict.word in ("better", "worse", "equivalent"):
         return ""
     if verdict.more is None:
@@ -67,7 +67,7 @@ def more_words(verdict: Verdict, comparison: Comparison | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it."""
+    """Write a span of time."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -76,5 +76,5 @@ def duration(seconds: float) -> str:
 
 
 def setting(value: Any) -> str:
-    """A config's value as YAML would have it."""
+    """Write a config's value as YAML would have it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

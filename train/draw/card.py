@@ -23,7 +23,7 @@ COMPARED = ("heldout_gap", "memorisation", "distribution")  # tests that hold pi
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """The content of a report.json that ``evaluate run`` wrote, and the SHA-256 of the file."""
 
     path: Path
@@ -75,7 +75,7 @@ def model_card(
     model: NanoDiT,
     described: Mapping[str, Any],
     config: TrainConfig,
-    report: Report | None = None,
+    report: EvaluationReport | None = None,
     rounding: str | None = None,
 ) -> str:
     """Return the card of a model as Markdown with its YAML front matter.
@@ -155,7 +155,7 @@ def _conditions(described: Mapping[str, Any]) -> str:
     )
 
 
-def _data(data: Mapping[str, Any], report: Report | None) -> str:
+def _data(data: Mapping[str, Any], report: EvaluationReport | None) -> str:
     counts = data.get("counts") or (report and report.provenance["dataset"].get("counts"))
     samples = "not recorded"
     if isinstance(counts, Mapping):  # a report may say "unknown"
@@ -207,7 +207,7 @@ def _training(model: NanoDiT, config: TrainConfig, described: Mapping[str, Any])
     return "\n\n".join(["## Training", table(("", ""), rows), details])
 
 
-def _evaluation(report: Report | None, rounding: str | None) -> str:
+def _evaluation(report: EvaluationReport | None, rounding: str | None) -> str:
     lines = ["## Evaluation"]
     if report is None:
         lines.append("Not evaluated.")
@@ -256,7 +256,7 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
 _DRAWN = {"sampler": "", "steps": "steps", "grid": "grid", "seeds": "seed(s)"}
 
 
-def _limits(described: Mapping[str, Any], report: Report | None) -> str:
+def _limits(described: Mapping[str, Any], report: EvaluationReport | None) -> str:
     base, data = described["dataset"]["base"], described["dataset"]
     searched = report is not None and any(
         metric["name"].startswith("memorisation/copies") and metric["value"] is not None for metric in report.metrics

@@ -32,7 +32,7 @@ from train.checkpoint.posthoc import parse_weights
 from train.checkpoint.tensorfile import Tensors, sync_file, write_tensors
 from train.config import TrainConfig
 from train.data.samples import bucket_size, load_conditions
-from train.draw.card import Report, model_card
+from train.draw.card import EvaluationReport, model_card
 from train.method.sampling import Sampling, sample, to_uint8
 from train.model.conditions import Conditions, subset_name
 from train.model.modalities import MODALITIES
@@ -80,7 +80,7 @@ def export(
     check_output(output)
     parse_weights(weights)
     step_folder = resolve_checkpoint(checkpoint)
-    evaluated = None if report is None else Report.read(report)
+    evaluated = None if report is None else EvaluationReport.read(report)
     model, config, state = load_model(step_folder, weights)
     source = {
         "checkpoint": step_folder.name,

@@ -28,12 +28,7 @@ AA_FOLDER = "A-A"  # no arm can be called so
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*")
 EVALUATE = "evaluate."  # before the keys of an evaluation, among differences and factors
 OF_THE_TRIAL = ("seed", "output")  # differ between all trials
-FREE = (
-    "resources",
-    "retries",
-    "concurrent",
-    "questions",
-)  # may change on --resume: no number but speed and memory does
+FREE = ("resources", "retries", "concurrent", "questions")  # may change on --resume: no result depends on them
 
 
 class ArmConfig(Config):

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from evaluate.drawing.finished import Parts
+from evaluate.drawing.finished import FinishedBatches
 
 TABLE = pa.table({"key": ["a", "b"], "psnr": [1.5, None]})
 
@@ -21,8 +21,8 @@ class Work:
 
 def test_a_finished_part_is_read_back(tmp_path):
     work = Work()
-    first = Parts(tmp_path, {"weights": 1}).get("x", ["a", "b"], work)
-    again = Parts(tmp_path, {"weights": 1}).get("x", ["a", "b"], work)
+    first = FinishedBatches(tmp_path, {"weights": 1}).get("x", ["a", "b"], work)
+    again = FinishedBatches(tmp_path, {"weights": 1}).get("x", ["a", "b"], work)
     assert work.done == 1
     assert first.to_pylist() == again.to_pylist() == TABLE.to_pylist()
 
@@ -33,14 +33,14 @@ def test_a_finished_part_is_read_back(tmp_path):
 )
 def test_another_evaluation_or_batch_is_computed_again(tmp_path, identity, name, content):
     work = Work()
-    Parts(tmp_path, {"weights": 1}).get("x", ["a"], work)
-    Parts(tmp_path, identity).get(name, content, work)
+    FinishedBatches(tmp_path, {"weights": 1}).get("x", ["a"], work)
+    FinishedBatches(tmp_path, identity).get(name, content, work)
     assert work.done == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1" + bytes(40) + b"PAR1"])
 def test_a_damaged_part_is_computed_again(tmp_path, damage):
-    work, parts = Work(), Parts(tmp_path, {"weights": 1})
+    work, parts = Work(), FinishedBatches(tmp_path, {"weights": 1})
     parts.get("x", [], work)
     (tmp_path / "x.parquet").write_bytes(damage)
     assert parts.get("x", [], work).to_pylist() == TABLE.to_pylist()
@@ -48,7 +48,7 @@ def test_a_damaged_part_is_computed_again(tmp_path, damage):
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path):
-    work, parts = Work(), Parts(None)
+    work, parts = Work(), FinishedBatches(None)
     parts.get("x", [], work)
     parts.get("x", [], work)
     assert work.done == 2

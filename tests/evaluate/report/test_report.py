@@ -14,7 +14,7 @@ from evaluate import run
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.report import report
-from evaluate.report.report import Files, find_output, number, write_report
+from evaluate.report.report import EvaluationFiles, find_output, number, write_report
 from evaluate.subject import Subject
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import canonical_json
@@ -123,19 +123,19 @@ class References(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(folder) -> str:
-    return report.render(Files.read(folder))
+    return report.render(EvaluationFiles.read(folder))
 
 
 def test_the_same_files_give_the_same_bytes(folder, truthful, html, tmp_path):
-    assert report.render(Files.read(folder)) == html
+    assert report.render(EvaluationFiles.read(folder)) == html
     run_folder = tmp_path / "elsewhere" / "deeper"
     shutil.copytree(folder.parents[1], run_folder)
     written = write_report(run_folder, tmp_path / "out.html")
     assert written == [tmp_path / name for name in ("out.html", "out.json", "out.csv")]
     assert written[0].read_text() == html  # neither the place nor the time is in it
-    assert json.loads(written[1].read_text()) == Files.read(folder).report
-    both = [Files.read(one) for one in (folder, truthful)]
-    assert report.render(both) == report.render([Files.read(one) for one in (folder, truthful)])
+    assert json.loads(written[1].read_text()) == EvaluationFiles.read(folder).report
+    both = [EvaluationFiles.read(one) for one in (folder, truthful)]
+    assert report.render(both) == report.render([EvaluationFiles.read(one) for one in (folder, truthful)])
 
 
 def test_every_string_is_escaped_and_nothing_is_loaded(html):  # fault E07
@@ -175,7 +175,7 @@ def test_all_pictures_and_headers_can_be_read_aloud(html):
 def test_curves_are_over_steps_and_over_time(folder, html, copy):
     assert "training loss, over time" in html
     assert "minutes of training" in html
-    alone = report.render(Files.read(copy))  # without the run's metrics.jsonl nobody knows how long it took
+    alone = report.render(EvaluationFiles.read(copy))  # without the run's metrics.jsonl nobody knows how long it took
     assert "minutes of training" not in alone
     assert "No curves over time for this run" in alone
 
@@ -184,14 +184,14 @@ def test_earlier_evaluations_are_drawn_where_settings_are_equal(folder, tmp_path
     run_folder = Path(shutil.copytree(folder.parents[1], tmp_path / "run"))
     earlier = Path(shutil.copytree(folder, run_folder / "validation_outputs" / "step-000060"))
     edit_json(earlier / "report.json", lambda content: content["provenance"].update(step=60))
-    assert "Over the evaluations of the run" in report.render(Files.read(run_folder))
+    assert "Over the evaluations of the run" in report.render(EvaluationFiles.read(run_folder))
 
     def steps(content):
         for metric in content["metrics"]:
             metric["settings"]["weights"] = "others"
 
     edit_json(earlier / "report.json", steps)
-    assert "Over the evaluations of the run" not in report.render(Files.read(run_folder))
+    assert "Over the evaluations of the run" not in report.render(EvaluationFiles.read(run_folder))
 
 
 def test_a_null_metric_is_shown_with_its_reason(copy):
@@ -206,7 +206,7 @@ def test_a_null_metric_is_shown_with_its_reason(copy):
                 "verdict": "inconclusive",
             }
     (copy / "report.json").write_text(json.dumps(content))
-    page = report.render(Files.read(copy))
+    page = report.render(EvaluationFiles.read(copy))
     assert "degenerate: 3 of 24" in page
     assert "no interval" in page
 
@@ -214,7 +214,7 @@ def test_a_null_metric_is_shown_with_its_reason(copy):
 def test_the_csv_holds_every_metric(folder, tmp_path):
     _, _, table = write_report(folder, tmp_path / "report.html")
     rows = list(csv.DictReader(table.open(newline="")))
-    metrics = Files.read(folder).report["metrics"]
+    metrics = EvaluationFiles.read(folder).report["metrics"]
     assert [row["name"] for row in rows] == [metric["name"] for metric in metrics]
     assert [float(row["value"]) for row in rows] == [metric["value"] for metric in metrics]
 
@@ -233,7 +233,7 @@ def test_a_run_folder_means_its_newest_evaluation(folder, tmp_path):
         find_output(tmp_path)
     (tmp_path / "report.json").write_text('{"schema": 99}')
     with pytest.raises(DataError, match="schema 99"):
-        Files.read(tmp_path)
+        EvaluationFiles.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_an_evaluation_that_was_killed_is_not_taken_for_finished(folder, copy, t
     run_folder = Path(shutil.copytree(folder.parents[1], tmp_path / "run"))
     newer = run_folder / "validation_outputs" / "step-000200"
     (newer / "parts").mkdir(parents=True)
-    page = report.render(Files.read(run_folder))
+    page = report.render(EvaluationFiles.read(run_folder))
     assert "A newer evaluation was not finished and is not shown: step-000200" in page
     with pytest.raises(ConfigError, match="not finished"):
         find_output(newer)
@@ -297,7 +297,7 @@ def test_skipped_tests_leave_their_reasons_and_no_empty_sections(copy):
 
     edit_json(copy / "report.json", skip)
     edit_json(copy / "extras.json", dict.clear)
-    page = report.render(Files.read(copy))
+    page = report.render(EvaluationFiles.read(copy))
     assert page.count("subset &lt;text+dino&gt; never trained") == 2  # in its section, and in the list
     for heading in ("Text edits", "Poses", "Diversity", "Nearest training images", "Which colours come out"):
         assert f"<h2>{heading}</h2>" not in page
@@ -308,7 +308,7 @@ def test_provenance_that_is_not_there_is_unknown(copy):  # trap 32
         content["provenance"] = {"step": 123, "dataset": {}, "git": {}}
 
     edit_json(copy / "report.json", forget)
-    page = report.render(Files.read(copy))
+    page = report.render(EvaluationFiles.read(copy))
     said = "the commit is unknown; the hash of the weights is unknown; the dataset&#39;s fingerprint is unknown"
     assert said in page
     assert "whether the code was changed is unknown" in page
@@ -317,12 +317,12 @@ def test_provenance_that_is_not_there_is_unknown(copy):  # trap 32
 def test_a_page_too_large_gets_smaller_pictures_and_says_so(folder, html, monkeypatch):
     assert "scaled down" not in html
     monkeypatch.setattr(report, "LIMIT", len(html.encode()) - 100_000)
-    small = report.render(Files.read(folder))
+    small = report.render(EvaluationFiles.read(folder))
     assert len(small.encode()) <= report.LIMIT
     assert "Pictures are scaled down to at most 384 pixels and compressed" in small
     monkeypatch.setattr(report, "LIMIT", 10_000)
     with pytest.raises(ResourceError, match="give fewer runs"):
-        report.render(Files.read(folder))
+        report.render(EvaluationFiles.read(folder))
 
 
 def test_text_stands_out_from_what_is_behind_it(html):

@@ -9,7 +9,7 @@ import pytest
 
 from evaluate.__main__ import main
 from evaluate.report import report
-from evaluate.report.report import Files, write_report
+from evaluate.report.report import EvaluationFiles, write_report
 from nanodit.errors import ConfigError
 from nanodit.files import canonical_json
 from tests.evaluate.report.test_report import write_evaluation
@@ -31,8 +31,8 @@ def copies(folders, tmp_path) -> list[Path]:
     return [Path(shutil.copytree(folder, tmp_path / str(place))) for place, folder in enumerate(folders)]
 
 
-def read(folders) -> list[Files]:
-    return [Files.read(folder) for folder in folders]
+def read(folders) -> list[EvaluationFiles]:
+    return [EvaluationFiles.read(folder) for folder in folders]
 
 
 def compared(folders) -> dict:

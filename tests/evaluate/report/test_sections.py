@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from evaluate.report.curves import minutes
-from evaluate.report.files import Files, name_runs
+from evaluate.report.files import EvaluationFiles, name_runs
 from evaluate.report.metrics import label, roles
-from evaluate.report.pictures import Thumbnails, shorten
+from evaluate.report.pictures import EmbeddedImages, shorten
 from evaluate.report.sections import sections
 from evaluate.suite.reconstruction import quantiles
 from nanodit.errors import DataError
@@ -17,7 +17,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 @pytest.fixture
-def files(tmp_path) -> Files:
+def files(tmp_path) -> EvaluationFiles:
     """Two samples with pictures, as rows of samples.parquet, without an evaluation."""
     (tmp_path / "images").mkdir()
     rows = []
@@ -36,13 +36,13 @@ def files(tmp_path) -> Files:
         rows.append({**row, "width": 64, "height": 48, "caption": f"{HOSTILE} in red", "top_true": None})
     Image.fromarray(np.zeros((80, 40, 3), np.uint8)).save(tmp_path / "images" / "train-x.png")
     report = {"metrics": [], "skipped": [], "provenance": {}}
-    return Files(tmp_path, report, rows, [], {}, [])
+    return EvaluationFiles(tmp_path, report, rows, [], {}, [])
 
 
-def show(files: Files, **extras) -> dict:
+def show(files: EvaluationFiles, **extras) -> dict:
     files.extras.update(extras)
     (run,) = name_runs([files])
-    return {test: one[0]["shown"] for test, one in sections([run], Thumbnails()).items()}
+    return {test: one[0]["shown"] for test, one in sections([run], EmbeddedImages()).items()}
 
 
 def test_the_swap_matrix_has_texts_in_rows_and_features_in_columns(files):
@@ -61,7 +61,7 @@ def test_the_swap_matrix_has_texts_in_rows_and_features_in_columns(files):
     )["swap"]
     rows = found["matrix"]["rows"]
     assert [[cell["own"] for cell in row["cells"]] for row in rows] == [[True, False], [False, True]]
-    assert rows[0]["cells"][1]["data"] == Thumbnails().make(files.folder / "images/a-swap_both.png")
+    assert rows[0]["cells"][1]["data"] == EmbeddedImages().make(files.folder / "images/a-swap_both.png")
     assert [one["title"] for one in found["examples"][0]["pictures"]] == [
         "real",
         "donor",

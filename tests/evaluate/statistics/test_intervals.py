@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval
 
 
@@ -18,14 +18,14 @@ def simulate(kind, images, seeds, random):
 
 @pytest.mark.parametrize("kind", ["normal", "skewed", "proportion"])
 def test_ninety_five_percent_intervals_cover_ninety_five_percent(kind, monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
     random = np.random.default_rng(3)
     images, seeds, rounds = 64, 3, 1500
     names = np.repeat([f"{index:03d}" for index in range(images)], seeds)
     covered = 0
     for _ in range(rounds):
         values, truth = simulate(kind, images, seeds, random)
-        interval = statistics.proportion(values.ravel(), np.ones(values.size), names)
+        interval = intervals.proportion(values.ravel(), np.ones(values.size), names)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / rounds <= 0.97
 
@@ -34,8 +34,8 @@ def test_resampling_single_judgements_would_be_too_narrow():
     random = np.random.default_rng(0)
     values = np.repeat(random.normal(size=50), 4)  # four judgements per image that always agree
     names = np.repeat([str(index) for index in range(50)], 4)
-    by_image = statistics.mean(values, names)
-    by_judgement = statistics.mean(values, [str(index) for index in range(200)])
+    by_image = intervals.mean(values, names)
+    by_judgement = intervals.mean(values, [str(index) for index in range(200)])
     assert by_image.n == 50
     assert (by_image.high - by_image.low) > 1.7 * (by_judgement.high - by_judgement.low)
 
@@ -45,12 +45,12 @@ def test_the_interval_depends_on_nothing_but_the_numbers():
     values = random.normal(size=120)
     names = np.array([f"{index // 2:03d}" for index in range(120)])
     order = random.permutation(120)
-    assert statistics.mean(values, names) == statistics.mean(values[order], names[order])
+    assert intervals.mean(values, names) == intervals.mean(values[order], names[order])
 
 
 def test_normal_means_match_the_textbook():
     values = np.random.default_rng(2).normal(size=400)
-    interval = statistics.mean(values, [str(index) for index in range(400)])
+    interval = intervals.mean(values, [str(index) for index in range(400)])
     half = 1.966 * values.std(ddof=1) / np.sqrt(400)  # Student's t, 399 degrees of freedom
     assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
@@ -58,18 +58,18 @@ def test_normal_means_match_the_textbook():
 
 def test_ratios_pool_and_skip_images_with_nothing_to_count():
     hits, joints = [10, 0, 5] * 10, [10, 0, 10] * 10
-    interval = statistics.ratio(hits, joints, [str(index) for index in range(30)])
+    interval = intervals.ratio(hits, joints, [str(index) for index in range(30)])
     assert interval.value == pytest.approx(0.75)
     assert interval.n == 20
     with pytest.raises(ValueError, match="nothing to average"):
-        statistics.ratio([0, 0], [0, 0], ["a", "b"])
+        intervals.ratio([0, 0], [0, 0], ["a", "b"])
 
 
 def test_a_perfect_score_is_not_certain():
-    perfect = statistics.proportion(np.ones(64), np.ones(64), [str(index) for index in range(64)])
+    perfect = intervals.proportion(np.ones(64), np.ones(64), [str(index) for index in range(64)])
     assert (perfect.value, perfect.high) == (1.0, 1.0)
     assert perfect.low == pytest.approx(0.025 ** (1 / 64))  # Clopper-Pearson for 64 of 64: .944
-    none = statistics.proportion(np.zeros(64), np.ones(64), [str(index) for index in range(64)])
+    none = intervals.proportion(np.zeros(64), np.ones(64), [str(index) for index in range(64)])
     assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 64)))
 
 
@@ -78,14 +78,14 @@ def test_pairing_removes_what_the_arms_share():
     shared = 5 * random.normal(size=80)
     first = shared + 0.5 + 0.1 * random.normal(size=80)
     names = [str(index) for index in range(80)]
-    paired = statistics.paired_difference(first, shared, names)
+    paired = intervals.paired_difference(first, shared, names)
     assert paired.low > 0.4
     assert paired.high < 0.6
-    assert statistics.mean(first, names).high - statistics.mean(first, names).low > 1
+    assert intervals.mean(first, names).high - intervals.mean(first, names).low > 1
 
 
 def test_too_few_images_are_inconclusive():
-    interval = statistics.mean([1.0] * 9, [str(index) for index in range(9)])
+    interval = intervals.mean([1.0] * 9, [str(index) for index in range(9)])
     assert (interval.low, interval.high) == (None, None)
     assert interval.verdict(0.5) == "inconclusive"
 
@@ -103,43 +103,43 @@ def test_a_difference_over_a_few_training_seeds_covers_what_it_claims(seeds):
     random = np.random.default_rng(seeds)
     shared = random.normal(size=(20_000, 1, seeds))  # what a seed does to both arms, which pairing takes away
     arms = 0.3 * random.normal(size=(20_000, 2, seeds)) + shared
-    intervals = [statistics.paired_t(*pair) for pair in arms]
+    intervals = [intervals.paired_t(*pair) for pair in arms]
     covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
     assert 0.94 < covered < 0.96
     assert np.mean([interval.high - interval.low for interval in intervals]) < 4 * 0.3 * 4.31 / np.sqrt(seeds)
 
 
 def test_the_interval_over_seeds_is_students():
-    interval = statistics.paired_t([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
+    interval = intervals.paired_t([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
     half = 4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3)  # the t quantile of two degrees of freedom
     assert interval.value == pytest.approx(7 / 3)
     assert (interval.low, interval.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
-    assert statistics.paired_t([1.0], [0.5]) == Interval(0.5, None, None, 1)
+    assert intervals.paired_t([1.0], [0.5]) == Interval(0.5, None, None, 1)
 
 
 def test_the_difference_of_two_sets_of_images_covers_the_truth(monkeypatch):
     """Sets of unlike spread and size; pairing nothing."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
     random = np.random.default_rng(5)
     names = ([f"a{index}" for index in range(64)], [f"b{index}" for index in range(48)])
     covered = 0
     for _ in range(300):
         a, b = random.normal(1, 1, 64), random.normal(0, 2, 48)
-        interval = statistics.difference(a, names[0], b, names[1])
+        interval = intervals.difference(a, names[0], b, names[1])
         covered += interval.low <= 1 <= interval.high
     assert interval.n == 48
     assert 0.92 <= covered / 300 <= 0.98
 
 
 def test_a_difference_of_few_images_has_no_bounds():
-    interval = statistics.difference([1.0] * 20, [str(i) for i in range(20)], [0.5] * 5, [str(i) for i in range(5)])
+    interval = intervals.difference([1.0] * 20, [str(i) for i in range(20)], [0.5] * 5, [str(i) for i in range(5)])
     assert (interval.value, interval.low, interval.n) == (0.5, None, 5)
 
 
 def test_a_quotient_counts_images_whose_denominator_is_negative():
     keys = [f"{index:02d}" for index in range(20)]
     denominators = [2.0] * 19 + [-1.0]
-    interval = statistics.quotient([1.0] * 20, denominators, keys)
+    interval = intervals.quotient([1.0] * 20, denominators, keys)
     assert interval.value == pytest.approx(20 / 37)
     assert interval.n == 20
     assert interval.low < interval.value < interval.high

@@ -10,7 +10,7 @@ from evaluate.statistics.verdicts import (
     factorial_effects,
     half_width,
     holm,
-    judge,
+    judge_comparisons,
     more_seeds,
     paired,
     welch,
@@ -28,7 +28,7 @@ def compare(differences) -> Comparison:
 
 
 def verdict(differences, mode="min", margin=None):
-    return judge({"B": compare(differences)}, mode, margin)["B"]
+    return judge_comparisons({"B": compare(differences)}, mode, margin)["B"]
 
 
 def draws(random, kind, seeds):
@@ -70,7 +70,9 @@ def test_trap_23_three_seeds_without_a_difference_seldom_make_a_claim():
     resamples = np.array(np.meshgrid(*[range(3)] * 3)).reshape(3, -1).T  # all 27 of three seeds
     for _ in range(ROUNDS):
         arms = random.normal(size=(5, 1, 3)) * 0.3 + random.normal(size=3)
-        found = judge({name: paired(arm(arms[name][0]), arm(arms[0][0])) for name in range(1, 5)}, "min", None)
+        found = judge_comparisons(
+            {name: paired(arm(arms[name][0]), arm(arms[0][0])) for name in range(1, 5)}, "min", None
+        )
         claimed += any(one.word in ("better", "worse") for one in found.values())
         means = (arms[1][0] - arms[0][0])[resamples].mean(1)
         low, high = np.quantile(means, [0.025, 0.975])
@@ -132,14 +134,14 @@ def test_one_seed_is_no_verdict_and_two_are_too_few():
     two = verdict([-5.0, -5.0001], margin=1.0)
     assert two.word == "inconclusive"
     assert two.more >= MIN_SEEDS - 2
-    assert judge({"B": None}, "min", 0.1)["B"].word == "no verdict"
+    assert judge_comparisons({"B": None}, "min", 0.1)["B"].word == "no verdict"
 
 
 def test_a_claim_has_to_survive_the_other_arms():
     borderline = compare([-0.10, -0.12, -0.15])  # p = .014 alone
     noise = {name: compare([0.3, -0.2, 0.1]) for name in "CDE"}
-    assert judge({"B": borderline}, "min", None)["B"].word == "better"
-    corrected = judge({"B": borderline, **noise}, "min", None)["B"]
+    assert judge_comparisons({"B": borderline}, "min", None)["B"].word == "better"
+    corrected = judge_comparisons({"B": borderline, **noise}, "min", None)["B"]
     assert corrected.word == "inconclusive"
     assert corrected.adjusted == pytest.approx(4 * borderline.p)
     assert "Holm" in corrected.note

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.metrics.colours import PALETTES, judge, nearest_colour, score_colours
+from evaluate.metrics.colours import PALETTES, judge_colours, nearest_colour, score_colours
 from evaluate.metrics.examiner import open_detector
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL
 from evaluate.suite import attributes
@@ -25,7 +25,7 @@ def test_the_judge_is_right_on_real_figures_at_64_pixels(detector):
         figure = draw_figure(977, index, 64)
         pixels = np.asarray(figure.image)
         (pose,) = detector.detect(pixels[None])
-        answers = judge(pixels, pose.keypoints) if pose.persons else dict.fromkeys(ATTRIBUTES)
+        answers = judge_colours(pixels, pose.keypoints) if pose.persons else dict.fromkeys(ATTRIBUTES)
         judged += len(ATTRIBUTES)
         right += sum(answers[name] == figure.attributes[name] for name in ATTRIBUTES)
     assert right / judged >= 0.95
@@ -42,13 +42,13 @@ def test_the_judge_reads_pixels_and_not_the_truth():
     """Recolour one garment and exactly that answer changes."""
     figure = draw_figure(31, 4, 128)
     pixels, joints = np.asarray(figure.image).copy(), figure.keypoints
-    before = judge(pixels, joints)
+    before = judge_colours(pixels, joints)
     shoulders, hips = joints[[5, 6], :2].mean(0), joints[[11, 12], :2].mean(0)
     other = "blue" if before["top"] != "blue" else "yellow"
     left, right = sorted(joints[[5, 6], 0])
     box = (slice(int(shoulders[1]), int(hips[1])), slice(int(left), int(right)))
     pixels[box] = PALETTES["top"][other]
-    after = judge(pixels, joints)
+    after = judge_colours(pixels, joints)
     assert after["top"] == other
     assert {name: after[name] for name in ATTRIBUTES if name != "top"} == {
         name: before[name] for name in ATTRIBUTES if name != "top"
@@ -61,7 +61,7 @@ def test_a_pixel_of_error_in_the_joints_hardly_matters():
         figure = draw_figure(12, index, 64)
         joints = figure.keypoints.copy()
         joints[:, :2] += random.normal(size=(133, 2))
-        answers = judge(np.asarray(figure.image), joints)
+        answers = judge_colours(np.asarray(figure.image), joints)
         right += sum(answers[name] == figure.attributes[name] for name in ATTRIBUTES)
     assert right / 160 >= 0.95
 
@@ -71,11 +71,11 @@ def test_joints_that_were_not_found_leave_their_garment_unjudged():
     joints = figure.keypoints.copy()
     joints[[0, 1, 2], 2] = 0  # two joints of the head are left: no crown
     joints[13, 2] = 0  # one knee is left: still a thigh
-    answers = judge(np.asarray(figure.image), joints)
+    answers = judge_colours(np.asarray(figure.image), joints)
     assert answers["hair"] is None
     assert answers["trousers"] == figure.attributes["trousers"]
     joints[5, 2] = 0
-    answers = judge(np.asarray(figure.image), joints)
+    answers = judge_colours(np.asarray(figure.image), joints)
     assert answers["top"] is answers["background"] is None
 
 

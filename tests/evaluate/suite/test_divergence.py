@@ -11,7 +11,7 @@ from evaluate.records import ATTRIBUTES, MODEL
 from evaluate.run import Evidence, write
 from evaluate.statistics.intervals import Interval
 from evaluate.suite import divergence
-from evaluate.suite.divergence import Drawn, trend
+from evaluate.suite.divergence import DrawnPoints, trend
 
 NOISES = 3
 CONFIG = {"conditions": {"all": 1.0, "text": 2.0}, "divergence": {"noises": NOISES}}
@@ -206,7 +206,7 @@ def test_alarms_need_both_spaces():
 
 def test_error_and_diversity_of_a_prompt():
     points = np.array([[[0.0, 0], [0, 2], [0, 4]], [[1, 1], [1, 1], [1, 1]]])
-    drawn = Drawn(points, np.array([[0.0, 1], [1, 0]]))
+    drawn = DrawnPoints(points, np.array([[0.0, 1], [1, 0]]))
     assert drawn.diversity == pytest.approx([8 / 3, 0])
     assert drawn.error == pytest.approx([5 / 3, 1])
 

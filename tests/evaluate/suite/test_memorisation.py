@@ -9,7 +9,7 @@ from PIL import Image
 
 from evaluate.drawing.draw import show
 from evaluate.records import MODEL
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.suite import memorisation
 from evaluate.suite.memorisation import QUANTILE, Nearness, nearness, share_of_copies
 
@@ -139,7 +139,7 @@ def test_isolation_tells_a_copy_from_a_blur():
 
 def test_without_copying_the_share_is_rarely_above_chance(monkeypatch):
     """Pictures like the holdout's, and the interval with the quantile's own uncertainty: few false alarms."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
     random = np.random.default_rng(0)
     keys, false = [f"{index:03d}" for index in range(64)], 0
     for _ in range(300):

@@ -44,7 +44,7 @@ def rows(found, targets, kind=MODEL, condition="text+pose", box=BOX, persons=Non
 
 
 def drawn(own, references=None, condition="text+pose"):
-    return pose.Drawn(condition, own, references or {}, {"guidance": 2.0, "box": TRUE_BOX})
+    return pose.PosedPictures(condition, own, references or {}, {"guidance": 2.0, "box": TRUE_BOX})
 
 
 def accuracies(one):

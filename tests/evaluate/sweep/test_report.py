@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from evaluate.__main__ import main
 from evaluate.sweep.analysis import at_equal, band, factorial, front, slope, split_cohorts
-from evaluate.sweep.files import Sweep
+from evaluate.sweep.files import RecordedSweep
 from evaluate.sweep.report import render, sweep_json, write_sweep_report
 from nanodit.errors import DataError
 from tests.browser import chromium, look
@@ -62,6 +62,7 @@ KINDS = {
 
 
 def describe(arms=None, **changed):
+    questions = [] if arms else QUESTIONS
     arms = {name: {"overrides": {}, "differences": {}, "undeclared": [], **arm} for name, arm in (arms or ARMS).items()}
     return {
         "schema": 1,
@@ -72,7 +73,7 @@ def describe(arms=None, **changed):
         "aa_seeds": [100, 101, 102],
         "budget": {"steps": STEPS},
         "primary": {"metric": "heldout_loss", "mode": "min", "margin": 0.02},
-        "questions": QUESTIONS if arms is None else [],
+        "questions": questions,
         "early_stopping": "none",
         "concurrent": 1,
         "fractional": False,
@@ -188,7 +189,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(folder) -> str:
-    return render(Sweep.read(folder))
+    return render(RecordedSweep.read(folder))
 
 
 def words(html) -> str:
@@ -214,7 +215,7 @@ def words(html) -> str:
 
 
 def verdicts(folder) -> dict[str, str]:
-    return {one["arm"]: one["verdict"] for one in sweep_json(Sweep.read(folder))["metrics"]}
+    return {one["arm"]: one["verdict"] for one in sweep_json(RecordedSweep.read(folder))["metrics"]}
 
 
 def test_the_verdicts_are_those_of_the_arms(folder, html):
@@ -227,7 +228,7 @@ def test_the_verdicts_are_those_of_the_arms(folder, html):
 
 
 def test_the_same_files_give_the_same_bytes_wherever_they_are(folder, html, tmp_path):
-    assert render(Sweep.read(folder)) == html
+    assert render(RecordedSweep.read(folder)) == html
     copy = tmp_path / "elsewhere" / "deeper"
     shutil.copytree(folder, copy)
     page, record, table = write_sweep_report(copy, tmp_path / "out.html")
@@ -257,7 +258,7 @@ def test_nothing_is_loaded_or_run_and_every_string_is_escaped(folder, tmp_path):
     arms = {**ARMS, "B": {**ARMS["B"], "differences": {"tread.enabled": [hostile, True]}}}
     content = describe(arms, name=hostile)
     lost = {("B", 1): {"status": "failed", "reason": hostile}}
-    page = render(Sweep.read(write_sweep(tmp_path / "s", content, trials=lost)))
+    page = render(RecordedSweep.read(write_sweep(tmp_path / "s", content, trials=lost)))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert not re.search(r"@import|url\(", page)
@@ -277,7 +278,7 @@ def test_failed_stopped_and_nan_trials_take_no_part_and_say_why(tmp_path):
     output.mkdir(parents=True)
     found = {"schema": 1, "metrics": [metric("heldout_loss", 0.001)], "skipped": [], "provenance": {}}
     (output / "report.json").write_text(json.dumps(found))
-    record = sweep_json(Sweep.read(folder))
+    record = sweep_json(RecordedSweep.read(folder))
     counted = {one["arm"]: one["n"] for one in record["metrics"]}
     assert counted == {"B": 2, "C": 1, "D": 1, "A/A": 3}
     assert verdicts(folder)["C"] == "single run: no verdict"
@@ -287,7 +288,7 @@ def test_failed_stopped_and_nan_trials_take_no_part_and_say_why(tmp_path):
         "C, seed 1": "stopped: stopped early by ASHA at step 250",
         "D, seed 2": "failed: loss is NaN at step 31",
     }
-    text = words(render(Sweep.read(folder)))
+    text = words(render(RecordedSweep.read(folder)))
     for part in ("out of memory: 7.9 of 8.0 GB", "by ASHA at step 250", "loss is NaN", "3 trials take no part"):
         assert part in text
     assert "single run: no verdict" in text
@@ -299,22 +300,22 @@ def test_a_metric_that_is_no_number_is_never_best(tmp_path):
     content = json.loads(path.read_text())
     content["metrics"][0] |= {"value": None, "low": None, "high": None, "reason": "degenerate: 3 of 24"}
     path.write_text(json.dumps(content))
-    sweep = Sweep.read(folder)
+    sweep = RecordedSweep.read(folder)
     assert {one["name"]: one["reason"] for one in sweep_json(sweep)["skipped"]} == {"C, seed 0": "degenerate: 3 of 24"}
     assert "degenerate: 3 of 24" in words(render(sweep))
     path.rename(path.with_name("lost.json"))
-    assert "never evaluated" in words(render(Sweep.read(folder)))
+    assert "never evaluated" in words(render(RecordedSweep.read(folder)))
     earlier = path.parent.with_name("step-000300")
     earlier.mkdir()
     content["metrics"][0] |= {"value": 0.01}
     (earlier / "report.json").write_text(json.dumps(content))
-    assert "evaluated at step 300, not at its last, 600" in words(render(Sweep.read(folder)))
+    assert "evaluated at step 300, not at its last, 600" in words(render(RecordedSweep.read(folder)))
 
 
 def test_an_arm_that_changes_more_than_its_factor_is_flagged_in_red(tmp_path):
     two = {**ARMS["B"], "differences": {"tread.enabled": [False, True], "train.batch_size": [32, 16]}}
     content = describe({**ARMS, "B": {**two, "undeclared": ["train.batch_size"]}})
-    page = render(Sweep.read(write_sweep(tmp_path / "s", content)))
+    page = render(RecordedSweep.read(write_sweep(tmp_path / "s", content)))
     (banner,) = re.findall(r'<p class="banner bad"[^>]*>(.*?)</p>', page)
     assert "B differs from A in more than its factor: train.batch_size" in banner
     text = words(page)
@@ -327,7 +328,7 @@ def test_cohorts_are_never_pooled(tmp_path):
     other = {"cohort": {**COHORT, "commit": "9999fff"}}
     # of another commit, and so much worse that pooling would show
     trials = {("B", seed): {**other, "kind": (5.0, 0.3, 4.0, 6.0)} for seed in (1, 2)}
-    sweep = Sweep.read(write_sweep(tmp_path / "s", trials=trials))
+    sweep = RecordedSweep.read(write_sweep(tmp_path / "s", trials=trials))
     first, second = split_cohorts(sweep)
     assert (len(first.trials), len(second.trials)) == (13, 2)
     assert second.traits == {"commit": "9999fff"}
@@ -350,7 +351,7 @@ def test_cohorts_are_never_pooled(tmp_path):
 )
 def test_unknown_code_is_not_called_equal(cohort, doubt, tmp_path):  # trap 32
     trials = {(arm, seed): {"cohort": cohort} for arm in ARMS for seed in (0, 1, 2, 100, 101, 102)}
-    text = words(render(Sweep.read(write_sweep(tmp_path / "s", trials=trials))))
+    text = words(render(RecordedSweep.read(write_sweep(tmp_path / "s", trials=trials))))
     assert ("environment cannot be told" in text) == bool(doubt)
     assert doubt in text
 
@@ -362,7 +363,7 @@ def test_trials_measured_in_different_ways_are_not_compared(tmp_path):
         content["metrics"][0]["settings"] |= {"steps": 50}
         path.write_text(json.dumps(content))
     assert verdicts(folder)["D"] == "no verdict"
-    assert "measured with different settings" in words(render(Sweep.read(folder)))
+    assert "measured with different settings" in words(render(RecordedSweep.read(folder)))
 
 
 def test_guidance_may_be_what_the_arms_differ_in(tmp_path):
@@ -385,14 +386,14 @@ def test_guidance_may_be_what_the_arms_differ_in(tmp_path):
 
 def test_concurrent_trials_make_no_claims_about_time(tmp_path):
     folder = write_sweep(tmp_path / "s", describe(concurrent=2, time_claims=False))
-    text = words(render(Sweep.read(folder)))
+    text = words(render(RecordedSweep.read(folder)))
     assert "No claims about time" in text
     assert "over minutes" not in text
     assert "against minutes" not in text
     assert "Iterations per second. Not answered: trials ran at the same time" in text
     assert "Peak memory. A 5.99 GB, B 4.41 GB" in text  # of a process of its own
     shared = describe(concurrent=2, time_claims=False, fractional=True)
-    text = words(render(Sweep.read(write_sweep(tmp_path / "f", shared))))
+    text = words(render(RecordedSweep.read(write_sweep(tmp_path / "f", shared))))
     assert "Peak memory. Not answered: trials shared a device" in text
     assert "against peak memory" not in text
 
@@ -410,7 +411,7 @@ def test_the_declared_questions_are_answered(html):
 def test_a_sweep_planned_before_questions_has_none(tmp_path):
     content = describe()
     del content["questions"]
-    page = render(Sweep.read(write_sweep(tmp_path / "s", content)))
+    page = render(RecordedSweep.read(write_sweep(tmp_path / "s", content)))
     assert "The questions" not in page
 
 
@@ -421,7 +422,7 @@ def test_other_metrics_are_bold_only_where_their_interval_excludes_zero(html):
 
 
 def test_slopes_and_equal_steps_and_time_are_what_they_say(folder, tmp_path):
-    sweep = Sweep.read(folder)
+    sweep = RecordedSweep.read(folder)
     (cohort,) = split_cohorts(sweep)
     for trial in cohort.trials:
         (first, low), *_, (last, high) = trial.curve("validation/heldout_loss")
@@ -459,18 +460,18 @@ def test_a_full_factorial_has_effects_and_interactions(tmp_path):
     kinds = {"A": 0.50, "T": 0.45, "M": 0.40, "TM": 0.30, "R": 0.50, "TR": 0.45, "MR": 0.40, "TMR": 0.30}
     trials = {(arm, seed): {"kind": (loss, 0.3, 4, 6)} for arm, loss in kinds.items() for seed in range(3)}
     folder = write_sweep(tmp_path / "s", describe(factorial_arms(), aa_seeds=[]), trials=trials)
-    effects = {tuple(one["factors"]): one for one in sweep_json(Sweep.read(folder))["effects"]}
+    effects = {tuple(one["factors"]): one for one in sweep_json(RecordedSweep.read(folder))["effects"]}
     assert len(effects) == 7
     assert effects["tread",]["value"] == pytest.approx(-0.075, abs=0.005)
     assert effects["optimizer",]["value"] == pytest.approx(-0.125, abs=0.005)
     assert effects["repa",]["value"] == pytest.approx(0, abs=0.005)
     assert effects["optimizer", "tread"]["value"] == pytest.approx(-0.025, abs=0.005)
-    text = words(render(Sweep.read(folder)))
+    text = words(render(RecordedSweep.read(folder)))
     assert "optimizer × tread interaction" in text
 
 
 def test_a_chain_has_no_interactions_and_says_so(folder, html):
-    sweep = Sweep.read(folder)
+    sweep = RecordedSweep.read(folder)
     assert factorial(sweep, split_cohorts(sweep)[0]).effects == ()
     assert "4 of the 8 combinations of optimizer, repa, tread are arms" in words(html)
 
@@ -486,23 +487,27 @@ def test_pictures_are_arm_by_step_of_the_same_samples(html, folder, tmp_path):
     y, x = np.mgrid[:80, :48]
     clean = np.stack([4 * x % 256, 3 * y % 256, 128 + 0 * x], -1).repeat(2, 0).repeat(2, 1)
     assert np.array_equal(np.asarray(cut["real"]["1b" * 16]), clean)
-    none = words(render(Sweep.read(write_sweep(tmp_path / "s"))))
+    none = words(render(RecordedSweep.read(write_sweep(tmp_path / "s"))))
     assert "set visual_debug.every_steps" in none
 
 
 def test_an_unfinished_sweep_says_so(tmp_path):
     leave_out = [("D", 0), ("D", 1), ("D", 2)]
-    sweep = Sweep.read(write_sweep(tmp_path / "s", leave_out=leave_out, trials={("C", 2): {"status": "running"}}))
+    sweep = RecordedSweep.read(
+        write_sweep(tmp_path / "s", leave_out=leave_out, trials={("C", 2): {"status": "running"}})
+    )
     text = words(render(sweep))
     assert "This sweep is not finished: 11 of 15 trials are, 1 running, 3 not started" in text
     assert verdicts(sweep.folder)["D"] == "no verdict"
-    empty = words(render(Sweep.read(write_sweep(tmp_path / "e", leave_out=[(a, s) for a in ARMS for s in range(103)]))))
+    empty = words(
+        render(RecordedSweep.read(write_sweep(tmp_path / "e", leave_out=[(a, s) for a in ARMS for s in range(103)])))
+    )
     assert "No trial has finished" in empty
 
 
 def test_a_repeat_that_differs_is_an_alarm(tmp_path):
     trials = {("A/A", seed): {"kind": (0.9, 0.3, 4, 6)} for seed in (100, 101, 102)}
-    page = render(Sweep.read(write_sweep(tmp_path / "s", trials=trials)))
+    page = render(RecordedSweep.read(write_sweep(tmp_path / "s", trials=trials)))
     assert "The baseline differs from its own repeat" in words(page)
     assert 'class="banner bad"' in page
 
@@ -527,7 +532,7 @@ def test_damaged_files_are_named(folder, tmp_path, name, damage):
     name = name if damage else name.replace("seed1", "seed0")  # the one that is shown
     (damage or (lambda path: path.write_bytes(path.read_bytes()[:300])))(copy / name)
     with pytest.raises(DataError, match=re.escape(str(copy / name))):
-        render(Sweep.read(copy))
+        render(RecordedSweep.read(copy))
 
 
 def test_bands_span_the_seeds_and_fronts_are_not_beaten():
