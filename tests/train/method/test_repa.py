@@ -15,6 +15,7 @@ from tests.train.tiny import write_dataset
 from train.checkpoint.checkpoint import load_checkpoint
 from train.checkpoint.open import load_model
 from train.config import TrainConfig
+from train.loop.announce import announce
 from train.method.dropout import ConditioningConfig
 from train.method.ema import averaged
 from train.method.flow import interpolate
@@ -172,8 +173,9 @@ def test_off_has_no_head_and_no_teacher(tiny_dataset, tmp_path):
 def test_it_ends_on_time_is_resumed_exactly_and_leaves_a_model_to_sample_from(tiny_dataset, tmp_path, capsys):
     overrides = (*ON, *ROUTED, "train.gradient_checkpointing=true", "ema.snapshots=8")
     trainer = make(tiny_dataset, tmp_path / "straight", *overrides)
-    trainer.run()
+    announce(trainer)
     assert "repa: weight 0.5 on the 75% of the images" in capsys.readouterr().out
+    trainer.run()
     records = logged(tmp_path / "straight")
     assert ["train/repa_loss" in record for record in records] == [True] * 6 + [False] * 6
     for i, record in enumerate(records[:6]):
