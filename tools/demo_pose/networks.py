@@ -118,7 +118,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _parabola(place: Tensor, bins: int, height: Tensor) -> Tensor:
-    """Make a parabola with its top, ``height``, at input index ``place`` (B, 133) over half-pixel bins: (B, 133, bins)."""
+    """Make a parabola over half-pixel bins, (B, 133, bins), its top ``height`` at input index ``place`` (B, 133)."""
     distance = torch.arange(bins, device=place.device) / 40 - place[..., None] / 20  # in twenties of pixels
     return height[..., None] - distance * distance
 
