@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluate.drawing.arms import Arm, SamplerConfig, draw
+from evaluate.drawing.arms import DrawingArm, SamplerConfig, draw
 from evaluate.drawing.baselines import TrainingImages, load_training_images
 from evaluate.metrics.pixels import psnr
 from evaluate.statistics import intervals as statistics
@@ -249,7 +249,7 @@ def measure(config: TrainConfig, weights: str) -> dict[str, float | None]:
         found[f"mse t >= .3, {name}"] = float(np.mean(noisy))
     decibels = []
     for batch in subject.batches():
-        arm = Arm("all", parse_subset("all"), 1.0)
+        arm = DrawingArm("all", parse_subset("all"), 1.0)
         pictures, _ = draw(subject, batch, arm, 0, SamplerConfig(method="heun", steps=8))
         decibels.append(psnr(pictures, batch.pixels))
     found["PSNR, all"] = float(np.concatenate(decibels).mean())
