@@ -244,13 +244,13 @@ class _EditMetrics:
         baselines = {}
         if total := sum(joints for _, joints in null):
             baselines["null_edit"] = sum(stayed for stayed, _ in null) / total
-        hits, asked = zip(*counts)
+        stayed, asked = zip(*counts)
         if not any(asked):
             return [
                 Metric(name, None, n=_images(names), settings=settings, reason="no joint was found with confidence")
             ]
         return [
-            Metric.of(name, intervals.proportion(hits, asked, _keys(names)), baselines=baselines, settings=settings)
+            Metric.of(name, intervals.proportion(stayed, asked, _keys(names)), baselines=baselines, settings=settings)
         ]
 
     def probed(self, probe: Any) -> Metric:

@@ -33,7 +33,7 @@ import torch
 from evaluate.drawing.arms import DrawingArm, SamplerConfig, draw
 from evaluate.drawing.baselines import TrainingImages, load_training_images
 from evaluate.metrics.pixels import psnr
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import heldout_loss
 from nanodit.config import load_config
@@ -311,7 +311,7 @@ def _row(
         own = _values(seeds, records, arm, steps, measure)
         base = _values(seeds, records, group.baseline, group.steps, measure)
         row[measure] = float(np.mean(own))
-        difference = statistics.paired_t(own, base)
+        difference = intervals.paired_t(own, base)
         row[f"{measure} difference"], row[f"{measure} low"], row[f"{measure} high"] = (
             difference.value, difference.low, difference.high,
         )  # fmt: skip
@@ -329,7 +329,7 @@ def _values(seeds: Sequence[int], records: Sequence[dict[str, Any]], arm: str, s
     return [by_seed[seed] for seed in seeds]
 
 
-def _verdict(difference: statistics.Interval, higher: bool) -> str:
+def _verdict(difference: intervals.Interval, higher: bool) -> str:
     if difference.low is None or difference.low <= 0 <= difference.high:
         return "inconclusive"
     return "better" if (difference.low > 0) == higher else "worse"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from evaluate.statistics import intervals as statistics
+from evaluate.statistics import intervals
 from evaluate.subject import Batch, read_batches, select_holdout, to_float
 from nanodit.console import say
 from prep.dataset.reader import Dataset
@@ -245,8 +245,8 @@ def errors(options: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "guidance": name, "sampler": method, "grid": grid, "steps": steps, "forwards": row["forwards"],
             "discretisation": 127.5 * float(np.sqrt(np.mean(row["squares"]))),
-            **_interval("psnr", statistics.mean(row["psnr"], row["keys"])),
-            **_interval("gain", statistics.paired_difference(row["psnr"], base["psnr"], row["keys"])),
+            **_interval("psnr", intervals.mean(row["psnr"], row["keys"])),
+            **_interval("gain", intervals.paired_difference(row["psnr"], base["psnr"], row["keys"])),
         }
         for (name, method, grid, steps), row in found.items()
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def _note(row: dict[str, Any], image: Tensor, exact: Tensor, truth: Tensor, batc
         row.setdefault(column, []).extend(values)
 
 
-def _interval(name: str, interval: statistics.Interval) -> dict[str, float]:
+def _interval(name: str, interval: intervals.Interval) -> dict[str, float]:
     return {name: interval.value, f"{name} low": interval.low, f"{name} high": interval.high}
 
 

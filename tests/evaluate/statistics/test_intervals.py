@@ -103,10 +103,10 @@ def test_a_difference_over_a_few_training_seeds_covers_what_it_claims(seeds):
     random = np.random.default_rng(seeds)
     shared = random.normal(size=(20_000, 1, seeds))  # what a seed does to both arms, which pairing takes away
     arms = 0.3 * random.normal(size=(20_000, 2, seeds)) + shared
-    intervals = [intervals.paired_t(*pair) for pair in arms]
-    covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
+    found = [intervals.paired_t(*pair) for pair in arms]
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in found])
     assert 0.94 < covered < 0.96
-    assert np.mean([interval.high - interval.low for interval in intervals]) < 4 * 0.3 * 4.31 / np.sqrt(seeds)
+    assert np.mean([interval.high - interval.low for interval in found]) < 4 * 0.3 * 4.31 / np.sqrt(seeds)
 
 
 def test_the_interval_over_seeds_is_students():
