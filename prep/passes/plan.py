@@ -32,7 +32,7 @@ from prep.images.filters import filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Reject, Remember, Source, scan
 from prep.passes.layers import ShardTask
-from prep.passes.missing import (
+from prep.passes.missing_sources import (
     committed_caption_hashes,
     compare_sources,
     is_as_planned,

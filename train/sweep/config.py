@@ -99,7 +99,9 @@ class SweepConfig(Config):
     aa_seeds: list[int] = Field(default=[])  # of the baseline once more, as the arm A/A; [] : no such arm
     budget: BudgetConfig
     primary: PrimaryConfig
-    questions: list[QuestionConfig] = Field(default=[])
+    questions: list[QuestionConfig] = Field(
+        default=[]
+    )  # those about arms that an extending file left out are not asked
     early_stopping: Literal["none", "asha"] = "none"  # asha: stopped arms take no part in claims
     asha_grace: float = Field(default=0.25, gt=0, lt=1)  # share of the steps before which nothing is stopped
     resources: ResourcesConfig = ResourcesConfig()
@@ -118,12 +120,6 @@ class SweepConfig(Config):
                 if factor not in self.factors:
                     raise ValueError(f"arm {name}: factor {factor} is not in factors: {', '.join(self.factors)}")
             known.append(name)
-        for question in self.questions:
-            for name in question.arms:
-                if name not in known:
-                    raise ValueError(
-                        f"questions: {question.ask!r} is about {name}, which is no arm; there: {', '.join(known)}"
-                    )
         return self
 
     @model_validator(mode="after")
@@ -143,6 +139,11 @@ class SweepConfig(Config):
 def factors_of(arm: ArmConfig) -> tuple[str, ...]:
     """Return the factors that an arm declares."""
     return (arm.factor,) if isinstance(arm.factor, str) else tuple(arm.factor or ())
+
+
+def absent_arms(question: QuestionConfig, config: SweepConfig) -> list[str]:
+    """Return the arms that a question is about and the sweep does not have."""
+    return [name for name in question.arms if name not in config.arms]
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Sweep:
             "aa_seeds": config.aa_seeds,
             "budget": config.budget.model_dump(exclude_none=True),
             "primary": config.primary.model_dump(),
-            "questions": [question.model_dump() for question in config.questions],
+            "questions": [question.model_dump() for question in config.questions if not absent_arms(question, config)],
             "early_stopping": config.early_stopping,
             "concurrent": concurrent,
             "fractional": fractional,

@@ -12,7 +12,7 @@ from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
 from train.checkpoint.resume import SAFE_TO_CHANGE, differences
 from train.config import TrainConfig
-from train.sweep.config import Sweep, SweepConfig, Trial, changes_on_resume, dump_sweep, load_sweep
+from train.sweep.config import Sweep, SweepConfig, Trial, absent_arms, changes_on_resume, dump_sweep, load_sweep
 from train.sweep.record import CONFIG, ENDED, FAILED, PLAN, RUNNING, read_record, write_record
 from train.sweep.trial import Work, code_hash
 
@@ -164,3 +164,6 @@ def describe(sweep: Sweep, concurrent: int) -> Iterator[str]:
                 f"{arm['factor'] or '(none is declared)'}: {', '.join(arm['undeclared'])}. What it shows cannot be "
                 "laid to one cause; the report says so"
             )
+    for question in sweep.config.questions:
+        if absent := absent_arms(question, sweep.config):
+            yield f"warning: {question.ask!r} is not asked: no arm {' and no arm '.join(absent)}; set `questions`"

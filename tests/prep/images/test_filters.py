@@ -15,7 +15,7 @@ from prep.config import PrepConfig
 from prep.images.filters import FilterConfig, blur_problem, filter_recipe, header_problem, persons_problem, sharpness
 from prep.passes.plan import make_plan
 from prep.passes.publish import gate
-from tests.prep.passes.test_missing import poses, prepare
+from tests.prep.passes.test_missing_sources import poses, prepare
 from tests.prep.passes.test_plan import config, pretend_committed, write_images
 
 FILTERS = {
