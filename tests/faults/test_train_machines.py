@@ -22,7 +22,7 @@ from train.__main__ import main
 from train.checkpoint import checkpoint as checkpoints
 from train.checkpoint.checkpoint import checkpoint_steps, find_latest, save_checkpoint, set_aside_after, verify
 from train.checkpoint.resume import choose_checkpoint
-from train.data import samples as data
+from train.data import prefetch as prefetching
 from train.loop import trainer
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
@@ -247,8 +247,8 @@ def test_T12_a_stalled_storage_is_said_and_a_signal_does_not_wait_for_it(dataset
     shard = copy / "bucket_64x64" / "shard-000000.px.tar"
     shard.unlink()
     os.mkfifo(shard)
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.4)
-    monkeypatch.setattr(data, "ABANDON_SECONDS", 0.2)
+    monkeypatch.setattr(prefetching, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(prefetching, "ABANDON_SECONDS", 0.2)
     timer = threading.Timer(3.0, terminate)
     timer.start()
     try:
@@ -265,7 +265,7 @@ def test_T12_a_stalled_storage_is_said_and_a_signal_does_not_wait_for_it(dataset
 
 
 def test_T12_a_storage_that_comes_back_costs_time_alone(config, straight, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(prefetching, "STALL_SECONDS", 0.2)
     real, slept = Dataset.pixels, []
 
     def slow(self, row):
