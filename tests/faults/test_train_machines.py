@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -249,15 +248,21 @@ def test_T12_a_stalled_storage_is_said_and_a_signal_does_not_wait_for_it(dataset
     os.mkfifo(shard)
     monkeypatch.setattr(prefetching, "STALL_SECONDS", 0.4)
     monkeypatch.setattr(prefetching, "ABANDON_SECONDS", 0.2)
-    timer = threading.Timer(3.0, terminate)
-    timer.start()
+    said, say = [], prefetching.say
+
+    def heard(line):
+        say(line)
+        said.append(line)
+        if len(said) == 2:
+            terminate()
+
+    monkeypatch.setattr(prefetching, "say", heard)
     try:
         assert train(write_config(tmp_path / "c.yaml", copy, tmp_path / "run")) == 75
     finally:
-        timer.cancel()
         os.close(os.open(shard, os.O_RDWR))  # lets the thread go that reads ahead
     printed = capsys.readouterr()
-    said = [line for line in printed.out.splitlines() if line.startswith("waiting for the storage: ")]
+    assert printed.out.count("waiting for the storage: ") >= 2
     assert len(said) >= 2
     assert "bucket_64x64/shard-000000.px.tar, sample " in said[0]
     assert said[0].endswith("s")

@@ -86,7 +86,8 @@ class Rates:
     def add(self, images: int, seconds: float, flops: int = 0) -> None:
         """Count one optimiser step and its FLOPs, unless it is one of the first or compiled something."""
         self._added += 1
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+        counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)  # None while it is being imported
+        graphs = counters["stats"]["unique_graphs"] if counters else 0
         compiled, self._graphs = graphs > self._graphs, graphs
         if self._added > self.WARM_UP_STEPS and not compiled:
             self._steps += 1
