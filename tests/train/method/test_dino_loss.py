@@ -15,6 +15,7 @@ from nanodit.files import canonical_json, write_atomic
 from tests.train.method.test_perceptual import gradients, make
 from tests.train.tiny import tiny_config, write_dataset
 from train.checkpoint.checkpoint import load_checkpoint
+from train.loop.announce import announce
 from train.loop.tracking import read_metrics
 from train.method.dino_loss import MODEL, DinoLoss, dino_folder
 from train.method.flow import interpolate, to_x
@@ -183,7 +184,7 @@ def test_a_dataset_with_conditions_of_the_same_network_is_allowed_and_said(
         encoder = encoder | {"content": folder_hash(dino_folder())}
     info["layers"]["dino"]["encoder"] = encoder
     write_atomic(dataset / "dataset.json", canonical_json(info))
-    make(dataset, tmp_path / "run", *ON, "train.steps=1").run()
+    announce(make(dataset, tmp_path / "run", *ON, "train.steps=1"))
     assert ("the dataset's DINO features are of the DINOv2" in capsys.readouterr().out) == told
 
 
