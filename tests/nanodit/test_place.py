@@ -34,7 +34,7 @@ def python(folder: Path, *arguments: str, path: str | None = None) -> subprocess
     """Run Python in ``folder``, by default with the folder before the project on its path."""
     environment = os.environ | {"PYTHONPATH": path or f"{folder}{os.pathsep}{PROJECT}"}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -81,7 +81,7 @@ def test_children_run_ours(strangers, monkeypatch):
     assert environment["TEST_VARIABLE"] == "1"
     for module in PACKAGES:
         command = [*place.child_command(module), "--help"]
-        done = subprocess.run(command, cwd=strangers, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=strangers, env=environment, capture_output=True, text=True, timeout=400)
         assert done.stdout.startswith(f"usage: nanodit {module} "), done.stderr
 
 
