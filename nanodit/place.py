@@ -95,8 +95,11 @@ def _claims(record: Path, files: list[str]) -> bool:
     """Return whether another distribution's RECORD lists one of ``files`` too."""
     if record.parent.name.startswith("nanodit-"):
         return False
-    listed = {line.partition(",")[0] for line in record.read_text(encoding="utf-8", errors="replace").splitlines()}
-    return not listed.isdisjoint(files)
+    try:
+        lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return not {line.partition(",")[0] for line in lines}.isdisjoint(files)
 
 
 def child_command(module: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from evaluate.subject import Batch, Row
 from nanodit.config import Config
 from nanodit.keypoints import JOINTS
 from prep.dataset.reader import Dataset
-from prep.encoders.dwpose import DWPose, Pose, denormalise
+
+if TYPE_CHECKING:  # onnxruntime, which no config and no report needs, takes a while to import
+    from prep.encoders.dwpose import DWPose, Pose
 
 Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
 
@@ -119,6 +121,8 @@ class Examiner:
         """Return the joints that prep found in these samples, in pixels; an empty list for a dataset without poses."""
         if "pose" not in self._dataset.info["layers"]:
             return []
+        from prep.encoders.dwpose import denormalise
+
         return [denormalise(self._dataset.pose(row), width, height) if row["persons"] else None for row in rows]
 
     def _score(
@@ -173,6 +177,8 @@ class Examiner:
         true joints (or, without a truth, what prep found).
         """
         if posed:
+            from prep.encoders.dwpose import denormalise
+
             given = [denormalise(joints, batch.width, batch.height) for _, joints in posed]
             return given, [self._box(key, joints) for (key, _), joints in zip(posed, given)]
         stored = self.stored_joints(samples, batch.width, batch.height)
@@ -206,6 +212,8 @@ class PoseModelsConfig(Config):
 
 def open_detector(models: PoseModelsConfig | None, dataset: Dataset) -> tuple[DWPose | None, str | None]:
     """Open the detector that judges joints; returns None and the reason where there is none."""
+    from prep.encoders.dwpose import DWPose
+
     if models is not None:
         return DWPose(*models.files), None
     if dataset.info["encoders"] == "demo":

@@ -12,16 +12,16 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanodit.errors import ConfigError
 from nanodit.files import canonical_json, sha256_bytes
 from prep.dataset.reader import Dataset
-from prep.encoders.dinov2 import DINOv2Encoder
-from prep.encoders.dinov3 import DINOv3Encoder
-from prep.encoders.weights import architecture
+
+if TYPE_CHECKING:  # transformers, which no config and no report needs, takes seconds to import
+    from prep.encoders.dinov3 import DINOv3Encoder
 
 SIDE = 16  # of the second feature space: an image as SIDE x SIDE mean colours
 DINOV2, DINOV3 = "facebook/dinov2-base", "facebook/dinov3-vitb16-pretrain-lvd1689m"
@@ -64,6 +64,8 @@ def open_judge(model: str | None, dataset: Dataset, device: str) -> tuple[Judge 
     """
     recorded = dataset.info["layers"].get("dino", {}).get("encoder", {})
     if model is None and dataset.info["encoders"] == "demo":
+        from prep.encoders.dinov3 import DINOv3Encoder
+
         encoder = DINOv3Encoder(demo_judge(), device=device, input_scale=1.0)
         # what all its features share is most of each, so that any two pictures would be alike: count from plain grey
         grey = encoder.encode(np.full((1, 64, 64, 3), 128, np.uint8))[0][0]
@@ -71,6 +73,10 @@ def open_judge(model: str | None, dataset: Dataset, device: str) -> tuple[Judge 
     name = model or (DINOV3 if _is_dinov2(recorded) else DINOV2)
     try:
         folder = local_folder(name)
+        from prep.encoders.dinov2 import DINOv2Encoder
+        from prep.encoders.dinov3 import DINOv3Encoder
+        from prep.encoders.weights import architecture
+
         kind = DINOv2Encoder if architecture(folder) in DINOv2Encoder.MODELS else DINOv3Encoder
         encoder = kind(folder, device=device, input_scale=0.5)
     except ConfigError as error:

@@ -17,7 +17,6 @@ from nanodit.console import Progress
 from nanodit.files import sha256_bytes, write_atomic
 from prep.dataset.codecs import load_npy, npy_bytes
 from prep.dataset.reader import Dataset
-from prep.encoders.demo import demo_folder
 
 BATCH = 32  # images encoded at once: fixed, since the last bits depend on it
 
@@ -53,6 +52,8 @@ def load_train_features(dataset: Dataset, judge: Judge | None, count: int) -> Tr
 
 
 def _cache(dataset: Dataset, judge: Judge | None, rows: list[Row]) -> Path:
+    from prep.encoders.demo import demo_folder  # imports transformers, which no config and no report needs
+
     keys = sha256_bytes("".join(row["key"] for row in rows).encode())[:16]
     name = f"{dataset.fingerprint[:16]}-{judge.fingerprint if judge else 'pixels'}-{keys}.npy"
     return demo_folder().parent / "features" / name

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.finished import FinishedBatches
-from evaluate.drawing.pictures import Picture
 from evaluate.records import Metric, Skipped
 from nanodit.config import Config
+
+if TYPE_CHECKING:
+    from evaluate.drawing.context import DrawingContext, Rows
+    from evaluate.drawing.finished import FinishedBatches
+    from evaluate.drawing.pictures import Picture
 
 Values = Mapping[tuple[str, int], tuple[Any, int]]  # (key, noise or bin) -> numerator and weight
 

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
-
-import httpx
 
 from nanodit.errors import ConfigError
 from prep.captions.quality import Answer
+
+if TYPE_CHECKING:
+    pass
 
 UNKNOWN = "unknown"
 LISTING_TIMEOUT = 30.0  # seconds to say which models there are
@@ -71,6 +72,8 @@ class CaptionServer(ABC):
     def __init__(self, url: str, model: str, timeout: float, key: str | None) -> None:
         self.url, self.model, self.timeout = url, model, timeout
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
+        import httpx  # which takes .3 seconds, and no config needs
+
         self.limits = httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout))
         self._client = httpx.AsyncClient(
             base_url=self._base_url(), timeout=self.limits, follow_redirects=False, headers=self.headers
@@ -128,6 +131,8 @@ class CaptionServer(ABC):
 @asynccontextmanager
 async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
     """Give what happens inside ``seconds``, and turn what HTTP clients raise into the three kinds of failure."""
+    import httpx
+
     late = f"no answer within {seconds:g} s"
     try:
         async with asyncio.timeout(seconds):  # the clients' own timeouts start again with every byte that arrives

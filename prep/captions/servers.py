@@ -10,9 +10,7 @@ import contextlib
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from nanodit.errors import ConfigError
 from prep.captions.base import (
@@ -25,6 +23,9 @@ from prep.captions.base import (
     translate_failures,
 )
 from prep.captions.quality import Answer, tidy
+
+if TYPE_CHECKING:
+    import httpx
 
 # gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
 OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
@@ -85,6 +86,8 @@ class OllamaServer(CaptionServer):
 
     async def examine(self) -> ServerFacts:
         """Ask for the digest, and, as far as the host says, for its version and the memory that models hold."""
+        import httpx
+
         digest, version, memory = await self.digest(), "", 0.0
         # nice to know, no more
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
@@ -116,6 +119,8 @@ class OpenAIServer(CaptionServer):
 
     async def digest(self) -> str:
         """Return the server's ``digest`` or ``root`` of the model, else "unknown"."""
+        import httpx
+
         try:
             reply = await self.request("GET", "/models", None, min(LISTING_TIMEOUT, self.timeout))
         except ConfigError as error:

@@ -51,7 +51,7 @@ def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[Nan
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether ``folder`` is one that :func:`export` wrote, or that diffusers saved again."""
+    """Whether ``folder`` is one that :func:`train.draw.export.export` wrote, or that diffusers saved again."""
     return (folder / INDEX).is_file() and (folder / CONFIG).is_file()
 
 

@@ -206,7 +206,7 @@ class PerceptualLoss(ViewLoss):
     def missing(self) -> list[str]:
         if vgg_path().is_file():
             return []
-        return [f"perceptual: VGG-16's weights are not at {vgg_path()}; `train run` says how to get them"]
+        return [f"perceptual: VGG-16's weights are not at {vgg_path()}; `nanodit train run` says how to get them"]
 
 
 def show(images: Tensor, views: Sequence[View], config: PerceptualConfig) -> Tensor:

@@ -99,9 +99,8 @@ class SweepConfig(Config):
     aa_seeds: list[int] = Field(default=[])  # of the baseline once more, as the arm A/A; [] : no such arm
     budget: BudgetConfig
     primary: PrimaryConfig
-    questions: list[QuestionConfig] = Field(
-        default=[]
-    )  # those about arms that an extending file left out are not asked
+    # those about arms that an extending file left out are not asked
+    questions: list[QuestionConfig] = Field(default=[])
     early_stopping: Literal["none", "asha"] = "none"  # asha: stopped arms take no part in claims
     asha_grace: float = Field(default=0.25, gt=0, lt=1)  # share of the steps before which nothing is stopped
     resources: ResourcesConfig = ResourcesConfig()
