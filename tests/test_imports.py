@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -106,3 +107,16 @@ def test_an_upward_import_is_seen():
     assert upward("train/loop/trainer.py", ast.parse("from train.plan.plan import plan"))
     assert upward("train/draw/draw.py", ast.parse("import train.sweep.sweep"))
     assert not upward("train/draw/draw.py", ast.parse("from train.draw.request import DrawRequest\nimport train.model"))
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("nanodit.cli, prep.__main__, prep.config", {"torch", "transformers", "ray", "httpx"}),
+        ("evaluate.config, evaluate.report.report, evaluate.sweep.report", {"transformers", "onnxruntime", "ray"}),
+    ],
+)
+def test_what_takes_seconds_is_imported_where_it_is_used(modules, heavy):
+    code = f"import sys, {modules}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not heavy & set(done.stdout.split())
