@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
@@ -34,7 +33,7 @@ from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import TESTS
 from nanodit.config import dump_config
-from nanodit.errors import ConfigError, DataError
+from nanodit.errors import DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
 from prep.dataset.reader import Dataset
@@ -42,6 +41,7 @@ from train.checkpoint.checkpoint import resolve_checkpoint
 from train.checkpoint.open import load_model
 from train.checkpoint.provenance import git_state
 from train.config import TrainConfig
+from train.hardware import pick_device
 from train.loop.tracking import read_metrics
 
 PACKAGES = ("lpips", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pyarrow", "torch")
@@ -78,13 +78,13 @@ def run(
             f"{state['dataset']['fingerprint']}. Evaluate on the dataset of the run, or train again on this one"
         )
     subject = Subject(
-        model=model.to(pick_device(config.device)),
+        model=model.to(str(pick_device(config.device))),
         flow=train_config.flow,
         table=train_config.conditioning.resolve(dataset_modalities(data)),
         dataset=data,
         rows=select_holdout(data, config.samples),
         batch_size=config.batch_size,
-        device=pick_device(config.device),
+        device=str(pick_device(config.device)),
         losses=perceptual_losses(train_config),
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
@@ -171,13 +171,6 @@ def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[l
     names = {metric.name for metric in metrics}
     missing = [Skipped(name, "a bar is set for it, but it was not computed") for name in needed if name not in names]
     return [replace(metric, needed=needed.get(metric.name)) for metric in metrics], missing
-
-
-def pick_device(name: str) -> str:
-    """Choose a device: ``auto`` is the GPU if torch sees one; :class:`ConfigError` for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; install a torch build for it, or set it to cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:

@@ -89,10 +89,10 @@ def find_output(folder: Path) -> Path:
         return folder
     if (folder / "parts").is_dir():
         raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it goes on from what is there")
-    outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if _step(path.parent) is not None]
+    outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if step_of(path.parent) is not None]
     if not outputs:
         raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run nanodit evaluate run first")
-    return max(outputs, key=_step)
+    return max(outputs, key=step_of)
 
 
 def unfinished(run_folder: Path) -> list[str]:
@@ -101,7 +101,8 @@ def unfinished(run_folder: Path) -> list[str]:
     return sorted(path.name for path in begun if not (path / "report.json").is_file())
 
 
-def _step(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
+    """Return the step in a folder's name ``step-NNNNNN``; None for any other name."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else None
 
@@ -123,7 +124,7 @@ def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    report = _read_json(path)
+    report = read_object(path, AGAIN)
     if report.get("schema") != SCHEMA_VERSION:
         raise DataError(f"{path}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. {AGAIN}")
     lacking = {"metrics", "skipped", "provenance"} - set(report)
@@ -135,18 +136,19 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _read_extras(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. {AGAIN}")
-    return _read_json(path)
+    return read_object(path, AGAIN)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object; raises :class:`DataError` with the ``remedy`` where it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist. {remedy}") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
+        raise DataError(f"{path} is damaged ({error}). {remedy}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged (not a JSON object). {AGAIN}")
+        raise DataError(f"{path} is damaged (not a JSON object). {remedy}")
     return content
 
 

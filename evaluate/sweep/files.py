@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluate.report.files import read_object, step_of
 from nanodit.errors import DataError
 from train.loop.tracking import read_metrics
 
@@ -185,7 +186,7 @@ class RecordedSweep:
     @classmethod
     def read(cls, folder: Path) -> RecordedSweep:
         """Read a sweep's folder. Raises :class:`DataError` for files that are missing or damaged, by name."""
-        content = _read_json(folder / SWEEP)
+        content = read_object(folder / SWEEP, AGAIN)
         if content.get("schema") != SCHEMA:
             raise DataError(f"{folder / SWEEP}: schema {content.get('schema')}, this version reads {SCHEMA}. {AGAIN}")
         if lacking := [name for name in NEEDED if name not in content]:
@@ -208,7 +209,7 @@ class RecordedSweep:
 
 
 def _read_trial(path: Path) -> RecordedTrial:
-    record = _read_json(path)
+    record = read_object(path, AGAIN)
     if lacking := [name for name in ("arm", "seed", "status") if name not in record]:
         raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
     folder = path.parent
@@ -220,28 +221,10 @@ def _read_trial(path: Path) -> RecordedTrial:
     if not reports:
         return RecordedTrial(record["arm"], record["seed"], folder, record, log)
     step = max(reports)
-    report = _read_json(reports[step])
+    report = read_object(reports[step], AGAIN)
     try:
         metrics = {one["name"]: {"reason": None, "settings": {}, **one} for one in report["metrics"] if "value" in one}
         skipped = {one["name"]: one["reason"] for one in report["skipped"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{reports[step]} is damaged ({error!r}). {AGAIN}") from error
     return RecordedTrial(record["arm"], record["seed"], folder, record, log, metrics, skipped, step)
-
-
-def step_of(folder: Path) -> int | None:
-    """Return the step in a folder's name ``step-NNNNNN``; None for any other name."""
-    digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist. {AGAIN}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}). {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged (not a JSON object). {AGAIN}")
-    return content

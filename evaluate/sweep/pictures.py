@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from evaluate.records import MODEL
+from evaluate.report.files import step_of
 from evaluate.sweep.analysis import Cohort, ticks_even
-from evaluate.sweep.files import AGAIN, OUTPUTS, RecordedSweep, RecordedTrial, step_of
+from evaluate.sweep.files import AGAIN, OUTPUTS, RecordedSweep, RecordedTrial
 from nanodit.errors import DataError
 from prep.dataset.layout import read_parquet
 from train.loop.visual import cut_out

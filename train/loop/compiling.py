@@ -7,7 +7,6 @@ run has more: sizes of buckets and phases, kept and all tokens, parts of micro-b
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Sequence
 from itertools import product
 from typing import Any
@@ -21,7 +20,7 @@ from train.data.batch_plan import scaled_size
 from train.data.samples import Row
 from train.hardware import can_compile
 from train.loop.microbatch import MicroBatches, deal_subsets, group_sizes, split
-from train.model.conditions import TEXT_MULTIPLE, Subset
+from train.model.conditions import Subset, padded_length
 from train.model.modalities import MODALITIES
 from train.model.network import NanoDiT
 
@@ -58,7 +57,7 @@ def possible_shapes(batches: MicroBatches, modalities: Sequence[str]) -> set[Sha
     config, plan, shapes = batches.config, batches.plan, set()
     columns = ("t5_tokens", "t5_flip_tokens") if config.data.flip else ("t5_tokens",)
     for bucket, rows in batches.data.rows.items():
-        texts = {_padded(row[column]) for row in rows for column in columns if row.get(column)} or {0}
+        texts = {padded_length(row[column]) for row in rows for column in columns if row.get(column)} or {0}
         contexts = {
             _context_tokens(config, rows[0], kept, text, modalities) for kept in unions(batches.table) for text in texts
         }
@@ -83,7 +82,7 @@ def coming_shapes(batches: MicroBatches, modalities: Sequence[str], steps: int) 
             for part in split(subsets):
                 kept = frozenset().union(*subsets[part])
                 longest = max((n for n, subset in zip(texts[part], subsets[part]) if "text" in subset), default=0)
-                context = _context_tokens(config, rows[0], kept, _padded(longest), modalities)
+                context = _context_tokens(config, rows[0], kept, padded_length(longest), modalities)
                 images = {part.stop - part.start}
                 shapes.update(product(images, _image_tokens(batches, cut.size), {context}))
     return shapes
@@ -96,10 +95,6 @@ def _image_tokens(batches: MicroBatches, size: tuple[int, int]) -> set[int]:
 
 def _text_tokens(row: Row, flip: bool) -> int:
     return (flip and row.get("t5_flip_tokens")) or row.get("t5_tokens", 0)
-
-
-def _padded(tokens: int) -> int:
-    return math.ceil(tokens / TEXT_MULTIPLE) * TEXT_MULTIPLE
 
 
 def _context_tokens(config: TrainConfig, row: Row, kept: Subset, text: int, modalities: Sequence[str]) -> int:

@@ -18,6 +18,11 @@ TEXT_MULTIPLE = 32  # text is padded to a multiple of this within a micro-batch,
 Subset = frozenset[str]
 
 
+def padded_length(tokens: float) -> int:
+    """Return the length to which a text of so many tokens is padded."""
+    return math.ceil(tokens / TEXT_MULTIPLE) * TEXT_MULTIPLE
+
+
 def parse_subset(name: str) -> Subset:
     """Read ``text+pose``, ``all`` or ``nothing``; raises :class:`ConfigError` that lists the known names."""
     if name in ("all", "nothing"):
@@ -101,7 +106,7 @@ class Conditions:
         for name in (one.name for one in MODALITIES.values() if one.ragged and one.name in result.tensors):
             mask = result.tensors[MODALITIES[name].mask]
             longest = int(mask[result.keeps(name)].sum(1).max())
-            shown = slice(math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE)
+            shown = slice(padded_length(longest))
             tensors = {name: result.tensors[name][:, shown], MODALITIES[name].mask: mask[:, shown]}
             result = result.replace(**tensors)
         return result
@@ -120,7 +125,7 @@ def collate(*, count: int, **features: Sequence[np.ndarray] | None) -> Condition
         if not MODALITIES[name].ragged:
             tensors[name] = torch.from_numpy(np.stack(arrays).astype(np.float32))
             continue
-        length = math.ceil(max(len(rows) for rows in arrays) / TEXT_MULTIPLE) * TEXT_MULTIPLE
+        length = padded_length(max(len(rows) for rows in arrays))
         padded = torch.zeros(count, length, arrays[0].shape[1])
         mask = torch.zeros(count, length, dtype=torch.bool)
         for i, rows in enumerate(arrays):

@@ -31,7 +31,7 @@ from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
 from train.loop.microbatch import Group, MicroBatch
 from train.loop.trainer import Trainer
-from train.model.conditions import TEXT_MULTIPLE, Conditions
+from train.model.conditions import Conditions, padded_length
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
 
@@ -108,7 +108,7 @@ class Shapes:
         features = Features.from_dataset(info)
         tokens = [row["t5_tokens"] for row in rows] if "text" in features.modalities else [0]
         one_of_each = {row["bucket"]: row for row in rows}
-        return cls(_padded(max(tokens)), _padded(sum(tokens) / len(tokens)), one_of_each, features)
+        return cls(padded_length(max(tokens)), padded_length(sum(tokens) / len(tokens)), one_of_each, features)
 
     def conditions(self, bucket: str, images: int, text_tokens: int, device: torch.device) -> Conditions:
         """Return everything that images of a bucket can be conditioned on, without content."""
@@ -137,10 +137,6 @@ def changed(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{', '.join(overrides)}: {error.errors()[0]['msg']}") from None
-
-
-def _padded(tokens: float) -> int:
-    return math.ceil(tokens / TEXT_MULTIPLE) * TEXT_MULTIPLE
 
 
 def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
