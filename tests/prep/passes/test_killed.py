@@ -24,7 +24,7 @@ def test_p11_a_killed_run_continues_and_ends_with_the_same_bytes(
     settings = figures_config.model_copy(update={"output": str(tmp_path / "out")})
     parts = tmp_path / "out" / "parts"
     process = subprocess.Popen(command(settings), cwd=PROJECT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while process.poll() is None and len(list(parts.glob("*.parquet"))) < 12 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
