@@ -706,7 +706,9 @@ def test_the_doctor_judges_the_shipped_configs(
         monkeypatch.setattr(doctor_module, "examine_node", lambda: HEALTHY)
     overrides = [f"source={photos}", f"output={tmp_path / 'set'}", "captions.backend=sidecar"]
     settings = load_config(PrepConfig, f"configs/prep/{example}.yaml", overrides)
-    monkeypatch.setattr(doctor_module, "LIMIT", PATIENT)
+    monkeypatch.setattr(doctor_module, "LIMIT", 2 * PATIENT)
+    monkeypatch.setattr("prep.doctor.models.SECONDS", PATIENT)
+    monkeypatch.setattr("prep.doctor.node.PROBE_SECONDS", PATIENT)
     code = doctor(settings, as_json=True)
     text = capfd.readouterr().out
     report = json.loads(text)
