@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(verb=_run)
     run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
     amount = run.add_mutually_exclusive_group()
-    amount.add_argument("--config", type=Path, help="see configs/evaluate (default: the defaults of base.yaml)")
+    amount.add_argument("--config", type=Path, help="YAML (default: configs/evaluate/base.yaml)")
     amount.add_argument("--tier", choices=TIERS, help="how much: configs/evaluate/TIER.yaml")
     run.add_argument("--tests", help="which, separated by commas (default: what the config says)")
     run.add_argument("--dataset", help="where the dataset is (default: where the run's config says)")
@@ -62,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from evaluate.config import EvaluateConfig, tier_file  # imports torch: --help should not wait for it
+    from evaluate.config import EvaluateConfig  # imports torch: --help should not wait for it
     from evaluate.report.summary import summary
     from evaluate.run import run
 
-    file = options.config or (options.tier and tier_file(options.tier))
+    file = options.config or (options.tier and f"configs/evaluate/{options.tier}.yaml")
     chosen = [f"tests=[{options.tests}]"] if options.tests else []
     config = load_config(EvaluateConfig, file, [*options.overrides, *chosen])
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)

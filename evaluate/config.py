@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, create_model
@@ -10,7 +9,6 @@ from pydantic import Field, create_model
 from evaluate.drawing.context import DrawingConfig
 from evaluate.metrics.examiner import PoseModelsConfig
 from evaluate.suite import TESTS
-from nanodit.place import PROJECT
 
 TestName = Literal[tuple(TESTS)]
 Sections = create_model(
@@ -35,9 +33,3 @@ class EvaluateConfig(Sections):
     def section(self, test: str) -> Any:
         """Return a test's own section; None for a test without one."""
         return getattr(self, test) if TESTS[test].config else None
-
-
-def tier_file(tier: str) -> Path:
-    """Return the config of a tier: in the working directory's configs/evaluate, otherwise the installed one."""
-    name = Path("configs") / "evaluate" / f"{tier}.yaml"
-    return name if name.is_file() else PROJECT / "nanodit" / name

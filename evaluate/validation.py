@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from evaluate.config import EvaluateConfig, tier_file
+from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import choose_subsets
 from evaluate.report.summary import is_headline
 from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
@@ -81,7 +81,7 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
 def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
     """Run ``validation.tests`` at tier pulse, write what ``evaluate run`` writes; headline metrics by tag."""
     overrides = [f"samples={config.validation.samples}", f"tests=[{','.join(config.validation.tests)}]"]
-    tier = load_config(EvaluateConfig, tier_file("pulse"), [*overrides, f"batch_size={subject.batch_size}"])
+    tier = load_config(EvaluateConfig, "configs/evaluate/pulse.yaml", [*overrides, f"batch_size={subject.batch_size}"])
     subject = replace(subject, losses=perceptual_losses(config))
     state = {"step": step, "config": config.model_dump(mode="json")}
     weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"

@@ -1,7 +1,8 @@
 """The strict config loader of all packages: YAML -> frozen pydantic models, nothing unknown, nothing silent.
 
-A file may inherit with ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a
-mapping whose keys the user chooses.
+A file named ``configs/...`` is the shipped one where the working directory has none. A file may inherit with
+``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a mapping whose keys the
+user chooses.
 Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and,
 for an unknown one, the nearest key that exists.
 """
@@ -95,6 +96,13 @@ def parse_yaml(text: str, name: str) -> Any:
         loader.dispose()
 
 
+def find_config(file: Path | str) -> Path:
+    """Return the file of a name: ``configs/...`` is the one that ships with nanodit where the folder has none."""
+    path = Path(file)
+    shipped = Path(__file__).parent / path
+    return shipped if path.parts[:1] == ("configs",) and not path.exists() and shipped.exists() else path
+
+
 def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged mapping of ``path`` and, for each dotted key, the file that set it."""
     if path.resolve() in chain:
@@ -167,7 +175,7 @@ def load_config_with_origins(
     model: type[T], file: Path | str | None, overrides: Sequence[str] = ()
 ) -> tuple[T, dict[str, str]]:
     """Return what :func:`load_config` does and, for every key, what set it: a file, "command line" or "default"."""
-    values, origins = ({}, {}) if file is None else _read_file(Path(file), model)
+    values, origins = ({}, {}) if file is None else _read_file(find_config(file), model)
     for override in overrides:
         _apply_override(values, override, origins)
     try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.loop.trainer import Validate
 
+CONFIG_HELP = "YAML, for example configs/train/quickstart.yaml"
 STARTED = time.monotonic()
 SELF_GUIDANCE = 3.0  # train.method.sampling.SELF_GUIDANCE
 SAMPLER, STEPS, GRID = "dpm++2m", 12, "cosine"  # of train.method.sampling.DRAWING
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verbs.add_parser("run", help="train, or continue training, what a config describes", allow_abbrev=False)
     run.set_defaults(verb=_run)
-    run.add_argument("--config", type=Path, required=True)
+    run.add_argument("--config", type=Path, required=True, help=CONFIG_HELP)
     run.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto (default): continue if there is a checkpoint; never: refuse a folder with a run; or a checkpoint",
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verbs.add_parser("plan", help="say what a run will need, and whether it fits", allow_abbrev=False)
     plan.set_defaults(verb=_plan)
-    plan.add_argument("--config", type=Path, required=True)
+    plan.add_argument("--config", type=Path, required=True, help=CONFIG_HELP)
     plan.add_argument("--memory", metavar="24GB", help="of the GPU to plan for (default: the one that is here)")
     plan.add_argument("--measure", action="store_true", help="take two real steps here (default where there is a GPU)")
     plan.add_argument("--base", type=int, metavar="PIXELS", help="for a dataset of this base that is not there yet")
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sweep = verbs.add_parser("sweep", help="train the arms of an ablation, each with several seeds", allow_abbrev=False)
     sweep.set_defaults(verb=_sweep)
-    sweep.add_argument("--config", type=Path, required=True, help="see configs/sweep")
+    sweep.add_argument("--config", type=Path, required=True, help="YAML, for example configs/sweep/quick.yaml")
     sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was killed; finished trials stay")
     sweep.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again too")
     sweep.add_argument(

@@ -125,7 +125,8 @@ class CaptionServer(ABC):
     def _base_url(self) -> str:
         parts = urlsplit(self.url if "://" in self.url else f"http://{self.url}")
         port = f":{self.default_port}" if "://" not in self.url and not parts.port and self.default_port else ""
-        return f"{parts.scheme}://{parts.netloc}{port}{parts.path.rstrip('/') or self.default_path}"
+        here = "" if parts.hostname else "127.0.0.1"  # OLLAMA_HOST=:11434 is this machine
+        return f"{parts.scheme}://{here}{parts.netloc}{port}{parts.path.rstrip('/') or self.default_path}"
 
 
 @asynccontextmanager

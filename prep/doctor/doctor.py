@@ -45,7 +45,7 @@ from prep.encoders.registry import NETWORKS
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
 JOIN_SECONDS = 7.0  # to import Ray and be let in
-NODE_SECONDS = 18.0  # for every node to answer
+NODE_SECONDS = 12.0  # for every node to answer
 CAPTION_SECONDS = 9.0  # the name, the model, and two more questions
 Checks = list[Check]
 

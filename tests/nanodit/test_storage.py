@@ -318,7 +318,7 @@ def test_a_second_run_is_refused_while_the_first_shows_signs_of_life(storage, fa
 
 def test_the_lock_of_a_dead_run_is_taken_over(url, fast, capsys):
     code = (
-        "import sys, time\nfrom prep import lock\nlock.BEAT = .1\n"
+        "import sys, time\nfrom nanodit import lock\nlock.BEAT = .1\n"
         "with lock.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, url], cwd=PROJECT, stdout=subprocess.PIPE, text=True)

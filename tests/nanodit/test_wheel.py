@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.config import tier_file
+from evaluate.config import EvaluateConfig
 from nanodit import __version__
+from nanodit.config import find_config, load_config
 from nanodit.place import PACKAGES, PROJECT
 
 CONTENT = [*PACKAGES, "nanodit", "configs", "pyproject.toml", "README.md", "LICENSE"]
@@ -98,8 +99,12 @@ def test_it_works_in_an_empty_folder_and_refuses_when_another_one_overwrote_it(b
     assert command(site, folder, "prep", "--help").returncode == 0
 
 
-def test_tiers_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for tier in ("pulse", "table", "full"):
-        assert tier_file(tier) == PROJECT / "nanodit" / "configs" / "evaluate" / f"{tier}.yaml"
-        assert tier_file(tier).is_file()
+    name = "configs/evaluate/pulse.yaml"
+    assert find_config(name) == PROJECT / "nanodit" / name
+    assert load_config(EvaluateConfig, name) != EvaluateConfig()
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("{}\n")
+    assert load_config(EvaluateConfig, name) == EvaluateConfig()
+    assert find_config("configs/evaluate/none.yaml") == Path("configs/evaluate/none.yaml")

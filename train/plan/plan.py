@@ -49,7 +49,7 @@ UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
 
 
 @dataclass(frozen=True)
-class Report:
+class Estimate:
     """All that ``plan`` found out; ``limit`` is the bytes of the GPU that the run is for, None where none is named."""
 
     config: list[tuple[str, Any, str]]  # key, value, what set it
@@ -121,7 +121,7 @@ def plan(
 
 def look_ahead(
     file: Path, overrides: Sequence[str] = (), *, memory: str | None, measured: bool = False, base: int | None = None
-) -> Report:
+) -> Estimate:
     """Find out what a run needs, and what is wrong with it.
 
     ``memory`` ("24GB") is the GPU to plan for; without it, it is the one that is there, on which the run is then
@@ -144,7 +144,7 @@ def look_ahead(
         except torch.OutOfMemoryError:
             problems.append(shortage(config, dataset, shapes, estimate, limit))
     disk = disk_of(trainer)
-    report = Report(
+    report = Estimate(
         config=[(key, value_of(config, key), origin) for key, origin in origins.items()],
         dataset=what,
         samples=_samples(trainer, dataset),
@@ -240,7 +240,7 @@ def _reading(config: TrainConfig, dataset: Any) -> dict[str, Any]:
 # In words
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: Estimate) -> list[str]:
     """Return the report as text."""
     return [
         *_table(
@@ -257,7 +257,7 @@ def lines(report: Report) -> list[str]:
     ]
 
 
-def _data_lines(report: Report) -> list[str]:
+def _data_lines(report: Estimate) -> list[str]:
     samples = report.samples
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in report.parameters.items() if "EMA" not in name)
     total = sum(count for name, count in report.parameters.items() if "EMA" not in name)
@@ -277,7 +277,7 @@ def _data_lines(report: Report) -> list[str]:
     return [*table, *_table(rows)]
 
 
-def _memory_lines(report: Report) -> list[str]:
+def _memory_lines(report: Estimate) -> list[str]:
     memory = report.memory
     steady = f"weights {gb(memory.weights)}, optimiser {gb(memory.optimizer)}, averages {gb(memory.averages)}"
     steady += f", perceptual networks {gb(memory.frozen)}" if memory.frozen else ""
@@ -299,7 +299,7 @@ def _memory_lines(report: Report) -> list[str]:
     return found
 
 
-def _time_lines(report: Report) -> list[str]:
+def _time_lines(report: Estimate) -> list[str]:
     rows = [("steps", "scale", "TFLOP a step", "of it", "computed twice")]
     for phase in report.phases:
         of = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in phase.flops.items())
@@ -323,7 +323,7 @@ def _time_lines(report: Report) -> list[str]:
     return found
 
 
-def _disk_lines(report: Report) -> list[str]:
+def _disk_lines(report: Estimate) -> list[str]:
     reading, steps = report.reading, report.phases[-1].last_step
     sample = sum(reading["sample"].values())
     layers = ", ".join(f"{layer} {gb(size)}" for layer, size in reading["sample"].items())
