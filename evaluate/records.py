@@ -24,7 +24,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("seed", pa.int32()),  # seed index of the noise; null where nothing was drawn
         ("kind", pa.string()),  # model, baseline or real
         ("condition", pa.string()),  # all, text+pose, ...; or the baseline's name; or real
-        ("guidance", pa.float64()),
+        ("guidance", pa.float64()),  # null: not one scale for all conditions; report.json says which
         ("bucket", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),

@@ -82,10 +82,11 @@ def run(
         flow=train_config.flow,
         table=train_config.conditioning.resolve(dataset_modalities(data)),
         dataset=data,
-        rows=select_holdout(data, config.samples),
+        rows=select_holdout(data, config.samples, config.seed),
         batch_size=config.batch_size,
         device=str(pick_device(config.device)),
         losses=perceptual_losses(train_config),
+        tread=train_config.tread,
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete

@@ -19,8 +19,10 @@ from train.data.samples import load_conditions
 from train.method.flow import FlowConfig
 from train.model.conditions import Conditions, Subset
 from train.model.modalities import present
+from train.model.tread import TreadConfig
 
 Row = Mapping[str, Any]
+NO_ROUTING = TreadConfig()
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Subject:
     """A model in evaluation mode, how it was trained to be used, and the holdout samples to test it on.
 
     ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``; ``losses`` are the
-    perceptual networks that training used, ``lpips`` and ``dinov2``.
+    perceptual networks that training used, ``lpips`` and ``dinov2``; ``tread`` is the routing for self-guidance.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Subject:
     batch_size: int = 32
     device: str = "cpu"
     losses: frozenset[str] = frozenset()
+    tread: TreadConfig = NO_ROUTING
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
@@ -117,9 +120,10 @@ def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iter
         yield read_batch(dataset, chunk)
 
 
-def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:
+def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tuple[Row, ...]:
     """Return the first ``count`` holdout rows in key order: keys are content hashes, so a random sample for good.
 
+    A ``seed`` chooses others, and returns them in key order too.
     Raises :class:`DataError` when there is no holdout, and when a holdout sample is also in the training split: as the
     same key, or as a member of the same duplicate group.
     """
@@ -127,7 +131,11 @@ def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:
     if not holdout:
         raise DataError(f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min in prep")
     check_leaks(dataset.rows("train"), holdout)
-    return tuple(sorted(holdout, key=lambda row: row["key"])[:count])
+    ordered = sorted(holdout, key=lambda row: row["key"])
+    if seed is not None:
+        chosen = generator("holdout sample", seed).permutation(len(ordered))[:count]
+        ordered = [ordered[index] for index in sorted(chosen)]
+    return tuple(ordered[:count])
 
 
 def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:

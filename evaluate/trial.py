@@ -72,10 +72,11 @@ def _names(config: EvaluateConfig, train: TrainConfig, samples: int) -> tuple[di
         flow=train.flow,
         table=train.conditioning.resolve(dataset_modalities(data)),
         dataset=data,
-        rows=select_holdout(data, samples),
+        rows=select_holdout(data, samples, config.seed),
         batch_size=config.batch_size,
         device="cpu",
         losses=perceptual_losses(train),
+        tread=train.tread,
     )
     with tempfile.TemporaryDirectory() as folder:
         evidence = evaluate(subject, few, Path(folder))

@@ -27,10 +27,11 @@ from nanodit.console import waiting
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
-from train.config import TrainConfig
+from train.config import TrainConfig, ValidationSection
 from train.data.samples import bucket_size
 from train.loop.trainer import VALIDATED, Validate
 from train.model.conditions import subset_name
+from train.sweep.config import as_arguments
 
 GRID = HeldoutLossConfig()
 
@@ -48,6 +49,7 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
         raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
     if unknown := [name for name in config.validation.tests if name not in TESTS]:
         raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(TESTS)}")
+    _tier(config.validation, subject.batch_size)
     return lambda model, step, folder: validate(model, config, dataset, step, folder)
 
 
@@ -80,8 +82,7 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
 
 def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
     """Run ``validation.tests`` at tier pulse, write what ``evaluate run`` writes; headline metrics by tag."""
-    overrides = [f"samples={config.validation.samples}", f"tests=[{','.join(config.validation.tests)}]"]
-    tier = load_config(EvaluateConfig, "configs/evaluate/pulse.yaml", [*overrides, f"batch_size={subject.batch_size}"])
+    tier = _tier(config.validation, subject.batch_size)
     subject = replace(subject, losses=perceptual_losses(config))
     state = {"step": step, "config": config.model_dump(mode="json")}
     weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
@@ -96,6 +97,16 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
     return {f"validation/{name}": value for name, value in found.items() if value is not None}
 
 
+def _tier(validation: ValidationSection, batch_size: int) -> EvaluateConfig:
+    """Return the config of the tests; raises :class:`ConfigError`."""
+    own = {"samples": validation.samples, "seed": validation.seed, "batch_size": batch_size}
+    if validation.tests:
+        own["tests"] = validation.tests
+    return load_config(
+        EvaluateConfig, "configs/evaluate/pulse.yaml", as_arguments({**validation.evaluate_overrides, **own})
+    )
+
+
 def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
     try:
@@ -108,7 +119,7 @@ def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:
     device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-    rows = select_holdout(dataset, config.validation.samples)
+    rows = select_holdout(dataset, config.validation.samples, config.validation.seed)
     return Subject(
         model=model,
         flow=config.flow,
@@ -117,6 +128,7 @@ def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject
         rows=rows,
         batch_size=_batch_size(config, {row["bucket"] for row in rows}),
         device=device,
+        tread=config.tread,
     )
 
 

@@ -16,8 +16,9 @@ from train.method.loss import LossConfig
 from train.method.optim import OptimizerConfig
 from train.method.perceptual import PerceptualConfig
 from train.method.repa import RepaConfig
-from train.method.sampling import Method
+from train.method.sampling import Guidance, GuidanceValue, Method, Sampling
 from train.method.schedule import Schedule
+from train.model.conditions import Subset
 from train.model.config import ModelConfig
 from train.model.tread import TreadConfig
 
@@ -38,6 +39,7 @@ class TrainSection(Config):
     decay_share: float = Field(default=0.2, gt=0, le=1)  # of the steps, at the end; of wsd alone
     grad_clip: float = Field(default=1.0, gt=0)  # of the norm over all parameters
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # null: the power warm-up, which suits any length
+    ema_warmup: int = Field(default=0, ge=0)  # steps that a fixed decay leaves out of the average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it
     gradient_checkpointing: Literal["none", "all"] | Annotated[int, Field(gt=0)] = "none"  # k: every k-th block
     compile: bool | Literal["auto"] = False  # each block by itself; auto: where a compiler is found
@@ -51,6 +53,12 @@ class TrainSection(Config):
         if ends != sorted(set(ends)):
             raise ValueError(f"until_step must grow from phase to phase, not {ends}")
         return phases
+
+    @model_validator(mode="after")
+    def _check_average(self) -> TrainSection:
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup belongs to a fixed ema_decay; set that too")
+        return self
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -94,7 +102,11 @@ class VisualDebugSection(Config):
     count: int = Field(default=8, gt=0)  # holdout samples
     method: Method = "heun"
     steps: int = Field(default=20, gt=0)  # of the sampler
-    guidance: float = Field(default=1.0, ge=0)
+    guidance: GuidanceValue = 1.0  # of all conditions, {text: 3, dino: 1.5} of some, or {self: 3}
+
+    def sampling(self, given: Subset) -> Sampling:
+        """Return how a picture of these conditions is drawn."""
+        return Sampling(self.method, self.steps, **Guidance.of(self.guidance).of_given(given).fields)
 
 
 class ValidationSection(Config):
@@ -105,9 +117,11 @@ class ValidationSection(Config):
 
     every_steps: int = Field(default=0, ge=0)
     samples: int = Field(default=64, gt=0)  # of the holdout, at most
+    seed: int | None = Field(default=None, ge=0)  # chooses them; null: the first in key order
     # given conditions; those that the dropout table never trains are left out
     conditions: list[str] = Field(default=["all", "text"], min_length=1)
     tests: list[str] = Field(default=[])  # of evaluate, at its tier pulse
+    evaluate_overrides: dict[str, Any] = Field(default={})  # of evaluate's config for these tests, by dotted key
 
 
 class TrainConfig(Config):

@@ -13,7 +13,17 @@ from evaluate.metrics.pixels import degenerate
 from evaluate.records import Skipped
 from evaluate.subject import Batch, Subject, to_uint8
 from nanodit.config import Config
-from train.method.sampling import DRAWING, Grid, Method, Sampling, sample
+from train.method.sampling import (
+    DRAWING,
+    NO_GUIDANCE,
+    Grid,
+    Guidance,
+    GuidanceValue,
+    Method,
+    Sampling,
+    sample,
+    trajectory_keep_ids,
+)
 from train.model.conditions import Subset, parse_subset, subset_name
 from train.model.modalities import MODALITIES
 
@@ -30,25 +40,26 @@ class SamplerConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SamplerConfig:
-        self.sampling(1.0)
+        self.sampling()
         return self
 
-    def sampling(self, guidance: float) -> Sampling:
-        """Return how pictures with this scale of guidance are drawn."""
-        return Sampling(self.method, self.steps, guidance, interval=tuple(self.interval), grid=self.grid)
+    def sampling(self, guidance: Guidance = NO_GUIDANCE) -> Sampling:
+        """Return how pictures with this guidance are drawn."""
+        return Sampling(self.method, self.steps, **guidance.fields, interval=tuple(self.interval), grid=self.grid)
 
 
 @dataclass(frozen=True)
 class DrawingArm:
-    """One way to draw: the conditions kept and the guidance scale (1: none)."""
+    """One way to draw: the conditions kept and the guidance."""
 
     name: str
     subset: Subset
-    guidance: float
+    guidance: Guidance
 
 
-def choose_arms(guidances: Mapping[str, float], subject: Subject) -> tuple[list[DrawingArm], list[Skipped]]:
+def choose_arms(guidances: Mapping[str, GuidanceValue], subject: Subject) -> tuple[list[DrawingArm], list[Skipped]]:
     """Return the arms (conditions -> guidance) that dataset and training allow; the others are named as skipped."""
+    guidances = {name: Guidance.of(value) for name, value in guidances.items()}
     chosen, skipped = _choose(guidances, subject, "samples")
     arms = [DrawingArm(_label(subset, subject), subset, guidances[name]) for name, subset in chosen.items()]
     return arms, skipped
@@ -58,27 +69,28 @@ def choose_subsets(names: Sequence[str], subject: Subject) -> tuple[list[Subset]
     """Return the condition subsets of the held-out loss, and those that cannot be measured; TRAINED stands for all."""
     trained = [subset_name(subset, subject.modalities) for subset in sorted(subject.table, key=_size)]
     names = [name for one in names for name in (trained if one == TRAINED else [one])]
-    chosen, skipped = _choose(dict.fromkeys(names, 1.0), subject, "heldout_loss")
+    chosen, skipped = _choose(dict.fromkeys(names, NO_GUIDANCE), subject, "heldout_loss")
     return list(chosen.values()), skipped
 
 
 def named_arm(
-    conditions: str, guidance: float | None, guidances: Mapping[str, float], subject: Subject, test: str
+    conditions: str, guidance: GuidanceValue | None, guidances: Mapping[str, GuidanceValue], subject: Subject, test: str
 ) -> DrawingArm | Skipped:
     """Return how pictures given ``conditions`` are drawn, or why they are not; see
     :meth:`evaluate.drawing.context.DrawingContext.arm`.
 
-    The name is that of the conditions, with ``@SCALE`` behind it where ``guidances`` draw the same ones with another
-    scale of guidance.
+    The name is that of the conditions, with ``@GUIDANCE`` behind it where ``guidances`` draw the same ones with another
+    one.
     """
-    usual = {_label(_subset(name, subject), subject): scale for name, scale in guidances.items()}
+    usual = {_label(_subset(name, subject), subject): Guidance.of(value) for name, value in guidances.items()}
     label = _label(_subset(conditions, subject), subject)
-    scale = usual.get(label, 1.0) if guidance is None else guidance
-    chosen, skipped = _choose({conditions: scale}, subject, test)
+    chosen_guidance = usual.get(label, NO_GUIDANCE) if guidance is None else Guidance.of(guidance)
+    chosen, skipped = _choose({conditions: chosen_guidance}, subject, test)
     if skipped:
         return skipped[0]
     (subset,) = chosen.values()
-    return DrawingArm(label if scale == usual.get(label, scale) else f"{label}@{scale:g}", subset, scale)
+    name = label if chosen_guidance == usual.get(label, chosen_guidance) else f"{label}@{chosen_guidance}"
+    return DrawingArm(name, subset, chosen_guidance)
 
 
 def parse(name: str) -> Subset:
@@ -101,14 +113,19 @@ def _subset(name: str, subject: Subject) -> Subset:
     return frozenset(subject.modalities) if name == "all" else parse(name)
 
 
-def untrained(subset: Subset, guidance: float, subject: Subject) -> str | None:
+def untrained(subset: Subset, guidance: Guidance, subject: Subject) -> str | None:
     """Return why a picture given ``subset`` would mean nothing, or None."""
-    needs = [subset] if guidance == 1 else [subset, frozenset()]
-    lacking = [need for need in needs if need not in subject.table]
-    return f"subset {_label(lacking[0], subject)} never trained" if lacking else None
+    needs = [subset, *Sampling(**guidance.fields).chain(subset)]
+    if lacking := [need for need in needs if need not in subject.table]:
+        return f"subset {_label(lacking[0], subject)} never trained"
+    if guidance.of_given(subset) != guidance:
+        return f"guidance {guidance} has a scale of what is not given"
+    if guidance.self_scale != 1 and not subject.tread.enabled:
+        return "self-guidance needs a model that was trained with routing"
+    return None
 
 
-def _choose(guidances: Mapping[str, float], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
+def _choose(guidances: Mapping[str, Guidance], subject: Subject, test: str) -> tuple[dict[str, Subset], list[Skipped]]:
     """Read the names of conditions (name -> guidance): name -> subset of those to test, and the skipped ones."""
     chosen: dict[str, Subset] = {}
     skipped = []
@@ -135,11 +152,16 @@ def draw(
 
     The noise is a function of (sample key, seed) alone, so it is the same for every arm, batch size and order.
     """
+    keep_ids = None
+    if arm.guidance.self_scale != 1:
+        tokens = batch.height * batch.width // subject.model.config.patch_size**2
+        keep_ids = trajectory_keep_ids(subject.tread, [(key, seed) for key in batch.keys], tokens)
     images = sample(
         subject.model,
         batch.conditions.keeping(arm.subset).to(subject.device),
         batch.noise(seed).to(subject.device),
         flow=subject.flow,
         sampling=sampler.sampling(arm.guidance),
+        keep_ids=keep_ids,
     ).cpu()
     return to_uint8(images), [degenerate(image) for image in images.numpy()]

@@ -21,6 +21,7 @@ from evaluate.metrics.training_features import TrainFeatures, load_train_feature
 from evaluate.records import REAL, Skipped, select
 from evaluate.subject import Row, Subject
 from nanodit.config import Config
+from train.method.sampling import NO_GUIDANCE, Guidance, GuidanceValue
 from train.model.conditions import Subset
 
 RELATED = ", related to a loss of training"  # a judge that the model was trained to please
@@ -30,9 +31,11 @@ class DrawingConfig(Config):
     """The part of the config that all tests share: what is drawn, and what it is compared with."""
 
     samples: int = Field(default=256, gt=0)  # holdout images, at most
+    seed: int | None = Field(default=None, ge=0)  # chooses the holdout images; null: the first in key order
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
-    # conditions kept -> guidance scale; guidance 1 is none, and what reconstruction is quoted at
-    conditions: dict[str, float] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
+    # conditions kept -> guidance, such as 2.0, {text: 3.0, dino: 1.5} or {self: 3.0}; 1 is none, at which
+    # reconstruction is quoted
+    conditions: dict[str, GuidanceValue] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
     sampler: SamplerConfig = SamplerConfig()
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
@@ -122,15 +125,17 @@ class DrawingContext:
         """Features of up to ``config.training_features`` training images; ``feature`` is None without a judge."""
         return load_train_features(self.subject.dataset, self.judge, self.config.training_features)
 
-    def arm(self, conditions: str, guidance: float | None = None, test: str = "samples") -> DrawingArm | Skipped:
+    def arm(
+        self, conditions: str, guidance: GuidanceValue | None = None, test: str = "samples"
+    ) -> DrawingArm | Skipped:
         """Return how pictures given ``conditions`` (``all``, ``text+pose``, ``dino``, ``nothing`` ...) are drawn.
 
-        ``guidance`` defaults to the configuration's scale for these conditions, 1 for others. Skipped, under the name
+        ``guidance`` defaults to the configuration's for these conditions, 1 for others. Skipped, under the name
         ``TEST/CONDITIONS``, where the dataset lacks them or training never saw them.
         """
         return named_arm(conditions, guidance, self.config.conditions, self.subject, test)
 
-    def untrained(self, subset: Subset, guidance: float = 1.0) -> str | None:
+    def untrained(self, subset: Subset, guidance: Guidance = NO_GUIDANCE) -> str | None:
         """Return why a picture given ``subset`` would mean nothing (``subset X never trained``), or None."""
         return untrained(subset, guidance, self.subject)
 
@@ -143,18 +148,18 @@ class DrawingContext:
             for seed in range(self.config.seeds)
         ]
 
-    def settings(self, conditions: str, guidance: float = 1.0, **more: Any) -> dict[str, Any]:
+    def settings(self, conditions: str, guidance: Guidance = NO_GUIDANCE, **more: Any) -> dict[str, Any]:
         """Return what pictures given ``conditions`` were drawn and judged with: the ``settings`` of a metric of them.
 
         Only metrics whose settings are equal may be compared.
         """
         sampler = self.config.sampler
         drawn = {"sampler": sampler.method, "steps": sampler.steps, "grid": sampler.grid, "seeds": self.config.seeds}
-        if guidance != 1:
+        if guidance != NO_GUIDANCE:
             drawn["interval"] = list(sampler.interval)
         if self.examiner.lpips_label:
             drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
-        return {**self.common, **drawn, "conditions": conditions, "guidance": guidance, **more}
+        return {**self.common, **drawn, "conditions": conditions, "guidance": guidance.value, **more}
 
     def settings_of(self, arms: Iterable[DrawingArm], **more: Any) -> dict[str, dict[str, Any]]:
         """Return the settings of each arm by its name."""

@@ -79,7 +79,9 @@ def _drawn(context: DrawingContext, asked: PictureBatch, album: Album) -> pa.Tab
     """Draw and score one batch."""
     batch, images, reasons = _draw(context, asked)
     first = asked.pictures[0]
-    labels = {"kind": MODEL, "condition": asked.condition, "seed": asked.seed, "guidance": first.guidance}
+    scale = first.guidance.value
+    labels = {"kind": MODEL, "condition": asked.condition, "seed": asked.seed}
+    labels |= {"guidance": scale if isinstance(scale, float) else None}
     rows = context.examiner.rows(batch, images, degenerate=reasons, posed=_posed(asked, batch), **labels)
     for row, picture in zip(rows, asked.pictures):
         row["donor"], row["text"] = picture.donor, picture.text

@@ -15,6 +15,7 @@ import numpy as np
 
 from evaluate.subject import Batch, Row
 from prep.dataset.reader import Dataset
+from train.method.sampling import NO_GUIDANCE, Guidance
 from train.model.conditions import Conditions, Subset, collate
 from train.model.modalities import MODALITIES, Modality
 
@@ -34,7 +35,7 @@ class Picture:
     key: str
     condition: str
     subset: Subset
-    guidance: float = 1.0
+    guidance: Guidance = NO_GUIDANCE
     seed: int = 0
     donors: Mapping[str, str] = field(default_factory=dict)
     text: str | None = None
@@ -62,7 +63,12 @@ class Picture:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
-        return {**vars(self), "subset": sorted(self.subset), "donors": dict(self.donors)}
+        return {
+            **vars(self),
+            "subset": sorted(self.subset),
+            "guidance": self.guidance.value,
+            "donors": dict(self.donors),
+        }
 
 
 @dataclass(frozen=True)

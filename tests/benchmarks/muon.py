@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.method import optim
-from train.method.optim import NS_COEFFICIENTS, NS_STEPS, Muon, OptimizerConfig, parameter_groups
+from train.method.optim import NS_COEFFICIENTS, Muon, OptimizerConfig, parameter_groups
 from train.model.config import ModelConfig
 from train.model.modalities import Features
 from train.model.network import build_model
@@ -34,7 +34,7 @@ def written_out(g_kab: Tensor) -> Tensor:
     x = g_kab.transpose(1, 2) if tall else g_kab
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
     a, b, c = NS_COEFFICIENTS
-    for _ in range(NS_STEPS):
+    for _ in range(OptimizerConfig().muon_ns_steps):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.transpose(1, 2) if tall else x

@@ -6,12 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from evaluate.config import EvaluateConfig
-from evaluate.drawing.arms import choose_arms, choose_subsets
+from evaluate.drawing.arms import SamplerConfig, choose_arms, choose_subsets, draw
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
 from nanodit.errors import DataError
 from train.method.dropout import ConditioningConfig
+from train.method.sampling import Guidance, Sampling, sample, trajectory_keep_ids
+from train.model.config import ModelConfig
+from train.model.modalities import Features
+from train.model.network import build_model
+from train.model.tread import TreadConfig
 
 
 def row(key, split="train", group=None):
@@ -37,6 +43,14 @@ def test_the_holdout_is_taken_in_key_order_and_nothing_else(figures):
     rows = select_holdout(figures, 10)
     assert [r["key"] for r in rows] == sorted(r["key"] for r in figures.rows("holdout"))[:10]
     assert {r["split"] for r in rows} == {"holdout"}
+
+
+def test_a_seed_takes_other_samples_of_the_holdout_the_same_ones_each_time(figures):
+    chosen = [row["key"] for row in select_holdout(figures, 10, 42)]
+    assert chosen == [row["key"] for row in select_holdout(figures, 10, 42)] == sorted(set(chosen))
+    assert len(chosen) == 10
+    assert set(chosen) != {row["key"] for row in select_holdout(figures, 10, 43)}
+    assert len(select_holdout(figures, 10**6, 42)) == len(figures.rows("holdout"))
 
 
 def test_no_holdout_is_an_error_that_says_what_to_do(figures):
@@ -92,6 +106,44 @@ def test_guidance_needs_the_unconditional_to_be_trained(make_subject):
     arms, skipped = choose_arms(EvaluateConfig().conditions, replace(subject, table=table))
     assert [arm.name for arm in arms] == ["all"]  # guidance 1 needs nothing else
     assert {one.reason for one in skipped} == {"subset nothing never trained"}
+
+
+def test_every_kind_of_guidance_needs_what_it_leads_away_from(make_subject):
+    subject = make_subject("noise")
+    asked = {"text": {"text": 2.0}, "text+pose": {"dino": 2.0}, "all": {"self": 3.0}}
+    arms, skipped = choose_arms(asked, subject)
+    assert [(arm.name, str(arm.guidance)) for arm in arms] == [("text", "text=2")]
+    assert {one.name: one.reason for one in skipped} == {
+        "samples/text+pose": "guidance dino=2 has a scale of what is not given",
+        "samples/all": "self-guidance needs a model that was trained with routing",
+    }
+
+
+@pytest.mark.parametrize("value", [-1.0, {"face": 2.0}, {"self": 3.0, "text": 2.0}])
+def test_senseless_guidance_is_refused(value):
+    with pytest.raises(ValidationError, match="guidance"):
+        EvaluateConfig(conditions={"all": value})
+
+
+def test_self_guided_pictures_are_those_of_the_sampler_and_the_samples_own_tokens(figures, make_subject):
+    tread = TreadConfig(enabled=True, start=0, end=-1)
+    torch.manual_seed(0)
+    model = build_model(
+        ModelConfig(hidden_size=32, depth=2, num_heads=2, patch_size=16), Features.from_dataset(figures.info), tread
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    subject = replace(make_subject("noise"), model=model.eval(), tread=tread)
+    (arm,), skipped = choose_arms({"all": {"self": 3.0}}, subject)
+    assert (skipped, arm.guidance.value) == ([], "self=3")
+    batch = next(subject.batches())
+    sampler = SamplerConfig(method="euler", steps=2)
+    drawn, _ = draw(subject, batch, arm, 1, sampler)
+    keep_ids = trajectory_keep_ids(tread, [(key, 1) for key in batch.keys], batch.height * batch.width // 256)
+    sampling = Sampling("euler", 2, self_guidance=3.0, interval=(0.0, 1.0), grid="cosine")
+    expected = sample(model, batch.conditions, batch.noise(1), flow=subject.flow, sampling=sampling, keep_ids=keep_ids)
+    assert np.array_equal(drawn, to_uint8(expected))
+    assert not np.array_equal(drawn, draw(subject, batch, replace(arm, guidance=Guidance()), 1, sampler)[0])
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,16 @@ EFFECTS: dict[str, Any] = {
     "flow.shift": 2.0, "flow.t_min": 0.5,
     "tread.enabled": "true", "tread.start": 1, "tread.end": 0, "tread.keep": 0.25, "tread.dense_tail": 1.0,
     "tread.tail_routed": 1.0,
-    "repa.enabled": "true", "repa.weight": 2.0, "repa.until": 1.0, "repa.block_index": 2, "repa.width": 8,
+    "repa.enabled": "true", "repa.weight": 2.0, "repa.schedule": "constant", "repa.until": 1.0, "repa.block_index": 2, "repa.width": 8,
     "perceptual.every": 2, "perceptual.weight": 1.0, "perceptual.t_max": 0.3, "perceptual.view": "pool",
     "perceptual.size": 16, "perceptual.dino_weight": 1.0,
     "optimizer.type": "adamw", "optimizer.betas": "[0.5, 0.6]", "optimizer.eps": 0.1, "optimizer.weight_decay": 0.5,
-    "optimizer.muon_momentum": 0.5, "optimizer.muon_lr_factor": 3.0,
+    "optimizer.muon_momentum": 0.5, "optimizer.muon_nesterov": "false", "optimizer.muon_ns_steps": 2,
+    "optimizer.muon_adjust_lr": "original", "optimizer.muon_lr_factor": 3.0,
     "train.steps": 4, "train.batch_size": 3, "train.grad_accumulation_steps": 1, "train.token_budget": 200,
     "train.phases": "[{until_step: 2, scale: 0.5}]", "train.lr": 1e-3,
-    "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.precision": "bf16",
-    "train.schedule": "wsd", "train.decay_share": 0.9,
+    "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.ema_warmup": 2,
+    "train.precision": "bf16", "train.schedule": "wsd", "train.decay_share": 0.9,
     "data.flip": 0.5,
     "ema.snapshots": 0, "ema.sigma_rel": "[0.1, 0.2]",
 }  # fmt: skip
@@ -61,6 +62,7 @@ SWITCHES = {
     "repa": ("repa.enabled=true",),
     "ema": ("ema.snapshots=8",),
     "train.decay_share": ("train.schedule=wsd",),
+    "train.ema_warmup": ("train.ema_decay=0.5",),
     "perceptual": ("perceptual.every=1", "perceptual.size=24"),
 }
 # these change time, memory or the place of the computation; tests of their own: test_trainer.py, and threads below
@@ -84,7 +86,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
 def test_the_base_shows_every_key_with_its_default():
     def leaves(values, prefix=""):
         for key, value in values.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and value:
                 yield from leaves(value, f"{prefix}{key}.")
             else:
                 yield prefix + key

@@ -126,10 +126,10 @@ def _may_grow(state: Mapping[str, Any], config: TrainConfig) -> bool:
         dense_from = length - round(config.tread.dense_tail * length) if config.tread.enabled else step
         return [
             [learning_rate(done, length, *shape) for done in range(step - first)],
-            [ema_decay(done + 1, total, train.ema_decay) for done in range(first, step)],
+            [ema_decay(done + 1, total, train.ema_decay, train.ema_warmup) for done in range(first, step)],
             sorted(at for at in snapshot_steps(total, config.ema.snapshots) if at <= step),
             min(dense_from, step - first),
-            0 if first else config.repa.weight_at(1, total),
+            [] if first else [config.repa.weight_at(done, total) for done in range(step)],
         ]
 
     return step >= before or of_length(before) == of_length(after)

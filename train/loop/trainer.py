@@ -341,7 +341,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def _ema_decay(self, step: int) -> float:
-        return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay)
+        return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay, self.config.train.ema_warmup)
 
     def _take_course(self, course: Course) -> None:
         self.course = self.batches.course = course

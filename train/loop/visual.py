@@ -20,7 +20,7 @@ from nanodit.files import write_atomic
 from nanodit.rng import noise
 from train.config import TrainConfig
 from train.data.samples import Row, load_conditions, load_pixels
-from train.method.sampling import Sampling, sample, to_uint8
+from train.method.sampling import sample, to_uint8, trajectory_keep_ids
 from train.model.conditions import Conditions, Subset, parse_subset, subset_name
 from train.model.network import NanoDiT
 
@@ -34,17 +34,13 @@ ARMS = ("all", "text+pose", "text")  # as far as the dropout table trains them
 class VisualDebug:
     """Draws the same holdout samples, from the same noise, every time: real | all | text+pose | text.
 
-    Raises :class:`ConfigError` for guidance away from a model without conditions that ``table`` never trains.
+    Raises :class:`ConfigError` for guidance away from what was never trained: conditions that are not in ``table``, or
+    a routed network.
     """
 
     def __init__(self, config: TrainConfig, dataset: Any, table: Mapping[Subset, float]) -> None:
         self.config = config
         debug = config.visual_debug
-        if debug.every_steps > 0 and debug.guidance != 1 and frozenset() not in table:
-            raise ConfigError(
-                f"visual_debug.guidance {debug.guidance:g}: the dropout table never trains `nothing`, from which "
-                "guidance leads away; set it to 1, or give `nothing` a share in conditioning.table"
-            )
         rows = dataset.rows("holdout")
         count = min(debug.count, len(rows))
         self.rows = [rows[i * len(rows) // count] for i in range(count)]  # spread evenly over the keys
@@ -53,6 +49,8 @@ class VisualDebug:
         arms = (parse_subset(name) & modalities for name in ARMS)
         self.arms = [arm for arm in dict.fromkeys(arms) if arm and arm in table] or [max(table, key=len)]
         self._modalities = modalities
+        if debug.every_steps > 0:
+            self._check_guidance(table)
 
     @property
     def captions(self) -> list[str]:
@@ -88,18 +86,35 @@ class VisualDebug:
         say(f"step {step}: {folder / 'grid.png'}")
         return grid
 
+    def _check_guidance(self, table: Mapping[Subset, float]) -> None:
+        guidance = self.config.visual_debug.guidance
+        for arm in self.arms:
+            sampling = self.config.visual_debug.sampling(arm)
+            if lacking := [needed for needed in sampling.chain(arm) if needed not in table]:
+                name = subset_name(lacking[0], self._modalities)
+                raise ConfigError(
+                    f"visual_debug.guidance {guidance}: the dropout table never trains `{name}`, from which guidance "
+                    f"leads away; set it to 1, or give `{name}` a share in conditioning.table"
+                )
+            if sampling.self_guidance != 1 and not self.config.tread.enabled:
+                raise ConfigError(
+                    f"visual_debug.guidance {guidance}: without routing there is no weaker network to lead away from; "
+                    "set it to 1, or tread.enabled to true"
+                )
+
     def _columns(self, model: NanoDiT, rows: Sequence[Row]) -> list[list[np.ndarray]]:
         """Return for each row of one bucket its images from top to bottom."""
-        debug = self.config.visual_debug
-        sampling = Sampling(debug.method, debug.steps, debug.guidance)
         real = load_pixels(self._dataset, rows)
         conditions = load_conditions(self._dataset, rows)
         height, width = real.shape[2:]
         start = torch.from_numpy(np.stack([noise(row["key"], 0, height, width) for row in rows]))
+        tokens = height * width // self.config.model.patch_size**2
+        keep_ids = trajectory_keep_ids(self.config.tread, [(row["key"], 0) for row in rows], tokens)
         images = [to_uint8(real)]
         for arm in self.arms:
             kept: Conditions = conditions.keeping(arm)
-            drawn = sample(model, kept, start, flow=self.config.flow, sampling=sampling)
+            sampling = self.config.visual_debug.sampling(arm)
+            drawn = sample(model, kept, start, flow=self.config.flow, sampling=sampling, keep_ids=keep_ids)
             images.append(to_uint8(drawn))
         return [list(column) for column in zip(*images)]
 

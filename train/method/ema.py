@@ -44,14 +44,15 @@ class EmaConfig(Config):
         return value
 
 
-def ema_decay(step: int, total_steps: int, decay: float | None) -> float:
+def ema_decay(step: int, total_steps: int, decay: float | None, warmup: int = 0) -> float:
     """Return the decay of the update after the ``step``-th optimiser step (1-based).
 
     ``decay`` None is the power warm-up ``min(1 - (1 + step)^(-2/3), 1 - 10 / total_steps)``: the average always spans a
-    fraction of the run, so that the first weights are forgotten in short runs too. A number is a fixed decay.
+    fraction of the run, so that the first weights are forgotten in short runs too. A number is a fixed decay after the
+    first ``warmup`` steps, at whose end the average is the weights of that step.
     """
     if decay is not None:
-        return decay
+        return 0.0 if step <= warmup else decay
     return max(0.0, min(1 - (1 + step) ** (-2 / 3), 1 - 10 / total_steps))
 
 

@@ -19,7 +19,6 @@ from train.hardware import has_fast_bf16
 
 # quintic Newton-Schulz iteration; Jordan et al., "Muon: an optimizer for hidden layers", 2024
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NS_STEPS = 5
 
 # matrices orthogonalised together, in bytes of the type computed in: what a CPU's second-level cache holds with its
 # intermediates (tests/benchmarks/muon.py); on a GPU, for which the meta device stands, enough to fill it, and no more,
@@ -35,6 +34,9 @@ class OptimizerConfig(Config):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_nesterov: bool = True
+    muon_ns_steps: int = Field(default=5, gt=0)  # of Newton-Schulz
+    muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     muon_lr_factor: float = Field(default=1.0, gt=0)
 
 
@@ -51,16 +53,16 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
-def orthogonalize(g_kab: Tensor) -> Tensor:
-    """Bring each matrix of a batch (k, a, b) near an orthogonal one by five Newton-Schulz steps, in its dtype.
+def orthogonalize(g_kab: Tensor, steps: int = 5) -> Tensor:
+    """Bring each matrix of a batch (k, a, b) near an orthogonal one by Newton-Schulz steps, in its dtype.
 
-    Singular values end between .68 and 1.21 where they were at least .16 % of the matrix's Frobenius norm; smaller ones
-    grow by 485 at most.
+    After five steps singular values are between .68 and 1.21 where they were at least .16 % of the matrix's Frobenius
+    norm; smaller ones grow by 485 at most.
     """
     tall = g_kab.shape[1] > g_kab.shape[2]
     x = g_kab / (g_kab.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
     a, b, c = NS_COEFFICIENTS
-    for _ in range(NS_STEPS):
+    for _ in range(steps):
         # a x + (b gram + c gram gram) x, or from the right, whichever gram is smaller; in three fused products
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -68,12 +70,17 @@ def orthogonalize(g_kab: Tensor) -> Tensor:
     return x
 
 
-class Muon:
-    """Muon with Nesterov momentum and ``match_rms_adamw`` scaling, batched over matrices of equal shape.
+def update_scale(rows: int, columns: int, adjust_lr: str) -> float:
+    """Return what multiplies the orthogonalised momentum of a matrix; names as ``adjust_lr_fn`` of torch.optim.Muon.
 
-    The update has the RMS of AdamW's: ``.2 sqrt(max(a, b))`` times the orthogonalised momentum (Liu et al., arXiv
-    2502.16982), so both optimisers share one learning rate. ``dtype`` is what Newton-Schulz computes in.
+    ``match_rms_adamw``: ``.2 sqrt(max(a, b))``, the RMS of AdamW's updates, so both optimisers share one learning rate
+    (Liu et al., arXiv 2502.16982). ``original``: ``sqrt(max(1, a / b))`` (Jordan et al.).
     """
+    return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
+
+
+class Muon:
+    """Muon, batched over matrices of equal shape; ``dtype`` is what Newton-Schulz computes in."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype) -> None:
         self.parameters, self.config, self.dtype = parameters, config, dtype
@@ -99,8 +106,10 @@ class Muon:
             momenta = [self.momentum[name] for name in names]
             # torch.optim.Muon: m = lerp(m, g, 1 - beta), update = lerp(g, m, beta)
             torch._foreach_lerp_(momenta, gradients, 1 - beta)
-            nesterov_kab = torch.stack(torch._foreach_lerp(gradients, momenta, beta)).to(self.dtype)
-            update_kab = orthogonalize(nesterov_kab).float() * (-rate * 0.2 * math.sqrt(max(nesterov_kab.shape[1:])))
+            directions = torch._foreach_lerp(gradients, momenta, beta) if self.config.muon_nesterov else momenta
+            direction_kab = torch.stack(directions).to(self.dtype)
+            scale = update_scale(*direction_kab.shape[1:], self.config.muon_adjust_lr)
+            update_kab = orthogonalize(direction_kab, self.config.muon_ns_steps).float() * (-rate * scale)
             if decay:
                 torch._foreach_mul_(weights, 1 - rate * decay)
             torch._foreach_add_(weights, list(update_kab.unbind(0)))

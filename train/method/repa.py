@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ class RepaConfig(LossConfig):
     title: ClassVar[str] = "REPA"
 
     enabled: bool = False
-    weight: float = Field(default=0.5, gt=0)  # at the start; falls linearly to 0 ...
-    until: float = Field(default=0.5, gt=0, le=1)  # ... at this share of the steps
+    weight: float = Field(default=0.5, gt=0)  # at the start
+    schedule: Literal["linear", "constant"] = "linear"  # how it gets from there to 0 at `until`
+    until: float = Field(default=0.5, gt=0, le=1)  # share of the steps after which nothing of it is computed
     block_index: int = Field(default=-1, ge=-1)  # the state after so many blocks; -1: half of them
     width: int | None = Field(default=None, gt=0)  # of the head's hidden layers; null: twice the model's
 
@@ -44,7 +45,10 @@ class RepaConfig(LossConfig):
 
     def weight_at(self, step: int, steps: int) -> float:
         """Return the weight in optimiser step ``step`` (0-based) of ``steps``; 0 means that nothing is computed."""
-        return self.weight * max(0.0, 1 - step / (self.until * steps)) if self.enabled else 0.0
+        left = 1 - step / (self.until * steps)
+        if not self.enabled or left <= 0:
+            return 0.0
+        return self.weight * (left if self.schedule == "linear" else 1.0)
 
     @property
     def on(self) -> bool:
@@ -126,9 +130,10 @@ class RepaLoss(Loss):
 
     def announce(self, steps: int, layers: Mapping[str, Any]) -> list[str]:
         weight = self.config.weight
+        course = "falling to 0 at" if self.config.schedule == "linear" else "constant until"
         return [
             f"repa: weight {weight:g} on the {self.share:.0%} of the images whose patches are dropped, so "
-            f"{weight * self.share:.3f} an image, falling to 0 at step {self.config.until * steps:.0f}"
+            f"{weight * self.share:.3f} an image, {course} step {self.config.until * steps:.0f}"
         ]
 
 

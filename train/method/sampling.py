@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from nanodit.errors import ConfigError
@@ -23,6 +24,7 @@ from train.model.network import NanoDiT
 from train.model.tread import TreadConfig, draw_keep_ids
 
 SELF_GUIDANCE = 3.0  # the usual scale
+SELF = "self"  # its name beside those of the conditions
 _MARGIN = (-1e-9, 1e-9)  # an interval's ends belong to it however the grid's times were rounded
 INTERVAL = (0.0, 0.9)  # unshifted t; at nearly pure noise guidance distorts and helps nothing (arXiv 2404.07724)
 _SCALES = {name: modality.guidance or name for name, modality in MODALITIES.items()}
@@ -36,6 +38,59 @@ Method = Literal["euler", "heun", "dpm++2m"]
 Grid = Literal["uniform", "cosine"]
 Denoiser = Callable[[Tensor, float], Tensor]  # z (B, 3, H, W), t -> predicted image (B, 3, H, W)
 OnStep = Callable[[float, Tensor], None]  # t and the state there
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance that a config asks for: ``scale`` for all conditions together, ``scales`` of their own for some, or
+    ``self_scale`` of self-guidance. 1 is none."""
+
+    scale: float = 1.0
+    scales: tuple[tuple[str, float], ...] = ()
+    self_scale: float = 1.0
+
+    @classmethod
+    def of(cls, value: float | Mapping[str, float]) -> Guidance:
+        """Read a config's value: 2.0, ``{text: 3.0, dino: 1.5}`` or ``{self: 3.0}``; raises :class:`ConfigError`."""
+        if isinstance(value, Mapping):
+            scales = tuple(sorted((name, scale) for name, scale in value.items() if name != SELF and scale != 1))
+            guidance = cls(scales=scales, self_scale=value.get(SELF, 1.0))
+        else:
+            guidance = cls(float(value))
+        Sampling(**guidance.fields)
+        return guidance
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of :class:`Sampling`."""
+        return {"guidance": self.scale, "scales": dict(self.scales), "self_guidance": self.self_scale}
+
+    @property
+    def value(self) -> float | str:
+        """The number where it is one scale for all conditions, otherwise as :meth:`__str__`: for settings."""
+        return str(self) if self.scales or self.self_scale != 1 else self.scale
+
+    def of_given(self, given: Subset) -> Guidance:
+        """Return it without the scales of conditions that are not given."""
+        return replace(self, scales=tuple((name, scale) for name, scale in self.scales if GROUPS[name] & given))
+
+    def __str__(self) -> str:
+        scales = [*self.scales, *([(SELF, self.self_scale)] if self.self_scale != 1 else [])]
+        return ",".join(f"{name}={scale:g}" for name, scale in scales) or f"{self.scale:g}"
+
+
+NO_GUIDANCE = Guidance()
+
+
+def _check_guidance(value: float | dict[str, float]) -> float | dict[str, float]:
+    try:
+        Guidance.of(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+GuidanceValue = Annotated[float | dict[str, float], AfterValidator(_check_guidance)]  # in a config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.loop.flops import flop_counter
 from train.loop.trainer import Trainer
-from train.method.sampling import Sampling, sample
+from train.method.sampling import sample, trajectory_keep_ids
 from train.plan.cost import folder_bytes
 from train.plan.memory import meta_trainer
 from train.plan.rehearsal import Shapes, changed, drawing_request, largest_batch
@@ -66,9 +66,10 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
                 trainer.update(accumulated)
         if config.visual_debug.every_steps:
             conditions, noise = drawing_request(trainer, shapes, device)
-            debug = config.visual_debug
-            sampling = Sampling(method=debug.method, steps=1, guidance=debug.guidance)
-            sample(trainer.ema_model(), conditions, noise, flow=config.flow, sampling=sampling)
+            sampling = replace(config.visual_debug.sampling(frozenset(trainer.model.features.modalities)), steps=1)
+            tokens = noise[0, 0].numel() // config.model.patch_size**2
+            keep_ids = trajectory_keep_ids(config.tread, [("", i) for i in range(len(noise))], tokens)
+            sample(trainer.ema_model(), conditions, noise, flow=config.flow, sampling=sampling, keep_ids=keep_ids)
         with _timed(device) as saving:
             checkpoint = folder_bytes(Path(trainer.save()))
     return Measured(

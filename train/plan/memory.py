@@ -200,7 +200,8 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
     if config.visual_debug.every_steps:
         with LiveBytes() as live, LikeGpu(bf16=False), torch.no_grad():
             conditions, noise = drawing_request(trainer, shapes, META)
-            arms = [conditions] if config.visual_debug.guidance == 1 else [conditions, conditions.only(())]
+            given = frozenset(trainer.model.features.modalities)
+            arms = [conditions.only(kept) for kept in config.visual_debug.sampling(given).chain(given)]
             height, width = noise.shape[2:]
             average = trainer.ema_model()
             contexts = [average.encode_context(arm, height, width, cache=True) for arm in arms]

@@ -74,7 +74,7 @@ def test_several_pictures_of_some_prompts_are_asked_for(judged):
     assert [(one.key, one.condition, one.seed) for one in pictures] == [
         (key, label, seed) for key in context.keys[:12] for label, seed in LABELS
     ]
-    assert {(one.subset, one.guidance) for one in pictures} == {(frozenset({"text"}), 2.0)}
+    assert {(one.subset, one.guidance.value) for one in pictures} == {(frozenset({"text"}), 2.0)}
     # the noises that other tests take, too, are the same pictures
     shared = {one.name for one in context.configured()[0]} & {one.name for one in pictures}
     assert shared == {("text", key, 0) for key in context.keys[:12]}

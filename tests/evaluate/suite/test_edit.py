@@ -101,7 +101,7 @@ def test_pictures_share_the_noise_and_differ_in_the_text(judged, edits):
             type = one.condition.partition("/")[2]
             assert one.text == edits[type][one.key].text != context.rows[one.key]["caption"]
     assert {one.key for one in pictures} == set(context.keys[:12])
-    assert {one.guidance for one in pictures} == {2.0}  # as configured for text
+    assert {one.guidance.value for one in pictures} == {2.0}  # as configured for text
     shared = {one.name for one in context.configured()[0]} & set(named)
     assert shared == {("text", key, seed) for key in context.keys[:12] for seed in (0, 1)}
 

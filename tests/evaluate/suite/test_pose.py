@@ -248,7 +248,7 @@ def test_pictures_are_those_with_a_pose_and_some_from_its_mirror_image(figures, 
     wanted, skipped = pose.pictures(context, context.config.pose)
     mirrored = [picture for picture in wanted if picture.mirrored_pose]
     assert [picture.key for picture in mirrored] == context.keys[:5]
-    assert {(picture.condition, picture.guidance, picture.seed) for picture in mirrored} == {
+    assert {(picture.condition, picture.guidance.value, picture.seed) for picture in mirrored} == {
         ("text+pose/mirrored", 2.0, 0)
     }
     assert {picture.condition for picture in wanted} == {"all", "text+pose", "text", "text+pose/mirrored"}

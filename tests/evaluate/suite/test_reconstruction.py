@@ -85,7 +85,7 @@ def test_degenerate_pictures_have_no_skill():
 def test_conditions_are_compared_without_guidance_and_untrained_ones_are_named(judged):
     context = judged.context(conditions={"all": 1.0, "text": 2.0})
     pictures, skipped = reconstruction.pictures(context, context.config.reconstruction)
-    drawn = {picture.condition: picture.guidance for picture in pictures}
+    drawn = {picture.condition: picture.guidance.value for picture in pictures}
     assert drawn == {"all": 1.0, "text": 2.0, "text@1": 1.0, "nothing": 1.0}
     reasons = {one.name: one.reason for one in skipped}
     assert reasons == {

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.train.model.test_network import make_model
+from train.config import TrainSection
 from train.method.ema import (
     EMA,
     UNIFORM,
@@ -35,6 +36,9 @@ def test_trap_19_early_weights_are_forgotten(steps):
 
 def test_fixed_decay_is_kept():
     assert ema_decay(3, 100, 0.5) == 0.5
+    assert [ema_decay(step, 1000, 0.9999, 500) for step in (1, 500, 501, 1000)] == [0, 0, 0.9999, 0.9999]
+    with pytest.raises(ValidationError, match="ema_warmup belongs to a fixed ema_decay"):
+        TrainSection(ema_warmup=500)
     model = make_model()
     ema = EMA(model, partial(ema_decay, total_steps=100, decay=0.5))
     start = {name: value.clone() for name, value in ema.state.items()}

@@ -162,19 +162,29 @@ def test_the_groups_are_described_in_a_line():
     assert alone.startswith(f"optimiser: AdamW on {9 + len(groups['adamw'])} tensors")
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_follows_torch(weight_decay):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"muon_nesterov": False},
+        {"muon_ns_steps": 3},
+        {"muon_adjust_lr": "original"},
+        {"muon_momentum": 0.5},
+    ],
+)
+def test_muon_follows_torch(settings):
     torch.manual_seed(0)
     ours = make_model()
     theirs = make_model()
     matrices = parameter_groups(ours)["muon"]
-    config = OptimizerConfig(weight_decay=weight_decay)
+    config = OptimizerConfig(**settings)
     optimizer = build_optimizer(ours, config)
     optimizer.set_lr(1e-2)
     reference = torch.optim.Muon(
         list(parameter_groups(theirs)["muon"].values()),
-        lr=1e-2, momentum=config.muon_momentum, nesterov=True, weight_decay=weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        lr=1e-2, momentum=config.muon_momentum, nesterov=config.muon_nesterov, weight_decay=config.weight_decay,
+        ns_steps=config.muon_ns_steps, adjust_lr_fn=config.muon_adjust_lr,
     )  # fmt: skip
     start = {name: parameter.detach().clone() for name, parameter in matrices.items()}
     for _ in range(3):

@@ -32,6 +32,12 @@ def test_the_weight_falls_linearly_and_ends():
     assert RepaConfig().weight_at(0, 100) == 0
 
 
+def test_a_constant_weight_stays_until_it_ends():
+    repa = RepaConfig(enabled=True, weight=0.5, schedule="constant", until=0.5)
+    assert [repa.weight_at(step, 100) for step in (0, 25, 49, 50, 99)] == [0.5, 0.5, 0.5, 0, 0]
+    assert RepaConfig(enabled=True, schedule="constant", until=1.0).weight_at(99, 100) == 0.5
+
+
 def test_the_state_is_taken_after_half_of_the_blocks_or_as_many_as_one_says():
     assert [RepaConfig().blocks(depth) for depth in (1, 2, 12, 18)] == [1, 1, 6, 9]
     assert RepaConfig(block_index=4).blocks(12) == 4

@@ -8,11 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from nanodit.errors import ConfigError
+from train.config import VisualDebugSection
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig, shift, to_x
 from train.method.sampling import (
+    NO_GUIDANCE,
+    Guidance,
     Sampling,
     chain,
     guided_denoiser,
@@ -360,6 +364,33 @@ def test_self_guidance_leads_from_the_routed_to_the_dense_network(model_and_cond
         model, conditions, z, flow=flow, sampling=Sampling("euler", 3, self_guidance=1 + 1e-7), keep_ids=keep_ids
     )
     torch.testing.assert_close(near, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "fields"),
+    [
+        (1.0, "1", {}),
+        (2, "2", {"guidance": 2.0}),
+        ({}, "1", {}),
+        ({"text": 3.0, "dino": 1.5}, "dino=1.5,text=3", {"scales": {"text": 3.0, "dino": 1.5}}),
+        ({"text": 3.0, "dino": 1.0}, "text=3", {"scales": {"text": 3.0}}),
+        ({"self": 3.0}, "self=3", {"self_guidance": 3.0}),
+    ],
+)
+def test_a_config_says_guidance_as_a_number_or_by_name(value, name, fields):
+    guidance = Guidance.of(value)
+    assert str(guidance) == name
+    assert Sampling(**guidance.fields) == Sampling(**fields)
+    assert (guidance == NO_GUIDANCE) == (not fields)
+    assert guidance.of_given(parse_subset("cls+pose")).scales == tuple(
+        (one, scale) for one, scale in guidance.scales if one == "dino"
+    )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), {"face": 2.0}, {"self": 3.0, "text": 2.0}, {"self": -1.0}])
+def test_a_config_with_senseless_guidance_is_refused(value):
+    with pytest.raises(ValidationError):
+        VisualDebugSection(guidance=value)
 
 
 def test_self_guidance_tokens_belong_to_the_sample_and_the_seed():
