@@ -55,13 +55,15 @@ def waiting(what: str, at_once: bool = True) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as ``42s``, ``3m 05s`` or ``2h 07m``."""
+    """Format seconds as ``42s``, ``3m 05s``, ``2h 07m`` or ``12d 5h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    if whole < 100 * 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400:,}d {whole % 86400 // 3600}h"
 
 
 class Progress:

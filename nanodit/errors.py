@@ -71,7 +71,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Run ``main`` and return its exit code; what a user can act on becomes one ``error:`` line on stderr.
 
     That is a :class:`NanoditError`, a lack of memory or disk (see :func:`resource_error`), and SIGINT or SIGTERM where
-    ``main`` does not handle them. Any other exception is a defect of ours and keeps its traceback.
+    ``main`` does not handle them. Where nobody reads stdout any more the command ends as after a signal, silently. Any
+    other exception is a defect of ours and keeps its traceback.
     """
     try:
         with _sigterm_as_interrupt():
@@ -85,6 +86,13 @@ def run_command(main: Callable[[], int | None]) -> int:
         return _report(error)
     except KeyboardInterrupt:
         return _report(Interrupted("stopped by a signal; what was finished is kept, and the same command continues"))
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough; nothing is left to say, and to whom
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return Interrupted.exit_code
+        raise
     except Exception as error:
         known = resource_error(error)
         if known is None:

@@ -26,7 +26,14 @@ FORMAT, GUIDE, MAP = (
 )
 TABLES = ("index", "manifest", "rejects", "truth")
 PATHS = re.compile(r"`((?:nanodit|prep|train|evaluate|tests|docs|configs)/[\w./-]*?)`")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/dataset-format.md", "docs/measurements.md")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/dataset-format.md",
+    "docs/measurements.md",
+    "docs/seed.md",
+)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -163,3 +170,13 @@ def test_the_map_shows_every_folder_and_the_floors(package):
     files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert shown == folders | files, "ARCHITECTURE.md: give each folder and file its line in the tree"
     assert f"{package:<11}{' < '.join(FLOORS[package])}\n" in MAP, "ARCHITECTURE.md: give it a floor"
+
+
+def test_the_tests_that_the_table_of_the_first_text_names_are_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/seed.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    missing = [
+        f"{file}::{test}" for file, test in named
+        if not (ROOT / file).exists() or f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8") and test
+    ]  # fmt: skip
+    assert missing == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -103,3 +105,21 @@ def test_other_threads_run_commands_too():
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_a_reader_who_has_seen_enough_ends_the_command_without_a_word():
+    code = (
+        "import sys\nfrom nanodit.errors import run_command\n"
+        "def main():\n    while True:\n        print('x' * 100, flush=True)\n"
+        "sys.exit(run_command(main))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "x" * 100 + "\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 75
+
+
+def test_another_broken_pipe_is_a_defect():
+    with pytest.raises(BrokenPipeError):
+        run_command(failing(BrokenPipeError(errno.EPIPE, "a worker's")))

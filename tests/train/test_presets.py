@@ -16,6 +16,7 @@ from train.plan.rehearsal import Shapes, changed, open_dataset
 
 FOLDER = Path("configs/train")
 PRESETS = ("figures-256", "baseline", "production", "production-p16")
+OTHERS = ("quickstart", "figures-64-long", "seed", "seed-baseline")  # one file for all GPUs
 SIZES = (8, 12, 16, 24)
 SIZED = [(preset, size) for preset in PRESETS for size in SIZES]
 
@@ -35,16 +36,16 @@ def peak(preset: str, size: int | None = None, **overrides: object) -> int:
 
 def test_every_preset_is_listed_here():
     named = {file_of(preset).name for preset in PRESETS} | {file_of(*sized).name for sized in SIZED}
-    assert named | {"base.yaml", "quickstart.yaml", "figures-64-long.yaml"} == {p.name for p in FOLDER.glob("*.yaml")}
+    assert named | {f"{name}.yaml" for name in ("base", *OTHERS)} == {p.name for p in FOLDER.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, "quickstart", "figures-64-long"])
+@pytest.mark.parametrize("preset", [*PRESETS, *OTHERS])
 def test_the_first_comment_says_what_for_what_with_and_how_long(preset):
     text = file_of(preset).read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("# ") for line in text.split("\nextends")[0].splitlines())
     assert re.search(r"\b(minutes|hours|days)\b", comment), "how long"
     assert "estimate" in comment or "CPU cores" in comment, "measured on CPU cores, or an estimate"
-    if preset in PRESETS:
+    if preset in PRESETS or preset.startswith("seed"):
         assert re.search(r"Needs .*configs/prep/[\w-]+\.yaml", comment)
         assert re.search(r"\d+ GB", comment)
 

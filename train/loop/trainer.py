@@ -208,7 +208,7 @@ class Trainer:
             (sum(some, total) / self.images_per_step).backward()
             for name, values in [("flow", loss), *terms]:
                 found[name].append(values.detach())
-            found["velocity"].append(velocity(x_hat.detach(), z, t, flow.t_min).square().flatten(1).mean(1))
+            found["velocity"].append(velocity(x_hat.detach(), z, t).square().flatten(1).mean(1))
         nothing = found["flow"][0][:0]
         return {name: torch.cat(values or [nothing]) for name, values in found.items()}
 

@@ -24,7 +24,7 @@ class FlowConfig(Config):
     logit_std: float = Field(default=0.8, gt=0)
     uniform_share: float = Field(default=0.1, ge=0, le=1)
     shift: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    t_min: float = Field(default=0.05, gt=0, lt=1)
+    t_min: float = Field(default=0.05, gt=0, le=1)
 
     def shift_of(self, height: int, width: int) -> float:
         """Return s of :func:`shift` for images of this size in pixels."""
@@ -76,7 +76,7 @@ def to_x(output: Tensor, z: Tensor, t: Tensor, prediction: str) -> Tensor:
     return output if prediction == "x" else z - _per_image(t) * output
 
 
-def velocity(x_hat: Tensor, z: Tensor, t: Tensor, t_min: float) -> Tensor:
+def velocity(x_hat: Tensor, z: Tensor, t: Tensor, t_min: float = 0.05) -> Tensor:
     """Return the predicted velocity ``(z - x_hat) / max(t, t_min)``, (B, 3, H, W)."""
     return (z - x_hat) / _per_image(t).clamp_min(t_min)
 
@@ -84,8 +84,8 @@ def velocity(x_hat: Tensor, z: Tensor, t: Tensor, t_min: float) -> Tensor:
 def flow_loss(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> Tensor:
     """Return the velocity loss of each image, ``mean (x_hat - x)^2 / max(t, t_min)^2``, float32 (B,).
 
-    The clamp belongs to the loss and so to both sides: clamping the predicted velocity alone would be biased below
-    ``t_min``. Source: Li & He, arXiv 2511.13720 (x-prediction with velocity loss).
+    With a ``t_min`` of 1 it is the plain error of the pixels. The clamp belongs to the loss and so to both sides:
+    clamping the predicted velocity alone would be biased below ``t_min``. Source: Li & He, arXiv 2511.13720 (x-prediction with velocity loss).
     """
     error = (x_hat.float() - x.float()).square().flatten(1).mean(1)
     return error / t.float().clamp_min(t_min).square()

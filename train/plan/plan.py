@@ -7,6 +7,7 @@ is counted, and labelled. A run that cannot fit ends the verb with exit code 4 a
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ from train.plan.memory import CONTEXT, FRAGMENTATION, Memory, estimate_memory, m
 from train.plan.rehearsal import Shapes, StandIn, cache_bytes, open_dataset, sample_sizes
 from train.plan.remedies import shortage
 
+MANY_TOKENS = 16_384  # 1024 x 1024 in patches of 8
 UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
 
 
@@ -217,8 +219,16 @@ def _batches(micro: BatchPlan) -> list[dict[str, Any]]:
 
 
 def _notes(trainer: Trainer, dataset: Any) -> list[str]:
-    config = trainer.config
-    notes = [] if isinstance(dataset, StandIn) else trainer.batches.plan.describe(config.train.steps)
+    config, micro = trainer.config, trainer.batches.plan
+    notes = [] if isinstance(dataset, StandIn) else micro.describe(config.train.steps)
+    sizes = [scaled_size(bucket, scale) for scale in micro.scales for bucket in micro.order.sizes]
+    tokens, size = max((micro.tokens(size), size) for size in sizes)
+    if tokens > MANY_TOKENS:
+        patch = config.model.patch_size * math.ceil(math.sqrt(tokens / MANY_TOKENS))
+        notes.append(
+            f"{tokens:,} tokens for an image of {size[0]}x{size[1]}: attention takes time with their square; "
+            f"model.patch_size={patch} makes them {tokens * config.model.patch_size**2 // patch**2:,}"
+        )
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
         notes.append("checkpoint.every_minutes without keep_last: fills the disk with more than are counted")
     return [*notes, *(line for loss in trainer.losses.values() for line in loss.missing())]

@@ -23,6 +23,7 @@ def test_loss_is_the_velocity_error_with_both_sides_clamped():
     z = interpolate(x, e, t)
     expected = (velocity(x_hat, z, t, 0.05) - velocity(x, z, t, 0.05)).square().mean((1, 2, 3))
     torch.testing.assert_close(flow_loss(x_hat, x, t, 0.05), expected)
+    torch.testing.assert_close(flow_loss(x_hat, x, t, 1.0), (x_hat - x).square().mean((1, 2, 3)))
     # above the clamp the target velocity is e - x itself
     torch.testing.assert_close(velocity(x, z, t, 0.05)[1:], (e - x)[1:], atol=1e-4, rtol=0)
 
