@@ -85,7 +85,8 @@ def flow_loss(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> Tensor:
     """Return the velocity loss of each image, ``mean (x_hat - x)^2 / max(t, t_min)^2``, float32 (B,).
 
     With a ``t_min`` of 1 it is the plain error of the pixels. The clamp belongs to the loss and so to both sides:
-    clamping the predicted velocity alone would be biased below ``t_min``. Source: Li & He, arXiv 2511.13720 (x-prediction with velocity loss).
+    clamping the predicted velocity alone would be biased below ``t_min``. Source: Li & He, arXiv 2511.13720
+    (x-prediction with velocity loss).
     """
     error = (x_hat.float() - x.float()).square().flatten(1).mean(1)
     return error / t.float().clamp_min(t_min).square()
