@@ -141,7 +141,7 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
             pairs.append(f"{row['key']} ({row['source']}) ~ {twin['key']} ({twin['source']})")
     if pairs:
         more = [f"... and {len(pairs) - 20} more"] if len(pairs) > 20 else []
-        found = f"leak: {len(pairs)} holdout samples are also in the training split. Run prep again"
+        found = f"leak: {len(pairs)} holdout samples are also in the training split. Run nanodit prep run again"
         raise DataError(PROBLEM_BREAK.join([found, *pairs[:20], *more]))
 
 

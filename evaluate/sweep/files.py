@@ -188,7 +188,9 @@ class RecordedSweep:
         """Read a sweep's folder. Raises :class:`DataError` for files that are missing or damaged, by name."""
         content = read_object(folder / SWEEP, AGAIN)
         if content.get("schema") != SCHEMA:
-            raise DataError(f"{folder / SWEEP}: schema {content.get('schema')}, this version reads {SCHEMA}. {AGAIN}")
+            raise DataError(
+                f"{folder / SWEEP}: schema {content.get('schema')}, but this version reads {SCHEMA}. {AGAIN}"
+            )
         if lacking := [name for name in NEEDED if name not in content]:
             raise DataError(f"{folder / SWEEP} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
         arms = {name: RecordedArm.of(name, arm) for name, arm in content["arms"].items()}
