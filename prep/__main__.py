@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = verb("run", "make a dataset, or bring it up to date")
     run.add_argument(
-        "--why", action="store_true", help="only say what would be computed and why (same as `nanodit prep plan`)"
+        "--why", action="store_true", help="only say what would be computed and why, as `nanodit prep plan` does"
     )
     plan = verb(
         "plan",

@@ -105,7 +105,7 @@ class RecordedTrial:
         if self.value(name) is not None:
             steps = self.number("steps")
             if name in self.metrics and steps is not None and self.evaluated != steps:
-                return f"evaluated at step {self.evaluated}, not at its last, {steps:.0f}"
+                return f"evaluated at step {self.evaluated}, not at its last step, {steps:.0f}"
             return None
         if name in self.metrics:
             return self.metrics[name]["reason"] or "the value is not a number"

@@ -140,8 +140,8 @@ def _unseen(storage: Storage, answer: dict[str, Any]) -> list[str]:
         storage.read(answer["name"])
     except OSError:
         return [
-            f"{answer['host']}: the driver does not see what this node writes to output {storage}. Mount the same folder "
-            "on both"
+            f"{answer['host']}: the driver does not see what this node writes to output {storage}. Mount the same "
+            "folder on both"
         ]
     return []
 
