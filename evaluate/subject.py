@@ -126,7 +126,8 @@ def select_holdout(dataset: Dataset, count: int) -> tuple[Row, ...]:
     holdout = dataset.rows("holdout")
     if not holdout:
         raise DataError(
-            f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min, and run nanodit prep run again"
+            f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min, and run "
+            "nanodit prep run again"
         )
     check_leaks(dataset.rows("train"), holdout)
     return tuple(sorted(holdout, key=lambda row: row["key"])[:count])
