@@ -261,13 +261,13 @@ def _data_lines(report: Estimate) -> list[str]:
     samples = report.samples
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in report.parameters.items() if "EMA" not in name)
     total = sum(count for name, count in report.parameters.items() if "EMA" not in name)
-    known = f"{samples['images_per_step']} images a step; the rest is known once the dataset exists"
+    images = f"{samples['images_per_step']} images a step"
+    known = f"{images}; kept, dropped and unseen samples are known once the dataset exists"
     if samples["kept"] is not None:
         dropped = "" if samples["dropped"] is None else f", {samples['dropped']} sources dropped by prep"
         known = (
             f"{samples['kept']} samples kept for training, {samples['held_out']} held out{dropped}, "
-            f"{samples['unseen']} never shown in {samples['epochs']:.1f} epochs of {samples['images_per_step']} images "
-            "a step"
+            f"{samples['unseen']} never shown in {samples['epochs']:.1f} epochs of {images}"
         )
     rows = [("bucket", "image", "samples", "tokens", "images in a micro-batch")]
     for row in report.batches:
