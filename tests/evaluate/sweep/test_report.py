@@ -497,7 +497,7 @@ def test_an_unfinished_sweep_says_so(tmp_path):
         write_sweep(tmp_path / "s", leave_out=leave_out, trials={("C", 2): {"status": "running"}})
     )
     text = words(render(sweep))
-    assert "This sweep is not finished: 11 of 15 trials are, 1 running, 3 not started" in text
+    assert "This sweep is not finished: 11 of 15 trials have finished, 1 running, 3 not started" in text
     assert verdicts(sweep.folder)["D"] == "no verdict"
     empty = words(
         render(RecordedSweep.read(write_sweep(tmp_path / "e", leave_out=[(a, s) for a in ARMS for s in range(103)])))

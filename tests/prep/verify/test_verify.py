@@ -220,7 +220,7 @@ def test_published_files_are_checked_against_dataset_json_and_each_other(root, c
     found(root, capsys, "index.parquet", index["key"][0].as_py(), "caption differs from the text unit")
     publish_again(root, "index.parquet", index.slice(1))
     found(root, capsys, index["key"][0].as_py(), "complete in every layer, but missing here")
-    found(root, capsys, "dataset.json", "counts 8 samples, there are 7")
+    found(root, capsys, "dataset.json", "counts 8 samples, but there are 7")
     info = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(canonical_json(info | {"base": 128}))
     found(root, capsys, "dataset.json", "fingerprint does not match its content")
