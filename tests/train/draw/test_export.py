@@ -243,7 +243,7 @@ def test_a_generator_draws_the_noise(exported):
         ({"prompt": PROMPT, "conditions": conditions_of(1)}, "take the place of prompt"),
         ({"prompt": PROMPT, "height": 60}, "multiples of the patch size, 8"),
         ({"prompt": PROMPT, "seed": 1, "latents": torch.zeros(1, 3, 64, 64)}, "give only one"),
-        ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise of 1 images"),
+        ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise for 1 images"),
         ({"prompt": PROMPT, "output_type": "jpeg"}, "use pil, np or pt"),
         ({"prompt": ["", PROMPT]}, "prompt: is empty"),
         ({"reference": np.zeros((8, 8, 3))}, "reference: is a ndarray; give a Pillow image"),
