@@ -30,20 +30,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nanodit evaluate", description="Say how good a checkpoint is, and how sure.", allow_abbrev=False
+        prog="nanodit evaluate",
+        description="Say how good a checkpoint is, and how certain that is.",
+        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     run = verbs.add_parser("run", help="measure a checkpoint on the holdout of its dataset", allow_abbrev=False)
     run.set_defaults(verb=_run)
-    run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
+    run.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder (its newest step)")
     amount = run.add_mutually_exclusive_group()
     amount.add_argument("--config", type=Path, help="YAML (default: configs/evaluate/base.yaml)")
-    amount.add_argument("--tier", choices=TIERS, help="how much: configs/evaluate/TIER.yaml")
-    run.add_argument("--tests", help="which, separated by commas (default: what the config says)")
-    run.add_argument("--dataset", help="where the dataset is (default: where the run's config says)")
-    run.add_argument("--output", type=Path, help="folder (default: RUN/validation_outputs/step-NNNNNN)")
-    run.add_argument("--strict", action="store_true", help="exit with 5 when any metric was skipped")
+    amount.add_argument("--tier", choices=TIERS, help="how thorough: configs/evaluate/TIER.yaml")
+    run.add_argument("--tests", help="which tests, separated by commas (default: those of the config)")
+    run.add_argument("--dataset", help="the dataset (default: that of the run's config)")
+    run.add_argument("--output", type=Path, help="folder to write to (default: RUN/validation_outputs/step-NNNNNN)")
+    run.add_argument("--strict", action="store_true", help="exit with 5 if any metric was skipped")
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     report = verbs.add_parser(
@@ -53,10 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(verb=_report)
     report.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN", help="an output folder, a run folder for its newest, or a sweep"
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="an evaluation's output folder, a run folder (its newest evaluation), or a sweep folder",
     )
     report.add_argument(
-        "--output", type=Path, help="HTML file (default: report.html in the output folder; of several: here)"
+        "--output",
+        type=Path,
+        help="HTML file (default: report.html in the output folder; for several: in the current folder)",
     )
     return parser
 

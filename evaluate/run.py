@@ -74,7 +74,7 @@ def run(
     data = Dataset(dataset or train_config.dataset)
     if data.fingerprint != state["dataset"]["fingerprint"]:
         raise DataError(
-            f"{data.root}: its fingerprint is {data.fingerprint}, the checkpoint {step_folder.name} was trained on "
+            f"{data.root}: its fingerprint is {data.fingerprint}, but the checkpoint {step_folder.name} was trained on "
             f"{state['dataset']['fingerprint']}. Evaluate on the dataset of the run, or train again on this one"
         )
     subject = Subject(

@@ -129,7 +129,10 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
     """
     holdout = dataset.rows("holdout")
     if not holdout:
-        raise DataError(f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min in prep")
+        raise DataError(
+            f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min, and run "
+            "nanodit prep run again"
+        )
     check_leaks(dataset.rows("train"), holdout)
     ordered = sorted(holdout, key=lambda row: row["key"])
     if seed is not None:
@@ -149,7 +152,7 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
             pairs.append(f"{row['key']} ({row['source']}) ~ {twin['key']} ({twin['source']})")
     if pairs:
         more = [f"... and {len(pairs) - 20} more"] if len(pairs) > 20 else []
-        found = f"leak: {len(pairs)} holdout samples are also in the training split. Run prep again"
+        found = f"leak: {len(pairs)} holdout samples are also in the training split. Run nanodit prep run again"
         raise DataError(PROBLEM_BREAK.join([found, *pairs[:20], *more]))
 
 

@@ -70,7 +70,7 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
         by_bin = [[row["mse"] for row in own if row["bin"] == index] for index in range(GRID.bins)]
         loss, errors = float(np.mean([row["loss"] for row in own])), np.mean(by_bin, axis=1).tolist()
         if not np.isfinite([loss, *errors]).all():
-            raise DataError(f"given {condition}, the model predicts what is not a number")
+            raise DataError(f"given {condition}, the model predicts values that are not finite")
         record[condition] = {"loss": loss, "mse": errors}
         values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
     if config.validation.tests:

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanodit",
         description="Train a text-to-image diffusion transformer from scratch, and measure it.",
-        epilog=f"nanodit COMMAND --help says more. Configs to begin with are in {PROJECT / 'nanodit' / 'configs'}.",
+        epilog=f"nanodit COMMAND --help says more. Configs to start from are in {PROJECT / 'nanodit' / 'configs'}.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nanodit {__version__}")

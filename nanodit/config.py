@@ -116,7 +116,7 @@ def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) ->
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, this is a {type(data).__name__}")
+        raise ConfigError(f"{path}: a config must be a mapping of keys to values, not a {type(data).__name__}")
     parent = data.pop("extends", None)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}

@@ -62,7 +62,7 @@ def resource_error(error: BaseException) -> ResourceError | None:
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         reason = str(error).strip().partition("\n")[0]
         return ResourceError(
-            f"out of memory{': ' if reason else ''}{reason}. Close other programs, or take smaller batches or images"
+            f"out of memory{': ' if reason else ''}{reason}. Close other programs, or use smaller batches or images"
         )
     return None
 
@@ -85,11 +85,11 @@ def run_command(main: Callable[[], int | None]) -> int:
     except NanoditError as error:
         return _report(error)
     except KeyboardInterrupt:
-        return _report(Interrupted("stopped by a signal; what was finished is kept, and the same command continues"))
+        return _report(Interrupted("stopped by a signal; finished work is kept, and the same command continues"))
     except BrokenPipeError:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has read enough; nothing is left to say, and to whom
+        except BrokenPipeError:  # `| head` has read enough; there is nobody left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return Interrupted.exit_code
         raise

@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or not JSON
-        raise DataError(f"{path}: not JSON: {error}") from None
+        raise DataError(f"{path}: not valid JSON: {error}") from None
 
 
 def canonical_json(value: Any) -> str:

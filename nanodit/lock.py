@@ -109,7 +109,7 @@ class ObjectLock(Lock):
 
     def _is_alive(self, seen: bytes) -> bool:
         """Return whether the lock changes, rather than goes or stands still, while it is watched."""
-        say(f"{self.storage} is locked by {_owner(seen)}: watching for {WATCH:.0f} s whether it is alive")
+        say(f"{self.storage} is locked by {_owner(seen)}: watching for {WATCH:.0f} s to see whether it is alive")
         start = time.monotonic()
         with Progress("lock", round(WATCH), "seconds") as progress:
             while (passed := time.monotonic() - start) < WATCH:

@@ -35,7 +35,7 @@ def claim(*packages: str) -> None:
         sys.path.insert(0, str(PROJECT))
     for name in packages:
         if other := shadow(name):
-            raise ConfigError(f"{name} is {other} here, not that of {PROJECT}. Run the command nanodit {name}")
+            raise ConfigError(f"{name} is {other} here, not the one in {PROJECT}. Run `nanodit {name}` instead")
     if damage := overwritten(*packages):
         raise ConfigError(": ".join(damage))
 
@@ -75,7 +75,7 @@ def overwritten(*packages: str) -> tuple[str, str] | None:
             damaged.append(file)
     if not damaged:
         return None
-    found = f"{' and '.join(damaged)} in {PROJECT} are not nanodit's"
+    found = f"{' and '.join(damaged)} in {PROJECT} are not from nanodit"
     again = "run pip install --force-reinstall --no-deps with the wheel, folder or URL that nanodit came from"
     others = [place.parent.stem for place in PROJECT.glob("*.dist-info/RECORD") if _claims(place, damaged)]
     if not others:

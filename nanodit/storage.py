@@ -224,7 +224,9 @@ class ObjectStore(Storage):
             yield
         except (FileNotFoundError, IsADirectoryError) as error:
             if writing:
-                raise ResourceError(f"{self.where(name)}: there is no such bucket. Create it, or correct it") from error
+                raise ResourceError(
+                    f"{self.where(name)}: there is no such bucket. Create it, or correct its name"
+                ) from error
             raise FileNotFoundError(errno.ENOENT, "No such object", self.where(name)) from error
         except (NanoditError, FileExistsError):
             raise

@@ -29,25 +29,30 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     run = verb("run", "make a dataset, or bring it up to date")
-    run.add_argument("--why", action="store_true", help="only say what would be computed and why (same as plan)")
-    plan = verb("plan", "say what a run would compute, why, on what, how long and how many GB; computes nothing")
+    run.add_argument(
+        "--why", action="store_true", help="only say what would be computed and why, as `nanodit prep plan` does"
+    )
+    plan = verb(
+        "plan",
+        "say what a run would compute, why, where, in what time and with how many GB; computes nothing",
+    )
     for command in (run, plan):
         command.add_argument("--prune", action="store_true", help="drop the samples whose source files are gone")
-        command.add_argument("--retry-rejects", action="store_true", help="try samples again that a layer refused")
+        command.add_argument("--retry-rejects", action="store_true", help="try again the samples that a layer refused")
     doctor = verb("doctor", "look for what would stop a run on this machine or cluster, with a fix for each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     report = verb("report", "write one offline HTML page that shows what is in a dataset")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the dataset")
     verify = verb("verify", "prove that a dataset is whole: hashes, schema, no leaks, no orphans")
-    verify.add_argument("--repair", action="store_true", help="let the next run compute what is damaged again")
+    verify.add_argument("--repair", action="store_true", help="discard damaged units; the next run computes them again")
     export = verb("export", "write a dataset in another layout")
     export.add_argument("--flat", type=Path, metavar="OUT", required=True, help="folder for one tar per shard")
     for command in (report, verify, export):
-        command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: output of the config")
+        command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: the output of the config")
     for command in (run, plan, doctor, report, verify, export):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example source=photos")
     figures = verbs.add_parser(
-        "figures", help="draw the built-in dataset of people with captions and known truth", allow_abbrev=False
+        "figures", help="draw the built-in dataset: people with captions and known truth", allow_abbrev=False
     )
     figures.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     figures.add_argument("--count", type=int, required=True, help="number of figures")
@@ -113,7 +118,7 @@ def _dataset(options: argparse.Namespace) -> str:
         return options.dataset
     if not options.config and not any(text.startswith("output=") for text in options.overrides):
         raise ConfigError(
-            f"which dataset? Say --dataset PLACE, or --config FILE as for nanodit prep run ({CONFIG_HELP})"
+            f"which dataset? Give --dataset PLACE, or --config FILE as for nanodit prep run ({CONFIG_HELP})"
         )
     overrides = options.overrides if options.config else ["source=.", *options.overrides]
     return load_config(PrepConfig, options.config, overrides).output

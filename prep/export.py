@@ -74,7 +74,7 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
     size = sum(storage.size(name) or 0 for name in shards)
     say(f"wrote {len(missing)} of {len(shards)} tars to {storage}: {len(data)} samples, {size / 1e9:.2f} GB")
     if data.has_flips:
-        say("flipped captions and the features of mirrored crops are left out: that layout has no place for them")
+        say("flipped captions and the features of mirrored crops are left out: the flat layout has no place for them")
 
 
 def _check_place(data: Dataset, storage: Storage) -> None:
@@ -98,7 +98,7 @@ def _mark(data: Dataset, storage: Storage) -> None:
             before = "unknown"
         if before != data.fingerprint:
             raise ConfigError(
-                f"{storage} holds the export of a dataset with fingerprint {before}, this one has {data.fingerprint}. "
+                f"{storage} holds the export of a dataset with fingerprint {before}, not {data.fingerprint}. "
                 "Choose another folder, or delete that one"
             )
     elif others := [name for name in storage.names() if not TEMPORARY.fullmatch(name)]:
@@ -114,7 +114,7 @@ def _check_room(data: Dataset, storage: Storage, missing: dict[str, list[dict[st
     needed = sum(_bytes_of(data, row) for rows in missing.values() for row in rows)
     if isinstance(storage, LocalFolder) and needed > (free := shutil.disk_usage(storage.root).free):
         raise ResourceError(
-            f"{storage}: the export takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Choose another folder"
+            f"{storage}: the export takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free. Choose another folder"
         )
 
 
@@ -179,7 +179,7 @@ def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.nd
     """Return valid tokens (L, width) as float16 (512, width), zeros after them, and their mask, uint8 (512,)."""
     count, width = tokens.shape
     if count > TEXT_TOKENS:
-        raise DataError(f"sample {row['key']} has {count} text tokens, the flat layout has room for {TEXT_TOKENS}")
+        raise DataError(f"sample {row['key']} has {count} text tokens, but the flat layout holds {TEXT_TOKENS}")
     hidden, mask = np.zeros((TEXT_TOKENS, width), np.float16), np.zeros(TEXT_TOKENS, np.uint8)
     hidden[:count], mask[:count] = tokens, 1
     return hidden, mask

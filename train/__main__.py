@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    run = verbs.add_parser("run", help="train, or continue training, what a config describes", allow_abbrev=False)
+    run = verbs.add_parser(
+        "run", help="train the model that a config describes, or continue training it", allow_abbrev=False
+    )
     run.set_defaults(verb=_run)
     run.add_argument("--config", type=Path, required=True, help=CONFIG_HELP)
     run.add_argument(
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--max-hours", type=float, default=math.inf, metavar="H",
-        help="after so many hours, from the start of the process, save and exit with 75; the same command continues",
+        help="this many hours after the start of the process, save and exit with 75; the same command continues",
     )  # fmt: skip
     run.add_argument(
         "--init-from", type=Path, metavar="CHECKPOINT",
@@ -77,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="say what a run will need, and whether it fits", allow_abbrev=False)
     plan.set_defaults(verb=_plan)
     plan.add_argument("--config", type=Path, required=True, help=CONFIG_HELP)
-    plan.add_argument("--memory", metavar="24GB", help="of the GPU to plan for (default: the one that is here)")
-    plan.add_argument("--measure", action="store_true", help="take two real steps here (default where there is a GPU)")
-    plan.add_argument("--base", type=int, metavar="PIXELS", help="for a dataset of this base that is not there yet")
+    plan.add_argument("--memory", metavar="24GB", help="memory of the GPU to plan for (default: of the GPU here)")
+    plan.add_argument("--measure", action="store_true", help="measure two real steps here (default with a GPU)")
+    plan.add_argument("--base", type=int, metavar="PIXELS", help="plan for a future dataset of this base")
     plan.add_argument("--json", action="store_true", help="print one JSON document")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value")
 
@@ -87,46 +89,46 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(verb=_sample)
     sample.add_argument(
         "--checkpoint", type=Path, required=True,
-        help="a step folder, a run folder for its newest, or what `nanodit train export` wrote",
+        help="a step folder, a run folder (its newest step), or a folder that `nanodit train export` wrote",
     )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO")
+    sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, as DINO sees it")
     sample.add_argument(
         "--pose", type=Path, metavar="IMAGE|JSON",
-        help="a picture of a person, or joints: COCO-WholeBody's 133 (train/draw/pose_file.py), or OpenPose's",
+        help="a picture of a person, or joints as JSON: COCO-WholeBody's 133 (train/draw/pose_file.py) or OpenPose's",
     )  # fmt: skip
-    sample.add_argument("--key", help="instead: draw from the stored conditions of this holdout sample")
-    sample.add_argument("--dataset", help="where --key is (default: the dataset of the run's config)")
+    sample.add_argument("--key", help="draw from the stored conditions of this holdout sample instead")
+    sample.add_argument("--dataset", help="the dataset that holds --key (default: that of the run's config)")
     sample.add_argument(
-        "--conditions", metavar="text,pose", help="which of text, cls, patches, pose to use (default: all given)"
+        "--conditions", metavar="text,pose", help="which of text, cls, patches, pose to use (default: all given ones)"
     )
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--count", type=int, default=1, help="images of each prompt, of seed, seed + 1, ...")
-    sample.add_argument("--batch-size", type=int, default=8, help="images drawn together")
-    sample.add_argument("--grid", action="store_true", help="also one sheet of all: a row a prompt, a column a seed")
+    sample.add_argument("--count", type=int, default=1, help="images per prompt, from seed, seed + 1, ...")
+    sample.add_argument("--batch-size", type=int, default=8, help="how many images are drawn together")
+    sample.add_argument("--grid", action="store_true", help="also write one sheet: a row per prompt, a column per seed")
     size = sample.add_mutually_exclusive_group()
     size.add_argument(
         "--size", metavar="WxH",
         help="pixels (default: the bucket of the sample, of the pose or of the reference, or the base square)",
     )  # fmt: skip
-    size.add_argument("--bucket", metavar="WxH", help="one of the sizes of training")
+    size.add_argument("--bucket", metavar="WxH", help="one of the sizes used in training")
     sample.add_argument("--sampler", choices=("heun", "euler", "dpm++2m"), default=SAMPLER)
     sample.add_argument("--steps", type=int, default=STEPS)
     sample.add_argument(
         "--time-grid", choices=("uniform", "cosine"), default=GRID,
-        help="where the steps lie; cosine: closer together near the image, for few steps",
+        help="how the steps are spaced; cosine: closer together near the image, good for few steps",
     )  # fmt: skip
     sample.add_argument(
         "--guidance", type=float, default=1.0, help="scale of classifier-free guidance by all conditions; 1: none"
     )
     sample.add_argument(
         "--scale", action="append", default=[], metavar="NAME=NUMBER",
-        help="instead: a scale of its own for text, dino or pose, e.g. --scale text=3 --scale dino=1.5",
+        help="a separate scale for text, dino or pose instead of --guidance, e.g. --scale text=3 --scale dino=1.5",
     )  # fmt: skip
     sample.add_argument(
         "--self-guidance", type=float, nargs="?", default=1.0, const=SELF_GUIDANCE, metavar="SCALE",
-        help=f"guidance away from the routed network, for models trained with tread ({SELF_GUIDANCE:g} if given alone)",
+        help=f"guidance away from the routed network, for models trained with tread (no number: {SELF_GUIDANCE:g})",
     )  # fmt: skip
     sample.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -138,36 +140,42 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument(
         "--encoder", action="append", default=[], metavar="NAME=PLACE",
-        help="folder of t5 or dino, ONNX file of detector or pose, where the dataset was made with one's own",
+        help="folder of t5 or dino, or ONNX file of detector or pose, if the dataset was made with models of your own",
     )  # fmt: skip
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    sample.add_argument("--output", type=Path, required=True, help="PNG file; of several, -PROMPT-SEED is added")
+    sample.add_argument("--output", type=Path, required=True, help="PNG file; for several, -PROMPT-SEED is added")
 
     sweep = verbs.add_parser("sweep", help="train the arms of an ablation, each with several seeds", allow_abbrev=False)
     sweep.set_defaults(verb=_sweep)
     sweep.add_argument("--config", type=Path, required=True, help="YAML, for example configs/sweep/quick.yaml")
-    sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was killed; finished trials stay")
-    sweep.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again too")
+    sweep.add_argument("--resume", action="store_true", help="continue a sweep that was killed; keeps finished trials")
+    sweep.add_argument("--retry-failed", action="store_true", help="with --resume: also run failed trials again")
     sweep.add_argument(
-        "--new-cohort", action="store_true", help="with --resume: go on although code, data or torch changed since"
+        "--new-cohort", action="store_true", help="with --resume: continue although code, data or torch changed"
     )
-    sweep.add_argument("--trial", metavar="ARM-seedN", help="run this one trial here, by hand, without Ray")
+    sweep.add_argument("--trial", metavar="ARM-seedN", help="run only this trial, here and without Ray")
     sweep.add_argument("--owned", action="store_true", help=argparse.SUPPRESS)  # ends with the process that started it
     sweep.add_argument("overrides", nargs="*", metavar="key.path=value")
 
     export = verbs.add_parser("export", help="write a model as a folder that diffusers loads", allow_abbrev=False)
     export.set_defaults(verb=_export)
-    export.add_argument("--checkpoint", type=Path, required=True, help="a step folder, or a run folder for its newest")
-    export.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet, or is empty")
-    export.add_argument("--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL", help="as for sample")
     export.add_argument(
-        "--half", action="store_true", help="write bfloat16, half the bytes, and say how far that moves the pixels"
+        "--checkpoint", type=Path, required=True, help="a step folder, or a run folder (its newest step)"
+    )
+    export.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet, or is empty")
+    export.add_argument(
+        "--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL", help="as for `nanodit train sample`"
+    )
+    export.add_argument(
+        "--half", action="store_true", help="write bfloat16 (half the size), and say how much that changes the pixels"
     )
     export.add_argument(
         "--report", type=Path, metavar="report.json",
-        help="what `nanodit evaluate run` wrote for this checkpoint; the model card's figures come from it alone",
+        help="the file that `nanodit evaluate run` wrote for this checkpoint; the model card's only source of figures",
     )  # fmt: skip
-    export.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --half's comparison")
+    export.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device for the comparison of --half"
+    )
     return parser
 
 
@@ -301,7 +309,7 @@ def _export(options: argparse.Namespace) -> None:
         device=pick_device(options.device),
     )  # fmt: skip
     size = sum(path.stat().st_size for path in folder.rglob("*.*"))
-    figures = f"with the figures of {options.report}" if options.report else "not evaluated (--report)"
+    figures = f"with the figures of {options.report}" if options.report else "not evaluated (no --report)"
     say(f"wrote {folder}: {size / 1e6:.1f} MB for diffusers; model card README.md, {figures}")
 
 

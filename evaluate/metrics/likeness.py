@@ -104,7 +104,7 @@ def local_folder(model: str) -> Path:
     found = try_to_load_from_cache(model, "config.json")
     weights = try_to_load_from_cache(model, "model.safetensors")
     if not isinstance(found, str) or not isinstance(weights, str):
-        raise ConfigError(f"{model} is no folder and not in the hub's cache; get it with: hf download {model}")
+        raise ConfigError(f"{model} is neither a folder nor in the hub's cache; get it with: hf download {model}")
     return Path(found).parent
 
 

@@ -88,7 +88,7 @@ def find_output(folder: Path) -> Path:
     if (folder / "report.json").is_file():
         return folder
     if (folder / "parts").is_dir():
-        raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it goes on from what is there")
+        raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it continues from what is there")
     outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if step_of(path.parent) is not None]
     if not outputs:
         raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run nanodit evaluate run first")
@@ -126,7 +126,7 @@ def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str
 def _read_report(path: Path) -> dict[str, Any]:
     report = read_object(path, AGAIN)
     if report.get("schema") != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema {report.get('schema')}, this version reads {SCHEMA_VERSION}. {AGAIN}")
+        raise DataError(f"{path}: schema {report.get('schema')}, but this version reads {SCHEMA_VERSION}. {AGAIN}")
     lacking = {"metrics", "skipped", "provenance"} - set(report)
     if not lacking:
         lacking = {name for metric in report["metrics"] for name in METRIC_FIELDS if name not in metric}

@@ -111,16 +111,16 @@ TEST = SuiteTest(
     terms=(
         (
             "Attribute accuracy",
-            "The share of the colours named in the caption (top, trousers, background, hair) that are there. The "
-            "joints are found again in the picture judged, the median colour is taken inside each garment, and the "
-            "nearest palette colour in CIELAB under any of the lights decides. No figure found: wrong. “Judge on "
-            "real” is the same judge on the holdout's own images.",
+            "The share of the colours named in the caption (top, trousers, background, hair) that the picture shows. "
+            "Joints are detected in the picture, and the median colour inside each garment counts as the palette "
+            "colour that is nearest in CIELAB under any of the lights. A picture without a detected figure counts as "
+            "wrong. “Judge on real” is the same judge on the holdout's own images.",
         ),
     ),
     section=Section(
         "Which colours come out",
-        "Rows are the colours that the captions name, columns what the judge saw in the picture: counts of pictures, "
-        "– where no figure was found.",
+        "Rows are the colours that the captions name, columns the colours that the judge saw (– where no figure was "
+        "found). The numbers count pictures.",
         confusions,
         "attributes.html",
     ),

@@ -116,8 +116,8 @@ TEST = SuiteTest(
         (
             "FD, KID, CMMD",
             "Fréchet distance (Heusel et al. 2017), unbiased KID (Bińkowski et al. 2018) and CMMD (Jayasumana et al. "
-            "2024) on the judge's features against training images; the last two may be negative. Only values of one "
-            "n and one encoder can be compared: the floor is what the real holdout images score at that n.",
+            "2024) on the judge's features against training images; the last two may be negative. Only values of the "
+            "same n and encoder can be compared: the floor is what the real holdout images score at that n.",
         ),
     ),
 )

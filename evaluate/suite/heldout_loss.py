@@ -312,10 +312,10 @@ TEST = SuiteTest(
     terms=(
         (
             "Held-out flow loss",
-            "‖x̂ − x‖² / max(t, t_min)² on a fixed grid: t uniform in equal strata before the resolution shift, t and "
-            "noise functions of the sample alone. Trivial predictors on the same grid: the training set's mean image, "
+            "‖x̂ − x‖² / max(t, t_min)² on a fixed grid: t uniform in equal strata before the resolution shift; t and "
+            "noise depend on the sample alone. Trivial predictors on the same grid: the training set's mean image, "
             "x̂ = z, and a z + b fitted on the training set for each stratum. The gap is the loss on as many training "
-            "images less that on the holdout: below zero, training images are known better.",
+            "images minus the loss on the holdout: below zero, the model predicts training images better.",
         ),
     ),
 )

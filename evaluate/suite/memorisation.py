@@ -251,14 +251,14 @@ TEST = SuiteTest(
     },
     roles={"memorisation": ((), ("real",))},
     alarms={
-        "memorisation": "memorisation: more likely copies of training images than chance gives, an indicator",
+        "memorisation": "memorisation: more likely copies of training images than by chance (an indicator)",
     },
     terms=(
         (
             "Memorisation",
-            "An indicator: likely copies are nearer to a training image than all but 5 % of the holdout's images, and "
-            "stand out as rarely among their neighbours (after Carlini et al. 2023). It cannot prove that nothing was "
-            "memorised, nor that something was.",
+            "An indicator: a likely copy is nearer to a training image than all but 5 % of the holdout's images are, "
+            "and nearer to that one than to the next ones by a margin as rare in the holdout (after Carlini et al. "
+            "2023). It cannot prove that nothing was memorised, nor that something was.",
         ),
     ),
     section=Section(

@@ -112,7 +112,7 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     for one in overlays:
         context.show(MODEL, one["condition"], one["key"], one["seed"])
     context.extras["pose"] = {
-        "rule": "of each condition the worst, the median and the best picture by the body's OKS, all noises together",
+        "rule": "the worst, the median and the best picture of each condition by the body's OKS, over all noises",
         "box": context.examiner.box,
         "alpha": ALPHA,
         **_judged(context),
@@ -375,9 +375,9 @@ TEST = SuiteTest(
         (
             f"Pose, PCK at {ALPHA} and OKS",
             f"PCK: the share of the joints asked for (confidence at least {CONFIDENCE}) that are found in the picture "
-            f"within {ALPHA} of the longer side of the person's box. Not found: wrong (Yang & Ramanan 2013). OKS: "
-            "object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random pair” is "
-            "another sample's pose, “detector on real” the detector on the real image.",
+            f"within {ALPHA} of the longer side of the person's box; a joint not found is wrong (Yang & Ramanan "
+            "2013). OKS: object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random "
+            "pair” is another sample's pose, “detector on real” the detector on the real image.",
         ),
     ),
     section=Section(

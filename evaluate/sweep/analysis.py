@@ -241,21 +241,21 @@ def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
         repeated = frozenset(link)
         if repeated in cells or len(link) != len(repeated):
             return Factorial(
-                reason=f"{name} and {cells.get(repeated, name)} have the same factors on at other settings"
+                reason=f"{name} and {cells.get(repeated, name)} have the same factors on, with other settings"
             )
         cells[repeated] = name
     missing = 2 ** len(factors) - len(cells)
     if missing:
         return Factorial(
-            reason=f"{len(cells)} of the {2 ** len(factors)} combinations of {', '.join(factors)} are arms: "
-            "each effect is known on top of the arm it was compared with alone, and no interaction can be told"
+            reason=f"only {len(cells)} of the {2 ** len(factors)} combinations of {', '.join(factors)} are arms, so "
+            "each effect is known only on top of the arm that it was compared with, and no interaction is known"
         )
     settings = {name: _settings(sweep, sweep.arms[name]) for name in levels}
     for factor in factors:
         prefixes = tuple(sweep.content.get("factors", {}).get(factor, ()))
         seen = {repr(_under(settings[name], prefixes)) for name, link in levels.items() if factor in link}
         if len(seen) > 1:
-            return Factorial(reason=f"{factor} means other settings in different arms")
+            return Factorial(reason=f"{factor} stands for different settings in different arms")
     measure = measure_of(sweep.primary)
     found = factorial_effects({cell: cohort.values(name, measure) for cell, name in cells.items()}, factors)
     if found is None:

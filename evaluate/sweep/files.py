@@ -105,7 +105,7 @@ class RecordedTrial:
         if self.value(name) is not None:
             steps = self.number("steps")
             if name in self.metrics and steps is not None and self.evaluated != steps:
-                return f"evaluated at step {self.evaluated}, not at its last, {steps:.0f}"
+                return f"evaluated at step {self.evaluated}, not at its last step, {steps:.0f}"
             return None
         if name in self.metrics:
             return self.metrics[name]["reason"] or "the value is not a number"
@@ -188,7 +188,9 @@ class RecordedSweep:
         """Read a sweep's folder. Raises :class:`DataError` for files that are missing or damaged, by name."""
         content = read_object(folder / SWEEP, AGAIN)
         if content.get("schema") != SCHEMA:
-            raise DataError(f"{folder / SWEEP}: schema {content.get('schema')}, this version reads {SCHEMA}. {AGAIN}")
+            raise DataError(
+                f"{folder / SWEEP}: schema {content.get('schema')}, but this version reads {SCHEMA}. {AGAIN}"
+            )
         if lacking := [name for name in NEEDED if name not in content]:
             raise DataError(f"{folder / SWEEP} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
         arms = {name: RecordedArm.of(name, arm) for name, arm in content["arms"].items()}

@@ -16,7 +16,7 @@ from evaluate.sweep.files import AGAIN, SWEEP, VALIDATION, RecordedArm, Recorded
 from evaluate.sweep.words import digits, metric_title, plural, words_of
 from nanodit.errors import DataError
 
-NOT_RECORDED = "not recorded by finished trials of a common seed"
+NOT_RECORDED = "not recorded by finished trials with a common seed"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ MEASURES = {
         slope,
         "steeper",
         "flatter",
-        f"it takes three validations a trial ({VALIDATION} in metrics.jsonl) after a tenth of the steps",
+        f"it takes three validations per trial ({VALIDATION} in metrics.jsonl) after a tenth of the steps",
     ),
 }
 
@@ -69,9 +69,9 @@ def _answer(sweep: RecordedSweep, cohort: Cohort, other: RecordedArm, arm: Recor
         why = reasons([*cohort.of(other.name), *cohort.of(arm.name)], name)
         measured = _Measured(metric_title(name), measure_of(name), "lower", "higher", why)
     if name == "peak_memory" and not sweep.memory_claims:
-        why = "trials shared a device by fractions, so that no claims about memory are made"
+        why = "trials shared a device by fractions, so no claims about memory are made"
     elif name == "iterations_per_second" and not sweep.time_claims:
-        why = "trials ran at the same time on one machine, so that no claims about time are made"
+        why = "trials ran at the same time on one machine, so no claims about time are made"
     else:
         return (_ratio if measured.unit else _difference)(cohort, other, arm, measured)
     return {"what": measured.title, "says": "", "why": why}

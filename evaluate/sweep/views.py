@@ -17,8 +17,8 @@ from nanodit.svg import seed_points
 STYLES = ("c1", "c2", "c3", "c4", "c5", "c6")
 UNKNOWN_COHORT = ("unknown", None, "")
 WHY_NO_TIME = (
-    "trials ran at the same time on one machine, so that their seconds depend on each other: no claims about time are "
-    "made. Run the sweep with one trial at a time for these"
+    "trials ran at the same time on one machine, so their times depend on each other and no claims about time are "
+    "made. To get them, run the sweep with one trial at a time"
 )
 
 
@@ -79,11 +79,11 @@ def verdict_rows(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[s
         if one.barred:
             notes = [f"not compared: measured with different settings ({'; '.join(one.barred)})"]
         if one.arm.undeclared:
-            notes.append(f"also differs in {', '.join(one.arm.undeclared)}: the verdict is on all of it together")
+            notes.append(f"also differs in {', '.join(one.arm.undeclared)}: the verdict covers all of it together")
         if len(one.arm.factors) > 1:
-            notes.append(f"changes {' and '.join(one.arm.factors)} together: the verdict is on both")
+            notes.append(f"changes {' and '.join(one.arm.factors)} together: the verdict covers both")
         if one.repeat and compared:
-            notes.append("other seeds than the baseline's, so not paired: Welch's t, and no part of Holm's correction")
+            notes.append("seeds differ from the baseline's, so not paired: Welch's t, outside Holm's correction")
         rows.append(
             {
                 "arm": one.arm.name,
@@ -119,14 +119,16 @@ def banners(
             found.append((True, f"The baseline differs from its own repeat ({one.arm.name})", text))
     if len(cohorts) > 1:
         traits = ", ".join(cohorts[0].traits)
-        text = f"They differ in {traits} and are judged apart, never together. What follows shows the largest."
+        text = f"They differ in {traits} and are judged separately. The rest of the page shows the largest."
         found.append((True, f"The finished trials are of {len(cohorts)} cohorts", text))
     tally = {status: [t for t in sweep.trials if t.status == status] for status in ("running", "not started")}
     if any(tally.values()):
         counts = ", ".join(f"{len(trials)} {status}" for status, trials in tally.items() if trials)
         done = sum(trial.status == "finished" for trial in sweep.trials)
-        text = "Verdicts read before a sweep ends, and acted upon, are wrong more often than they say."
-        found.append((False, f"This sweep is not finished: {done} of {len(sweep.trials)} trials are, {counts}", text))
+        text = "Verdicts that are read and acted upon before a sweep ends are wrong more often than they claim."
+        found.append(
+            (False, f"This sweep is not finished: {done} of {len(sweep.trials)} trials have finished, {counts}", text)
+        )
     lost = [trial for trial in sweep.trials if trial.status in ("failed", "stopped")]
     if lost:
         names = ", ".join(f"{trial.arm} seed {trial.seed} ({trial.status})" for trial in lost)
@@ -275,11 +277,11 @@ def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, s
                 text += f" The interval is then about ±{wanted} wide around a difference like the one seen."
         elif verdict.word == "equivalent":
             farthest = digits(max(abs(compared.interval.low), abs(compared.interval.high)))
-            text = f"Equivalent for the margin of ±{sweep.margin:g}; one below {farthest} would have left it open."
+            text = f"Equivalent for the margin of ±{sweep.margin:g}; a margin below {farthest} would have left it open."
         else:
             near = min(abs(compared.interval.low), abs(compared.interval.high))
             text = f"The interval stays {digits(near)} away from zero: a bias of that size in every seed would undo it."
         if one.arm.undeclared:
-            text += " What it says of the factor alone needs the arm again without its undeclared changes."
+            text += " To learn about the factor alone, run the arm again without its undeclared changes."
         rows.append({"name": name, "word": verdict.word, "text": text})
     return rows

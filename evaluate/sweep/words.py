@@ -61,7 +61,7 @@ def more_words(verdict: Verdict, comparison: Comparison | None) -> str:
     if verdict.more is None:
         if comparison.interval.n < 2:
             return "run at least three training seeds"
-        return f"not even {MOST_SEEDS:,} seeds would, were the mean and spread so far the truth"
+        return f"not even {MOST_SEEDS:,} seeds would settle it, if the mean and spread so far were the truth"
     end = {"different": "as different", "equivalent": "as equivalent"}.get(verdict.toward or "", "")
     return f"about {plural(verdict.more, 'more seed')} would settle it{f', {end}' if end else ''}"
 

@@ -114,7 +114,7 @@ class CaptionServer(ABC):
             response = await self._client.request(method, path, json=body)
             reply = response.raise_for_status().json()
         if not isinstance(reply, dict):
-            raise HostFault("answers what is no JSON object")
+            raise HostFault("answers with something that is not a JSON object")
         return reply
 
     def lacks_model(self, models: Iterable[str], advice: str) -> ConfigError:
@@ -154,7 +154,7 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
         cause = error.__context__ if isinstance(error, ConnectionError) else error
         raise HostFault(f"cannot be reached: {cause or type(error).__name__}") from error
     except ValueError as error:  # of JSON, or of the client's models
-        raise HostFault("answers what is no reply of such a server") from error
+        raise HostFault("answers with something that is not a reply of such a server") from error
 
 
 def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exception:

@@ -124,8 +124,8 @@ class HostPool:
             if time.monotonic() - max(since) > self.config.patience:
                 raise ResourceError(
                     f"no caption host has answered for {duration(self.config.patience)} (captions.patience): "
-                    f"{list_faults((host.url, host.fault) for host in self.hosts)}. What was captioned is kept: repair "
-                    "them and run the same command again"
+                    f"{list_faults((host.url, host.fault) for host in self.hosts)}. The captions made so far are kept: "
+                    "repair the hosts and run the same command again"
                 )
 
     async def _take(self, avoid: HostState | None) -> HostState:
@@ -245,8 +245,8 @@ def list_faults(faults: Iterable[tuple[str, str]]) -> str:
 def unequal_weights(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
     """Return the error for hosts that serve other weights under the same name."""
     found = ", ".join(f"{url} has {digest}" for url, digest in digests.items())
-    rest = f", the captions are made with {wanted}" if wanted else ""
+    rest = f", but the captions are made with {wanted}" if wanted else ""
     return ConfigError(
-        f"the caption hosts do not serve one and the same model: {found}{rest}. Pull the same version on all of them, "
+        f"the caption hosts do not all serve the same model: {found}{rest}. Pull the same version on all of them, "
         "or take one out of captions.hosts"
     )

@@ -153,7 +153,7 @@ class OpenAIServer(CaptionServer):
             choice = reply["choices"][0]
             text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise HostFault("answers what is no chat completion") from error
+            raise HostFault("answers with something that is not a chat completion") from error
         end = choice.get("finish_reason")
         return Answer(tidy(str(text)), "refused" if refusal or end == "content_filter" else end, options)
 

@@ -156,7 +156,7 @@ class Dataset:
             raise DataError(
                 f"{self.storage.where('truth.parquet')} has no row for {len(unknown)} samples, for example "
                 f"{unknown[0]}. "
-                "Take truth.parquet out of the source folder, or these images, and run nanodit prep run again."
+                "Remove truth.parquet or these images from the source folder, and run nanodit prep run again."
             )
         return truth
 
@@ -166,7 +166,7 @@ def check_info(info: Any, path: str) -> None:
     schema = info.get("schema") if isinstance(info, dict) else None
     if schema != SCHEMA_VERSION:
         raise DataError(
-            f"{path}: schema is {schema}, this version reads {SCHEMA_VERSION}. "
+            f"{path}: schema is {schema}, but this version reads {SCHEMA_VERSION}. "
             "Prepare the dataset again with this version."
         )
     kinds = {"fingerprint": str, "base": int, "layers": dict, "hashes": dict}
@@ -187,6 +187,6 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     known = {str(bucket) for bucket in buckets_for(info["base"])}
     if unknown := sorted(set(table["bucket"].to_pylist()) - known):
         raise DataError(
-            f"{path} names bucket {', '.join(unknown)}, base {info['base']} has {', '.join(sorted(known))}. "
+            f"{path} names bucket {', '.join(unknown)}, but base {info['base']} has {', '.join(sorted(known))}. "
             "Run nanodit prep run again."
         )

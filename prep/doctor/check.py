@@ -120,7 +120,7 @@ def summary(checks: Sequence[Check], seconds: float) -> str:
     counts = {status: sum(check.status == status for check in checks) for status in STYLES}
     parts = [f"{count} {status}" for status, count in counts.items() if count]
     code = exit_code(checks)
-    verdict = f"prep run cannot work like this (exit code {code})" if code else "prep run can start"
+    verdict = f"prep run would fail (exit code {code})" if code else "prep run can start"
     return f"{', '.join(parts)} in {seconds:.1f} s: {verdict}"
 
 

@@ -67,8 +67,8 @@ class CheckTask:
         """Return the checks there are by ``deadline`` (a ``time.monotonic``), and a warning if more were to come."""
         if self.done.wait(max(0.0, deadline - time.monotonic())):
             return self.checks
-        fix = "look at the network, the disk or the driver behind it, and ask again"
-        return [*self.checks, warn(self.name, "could not be looked at in time", fix)]
+        fix = "check the network, the disk or the driver behind it, and run this again"
+        return [*self.checks, warn(self.name, "could not be checked in time", fix)]
 
     def _run(self) -> None:
         try:
@@ -78,8 +78,8 @@ class CheckTask:
             found, _, fix = str(error).partition(". ")
             self.checks.append(fail(self.name, error.exit_code, found, fix or "correct the config"))
         except Exception as error:  # one broken check must not hide what the others found
-            found = f"could not be looked at: {type(error).__name__}: {first_line(str(error))}"
-            self.checks.append(warn(self.name, found, "the other checks hold; please report this one"))
+            found = f"could not be checked: {type(error).__name__}: {first_line(str(error))}"
+            self.checks.append(warn(self.name, found, "the other checks are valid; please report this one"))
         self.done.set()
 
 
@@ -227,5 +227,5 @@ def _unreachable(address: str) -> Check | None:
         socket.create_connection((host.strip("[]"), port or GCS_PORT), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         fix = "start it (`ray start --head`), correct RAY_ADDRESS, or unset it to use this machine alone"
-        return fail("ray", RESOURCE, f"nobody listens at RAY_ADDRESS={address} ({error.strerror or error})", fix)
+        return fail("ray", RESOURCE, f"nothing listens at RAY_ADDRESS={address} ({error.strerror or error})", fix)
     return None

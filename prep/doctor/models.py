@@ -155,19 +155,19 @@ def _refused(label: str, section: str, reference: Reference, error: Exception) -
     if isinstance(error, errors.HFValidationError):
         found, fix = f"{model!r} is neither a folder here nor a name on the hub", f"correct {section}.model"
     elif isinstance(error, errors.GatedRepoError):
-        found = f"{model} is gated, and the hub does not give it to you ({status})"
-        fix = _advice("", reference) or f"ask for it at {HUB}/{model}, then `hf auth login`"
+        found = f"{model} is gated, and the hub does not let you download it ({status})"
+        fix = _advice("", reference) or f"request access at {HUB}/{model}, then `hf auth login`"
     elif isinstance(error, errors.RevisionNotFoundError):
         found, fix = f"{model} has no revision {reference.revision}", f"set {section}.revision to a commit that exists"
     elif isinstance(error, errors.RemoteEntryNotFoundError):
         found, fix = f"{model} has no weights that can be read here", "give a folder made by save_pretrained"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        found = f"no model {model} that you may see ({status})"
+        found = f"the hub shows you no model {model} ({status})"
         fix = f"check the name at {HUB}/{model}; a private one needs `hf auth login`"
     elif status in (401, 403):
         found, fix = f"the hub refuses your token ({status})", f"`hf auth login` with a token that may read {model}"
     elif status:
-        return fail(label, RESOURCE, f"the hub answers {status} for {model}", "wait a few minutes and ask again")
+        return fail(label, RESOURCE, f"the hub answers {status} for {model}", "wait a few minutes and try again")
     else:
         fix = "connect this machine, or copy HF_HOME from one that has it"
         found = f"{reference} is not in the cache, and {urlsplit(constants.ENDPOINT).netloc} does not answer"
@@ -221,7 +221,7 @@ def server_checks(answers: Mapping[str, ServerFacts | NoAnswer], captions: Capti
     versions = sorted({answer.version for answer in up.values() if answer.version})
     model = captions.model
     if captions.digest and any(digest != captions.digest for digest in digests):
-        found = f"{model} is {', '.join(map(_short, digests))}, and captions.digest asks for {_short(captions.digest)}"
+        found = f"{model} is {', '.join(map(_short, digests))}, but captions.digest asks for {_short(captions.digest)}"
         checks.append(fail("caption_model", SETUP, found, "pull that build on every host, or set captions.digest=null"))
     elif len(digests) > 1:
         found = f"the hosts serve different builds of {model}: {', '.join(map(_short, digests))}"
@@ -242,7 +242,7 @@ def _server(answer: ServerFacts | NoAnswer, captions: CaptionConfig, others: boo
         return ok(name, f"{version}has {captions.model} ({_short(answer.digest)}){memory}")
     if answer.code == SETUP:
         found, _, fix = answer.reason.partition(". ")
-        return fail(name, SETUP, found, fix or "correct the section captions of the config")
+        return fail(name, SETUP, found, fix or "correct the captions section of the config")
     fix = f"{SERVERS[name].start.format(model=captions.model)}, or correct captions.hosts"
     # a run goes on with the other hosts
     return warn(name, answer.reason, fix) if others else fail(name, RESOURCE, answer.reason, fix)

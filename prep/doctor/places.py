@@ -84,8 +84,8 @@ def place_checks(config: PrepConfig) -> list[Check]:
         return [
             warn(
                 "dataset",
-                "no source and no output given: images, disk and lock are not looked at",
-                "nanodit prep doctor --config FILE, or source=FOLDER output=FOLDER",
+                "no source and no output given: images, disk and lock are not checked",
+                "give them: nanodit prep doctor --config FILE, or source=FOLDER output=FOLDER",
             )
         ]
     source, images = source_check(config)
@@ -140,9 +140,9 @@ def caption_check(config: PrepConfig, images: FolderImages) -> Check:
         fix = "write NAME.txt beside each image, or set captions.on_missing=reject to leave these images out"
         return fail("captions", DATA, found, fix)
     if images.uncaptioned > config.max_reject_rate * images.count:
-        found += f"; that is more than max_reject_rate {config.max_reject_rate:g} lets a run leave out"
+        found += f", more than max_reject_rate {config.max_reject_rate:g} allows a run to leave out"
         return fail("captions", DATA, found, "write NAME.txt beside each image, or set captions.backend")
-    return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that is wanted")
+    return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that you want to keep")
 
 
 def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
@@ -159,12 +159,12 @@ def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
             refused.append(f"{name} ({problem[1]})")
     if not refused:
         return []
-    found = f"{len(refused)} of {len(images.examples)} images looked at would be refused: {refused[0]}"
+    found = f"{len(refused)} of {len(images.examples)} images examined would be refused: {refused[0]}"
     return [
         warn(
             "images",
             found,
-            f"take larger images, or a base below {config.base}; `nanodit prep plan` counts all of them",
+            f"use larger images, or a base below {config.base}; `nanodit prep plan` counts all of them",
         )
     ]
 
@@ -214,7 +214,9 @@ def disk_check(config: PrepConfig, images: int) -> Check:
     if free < need:
         found += f"; {images} images take about {need / GB:.1f} GB"
         return warn(
-            "disk", found, "make room, choose another disk, or image.format=jpeg; `nanodit prep plan` says how much"
+            "disk",
+            found,
+            "make room, choose another disk, or set image.format=jpeg; `nanodit prep plan` has the sizes",
         )
     return ok("disk", found + (f"; {images} images take about {max(need / GB, 0.1):.1f} GB" if images else ""))
 
@@ -242,7 +244,7 @@ def lock_check(storage: LocalFolder) -> Check:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             owner = file.read().strip() or "unknown"
-            return warn("lock", f"another prep run writes this dataset ({owner})", "wait for it to end, or stop it")
+            return warn("lock", f"another prep run is writing this dataset ({owner})", "wait for it to end, or stop it")
     return ok("lock", "no run is at work on this dataset")
 
 

@@ -22,7 +22,7 @@ OPEN_FILES = 4096  # Ray's processes and their sockets
 MEMORY_LEAST = 1 * GB
 BF16_CAPABILITY = (8, 0)  # Ampere
 CLOCK_SECONDS = 2.0
-BUSY = "ask again when the machine is idle; if it stays so, the GPU or its driver hangs: reboot"
+BUSY = "run this again when the machine is idle; if nothing changes, the GPU or its driver hangs: reboot"
 
 
 # --- judging one machine ----------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _packages(facts: dict[str, Any]) -> Check:
 def _gpus(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check]:
     probe, gpus = facts["probe"], facts["gpus"]
     if facts["gpu_error"]:
-        fix = "reboot, or reload the driver (`sudo dmesg | grep -i nvrm` says why); placement.device=cpu does without"
+        fix = "reboot, or reload the driver (`sudo dmesg | grep -i nvrm` says why); placement.device=cpu works without"
         return [fail("gpu", RESOURCE, facts["gpu_error"], fix)]
     if "torch" not in probe:
         reason = probe.get("torch_error") or probe["end"] or "no answer"
@@ -111,9 +111,9 @@ def _no_gpu(facts: dict[str, Any], needs: Needs, joined: bool) -> Check:
         return ok("gpu", found)
     fix = (
         f"{driver}; or add a machine that has one (README, A cluster). `nanodit prep plan` says how long it takes "
-        "as it is"
+        "without"
     )
-    return warn("gpu", f"{found}, at seconds per image", fix)
+    return warn("gpu", f"{found}, which takes seconds per image", fix)
 
 
 def _size(amount: float | None) -> str:
@@ -147,8 +147,8 @@ def _bf16(gpus: list[dict[str, Any]]) -> Check:
     if not old:
         return ok("bf16", "bfloat16 in hardware")
     names = ", ".join(f"{gpu['name']} ({gpu['capability']})" for gpu in old)
-    fix = "nothing to mend: features agree within rounding; count on less speed, or lower t5 and dino batch_size"
-    return warn("bf16", f"{names}: no bfloat16 in hardware, encoders are slower and take more memory", fix)
+    fix = "nothing to fix: features agree within rounding; expect less speed, or lower t5 and dino batch_size"
+    return warn("bf16", f"{names}: no bfloat16 in hardware, so encoders are slower and take more memory", fix)
 
 
 def _vram(gpu: dict[str, Any], facts: dict[str, Any], needs: Needs) -> Check:
@@ -171,8 +171,8 @@ def _compiler(facts: dict[str, Any]) -> Check:
         return ok("compiler", "a C compiler and Python.h, which torch.compile needs")
     return warn(
         "compiler",
-        "no C compiler or no Python.h: prep does without, but torch.compile in training fails",
-        "apt install build-essential python3-dev (or the like of your system)",
+        "no C compiler or no Python.h: prep works without, but torch.compile in training fails",
+        "apt install build-essential python3-dev (or your system's equivalent)",
     )
 
 
@@ -189,7 +189,7 @@ def _onnxruntime(facts: dict[str, Any]) -> Check:
         return fail("onnxruntime", SETUP, f"a session cannot be created: {reason}", reinstall)
     found = f"{runtimes[0] if runtimes else 'onnxruntime'} {probe['onnxruntime']} computes on {probe['provider']}"
     if gpus and probe["provider"] != "CUDAExecutionProvider":
-        return fail("onnxruntime", SETUP, f"{found}, although CUDA was asked for: poses would take the CPU", reinstall)
+        return fail("onnxruntime", SETUP, f"{found}, although CUDA was asked for: poses would use the CPU", reinstall)
     return ok("onnxruntime", found)
 
 
@@ -216,7 +216,7 @@ def _shm(facts: dict[str, Any]) -> Check:
     return warn(
         "shared_memory",
         f"{free / GB:.2f} GB free in /dev/shm; Ray wants {need / GB:.1f} and would use the disk",
-        f"in Docker start with --shm-size={need / GB * 1.1:.0f}g; else delete what lies in /dev/shm",
+        f"in Docker start with --shm-size={need / GB * 1.1:.0f}g; otherwise delete files in /dev/shm",
     )
 
 
@@ -250,7 +250,7 @@ def _network(facts: dict[str, Any], joined: bool) -> list[Check]:
         checks.append(
             warn(
                 "dashboard",
-                f"listens on {', '.join(public)}:{DASHBOARD_PORT}: who reaches it may run programs here",
+                f"listens on {', '.join(public)}:{DASHBOARD_PORT}: anyone who reaches it can run programs here",
                 "restart with `ray start --head --dashboard-host=127.0.0.1`, and reach it through an SSH tunnel",
             )
         )
@@ -258,7 +258,7 @@ def _network(facts: dict[str, Any], joined: bool) -> list[Check]:
         checks.append(
             warn(
                 "dashboard",
-                "RAY_AUTH_MODE=disabled: who reaches Ray's ports may run programs here",
+                "RAY_AUTH_MODE=disabled: anyone who reaches Ray's ports can run programs here",
                 "export RAY_AUTH_MODE=token on every node, and restart Ray",
             )
         )
@@ -325,7 +325,7 @@ def _clock(answers: Mapping[str, Any], before: float, after: float) -> Check:
     wrong = [f"{name} by {seconds:.0f} s" for name, seconds in away.items() if seconds > CLOCK_SECONDS]
     if not wrong:
         return ok("clock", f"equal on {len(answers)} machines")
-    fix = "switch network time on there: sudo timedatectl set-ntp true"
+    fix = "turn on network time there: sudo timedatectl set-ntp true"
     return warn("clock", f"differs from this machine's on {', '.join(wrong)}", fix)
 
 

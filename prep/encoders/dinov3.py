@@ -70,7 +70,7 @@ class DINOv3Encoder:
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             if kind not in self.MODELS:
-                raise ValueError(f"it is a {kind}, and this encoder takes {' or '.join(self.MODELS)}")
+                raise ValueError(f"it is a {kind}, but this encoder takes {' or '.join(self.MODELS)}")
             with quiet_transformers():
                 self.model = self.MODELS[kind].from_pretrained(folder, **options).to(self.device).eval()
         except (OSError, ValueError) as error:

@@ -54,15 +54,15 @@ class Halving:
             if len(part) > 1:
                 return False, None
             raise ResourceError(
-                f"{self.what}: a single item does not fit into the free memory of {self.device}. Close what else uses "
-                "it (nvidia-smi), or take a smaller model, a smaller base or the device cpu"
+                f"{self.what}: a single item does not fit into the free memory of {self.device}. Close other "
+                "programs that use it (nvidia-smi), or choose a smaller model, a smaller base or the device cpu"
             ) from error
 
     def _halve(self, tried: int) -> None:
         self.limit = tried // 2
         self._note = (
             f"{self.what}: batches of {tried} do not fit into the free memory of {self.device}; continuing with "
-            f"{self.limit}. Set batch_size to it to save the failed attempts"
+            f"{self.limit}. Set batch_size to {self.limit} to avoid the failed attempts"
         )
         if self.device.startswith("cuda"):
             import torch

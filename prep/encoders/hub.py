@@ -162,8 +162,8 @@ def explain(reference: Reference, name: str, error: Exception) -> ConfigError:
         advice = "neither a folder on this machine nor a name on the Hugging Face hub. Give one of the two"
     elif isinstance(error, RepositoryNotFoundError):
         advice = (
-            f"no folder here, and no model at https://huggingface.co/{model} that this machine may see. Check the "
-            "name; a private or gated one needs its licence accepted there and `hf auth login`"
+            f"no such folder here, and no model at https://huggingface.co/{model} that this machine may see. Check "
+            "the name; a private or gated one needs its licence accepted there and `hf auth login`"
         )
     elif isinstance(error, RevisionNotFoundError):
         advice = f"the hub has no revision {reference.revision} of it. Give a commit, tag or branch that exists"

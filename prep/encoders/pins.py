@@ -63,7 +63,7 @@ def resolve_models(config: PrepConfig, pins: Mapping[str, Pin]) -> dict[str, Pin
             for reference in missing:
                 known[str(reference)] = resolve(reference)
                 progress.advance()
-                say(f"{reference} is commit {known[str(reference)].revision} from now on")
+                say(f"{reference} is pinned to commit {known[str(reference)].revision}")
     return known
 
 
@@ -116,7 +116,7 @@ def hub_models(config: PrepConfig) -> dict[str, Reference]:
         name = section.model or (encoder_of(layer).model if config.encoders == "production" else None)
         if section.sha256 and (name is None or is_local(name)):
             raise ConfigError(
-                f"{layer}.sha256 is for models from the hub, and {name or 'the demo encoder'} is none: a folder is "
+                f"{layer}.sha256 is only for models from the hub, unlike {name or 'the demo encoder'}: a folder is "
                 "recorded by its content. Leave it out"
             )
         if layer not in config.active_layers or name is None or is_local(name):
@@ -125,7 +125,7 @@ def hub_models(config: PrepConfig) -> dict[str, Reference]:
             models[layer] = Reference(name, section.revision)
         elif not COMMIT.fullmatch(section.revision or ""):
             raise ConfigError(
-                f"{layer}.sha256 is given for {name} without the commit that the files are from. Set {layer}.revision "
+                f"{layer}.sha256 is given for {name} without the commit of the files. Set {layer}.revision "
                 "to its 40 digits, or leave both out: the dataset's models.json then records them"
             )
     for network in NETWORKS:

@@ -148,9 +148,7 @@ def _check(out: Path, parameters: dict) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{out} is not empty and was not made by prep figures; name another folder") from error
     if found != parameters:
-        raise ConfigError(
-            f"{out} holds figures made with {found}, asked for {parameters}; name another folder or delete it"
-        )
+        raise ConfigError(f"{out} holds figures made with {found}, not {parameters}; name another folder or delete it")
 
 
 def _in_processes(draw: Callable[[range], list[dict]], batches: list[range], workers: int) -> Iterator[list[dict]]:

@@ -84,7 +84,7 @@ def read_prompt(captions: CaptionConfig) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"captions.prompt {path} cannot be read as UTF-8 text: {error}") from None
     if not text:
-        raise ConfigError(f"captions.prompt {path} is empty. Write what the model is to do, or set it to null")
+        raise ConfigError(f"captions.prompt {path} is empty. Write into it what the model should do, or set it to null")
     return text
 
 

@@ -246,7 +246,7 @@ class LayerWorker:
             encoder = build_encoder(self.config, job.layer, self.device)
             if encoder.fingerprint() != job.recipe["encoder"]:
                 raise ConfigError(
-                    f"the {job.layer} encoder of this worker is {encoder.fingerprint()}, the plan was made with "
+                    f"the {job.layer} encoder of this worker is {encoder.fingerprint()}, but the plan was made with "
                     f"{job.recipe['encoder']}. Give all machines the same models and the same code, and run again"
                 )
             self._encoders[job.layer] = encoder

@@ -81,7 +81,7 @@ def source_remarks(
     """Say which sources are gone or replaced, in lines; ``missing`` are the units to compute."""
     lines = []
     if replaced:
-        lines.append(f"{replaced} sources have another content than before: their samples are replaced")
+        lines.append(f"{replaced} sources have new content: their samples are replaced")
     if gone and prune:
         lines.append(f"{len(gone)} sources are gone: their samples are dropped")
     if gone and not prune:
@@ -132,7 +132,7 @@ def units_to_make_again(
         if retry_rejects and any(item.reason not in DECISIONS for item in refused):
             again[unit] = "what it refused is tried again"
         elif any(item.reason in PASSING and is_back(sources[item.key]) for item in refused):
-            again[unit] = "a source that had changed, or could not be read, is there"
+            again[unit] = "a source that had changed, or could not be read, is back"
     return units_behind(config, current) | again
 
 
@@ -143,5 +143,5 @@ def units_behind(config: PrepConfig, current: Mapping[Unit, Part]) -> dict[Unit,
         upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
         known = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
         if upstream is not None and not known.issuperset(upstream.table["key"].to_pylist()):
-            behind[unit] = f"the {upstream.unit.layer} layer has got other samples"
+            behind[unit] = f"the {upstream.unit.layer} layer has other samples now"
     return behind

@@ -313,7 +313,7 @@ def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) ->
             cards[node.id] = [each] * int(node.gpus)
             if not node.vram_gb:
                 remarks.append(
-                    f"{node} registers no vram_gb: one worker per GPU, and nobody checks whether it fits. Start its "
+                    f"{node} registers no vram_gb: one worker per GPU, and nothing checks whether it fits. Start its "
                     "Ray with --resources='{\"vram_gb\": GB}'"
                 )
     before = {name: list(free) for name, free in cards.items()}

@@ -323,7 +323,7 @@ def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[
             raise
         captions = config.captions.model_copy(update={"digest": known.pop()})
         recipe = caption_recipe(config.model_copy(update={"captions": captions}))
-        return recipe, [f"{error}. Planned with the weights of the captions that are there"]
+        return recipe, [f"{error}. Planning with the weights that made the existing captions"]
 
 
 def make_recipes(

@@ -43,8 +43,8 @@ def preflight(config: PrepConfig, plan: Plan, on_every_node: Callable[..., dict[
     storage = open_storage(config.output)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.is_local and not Path(config.output).is_absolute():
         raise ConfigError(
-            f"output {config.output} is relative, and a submitted job runs in a temporary copy of the code, which goes "
-            "with it. Set output to an absolute path on storage that all nodes share"
+            f"output {config.output} is relative, and a submitted job runs in a temporary copy of the code, which is "
+            "deleted with it. Set output to an absolute path on storage that all nodes share"
         )
     check_room(plan)
     token = secrets.token_hex(8)
@@ -117,7 +117,7 @@ def _unread(source: str, samples: list[tuple[str, int]]) -> list[str]:
                 "every node"
             ]
         if found != size:
-            return [f"source {source} is another folder: {name} has {found} bytes, the driver sees {size}"]
+            return [f"source {source} is another folder: {name} has {found} bytes, but the driver sees {size}"]
     return []
 
 
@@ -139,7 +139,10 @@ def _unseen(storage: Storage, answer: dict[str, Any]) -> list[str]:
     try:
         storage.read(answer["name"])
     except OSError:
-        return [f"{answer['host']}: what it writes to output {storage} does not arrive at the driver. Mount one folder"]
+        return [
+            f"{answer['host']}: the driver does not see what this node writes to output {storage}. Mount the same "
+            "folder on both"
+        ]
     return []
 
 
@@ -150,8 +153,8 @@ def _scratch(plan: Plan, answer: dict[str, Any]) -> list[str]:
     if answer["scratch"] >= needed:
         return []
     return [
-        f"{answer['host']}: {answer['scratch'] / 1e9:.2f} GB are free for temporary files, {needed / 1e9:.2f} GB are "
-        "needed. Make room, or set TMPDIR to a larger disk"
+        f"{answer['host']}: {answer['scratch'] / 1e9:.2f} GB are free for temporary files, but {needed / 1e9:.2f} GB "
+        "are needed. Make room, or set TMPDIR to a larger disk"
     ]
 
 

@@ -154,7 +154,7 @@ def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str | Non
         raise DataError(f"nothing was accepted, so nothing was published: {numbers}")
     raise DataError(
         f"nothing was published: {numbers}. The share is above max_reject_rate {config.max_reject_rate}; "
-        "repair the sources or raise it"
+        "repair the sources or raise max_reject_rate"
     )
 
 

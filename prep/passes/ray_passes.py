@@ -156,7 +156,7 @@ def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
             raise ERRORS.get(failed["exit_code"], NanoditError)(failed["error"])
         except LOST:
             deaths += 1
-            say(f"an actor died, killed or with its node; {len(waiting)} shards are not finished and start again")
+            say(f"an actor was killed, or died with its node; {len(waiting)} shards are not finished and start again")
     names = ", ".join(f"bucket_{bucket}/shard-{shard:06d}" for bucket, shard in list(waiting)[:NAMED])
     raise ResourceError(
         f"{MAX_DEATHS} actors or nodes died one after another, with {len(waiting)} shards not finished ({names}, ...). "

@@ -98,10 +98,10 @@ class Supervisor:
         if not death.keys:
             return ResourceError(
                 f"{where}, before or after they worked on samples ({death.detail}).{said} If nothing else explains "
-                "it, it is memory: lower workers and run again; finished shards are kept"
+                "it, the cause is memory: lower workers and run again; finished shards are kept"
             )
         return ResourceError(
-            f"{where} ({death.detail}), and no single sample is the cause.{said} The usual one is memory: lower "
+            f"{where} ({death.detail}), and no single sample is the cause.{said} The usual cause is memory: lower "
             "workers or the batch sizes and run again; finished shards are kept"
         )
 

@@ -26,7 +26,7 @@ CAPTION_LIMIT, EXTREME_LIMIT = 900, 260  # characters shown; the whole caption i
 BLURRED = 6  # the least sharp pictures
 EXTREMES = 4  # shortest, longest and cut captions
 TEXTS, TEXT_IMAGES = 8, 6  # repeated captions, and pictures of each
-OVERLAYS = {"one person": 12, "several people": 6, "nobody": 6}
+OVERLAYS = {"one person": 12, "several people": 6, "no people": 6}
 JUDGED_POSES = 512  # samples whose joints are summed up
 GROUPS, GROUP_IMAGES = 12, 6
 REJECT_IMAGES = 6  # of every reason
@@ -255,7 +255,7 @@ def poses(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     table = dataset.table
     persons = numbers(table, "persons")
     kinds = {
-        "nobody": np.flatnonzero(persons == 0),
+        "no people": np.flatnonzero(persons == 0),
         "one person": np.flatnonzero(persons == 1),
         "several people": np.flatnonzero(persons > 1),
     }

@@ -71,7 +71,7 @@ def check_unit(storage: Storage, unit: Unit) -> CheckedUnit:
         checked.damaged(unit.tar, f"cannot be read: {error.strerror}")
         return checked
     if len(data) != part.tar_bytes:
-        checked.damaged(unit.tar, f"has {len(data)} bytes, {part.tar_bytes} were committed")
+        checked.damaged(unit.tar, f"has {len(data)} bytes, but {part.tar_bytes} were committed")
     elif sha256_bytes(data) != part.tar_sha256:
         checked.damaged(unit.tar, "the bytes are not those that were committed (SHA-256 differs)")
     _check_structure(data, part, checked)
@@ -91,7 +91,7 @@ def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
         if not isinstance(part.tar_bytes, int):
             raise TypeError(f"tar_bytes is {part.tar_bytes!r}")
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        checked.damaged(unit.part, f"is no index part ({type(error).__name__}: {error})")
+        checked.damaged(unit.part, f"is not an index part ({type(error).__name__}: {error})")
         return None
     if described != (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer):
         checked.damaged(unit.part, f"describes another unit or schema: {described}")
@@ -106,7 +106,7 @@ def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
         return None
     keys = table["key"].to_pylist()
     if keys != sorted(set(keys)) or not all(isinstance(key, str) and KEY.fullmatch(key) for key in keys):
-        checked.damaged(unit.part, "keys are not 32 hexadecimal digits, sorted, each once")
+        checked.damaged(unit.part, "keys are not sorted, unique and of 32 hexadecimal digits")
         return None
     return part
 
@@ -134,7 +134,7 @@ def _check_structure(data: bytes, part: Part, checked: CheckedUnit) -> None:
                 end = info.offset_data + -(-info.size // TAR_BLOCK) * TAR_BLOCK
     except (tarfile.TarError, EOFError, ValueError) as error:
         checked.damaged(
-            tar, f"is no tar after {place} members ({error})", expected[place][0] if expected[place:] else ""
+            tar, f"is not a tar after {place} members ({error})", expected[place][0] if expected[place:] else ""
         )
         return
     if place < len(expected):
@@ -148,22 +148,21 @@ def _problem(info: tarfile.TarInfo, names: set[str], ours: set[str], wanted: tup
     """Return why a member is not the wanted one, or "". ``names`` came before it, ``ours`` are all that belong."""
     if not info.isreg() or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         kinds = {"issym": "symbolic link", "islnk": "hard link", "isdir": "folder", "isdev": "device"}
-        return (
-            f"is no plain file but a {next((text for name, text in kinds.items() if getattr(info, name)()), 'special')}"
-        )
+        kind = next((text for name, text in kinds.items() if getattr(info, name)()), "special file")
+        return f"is a {kind}, not a plain file"
     # tarfile strips nothing; a name of ours is KEY.MEMBER, without any folder
     if info.name.startswith(("/", "\\")) or re.match("[A-Za-z]:", info.name):
         return "has an absolute name"
     if ".." in re.split(r"[/\\]", info.name):
         return "leads out of the folder"
     if info.name in names:
-        return "is there twice"
+        return "appears twice"
     if wanted is None or info.name != f"{wanted[0]}.{wanted[1]}":
         if info.name in ours:
-            return f"is interleaved or out of order, {wanted[0]}.{wanted[1]} was committed here"
-        return f"is not one of ours{f', {wanted[0]}.{wanted[1]} was committed here' if wanted else ''}"
+            return f"is interleaved or out of order: {wanted[0]}.{wanted[1]} was committed here"
+        return f"does not belong to this unit{f': {wanted[0]}.{wanted[1]} was committed here' if wanted else ''}"
     if (info.offset_data, info.size) != (wanted[2], wanted[3]) or info.offset != info.offset_data - TAR_BLOCK:
-        return f"lies at byte {info.offset_data} with {info.size} bytes, {wanted[2]} and {wanted[3]} were committed"
+        return f"lies at byte {info.offset_data} with {info.size} bytes, but {wanted[2]} and {wanted[3]} were committed"
     return ""
 
 

@@ -107,7 +107,7 @@ def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
             "index.parquet, restore that file, or delete it and accept another split"
         )
     if any(finding.kind == "orphan" for finding in others):
-        advice.append("files that belong to no unit can be deleted; nanodit prep run collects those of killed runs")
+        advice.append("files that belong to no unit can be deleted; nanodit prep run removes those of killed runs")
     return ". ".join(advice)
 
 
@@ -123,7 +123,7 @@ def take_inventory(storage: Storage) -> Inventory:
         if unit and unit.layer in LAYERS and name in (unit.part, unit.tar):
             (parts if name == unit.part else tars)[unit] = name
         elif TEMPORARY.fullmatch(name):
-            other.append(Finding("orphan", name, "a killed writer left it"))
+            other.append(Finding("orphan", name, "was left behind by a killed writer"))
         elif "/" in name:  # hidden files of the system's beside the dataset's own are nobody's business
             other.append(Finding("orphan", name, "is not a file of a dataset"))
     other += [Finding("orphan", tars[unit], "has no index part") for unit in sorted(tars.keys() - parts.keys())]
@@ -164,7 +164,7 @@ def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, 
         return 0, findings
     described = {name: value for name, value in info.items() if name != "fingerprint"}
     if fingerprint_of(described) != info["fingerprint"]:
-        bad("dataset.json", "its fingerprint is not that of its content")
+        bad("dataset.json", "its fingerprint does not match its content")
     tables: dict[str, pa.Table] = {}
     for name in sorted({*PUBLISHED, *info["hashes"]}):
         try:
@@ -197,7 +197,7 @@ def compare_index(
     layers = [layer for layer in LAYERS if layer in info["layers"]]
     keys = index["key"].to_pylist()
     if keys != sorted(set(keys)):
-        return [Finding("damaged", "index.parquet", "keys are not sorted, each once")]
+        return [Finding("damaged", "index.parquet", "keys are not sorted and unique")]
     unreadable = {item.unit for item in checked if not item.part}
     complete: set[str] | None = None
     for layer in layers:
@@ -226,7 +226,7 @@ def compare_index(
                     findings.append(Finding("damaged", "index.parquet", f"has no column {name}"))
                 continue
             for key in _different(ours, theirs, name):
-                findings.append(Finding("damaged", "index.parquet", f"{name} is not what the {layer} unit says", key))
+                findings.append(Finding("damaged", "index.parquet", f"{name} differs from the {layer} unit", key))
     findings += _compare_manifest(index, complete or set(), tables)
     return findings
 
@@ -264,12 +264,12 @@ def _compare_manifest(index: pa.Table, complete: set[str], tables: dict[str, pa.
         indexed.add(row["key"])
         plan = planned.get(row["key"], {})
         if (plan.get("bucket"), plan.get("shard")) != (row["bucket"], row["shard"]):
-            findings.append(Finding("damaged", "index.parquet", "is not where manifest.parquet has it", row["key"]))
+            findings.append(Finding("damaged", "index.parquet", "is not where manifest.parquet places it", row["key"]))
     refused = set(tables["rejects.parquet"]["source"].to_pylist())
     for key in sorted(planned.keys() - indexed):
         if planned[key]["source"] not in refused:
             problem = (
-                "is complete in every layer and missing here" if key in complete else "is neither here nor refused"
+                "is complete in every layer, but missing here" if key in complete else "is neither here nor refused"
             )
             findings.append(Finding("damaged", "index.parquet", problem, key))
     return findings
@@ -283,7 +283,7 @@ def check_counts(index: pa.Table, info: dict[str, Any], tables: dict[str, pa.Tab
         counts["rejects"] = len(tables["rejects.parquet"])
     said = info.get("counts", {})
     return [
-        Finding("damaged", "dataset.json", f"counts {said.get(name)} {name}, there are {count}")
+        Finding("damaged", "dataset.json", f"counts {said.get(name)} {name}, but there are {count}")
         for name, count in counts.items()
         if said.get(name) != count
     ]
@@ -303,7 +303,7 @@ def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit]
             stored |= {key: (phash, thumbnail) for key, phash, thumbnail in zip(*columns)}
     sides = dict(zip(index["key"].to_pylist(), index["split"].to_pylist()))
     findings = [
-        Finding("leak", "index.parquet", f"split is {side!r}, neither train nor holdout", key)
+        Finding("leak", "index.parquet", f"split is {side!r}, which is neither train nor holdout", key)
         for key, side in sides.items()
         if side not in ("train", "holdout")
     ]

@@ -105,7 +105,7 @@ def test_a_model_that_predicts_no_numbers_is_a_warning(dataset, tmp_path, capsys
     )
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     assert main(["run", "--config", str(config), *ON]) == 0
-    assert "warning: validation at step 2 failed, and training goes on: given all, the model predicts" in (
+    assert "warning: validation at step 2 failed, but training goes on: given all, the model predicts" in (
         capsys.readouterr().out
     )
     assert len((tmp_path / "run" / "warnings.jsonl").read_text().splitlines()) == 3

@@ -409,7 +409,7 @@ def test_T13_small_buckets_and_sets_are_announced(config, capsys):
     assert "88x48 (1)" in printed
     assert "samples never shown" in printed
     assert train(config, "train.steps=2", "train.batch_size=64", f"output={config.parent / 'b'}") == 0
-    assert "a step's 128 images are more than the training samples: each 26 again" in capsys.readouterr().out
+    assert "a step takes 128 images: more than the 26 training samples, so they repeat" in capsys.readouterr().out
     budget = ["train.token_budget=300", "train.batch_size=1", "train.grad_accumulation_steps=40"]
     assert train(config, "train.steps=2", *budget, f"output={config.parent / 'c'}") == 0
     printed = capsys.readouterr().out

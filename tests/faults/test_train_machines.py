@@ -326,7 +326,7 @@ def test_T15_a_storage_without_locks_is_said(config, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert train(config, "train.steps=1") == 0
-    assert "run.lock: No locks available; see to it that no second trainer writes here" in capsys.readouterr().out
+    assert "run.lock: No locks available; make sure that no second trainer writes here" in capsys.readouterr().out
 
 
 # What looks on
@@ -355,8 +355,8 @@ def test_T16_what_looks_on_may_fail_and_training_is_the_same(dataset, config, st
     monkeypatch.setattr(VisualDebug, "draw", draw)
     assert train(config, "validation.every_steps=1", "visual_debug.every_steps=4") == 0
     printed = capsys.readouterr().out
-    assert "warning: validation at step 3 failed, and training goes on: OSError: We couldn't connect" in printed
-    assert "warning: visual_debug at step 8 failed, and training goes on: RuntimeError: preview" in printed
+    assert "warning: validation at step 3 failed, but training goes on: OSError: We couldn't connect" in printed
+    assert "warning: visual_debug at step 8 failed, but training goes on: RuntimeError: preview" in printed
     assert steps == list(range(1, STEPS + 1))
     run = tmp_path / "run"
     assert weights(run) == weights(straight)

@@ -61,7 +61,7 @@ def test_numbers_are_numbers(tmp_path):
         ("out: !!python/object/apply:os.system [true]", "only plain YAML"),
         ("out: !custom x", "only plain YAML"),
         ("out: x\n  seed: 1", "not valid YAML"),
-        ("[1, 2]", "a config is a mapping"),
+        ("[1, 2]", "a config must be a mapping"),
         ("seed: 1", "`out` is required"),
         ("out: x\n1: 2", "key 1 is not text"),
         ("extends: nowhere.yaml\nout: x", "nowhere.yaml"),

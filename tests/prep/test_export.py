@@ -157,7 +157,7 @@ def test_the_export_of_another_dataset_is_not_mixed_in(root, tmp_path, monkeypat
 
 def test_p14_an_export_that_does_not_fit_is_refused_before_it_begins(root, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 18))
-    with pytest.raises(ResourceError, match=r"the export takes 0\.0 GB, 0\.0 GB are free"):
+    with pytest.raises(ResourceError, match=r"the export takes 0\.0 GB; 0\.0 GB are free"):
         export_flat(root, tmp_path / "flat")
     assert tars(tmp_path / "flat") == {}
 

@@ -172,9 +172,9 @@ def verify(path: Path) -> list[str]:
         except OSError as error:
             raise DataError(f"{path / name}: {error.strerror}") from None
         if size != expected["bytes"]:
-            raise DataError(f"{path / name}: {size} bytes, the manifest says {expected['bytes']}")
+            raise DataError(f"{path / name}: {size} bytes, but the manifest says {expected['bytes']}")
         if sha256_file(path / name) != expected["sha256"]:
-            raise DataError(f"{path / name}: its SHA-256 is not the manifest's; the file is damaged")
+            raise DataError(f"{path / name}: its SHA-256 differs from the manifest's; the file is damaged")
     return list(files)
 
 

@@ -36,7 +36,7 @@ def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[Nan
     which an export does not know. Raises :class:`DataError` for a description of another version.
     """
     if described.get("schema") != SCHEMA:
-        raise DataError(f"{where}: its schema is {described.get('schema')}, this version of nanodit reads {SCHEMA}")
+        raise DataError(f"{where}: its schema is {described.get('schema')}, but this version reads {SCHEMA}")
     try:
         config = TrainConfig(
             dataset="the dataset that an export does not have", output="the run that an export does not have",
@@ -71,7 +71,7 @@ def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainCon
         raise DataError(f"{folder / CONFIG}: not the description of a model")
     model, config, state = build(described, str(folder / CONFIG))
     if weights not in ("ema", held := state["source"]["weights"]):
-        raise ConfigError(f"{folder}: an export, which holds the weights {held} alone, and not {weights}")
+        raise ConfigError(f"{folder}: this export holds only the weights {held}, not {weights}")
     tensors = read_tensors(folder / WEIGHTS)
     load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
     return model.eval(), config, state

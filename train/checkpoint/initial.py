@@ -67,8 +67,8 @@ def check_same_parent(path: Path, state: Mapping[str, Any], run_folder: Path) ->
     if not any(_weights_hash(folder) == parent["sha256"] for folder in folders):
         raise ConfigError(
             f"{run_folder} began with the weights of another checkpoint (step {parent['step']}, SHA-256 "
-            f"{parent['sha256'][:12]}) than {path}. It continues without --init-from; for another beginning choose "
-            "another `output`"
+            f"{parent['sha256'][:12]}), not with those of {path}. Leave out --init-from to continue it, or choose "
+            "another `output` to begin a new run"
         )
 
 
@@ -94,9 +94,9 @@ def init_weights(model: nn.Module, parent: Parent, config: TrainConfig, layers: 
             problems.append(f"{layer} features: {then} wide there, {now} here")
     if problems:
         raise ConfigError(
-            f"--init-from {parent.path}: its weights are of another network:{PROBLEM_BREAK}"
+            f"--init-from {parent.path}: its weights belong to another network:{PROBLEM_BREAK}"
             + PROBLEM_BREAK.join(problems)
-            + f"{PROBLEM_BREAK}Set these keys as they are there, and prepare the dataset with the same encoders"
+            + f"{PROBLEM_BREAK}Set these keys to their values there, and prepare the dataset with the same encoders"
         )
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     model.load_state_dict({name: parent.tensors.get(name, value) for name, value in own.items()}, strict=False)
@@ -110,7 +110,8 @@ def init_weights(model: nn.Module, parent: Parent, config: TrainConfig, layers: 
         lines.append(f"  trained there, but not in this dataset, so left out: {', '.join(left)}")
     for layer in dict.fromkeys(MODALITIES[name].layer for name in shared):
         if parent.layers[layer].get("encoder") != layers[layer].get("encoder"):
-            lines.append(f"  warning: {layer} features are of another encoder here; what was learned of them is lost")
+            lost = "features come from another encoder here; what was learned from them is lost"
+            lines.append(f"  warning: {layer} {lost}")
     if parent.features.base != features.base:
         lines.append(f"  trained at base {parent.features.base}, now {features.base} pixels")
     return lines

@@ -35,11 +35,11 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
     try:
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:
-        raise DataError(f"{step_folder}/state.json: its config is not one of this version: {error}") from None
+        raise DataError(f"{step_folder}/state.json: its config does not fit this version: {error}") from None
     model = build_model(config.model, Features.from_dataset(state["dataset"]), config.tread)
     source = step_folder / f"{'power' if sigma_rel else weights}.safetensors"
     if source.name not in names:
-        raise ConfigError(f"{step_folder}: was trained without `ema.snapshots`, so there is no {weights}; take ema")
+        raise ConfigError(f"{step_folder}: was trained without `ema.snapshots`, so there is no {weights}; use ema")
     tensors = read_tensors(source)
     if sigma_rel:
         tensors = reconstruct(step_folder.parent.parent, state["step"], tensors, sigma_rel)

@@ -119,7 +119,7 @@ def read_snapshot(file: Path) -> dict[float, Tensors]:
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; {_remedy(file)}") from None
     if len(data) != record["bytes"] or sha256_bytes(data) != record["sha256"]:
-        raise DataError(f"{file}: its size or SHA-256 is not that of {file.stem}.json; {_remedy(file)}")
+        raise DataError(f"{file}: its size or SHA-256 differs from {file.stem}.json; {_remedy(file)}")
     try:
         return split_averages(load_tensors(data))
     except SafetensorError as error:
@@ -183,7 +183,7 @@ def reconstruct(run_folder: Path, step: int, own: Tensors, sigma_rel: float) -> 
     if fit.error > FIT_LIMIT:
         low, high = reachable(stored, step)
         raise ConfigError(
-            f"{run_folder}: sigma_rel {sigma_rel:g} cannot be made of {made_of}: the fit's error is {fit.error:.1%}, "
+            f"{run_folder}: sigma_rel {sigma_rel:g} cannot be made from {made_of}: the fit's error is {fit.error:.1%}, "
             f"above {FIT_LIMIT:.0%}. Choose one between {low:.3f} and {high:.3f}, or train with more `ema.snapshots`"
         )
     say(f"post-hoc average of sigma_rel {sigma_rel:g}: fit error {fit.error:.2%} from {made_of}")

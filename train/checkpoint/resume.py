@@ -43,7 +43,7 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         if steps or (run_folder / "metrics.jsonl").exists():
             raise ConfigError(
-                f"{run_folder} already holds a run; choose another `output`, or leave out --resume never to continue"
+                f"{run_folder} already holds a run; choose another `output`, or leave out `--resume never` to continue"
             )
         return None
     checkpoint = load_checkpoint(resolve_checkpoint(Path(resume)))
@@ -72,8 +72,8 @@ def check_same_run(
     state, name = checkpoint.state, checkpoint.path
     if state["dataset"]["fingerprint"] != fingerprint:
         raise DataError(
-            f"{config.dataset}: the dataset's fingerprint is {fingerprint}, {name} was trained on "
-            f"{state['dataset']['fingerprint']}. Train on the dataset of then, or choose another `output`"
+            f"{config.dataset}: the dataset's fingerprint is {fingerprint}, but {name} was trained on "
+            f"{state['dataset']['fingerprint']}. Train on that dataset, or choose another `output`"
         )
     safe = (*SAFE_TO_CHANGE, *allowed_changes, *(["train.steps"] if _may_grow(state, config) else []))
     saved = _with_defaults(state["config"], TrainConfig(dataset="", output="").model_dump(mode="json"))
@@ -88,7 +88,7 @@ def check_same_run(
             f"{name} was trained with another config:\n         "
             + "\n         ".join(changes)
             + "\n       Set these back, choose another `output`, or name them in --allow-change"
-            + ("\n       More train.steps are possible at the end of a run, or before wsd decays" if more_steps else "")
+            + ("\n       train.steps may be raised only at a run's end, or before wsd decays" if more_steps else "")
         )
     changes = [
         f"{key}: {before!r} -> {after!r}" for key, before, after in differences(state["environment"], environment)
@@ -96,7 +96,7 @@ def check_same_run(
     if changes and not allow_environment_change:
         raise ConfigError(
             f"{name} was computed in another environment ({'; '.join(changes)}), so the result would not be bit-equal. "
-            "Go back to it (train.threads sets the threads), or pass --allow-environment-change"
+            "Restore it (train.threads sets the number of threads), or pass --allow-environment-change"
         )
 
 

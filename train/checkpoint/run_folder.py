@@ -35,7 +35,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
                 "`output`"
             ) from None
         except OSError as error:  # mounted object stores and some network volumes have no locks
-            say(f"warning: {folder / RUN_LOCK}: {error.strerror}; see to it that no second trainer writes here")
+            say(f"warning: {folder / RUN_LOCK}: {error.strerror}; make sure that no second trainer writes here")
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -81,7 +81,7 @@ class StopRequest:
         self.requested = self._signalled = True
         # os.write, because the signal may have come in the middle of a print
         os.write(
-            2, f"\n{signal.Signals(number).name}: saving the last completed step; once more to stop at once\n".encode()
+            2, f"\n{signal.Signals(number).name}: saving the last completed step; send again to stop at once\n".encode()
         )
         if self._interrupting:
             self._interrupting = False

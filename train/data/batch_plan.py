@@ -103,7 +103,7 @@ class BatchPlan:
         if small:
             lines.append(f"buckets smaller than a micro-batch, which they fill over several epochs: {', '.join(small)}")
         if (total := sum(sizes.values())) < self.images:
-            lines.append(f"a step's {self.images} images are more than the training samples: each {total} again")
+            lines.append(f"a step takes {self.images} images: more than the {total} training samples, so they repeat")
         ends = [f"{phase.scale:g} times their size up to step {phase.until_step}" for phase in self.phases]
         if ends:
             lines.append(f"images at {', '.join(ends)}{', then whole' if self.phases[-1].until_step < steps else ''}")

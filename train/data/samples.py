@@ -41,7 +41,7 @@ class TrainingSet:
             if row["key"] in holdout or row["split"] != "train":
                 raise DataError(
                     f"{dataset.root}: sample {row['key']} ({row['source']}) is in both the holdout and the training "
-                    "split, so every later number would be wrong. Run prep again on this source."
+                    "split, so every later number would be wrong. Run nanodit prep run on this source again."
                 )
             self.rows.setdefault(row["bucket"], []).append(row)
 

@@ -51,7 +51,7 @@ class EvaluationReport:
         except (ValueError, TypeError, KeyError, AttributeError):
             known = False
         if not known:
-            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; nanodit evaluate run")
+            raise DataError(f"--report {path}: not a report.json of schema {REPORT_SCHEMA}; run nanodit evaluate run")
         return report
 
     def check(self, source: Mapping[str, Any], fingerprint: str) -> None:
@@ -60,13 +60,14 @@ class EvaluationReport:
         if theirs["weights"] != source["weights"] or theirs["weights_sha256"] != source["weights_sha256"]:
             of = lambda one: f"{one['checkpoint']} ({one['weights']}, SHA-256 {str(one['weights_sha256'])[:16]})"  # noqa: E731
             raise DataError(
-                f"--report {self.path}: is of {of(theirs)}, this export of {of(source)}; give the report of these "
-                "weights, or none"
+                f"--report {self.path}: is about {of(theirs)}, but this export holds {of(source)}; give the report "
+                "of these weights, or none"
             )
         measured_on = self.provenance.get("dataset", {}).get("fingerprint")
         if measured_on != fingerprint:
             raise DataError(
-                f"--report {self.path}: was measured on the dataset {measured_on}, the model trained on {fingerprint}"
+                f"--report {self.path}: was measured on dataset {measured_on}, but the model was trained on "
+                f"{fingerprint}"
             )
 
 
@@ -137,7 +138,7 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     if text:
         lines += [f"The same picture without diffusers:\n\n```sh\n{command}\n```"]
     lines += [
-        f'And without either: `model, config, state = train.checkpoint.exported.load_exported(Path("{name}"))`, '
+        f'Without either: `model, config, state = train.checkpoint.exported.load_exported(Path("{name}"))`, '
         "`train.method.sampling.sample(model, conditions, noise, ...)`."
     ]
     return "\n\n".join(lines)
@@ -148,8 +149,8 @@ def _conditions(described: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Conditions",
-            "What the network was told of an image in training, and how often. Any other combination is refused by "
-            "name, and guidance needs the combinations that it leads through, as a rule `nothing`.",
+            "What the network was told about an image in training, and how often. Any other combination is refused, "
+            "and guidance also needs the combinations that it leads away from, usually `nothing`.",
             table(("given", "share"), rows),
         ]
     )
@@ -171,7 +172,7 @@ def _data(data: Mapping[str, Any], report: EvaluationReport | None) -> str:
     if data["encoders"] == "demo":
         lines.append(
             "**Demo encoders**: text, image and pose features come from small local stand-ins, built for tests and the "
-            "quickstart. The model shows that the machinery works, and knows nothing else."
+            "quickstart. The model shows that the machinery works, and no more."
         )
     return "\n\n".join(lines)
 
@@ -217,15 +218,15 @@ def _evaluation(report: EvaluationReport | None, rounding: str | None) -> str:
         compared = " and ".join(f"`{name}`" for name in COMPARED if name in tests)
         against = f"; {compared} compare with training images" if compared else ""
         lines += [
-            f"On samples that training never saw{against}. 95 % intervals over pictures, where nothing else is said; "
-            "one training seed, whose luck they do not hold.",
+            f"On samples that training never saw{against}. 95 % intervals over pictures unless stated otherwise; "
+            "one training seed, so they do not show how much another seed would differ.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],
-            f"From `report.json` of `nanodit evaluate run`, SHA-256 `{report.sha256}`, which names these weights by "
-            f"theirs; it has {len(report.metrics)} metrics.",
+            f"From `report.json` of `nanodit evaluate run`, SHA-256 `{report.sha256}`. It names these weights by their "
+            f"SHA-256 and has {len(report.metrics)} metrics.",
         ]
     if rounding:
-        measured = " The figures above are of the float32 weights." if report else ""
+        measured = " The figures above were measured with the float32 weights." if report else ""
         lines.append(f"Rounded to bfloat16 and computed in float32, {rounding}.{measured}")
     return "\n\n".join(lines)
 
@@ -264,13 +265,13 @@ def _limits(described: Mapping[str, Any], report: EvaluationReport | None) -> st
     lines = [
         "## Limits",
         f"- It draws what its training images show, and only that: one kind of image, at about {base}x{base} pixels.",
-        "- Whatever bias the images and their captions have, it has. Nothing filters prompts or pictures.",
-        "- Whether it repeats training images is only indicated: `memorisation` counts what is near to one of them, "
-        "which is no proof; look before you publish any."
+        "- It has whatever bias its training images and captions have. Nothing filters prompts or pictures.",
+        "- Whether it repeats training images is only indicated: `memorisation` counts pictures that are near one "
+        "of them, which proves nothing; look at pictures before you publish them."
         if searched
-        else "- Nothing here tests whether it repeats training images; look before you publish any.",
-        "- No licence is stated: whoever publishes this model chooses it, with an eye to the images it was trained on, "
-        "and writes it as `license:` into the block at the top of this file.",
+        else "- Nothing here tests whether it repeats training images; look at pictures before you publish them.",
+        "- No licence is stated: whoever publishes this model must choose one that suits its training images, "
+        "and write it as `license:` into the block at the top of this file.",
     ]
     if data["encoders"] == "demo":
         lines.insert(2, "- It was trained with demo encoders: for the built-in figures alone, not for photographs.")

@@ -100,7 +100,7 @@ class NanoDiTPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ConfigError(f"output_type {output_type!r}: unknown; use pil, np or pt")
         if sum(given is not None for given in (seed, generator, latents)) > 1:
-            raise ConfigError("seed, generator, latents: each says which noise to start from; give one of them")
+            raise ConfigError("seed, generator, latents: each says which noise to start from; give only one")
         if latents is not None:
             height, width = latents.shape[2:]
         if conditions is None:
@@ -128,7 +128,7 @@ class NanoDiTPipeline(DiffusionPipeline):
         elif latents is None:
             latents = randn_tensor((count, 3, height, width), generator, device, torch.float32)
         elif len(latents) != count:
-            raise ConfigError(f"latents: noise of {len(latents)} images, and conditions of {count}")
+            raise ConfigError(f"latents: noise for {len(latents)} images, but conditions for {count}")
         tokens = (height // model.config.patch_size) * (width // model.config.patch_size)
         keep_ids = trajectory_keep_ids(config.tread, [(PROMPT_NOISE_KEY, each) for each in seeds], tokens)
         with self.progress_bar(total=sampling.steps) as bar, self._precision(device):

@@ -189,7 +189,7 @@ def picture_size(request: DrawRequest, default: Bucket, model: NanoDiT) -> tuple
         names = [str(bucket) for bucket in buckets_for(model.features.base)]
         if request.bucket not in names:
             raise ConfigError(
-                f"--bucket {request.bucket}: base {model.features.base} has {', '.join(names)}; --size takes any"
+                f"--bucket {request.bucket}: base {model.features.base} has {', '.join(names)}; --size takes any size"
             )
     width, height = request.size or bucket_size(request.bucket or str(default))
     patch_size = model.config.patch_size
@@ -205,8 +205,8 @@ def stored_conditions(
     dataset = Dataset(request.dataset or config.dataset)
     if dataset.fingerprint != trained_on["fingerprint"]:
         raise DataError(
-            f"{dataset.root}: its fingerprint is {dataset.fingerprint}, the checkpoint was trained on "
-            f"{trained_on['fingerprint']}; give the dataset of then"
+            f"{dataset.root}: its fingerprint is {dataset.fingerprint}, but the checkpoint was trained on "
+            f"{trained_on['fingerprint']}; give that dataset"
         )
     rows = [row for row in dataset.rows("holdout") if row["key"] == request.key]
     if not rows:

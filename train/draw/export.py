@@ -106,7 +106,7 @@ def check_output(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        raise ConfigError(f"--output {output}: is there already, and an export replaces nothing; give another folder")
+        raise ConfigError(f"--output {output}: already exists, and an export replaces nothing; give another folder")
 
 
 def describe(model: NanoDiT, config: TrainConfig, state: Mapping[str, Any], source: Mapping[str, Any]) -> dict:
@@ -213,7 +213,7 @@ def _probe(
         rows = []
     if not rows:
         keep = torch.zeros(PROBES, len(MODALITIES), dtype=torch.bool)
-        return Conditions(keep, {}), (base, base), "no conditions, the dataset not being at hand"
+        return Conditions(keep, {}), (base, base), "no conditions, because the dataset is not at hand"
     table = config.conditioning.resolve(modalities)
     subset = max(table, key=lambda subset: (len(subset), table[subset]))
     rows = [row for row in rows if row["bucket"] == rows[0]["bucket"]][:PROBES]

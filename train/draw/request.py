@@ -213,7 +213,7 @@ def check_encoder(layer: str, found: Mapping[str, Any], recorded: Mapping[str, A
         advice = "Give its files as --encoder detector=FILE --encoder pose=FILE"
     else:
         advice = f"Give its folder, or its name on the hub, as --encoder {layer}=FOLDER"
-    raise DataError(f"the {what}'s encoder ({networks}) is not the one of the training data: {differ}. {advice}")
+    raise DataError(f"the {what}'s encoder ({networks}) did not make the training data: {differ}. {advice}")
 
 
 def _embed(encoder: Any, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -221,7 +221,7 @@ def _embed(encoder: Any, prompts: Sequence[str]) -> list[np.ndarray]:
     encoded = {prompt: encoder.encode([prompt])[0] for prompt in prompts}
     for prompt, tokens in encoded.items():
         if tokens.truncated:
-            say(f"warning: only the first {encoder.max_tokens} tokens of a prompt count: {prompt[:60]}...")
+            say(f"warning: only the first {encoder.max_tokens} tokens of a prompt are used: {prompt[:60]}...")
     return [encoded[prompt].embedding for prompt in prompts]
 
 
@@ -244,9 +244,9 @@ def _pose(given: Given, frame: Bucket, config: PrepConfig, dataset: Mapping[str,
     # on the CPU: a single picture is not worth a second set of CUDA libraries, which onnxruntime has of its own
     found = _through("pose", config, dataset, torch.device("cpu"), lambda encoder: encoder.detect(image[None])[0])
     if not (found.keypoints[:, 2] > 0).any():
-        raise DataError("--pose: nobody was found in that image. Give one that shows a person, or joints as JSON")
+        raise DataError("--pose: no person was found in that image. Give one that shows a person, or joints as JSON")
     if found.persons > 1:
-        say(f"{found.persons} people were found in the pose's image; the largest one counts")
+        say(f"{found.persons} people were found in the pose's image; the largest one is used")
     return normalise(found.keypoints, frame.width, frame.height)
 
 

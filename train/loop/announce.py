@@ -23,8 +23,8 @@ def announce(trainer: Trainer) -> None:
     if len(trainer.course.totals) > 1:
         first, last = trainer.course.totals[-2:]
         say(
-            f"continuing a run of {first} steps to {last}: on the steps after {first} the learning rate is warmed "
-            f"up again to {config.train.lr:g}, and goes down to {config.train.lr_min:g}"
+            f"continuing a run of {first} steps to {last}: after step {first} the learning rate is warmed up again to "
+            f"{config.train.lr:g}, then goes down to {config.train.lr_min:g}"
         )
     for line in plan.describe(config.train.steps):
         say(line)

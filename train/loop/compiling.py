@@ -122,9 +122,7 @@ def allow_graphs(count: int) -> None:
 
 def describe(coming: int, steps: int, possible: int) -> str:
     """Say for how many shapes the blocks are compiled in the first steps, and for how many in all at most."""
-    line = (
-        f"compile: {coming} shapes of blocks in the first {steps} steps, each compiled for seconds when it first comes"
-    )
+    line = f"compile: {coming} shapes of blocks in the first {steps} steps; each takes seconds to compile at first use"
     if coming > MANY_GRAPHS:
         return f"warning: {line}. That may take longer than it saves; train.compile=false avoids it"
     return f"{line} ({possible} at most in a long run)"
@@ -138,7 +136,7 @@ class _LimitHit(logging.Filter):
             return True
         limit: Any = record.args[0] if record.args else "recompile_limit"
         say(
-            f"warning: compile: torch's {limit} is reached, so shapes that are new from here on run uncompiled, and "
-            "slower. If most do (sys/images_per_sec falls), set train.compile to false"
+            f"warning: compile: torch's {limit} is reached, so new shapes now run uncompiled, and slower. "
+            "If most do (sys/images_per_sec falls), set train.compile to false"
         )
         return False

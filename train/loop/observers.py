@@ -68,9 +68,9 @@ def observe(what: str, step: int, run_folder: Path, stop: StopRequest, function:
     except Exception as error:
         lack = error if isinstance(error, ResourceError) else resource_error(error)
         if lack is not None:
-            raise ResourceError(f"{what} at step {step}: {lack}. Or look on less often: `{what}.every_steps`") from None
+            raise ResourceError(f"{what} at step {step}: {lack}. Or do it less often: `{what}.every_steps`") from None
         reason = str(error) if isinstance(error, NanoditError) else f"{type(error).__name__}: {error}"
-        say(f"warning: {what} at step {step} failed, and training goes on: {reason}")
+        say(f"warning: {what} at step {step} failed, but training goes on: {reason}")
         record = {"step": step, "what": what, "reason": reason, "traceback": traceback.format_exc()}
         with open(run_folder / WARNINGS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

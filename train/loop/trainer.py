@@ -72,8 +72,8 @@ class Trainer:
         features = Features.from_dataset(dataset.info)
         if not features.modalities:
             raise DataError(
-                f"{dataset.root}: has no conditions to train on; run prep on it with at least one of text, dino and "
-                "pose in `layers`"
+                f"{dataset.root}: has no conditions to train on. Run nanodit prep run on it with at least one of "
+                "text, dino and pose in `layers`"
             )
         check_flips(dataset, config.data.flip)
         self.data = TrainingSet(dataset, config.data.cache_gb)
@@ -132,7 +132,7 @@ class Trainer:
         :class:`train.loop.health.NonFiniteError`.
         """
         if self.config.validation.every_steps and self.validate is None:
-            raise ConfigError("validation.every_steps: nothing was handed in that validates; set it to 0")
+            raise ConfigError("validation.every_steps: this trainer was given nothing that validates; set it to 0")
         with StopRequest() as stop:
             self._run(stop, stop_at)
 

@@ -173,7 +173,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     unit = {name.lower(): size for name, size in UNITS.items()}.get((match.group(2) or "GB").lower()) if match else None
     if unit is None:
-        raise ConfigError(f"--memory {text!r}: is a number and one of {', '.join(UNITS)}, such as 24GB")
+        raise ConfigError(f"--memory {text!r}: must be a number and one of {', '.join(UNITS)}, such as 24GB")
     return int(float(match.group(1)) * unit)
 
 
@@ -230,7 +230,7 @@ def _notes(trainer: Trainer, dataset: Any) -> list[str]:
             f"model.patch_size={patch} makes them {tokens * config.model.patch_size**2 // patch**2:,}"
         )
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
-        notes.append("checkpoint.every_minutes without keep_last: fills the disk with more than are counted")
+        notes.append("checkpoint.every_minutes without keep_last: writes more checkpoints than are counted here")
     return [*notes, *(line for loss in trainer.losses.values() for line in loss.missing())]
 
 
@@ -271,13 +271,13 @@ def _data_lines(report: Estimate) -> list[str]:
     samples = report.samples
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in report.parameters.items() if "EMA" not in name)
     total = sum(count for name, count in report.parameters.items() if "EMA" not in name)
-    known = f"{samples['images_per_step']} images a step; kept, dropped and unseen samples: known once it exists"
+    images = f"{samples['images_per_step']} images a step"
+    known = f"{images}; kept, dropped and unseen samples are known once the dataset exists"
     if samples["kept"] is not None:
         dropped = "" if samples["dropped"] is None else f", {samples['dropped']} sources dropped by prep"
         known = (
             f"{samples['kept']} samples kept for training, {samples['held_out']} held out{dropped}, "
-            f"{samples['unseen']} never shown in {samples['epochs']:.1f} epochs of {samples['images_per_step']} images "
-            "a step"
+            f"{samples['unseen']} never shown in {samples['epochs']:.1f} epochs of {images}"
         )
     rows = [("bucket", "image", "samples", "tokens", "images in a micro-batch")]
     for row in report.batches:
@@ -303,7 +303,7 @@ def _memory_lines(report: Estimate) -> list[str]:
         found.append(f"memory of the {measured.what} (measured, {measured.batch}): {gb(measured.peak)}")
     if report.limit is None:
         fitting = [size for size in (8, 12, 16, 24, 32, 48, 80) if memory.peak <= size * 1e9]
-        found.append(f"  for a GPU of {fitting[0]} GB or more" if fitting else "  for more than one GPU of 80 GB has")
+        found.append(f"  for a GPU of {fitting[0]} GB or more" if fitting else "  more than a GPU of 80 GB has")
     else:
         found.append(f"  {gb(report.peak)} of {gb(report.limit)}")
     return found
@@ -322,7 +322,7 @@ def _time_lines(report: Estimate) -> list[str]:
     if seconds is not None:
         found.append(
             f"time here (from two measured steps): {1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
-            f"begun now until {datetime.now() + timedelta(seconds=seconds):%a %d %b %H:%M}; "
+            f"if begun now until {datetime.now() + timedelta(seconds=seconds):%a %d %b %H:%M}; "
             f"a checkpoint takes {report.measured.save_seconds:.1f} s"
         )
     found.append(f"time (estimate: {MFU:.0%} of the card's bfloat16 peak, assumed):")

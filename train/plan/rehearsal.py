@@ -78,7 +78,8 @@ def open_dataset(config: TrainConfig, config_file: Path, base: int | None) -> tu
     if known:
         like = "the config of prep that writes it"
     missing = "does not exist yet" if base is None else "set aside"
-    what = f"{config.dataset} {missing}: seven equal buckets of base {prep.base}, {prep.encoders} encoders ({like})"
+    assumed = f"seven equal buckets of base {prep.base}, {prep.encoders} encoders"
+    what = f"{config.dataset} {missing}: assuming {assumed} ({like})"
     return StandIn(prep), what
 
 

@@ -31,7 +31,7 @@ class Remedy:
     def __str__(self) -> str:
         values = " ".join(f"{key}={json.dumps(value)}" for key, value in self.overrides.items())
         says = [f"saves {gb(self.saved)}", f"then {gb(self.peak)}", "fits" if self.fits else "not enough"]
-        says += [] if self.same_result else ["trains another network or loss"]
+        says += [] if self.same_result else ["changes the network or the loss"]
         return f"{values}: {', '.join(says)}"
 
 
@@ -41,7 +41,7 @@ def shortage(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, lim
     room = f"the GPU has {gb(limit)}" if limit else "the GPU has less"
     first = f"out of memory: the run takes about {gb(now.peak)} (estimate; most in {phase}, {now.largest}), {room}"
     if limit is not None and now.peak <= limit:  # as was tried, so what "fits" below is too hopeful as well
-        first += ", which ran out all the same: the estimate is too low, or another program holds some of it"
+        first += ", but it ran out: the estimate is too low, or another program holds some of its memory"
     found = memory_remedies(config, dataset, shapes, now, limit)
     if not found:
         return f"{first}. Choose a smaller model, a larger model.patch_size or a dataset of a smaller base"

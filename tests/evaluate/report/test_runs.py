@@ -78,7 +78,7 @@ def test_metrics_of_other_settings_stand_side_by_side_and_are_not_compared(copie
     page = report.render(read(copies))
     assert "not comparable: steps 2, 50" in page
     assert "✓ better</span> +" not in page  # no difference is printed
-    assert page.count("Not drawn, since n or settings differ") == 1
+    assert page.count("Not drawn, because n or settings differ") == 1
 
 
 def test_runs_on_other_data_share_nothing_but_the_page(copies):

@@ -309,7 +309,7 @@ def test_a_metric_that_is_no_number_is_never_best(tmp_path):
     earlier.mkdir()
     content["metrics"][0] |= {"value": 0.01}
     (earlier / "report.json").write_text(json.dumps(content))
-    assert "evaluated at step 300, not at its last, 600" in words(render(RecordedSweep.read(folder)))
+    assert "evaluated at step 300, not at its last step, 600" in words(render(RecordedSweep.read(folder)))
 
 
 def test_an_arm_that_changes_more_than_its_factor_is_flagged_in_red(tmp_path):
@@ -321,7 +321,7 @@ def test_an_arm_that_changes_more_than_its_factor_is_flagged_in_red(tmp_path):
     text = words(page)
     assert "⚑ more than its factor" in text
     assert "(not declared)" in text
-    assert "the verdict is on all of it together" in text
+    assert "the verdict covers all of it together" in text
 
 
 def test_cohorts_are_never_pooled(tmp_path):
@@ -497,7 +497,7 @@ def test_an_unfinished_sweep_says_so(tmp_path):
         write_sweep(tmp_path / "s", leave_out=leave_out, trials={("C", 2): {"status": "running"}})
     )
     text = words(render(sweep))
-    assert "This sweep is not finished: 11 of 15 trials are, 1 running, 3 not started" in text
+    assert "This sweep is not finished: 11 of 15 trials have finished, 1 running, 3 not started" in text
     assert verdicts(sweep.folder)["D"] == "no verdict"
     empty = words(
         render(RecordedSweep.read(write_sweep(tmp_path / "e", leave_out=[(a, s) for a in ARMS for s in range(103)])))

@@ -354,7 +354,7 @@ def test_a_gated_model_names_the_licence_the_login_and_the_way_without(
 @pytest.mark.parametrize(
     ("name", "code", "found"),
     [
-        ("org/typo", 2, "no model org/typo that you may see"),
+        ("org/typo", 2, "the hub shows you no model org/typo"),
         ("org/pickled", 2, "no weights that can be read"),
         ("org/busy", 4, "the hub answers 503"),
         ("no such folder", 2, "neither a folder here nor a name"),
@@ -556,7 +556,7 @@ def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path:
     assert "images" not in [check.name for check in checks(64)]
     check = find(checks(1024), "images")
     assert check.status == "WARN"
-    assert check.found.startswith("3 of 3 images looked at would be refused: 0.png (64x64 would be enlarged 16.00")
+    assert check.found.startswith("3 of 3 images examined would be refused: 0.png (64x64 would be enlarged 16.00")
 
 
 def test_outputs_that_cannot_be_written_are_named(photos: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_local_models_need_no_record(config: PrepConfig, models: Path, tmp_path:
     assert not (tmp_path / "dataset").exists()
     for settings in (local, demo):  # trap 9: no key without an effect
         hashed = settings.t5.model_copy(update={"sha256": {"config.json": "00"}})
-        with pytest.raises(ConfigError, match=r"t5\.sha256 is for models from the hub"):
+        with pytest.raises(ConfigError, match=r"t5\.sha256 is only for models from the hub"):
             pinned(settings.model_copy(update={"t5": hashed}))
     assert "content" in encoder_fingerprint(local, "t5")
 

@@ -267,7 +267,7 @@ def test_hosts_must_have_the_model_and_the_same_weights(tmp_path, server):
         # a host that had not been heard of at the plan brings other weights
         config = caption_config(tmp_path, [server.url, other.url], digest=DIGEST)
         tasks = commit_crops(config, shards=1, size=8)
-        with pytest.raises(ConfigError, match=f"{other.url} has {'f' * 64}, the captions are made with {DIGEST}"):
+        with pytest.raises(ConfigError, match=f"{other.url} has {'f' * 64}, but the captions are made with {DIGEST}"):
             run_captions(config, tasks)
 
 
@@ -276,7 +276,9 @@ def test_all_hosts_down_for_too_long_is_a_lack_of_resources_and_keeps_what_was_m
     servers[0].faults, servers[1].faults = {3: "die"}, {2: "die"}
     config = caption_config(tmp_path, [server.url for server in servers], patience=0.5)
     tasks = commit_crops(config, shards=1, size=12)
-    with pytest.raises(ResourceError, match=r"no caption host has answered for .*What was captioned is kept") as error:
+    with pytest.raises(
+        ResourceError, match=r"no caption host has answered for .*The captions made so far are kept"
+    ) as error:
         run_captions(config, tasks)
     assert all(server.url in str(error.value) for server in servers)
     kept = len(list((tmp_path / "out" / "captions").rglob("*.json")))

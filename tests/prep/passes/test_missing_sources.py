@@ -98,7 +98,7 @@ def test_another_content_under_the_same_name_replaces_the_sample(tmp_path):
     write_images(tmp_path / "source", 1, first=9)
     (tmp_path / "source" / image(9)).rename(tmp_path / "source" / image(1))
     plan = make_plan(poses(tmp_path))
-    assert plan.notes == ["1 sources have another content than before: their samples are replaced"]
+    assert plan.notes == ["1 sources have new content: their samples are replaced"]
     new = prepare(poses(tmp_path))
     assert sources_of(new) == sources_of(old)
     assert len({row["key"] for row in old.rows()} - {row["key"] for row in new.rows()}) == 1
@@ -132,7 +132,7 @@ def test_pixels_that_cannot_be_made_again_are_announced_and_rejected_and_come_ba
 
     (tmp_path / "source" / gone).write_bytes(data)
     plan = make_plan(poses(tmp_path))
-    assert plan.missing == {Unit(*place, "px"): "a source that had changed, or could not be read, is there"}
+    assert plan.missing == {Unit(*place, "px"): "a source that had changed, or could not be read, is back"}
     assert plan.again == [Unit(*place, "px")]
     assert len(prepare(poses(tmp_path))) == 6
     assert rejects_of(tmp_path / "out") == {}
@@ -276,5 +276,5 @@ def test_a_layer_follows_when_its_upstream_got_other_samples(tmp_path):
     worker._wanted = lambda job, writer, items, key: (item for item in items if key(item) not in monkeyed)
     worker.run(task)
     plan = make_plan(poses(tmp_path))
-    assert plan.missing == {unit: "the px layer has got other samples"}
+    assert plan.missing == {unit: "the px layer has other samples now"}
     assert len(prepare(poses(tmp_path))) == 3

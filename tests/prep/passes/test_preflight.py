@@ -122,7 +122,7 @@ def test_an_output_that_reaches_only_one_way_is_refused(tmp_path):
         (Path(settings.output) / answer["name"]).unlink()
         return {"only": answer}
 
-    with pytest.raises(ResourceError, match="does not arrive at the driver"):
+    with pytest.raises(ResourceError, match="the driver does not see what this node writes"):
         preflight(settings, plan, one_way)
 
 

@@ -206,7 +206,7 @@ def test_counts_are_those_of_the_tars_and_the_sidecars(dataset, source, html):
     assert f"{lengths.count(512)} captions were cut ({share(lengths.count(512) / len(complete))})" in text
 
     people = Counter(min(2, json.loads(members["pose"][key, "json"][1])["persons"]) for key in complete)
-    for name, count in zip(("nobody", "one person", "several people"), (people[0], people[1], people[2])):
+    for name, count in zip(("no people", "one person", "several people"), (people[0], people[1], people[2])):
         assert f"{name} {count} {share(count / len(complete))}" in text
     joints = np.array([np.load(io.BytesIO(members["pose"][key, "pose.npy"][1])) for key in complete])
     joints = joints[(joints[..., 2] > 0).any(axis=1)]
@@ -298,7 +298,7 @@ def test_pictures_without_anybody_have_a_page(source, tmp_path):
     for suffix in (".png", ".txt"):
         shutil.copy(sea.with_suffix(suffix), folder)
     text = Page(render(open_storage(prepare(folder, tmp_path / "dataset")))).text
-    assert "nobody 1 100 %" in text.replace("\u00a0", " ")
+    assert "no people 1 100 %" in text.replace("\u00a0", " ")
     assert "mirrored" not in text  # which this dataset has not
 
 

@@ -217,13 +217,13 @@ def test_published_files_are_checked_against_dataset_json_and_each_other(root, c
     caption = index["caption"].to_pylist()
     changed = index.set_column(index.column_names.index("caption"), "caption", pa.array(["else", *caption[1:]]))
     publish_again(root, "index.parquet", changed)
-    found(root, capsys, "index.parquet", index["key"][0].as_py(), "caption is not what the text unit says")
+    found(root, capsys, "index.parquet", index["key"][0].as_py(), "caption differs from the text unit")
     publish_again(root, "index.parquet", index.slice(1))
-    found(root, capsys, index["key"][0].as_py(), "complete in every layer and missing here")
-    found(root, capsys, "dataset.json", "counts 8 samples, there are 7")
+    found(root, capsys, index["key"][0].as_py(), "complete in every layer, but missing here")
+    found(root, capsys, "dataset.json", "counts 8 samples, but there are 7")
     info = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(canonical_json(info | {"base": 128}))
-    found(root, capsys, "dataset.json", "fingerprint is not that of its content")
+    found(root, capsys, "dataset.json", "fingerprint does not match its content")
     (root / "dataset.json").unlink()
     found(root, capsys, "dataset.json", "cannot be used")
 
@@ -290,9 +290,9 @@ def test_p05_a_near_duplicate_on_the_other_side_is_a_leak(root, capsys):
         ("hard link", "hard link"),
         ("device", "device"),
         ("folder", "folder"),
-        ("duplicate", "is there twice"),
+        ("duplicate", "appears twice"),
         ("interleaved", "is interleaved"),
-        ("foreign", "is not one of ours"),
+        ("foreign", "does not belong to this unit"),
         ("appended", "holds something else after its last member"),
         ("hidden by a header", "were committed"),
     ],

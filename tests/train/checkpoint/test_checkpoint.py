@@ -171,5 +171,5 @@ def test_a_config_of_another_version_is_named(run, tmp_path):
         "bytes": (copy / "state.json").stat().st_size,
     }
     (copy / "manifest.json").write_text(canonical_json(manifest))
-    with pytest.raises(DataError, match=r"state\.json: its config is not one of this version.*\n?.*no_such_key"):
+    with pytest.raises(DataError, match=r"state\.json: its config does not fit this version.*\n?.*no_such_key"):
         load_model(copy)

@@ -67,7 +67,7 @@ def test_T05_killed_and_stopped_within_the_extension_is_byte_equal(config, tmp_p
     shutil.copytree(straight, run)
     assert train(config, straight, 14, *overrides) == 0
     printed = capsys.readouterr().out
-    assert "continuing a run of 6 steps to 14: on the steps after 6 the learning rate is warmed up again" in printed
+    assert "continuing a run of 6 steps to 14: after step 6 the learning rate is warmed up again" in printed
     assert printed.count("falling to 0 at step 3\n") == (2 if overrides else 0), "REPA is of the first part alone"
     assert load_checkpoint(straight / "checkpoints" / "step-000014").state["totals"] == [6, 14]
 
@@ -105,7 +105,7 @@ def test_in_the_middle_of_a_cosine_more_steps_are_refused(config, tmp_path, caps
     assert train(config, run, 9) == 2
     error = capsys.readouterr().err
     assert "train.steps: 6 -> 9" in error
-    assert "More train.steps are possible at the end of a run, or before wsd decays" in error
+    assert "train.steps may be raised only at a run's end, or before wsd decays" in error
     assert train(config, run, 5) == 2, "nor fewer"
     assert train(config, run, 9, flags=("--allow-change", "train.steps")) == 0
     assert load_checkpoint(run / "checkpoints" / "step-000009").state["totals"] == [9]

@@ -97,7 +97,7 @@ def test_another_network_is_named_key_by_key(config, parent, tmp_path, capsys):
     error = capsys.readouterr().err
     for line in (
         "model.hidden_size: 32 there, 48 here", "model.patch_size: 8 there, 4 here", "model.bottleneck: 16 there, 8",
-        "flow.prediction: 'x' there, 'v' here", "Set these keys as they are there",
+        "flow.prediction: 'x' there, 'v' here", "Set these keys to their values there",
     ):  # fmt: skip
         assert line in error
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -136,7 +136,7 @@ def test_another_resolution_and_encoder_are_said(config, parent, tmp_path, capsy
     assert begin(config, tmp_path / "run", f"dataset={dataset}", "--init-from", str(parent), "train.steps=1") == 0
     printed = capsys.readouterr().out
     assert "trained at base 64, now 128 pixels" in printed
-    assert "warning: t5 features are of another encoder here" in printed
+    assert "warning: t5 features come from another encoder here" in printed
 
 
 def at_hash(step_folder: Path) -> str:

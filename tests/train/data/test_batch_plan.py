@@ -236,7 +236,7 @@ def test_a_run_through_the_phases(tiny_dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "images at 0.25 times their size up to step 1, 0.5 times their size up to step 2, then whole" in printed
     assert "images in a micro-batch at most, at scale 0.5: 56x80 8, 64x64 8, 80x56 8, 88x48 8" in printed
-    assert "a step's 30 images are more than the training samples: each 26 again" in printed
+    assert "a step takes 30 images: more than the 26 training samples, so they repeat" in printed
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["train/scale"] for record in records] == [0.25, 0.5, 1]
     tokens = [record["sys/active_tokens"] for record in records]

@@ -189,7 +189,7 @@ def test_another_encoder_is_refused_with_a_remedy(run, figure, tmp_path, capsys)
     (other / "README.md").write_text("another model")
     assert sample(run, tmp_path / "x.png", "--prompt", PROMPT, "--encoder", f"t5={other}") == 3
     message = capsys.readouterr().err
-    assert "the prompt's encoder (T5) is not the one of the training data: content " in message
+    assert "the prompt's encoder (T5) did not make the training data: content " in message
     assert "as --encoder t5=FOLDER" in message
     arguments = ["--prompt", PROMPT, "--pose", figure]
     assert sample(run, tmp_path / "x.png", *arguments, "--encoder", f"pose={encoders.detector}") == 3
@@ -233,7 +233,7 @@ def test_what_a_file_does_not_show_is_said(run, figure, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.json").write_text('{"people": [], "canvas_width": 64, "canvas_height": 64}')
     for arguments, code, message in (
-        (["--pose", tmp_path / "wall.png"], 3, "--pose: nobody was found in that image"),
+        (["--pose", tmp_path / "wall.png"], 3, "--pose: no person was found in that image"),
         (["--pose", tmp_path / "empty.json"], 3, "empty.json: holds no joint"),
         (["--pose", tmp_path / "notes.txt"], 3, "notes.txt: "),
         (["--reference", tmp_path / "notes.txt"], 3, "notes.txt: "),

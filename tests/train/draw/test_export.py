@@ -204,7 +204,7 @@ def test_a_picture_in_memory_is_the_reference_that_its_file_is(exported, tmp_pat
 def test_weights_that_a_folder_does_not_hold_are_refused(exported, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "x.png"), "--prompt", PROMPT, "--weights", "model"]
     assert main(["sample", "--checkpoint", str(exported), *arguments]) == 2
-    assert "holds the weights ema alone" in capsys.readouterr().err
+    assert "holds only the weights ema" in capsys.readouterr().err
 
 
 def test_the_model_loads_without_diffusers(run, exported):
@@ -242,8 +242,8 @@ def test_a_generator_draws_the_noise(exported):
         ({"conditions": conditions_of(1).keeping({"pose"})}, "conditions pose: never trained"),
         ({"prompt": PROMPT, "conditions": conditions_of(1)}, "take the place of prompt"),
         ({"prompt": PROMPT, "height": 60}, "multiples of the patch size, 8"),
-        ({"prompt": PROMPT, "seed": 1, "latents": torch.zeros(1, 3, 64, 64)}, "give one of them"),
-        ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise of 1 images"),
+        ({"prompt": PROMPT, "seed": 1, "latents": torch.zeros(1, 3, 64, 64)}, "give only one"),
+        ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise for 1 images"),
         ({"prompt": PROMPT, "output_type": "jpeg"}, "use pil, np or pt"),
         ({"prompt": ["", PROMPT]}, "prompt: is empty"),
         ({"reference": np.zeros((8, 8, 3))}, "reference: is a ndarray; give a Pillow image"),
@@ -354,7 +354,7 @@ def test_only_an_empty_folder_is_written_to(run, tmp_path):
     folder.mkdir()
     export(run, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
-    with pytest.raises(ConfigError, match="is there already, and an export replaces nothing"):
+    with pytest.raises(ConfigError, match="already exists, and an export replaces nothing"):
         export(run, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
     weights.write_bytes(data)
     step = str(weights.parent)
     assert main(["export", "--checkpoint", step, "--output", str(tmp_path / "x")]) == 3
-    assert "ema.safetensors: its SHA-256 is not the manifest's" in capsys.readouterr().err
+    assert "ema.safetensors: its SHA-256 differs from the manifest's" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -466,7 +466,7 @@ def test_the_card_says_what_was_held_against_training_images(run, tmp_path):
         ({"weights_sha256": "0" * 64}, "ema", "give the report of these weights"),
         ({"weights": "model"}, "ema", "give the report of these weights"),
         ({}, "model", "give the report of these weights"),
-        ({"dataset": {"fingerprint": "f" * 64}}, "ema", "was measured on the dataset ffff"),
+        ({"dataset": {"fingerprint": "f" * 64}}, "ema", "was measured on dataset ffff"),
     ],
 )
 def test_the_report_of_another_checkpoint_is_refused(run, tmp_path, changes, weights, message):

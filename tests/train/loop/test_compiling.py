@@ -116,7 +116,7 @@ def test_a_limit_that_is_reached_is_said(tiny_dataset, tmp_path, dynamo, capfd):
         trainer.micro_step(trainer.batches.make(number))
     assert dynamo["stats"]["unique_graphs"] == 3
     told = capfd.readouterr().out
-    assert told.count("is reached, so shapes that are new from here on run uncompiled") == 1
+    assert told.count("is reached, so new shapes now run uncompiled") == 1
     assert "torch._dynamo hit" not in told
 
 

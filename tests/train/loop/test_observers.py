@@ -58,7 +58,7 @@ def test_a_failure_is_a_warning_that_is_kept(tmp_path, capsys):
     assert observe("validation", 7, tmp_path, StopRequest(), fail) is None
     assert globals_of_the_process() == before
     assert capsys.readouterr().out == (
-        "warning: validation at step 7 failed, and training goes on: RuntimeError: no weights\\nhere\n"
+        "warning: validation at step 7 failed, but training goes on: RuntimeError: no weights\\nhere\n"
     )
     assert observe("visual_debug", 8, tmp_path, StopRequest(), lambda: 1 / 0) is None
     records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]

@@ -186,7 +186,7 @@ def test_without_a_dataset_the_config_that_would_write_it_says_what_it_will_be(c
 def test_a_base_can_be_named(config, capsys):
     assert main(["plan", "--config", str(config), "--base", "128", "--memory", "8GB"]) == 0
     out = capsys.readouterr().out
-    assert "set aside: seven equal buckets of base 128" in out
+    assert "set aside: assuming seven equal buckets of base 128" in out
     assert re.search(r"^104x152 ", out, flags=re.MULTILINE)
     assert main(["plan", "--config", str(config), "--base", "65"]) == 2
 
@@ -284,7 +284,7 @@ def test_measured_here_and_nothing_left(config, capsys):
     assert measured.batch == "4 images of 88x48"
     assert report.disk.checkpoint < measured.checkpoint < 1.5 * report.disk.checkpoint
     assert 0 < report.measured_seconds < 60
-    assert any(re.search(r" in all, begun now until \w{3} \d\d \w{3} \d\d:\d\d; ", line) for line in lines(report))
+    assert any(re.search(r" in all, if begun now until \w{3} \d\d \w{3} \d\d:\d\d; ", line) for line in lines(report))
     assert report.limit is None
     assert report.peak == report.memory.peak, "a process on a CPU says nothing about a GPU"
 
