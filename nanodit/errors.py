@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TextIO
 
 # what the system says when there is no more room to write in
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -87,12 +89,10 @@ def run_command(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return _report(Interrupted("stopped by a signal; finished work is kept, and the same command continues"))
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has read enough; there is nobody left to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return Interrupted.exit_code
-        raise
+        if not _unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return Interrupted.exit_code
     except Exception as error:
         known = resource_error(error)
         if known is None:
@@ -110,6 +110,16 @@ def _report(error: NanoditError) -> int:
     lines = str(error).split(PROBLEM_BREAK)
     print(f"error: {PROBLEM_BREAK.join(map(printable, lines))}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _unread(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe whose other end is closed, as by ``| head``."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except (OSError, ValueError):  # closed, or not a file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 _sigterm_came = False
