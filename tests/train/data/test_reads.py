@@ -23,8 +23,8 @@ LAYERS = ("px", "t5", "dino", "pose")
 @pytest.fixture(scope="module")
 def url(tiny_dataset):
     """The tiny dataset in an object store."""
-    with s3_server("bucket"):
-        storage = open_storage("s3://bucket/tiny")
+    with s3_server("reads"):
+        storage = open_storage("s3://reads/tiny")
         for path in (path for path in Path(tiny_dataset).rglob("*") if path.is_file()):
             storage.write(path.relative_to(tiny_dataset).as_posix(), path.read_bytes())
         yield storage.place
