@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Return the SHA-256 of ``data`` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 

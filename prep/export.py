@@ -21,10 +21,8 @@ layers, if any, have their arrays as they are stored.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,14 +130,15 @@ def _bytes_of(data: Dataset, row: dict[str, Any]) -> int:
 
 
 def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str, Any]], progress: Progress) -> None:
+    from webdataset import TarWriter  # here: it imports torch
+
     draft = storage.draft(name)
+    fixed = {"user": "", "group": "", "mode": 0o644, "mtime": 0}  # equal bytes whoever writes them, and when
     try:
-        with tarfile.open(draft, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with open(draft, "wb") as file, TarWriter(file, encoder=False, **fixed) as tar:
             for row in rows:
-                for member, content in flat_members(data, row).items():
-                    info = tarfile.TarInfo(f"{row['key']}.{member}")  # defaults: mtime 0, uid and gid 0, mode 0644
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                for member, content in flat_members(data, row).items():  # one by one: it would sort them
+                    tar.write({"__key__": row["key"], member: content})
                 progress.advance()
         storage.put_file(name, draft)
     finally:
@@ -148,7 +147,7 @@ def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str
 
 def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
     """Return the members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
-    bucket, members = Bucket.parse(row["bucket"]), {}
+    data, bucket, members = data.together(), Bucket.parse(row["bucket"]), {}
     for layer in [*CONVERTED, *(layer for layer in data.layers if layer not in CONVERTED)]:
         if layer in data.layers and (names := LAYERS[layer].flat):
             arrays = CONVERTED[layer](data, row) if layer in CONVERTED else stored_arrays(data, row, layer)

@@ -148,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep = verbs.add_parser("sweep", help="train the arms of an ablation, each with several seeds", allow_abbrev=False)
     sweep.set_defaults(verb=_sweep)
     sweep.add_argument("--config", type=Path, required=True, help="YAML, for example configs/sweep/quick.yaml")
+    sweep.add_argument(
+        "--arms", metavar="B,D", help="only these, with what they inherit from others; --resume --arms adds more"
+    )
     sweep.add_argument("--resume", action="store_true", help="continue a sweep that was killed; keeps finished trials")
     sweep.add_argument("--retry-failed", action="store_true", help="with --resume: also run failed trials again")
     sweep.add_argument(
@@ -296,8 +299,11 @@ def _sweep(options: argparse.Namespace) -> None:
     from train.sweep.config import load_sweep
     from train.sweep.sweep import run_sweep
 
-    sweep = load_sweep(options.config, options.overrides)
-    run_sweep(sweep, work, resume=options.resume, retry_failed=options.retry_failed, new_cohort=options.new_cohort)
+    run_sweep(
+        load_sweep(options.config, options.overrides), work,
+        arms=[name.strip() for name in options.arms.split(",")] if options.arms else [],
+        resume=options.resume, retry_failed=options.retry_failed, new_cohort=options.new_cohort,
+    )  # fmt: skip
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -231,6 +231,8 @@ def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
     """
     levels = {}
     for arm in sweep.arms.values():
+        if arm.against and arm.against not in sweep.arms:
+            return Factorial(reason=f"{arm.name} is to be compared with {arm.against}, which was not asked for")
         if arm.role != "a/a":
             levels[arm.name] = chain(sweep, arm)
     factors = sorted({name for link in levels.values() for name in link})

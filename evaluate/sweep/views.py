@@ -111,6 +111,8 @@ def banners(
         if arm.undeclared:
             keys = ", ".join(arm.undeclared)
             found.append((True, f"{arm.name} differs from {arm.against} in more than its factor: {keys}", ""))
+        if arm.against and arm.against not in sweep.arms:
+            found.append((False, f"{arm.name} is not compared: {arm.against} was not asked for", ""))
     for one in (one for contrasts in judged for one in contrasts):
         if one.barred:
             found.append((True, f"{one.arm.name} and {one.against} were measured with different settings", ""))

@@ -15,7 +15,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def load_npy(data: bytes) -> np.ndarray:
+def load_npy(data: bytes | memoryview) -> np.ndarray:
     """Read the array of an ``.npy`` file's bytes; object arrays are refused (they would be pickles)."""
     return np.load(io.BytesIO(data), allow_pickle=False)
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,8 @@ from prep.dataset.layers import LAYERS
 SCHEMA_VERSION = 1
 
 TAR_BLOCK = 512
+
+Bytes = TypeVar("Bytes", bytes, memoryview)
 
 
 @dataclass(frozen=True, order=True)
@@ -163,11 +165,21 @@ def read_range(
     Raises DataError naming the shard's file and the key when the file is missing or short or the bytes are not those
     that were committed: a bad sample in a published shard always stops the reader.
     """
-    where = f"{unit.tar}, sample {key}, member {member}"
+    return checked(fetch(root, unit, key, member, offset, length), unit, key, member, length, sha256)
+
+
+def fetch(root: Path | str | Storage, unit: Unit, key: str, member: str, offset: int, length: int) -> bytes:
+    """Read bytes of a unit's tar for the sake of a member; errors as :func:`read_range`."""
     try:
-        data = open_storage(root).read_range(unit.tar, offset, length)
+        return open_storage(root).read_range(unit.tar, offset, length)
     except OSError as error:
+        where = f"{unit.tar}, sample {key}, member {member}"
         raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
+
+
+def checked(data: Bytes, unit: Unit, key: str, member: str, length: int, sha256: str) -> Bytes:
+    """Return a member's bytes if they are all there and those that were committed; errors as :func:`read_range`."""
+    where = f"{unit.tar}, sample {key}, member {member}"
     if len(data) != length:
         raise DataError(f"{where}: the file ends early. Run nanodit prep run again to restore the shard.")
     if sha256_bytes(data) != sha256:

@@ -1,9 +1,13 @@
-"""Reading a published dataset: any member of any sample with one ranged read, each checked by its hash."""
+"""Reading a published dataset: any member of any sample with one ranged read, each checked by its hash.
+
+Arrays of a layer that lie side by side come with a single read where they are read together.
+"""
 
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from copy import copy
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,19 @@ from prep.dataset.codecs import decode_pixels, load_npy
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
+    TAR_BLOCK,
     Unit,
+    checked,
+    fetch,
     member_columns,
     members_of,
     read_parquet,
     read_range,
 )
+from prep.dataset.members import Array
 from prep.dataset.quantise import dequantise
+
+GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
 class Dataset:
@@ -35,6 +45,9 @@ class Dataset:
     ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
     processes.
     """
+
+    # of a view: layer -> what was read last, and whence
+    _spans: dict[str, tuple[tuple[Unit, int], bytes]] | None = None
 
     def __init__(self, root: Path | str | Storage) -> None:
         self.storage = open_storage(root)
@@ -91,18 +104,38 @@ class Dataset:
             raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
         return [dict(row) for row in self._rows if split in (None, row["split"])]
 
+    def together(self) -> Dataset:
+        """Return a view that reads a sample's arrays of a layer at once, where one of them is asked for.
+
+        It keeps the last such read of each layer, so it is for one thread, and for one sample after another.
+        """
+        if self._spans is not None:
+            return self
+        view = copy(self)
+        view._spans = {}
+        return view
+
     def read(self, row: dict[str, Any], member: str) -> bytes:
         """Read one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
+        return bytes(self._member(row, member))
+
+    def _member(self, row: dict[str, Any], member: str) -> bytes | memoryview:
         layer, name = member.split("/", 1)
         if f"{member}/offset" not in row:
             raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
         unit = Unit(row["bucket"], row["shard"], layer)
-        place = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
-        return read_range(self.storage, unit, row["key"], name, *place)
+        offset, length, sha256 = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
+        if self._spans is None:
+            return read_range(self.storage, unit, row["key"], name, offset, length, sha256)
+        start, end = _span(row, layer, name)
+        if self._spans.get(layer, (None, b""))[0] != (unit, start):
+            self._spans[layer] = (unit, start), fetch(self.storage, unit, row["key"], name, start, end - start)
+        data = memoryview(self._spans[layer][1])[offset - start : offset - start + length]
+        return checked(data, unit, row["key"], name, length, sha256)
 
     def array(self, row: dict[str, Any], member: str) -> np.ndarray:
         """Return the array of a member as it is stored, for example ``array(row, "pose/pose.npy")``."""
-        data = self.read(row, member)
+        data = self._member(row, member)
         try:
             return load_npy(data)
         except (ValueError, EOFError) as error:  # a pickle, for which numpy has a ValueError, or no array at all
@@ -136,7 +169,7 @@ class Dataset:
     def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
         """Return the DINOv3 patch tokens on their grid, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
         name = "dino_flip" if flipped else "dino"
-        quantised, scale = self.array(row, f"dino/{name}.npy"), self.array(row, f"dino/{name}_scale.npy")
+        quantised, scale = map(partial(self.together().array, row), (f"dino/{name}.npy", f"dino/{name}_scale.npy"))
         return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
 
     def pose(self, row: dict[str, Any]) -> np.ndarray:
@@ -159,6 +192,33 @@ class Dataset:
                 "Remove truth.parquet or these images from the source folder, and run nanodit prep run again."
             )
         return truth
+
+
+def _span(row: dict[str, Any], layer: str, name: str) -> tuple[int, int]:
+    """Return where the arrays begin and end, in the tar, that lie side by side with a member of a sample.
+
+    Those of the crop, or those of the mirrored one: who reads some of either reads most of it.
+    """
+
+    def place(other: str) -> tuple[int, int]:
+        offset = row[f"{layer}/{other}/offset"]
+        return offset, offset + row[f"{layer}/{other}/length"]
+
+    start, end = place(name)
+    flip = LAYERS[layer].flip
+    for half in (LAYERS[layer].members, flip.members if flip else ()):
+        names = [member.name for member in half if isinstance(member.kind, Array)]
+        if name in names:
+            here = names.index(name)
+            for other in reversed(names[:here]):
+                if not 0 <= start - place(other)[1] < GAP:
+                    break
+                start = place(other)[0]
+            for other in names[here + 1 :]:
+                if not 0 <= place(other)[0] - end < GAP:
+                    break
+                end = place(other)[1]
+    return start, end
 
 
 def check_info(info: Any, path: str) -> None:

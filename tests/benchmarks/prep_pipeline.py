@@ -1,12 +1,13 @@
 """What preparation costs besides the models.
 
-    python -m tests.benchmarks.prep_pipeline [overhead bytes rate captions scaling]
+    python -m tests.benchmarks.prep_pipeline [overhead bytes rate captions scaling reads]
 
 - overhead: CPU time per 1024-pixel image of the px layer (decode, crop, WebP, tar, part); decodes of each source
 - bytes: per sample and layer at production shapes, lossless and as JPEG q95
 - rate: images/s of a pass under Ray against the same work in a plain loop
 - captions: images/s of a whole run against what its caption servers could answer at best
 - scaling: a sleep-bound stage on 1, 2 and 4 Ray nodes of one CPU each
+- reads: what training reads of a sample, a layer at a time and a member at a time, from files and from an S3 server
 
 Pictures are mosaics of 256-pixel patches of the photographs in scikit-image's package, at their own resolution: denser
 than most photographs of 1024 pixels.
@@ -28,16 +29,20 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
+from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.codecs import npy_bytes
 from prep.dataset.layout import TAR_BLOCK
 from prep.dataset.quantise import quantise
+from prep.dataset.reader import Dataset
 from prep.images import sources
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan
 from tests.local_cluster import LocalCluster
 from tests.prep.caption_server import CaptionServer
+from tests.prep.object_store import s3_server
 from tests.prep.passes.test_plan import write_images
+from tests.prep.prepared import prepare as prepare_here
 
 PROJECT = Path(__file__).parents[2]
 PATCH = 256
@@ -78,6 +83,7 @@ def write_sources(folder: Path, count: int) -> None:
     (folder / "source").mkdir()
     for number, picture in enumerate(photographs(count)):
         picture.save(folder / "source" / f"{number:04d}.jpg", quality=95, subsampling=0)
+        (folder / "source" / f"{number:04d}.txt").write_text(f"Picture {number}, " + "a mosaic of photographs. " * 20)
 
 
 def overhead(count: int = 48) -> None:
@@ -204,12 +210,54 @@ def scaling(count: int = 320) -> None:
             print(f"| {nodes} | {found:.1f} | {found / single / nodes:.2f} |", flush=True)
 
 
+def reads(count: int = 48, pairs: int = 10) -> None:
+    """Samples of 256 pixels as training loads them, nothing cached: reads, and the pace as median ratio of pairs."""
+    from train.data.samples import TrainingSet
+
+    def load(dataset: Dataset) -> tuple[float, float]:
+        """Samples per second, and ranged reads per sample."""
+        asked, kind = [], type(dataset.storage)
+        ranged = kind.read_range
+        kind.read_range = lambda *arguments: asked.append(1) or ranged(*arguments)
+        training = TrainingSet(dataset, cache_gb=0)
+        start, loaded = time.perf_counter(), 0
+        for rows in training.rows.values():
+            for row in rows:
+                training.load([row])
+                loaded += 1
+        seconds = time.perf_counter() - start
+        kind.read_range = ranged
+        return loaded / seconds, len(asked) / loaded
+
+    print("| place | by member: reads, samples/s | by layer: reads, samples/s | ratio |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name, s3_server("bucket"):
+        folder, store = Path(name), open_storage("s3://bucket/dataset")
+        write_sources(folder, count)
+        prepare_here(px_config(folder, base=256, layers=["dino", "pose", "text"]))
+        for path in (path for path in (folder / "out").rglob("*") if path.is_file()):
+            store.write(path.relative_to(folder / "out").as_posix(), path.read_bytes())
+        for place in (folder / "out", store):
+            together, found = Dataset.together, []
+            for number in range(pairs):
+                measured = {}
+                for at_once in ((False, True), (True, False))[number % 2]:
+                    Dataset.together = together if at_once else lambda dataset: dataset
+                    measured[at_once] = load(Dataset(place))
+                Dataset.together = together
+                found.append((*measured[False], *measured[True]))
+            slow, many, fast, few = (statistics.median(column) for column in zip(*found))
+            ratio = statistics.median(one[2] / one[0] for one in found)
+            kind = "files" if place != store else "S3 server (moto)"
+            print(f"| {kind} | {many:.2f}, {slow:.0f} | {few:.2f}, {fast:.0f} | {ratio:.2f} |", flush=True)
+
+
 BENCHMARKS = {
     "overhead": overhead,
     "bytes": bytes_per_sample,
     "rate": rate,
     "captions": captions,
     "scaling": scaling,
+    "reads": reads,
 }
 
 if __name__ == "__main__":

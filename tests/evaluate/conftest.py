@@ -63,6 +63,9 @@ class FiguresInMemory:
                 "duplicate_group": None,
             }
 
+    def together(self) -> FiguresInMemory:
+        return self
+
     def rows(self, split: str | None = None) -> list[dict[str, Any]]:
         return [dict(row) for key, row in sorted(self._rows.items()) if split in (None, row["split"])]
 

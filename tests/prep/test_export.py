@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from prep.dataset.buckets import Bucket
 from prep.dataset.reader import Dataset
-from prep.export import export_flat, flat_pose, pad_text
+from prep.export import export_flat, flat_members, flat_pose, pad_text
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import prepare
 
@@ -88,6 +89,23 @@ def test_the_flat_export_has_the_layout_of_prx_tg(root, tmp_path, capsys):
         assert about["caption"] == row["caption"]
         assert (about["bucket"], about["width"], about["height"]) == (row["bucket"], bucket.width, bucket.height)
         assert about["split"] == row["split"]
+
+
+def test_the_bytes_are_those_of_a_plain_tar_without_time_or_owner(root, tmp_path):
+    """As exports have always been: one begun by an earlier version goes on, and equal datasets give equal files."""
+    export_flat(root, tmp_path / "flat")
+    dataset, expected = Dataset(root), {}
+    for name in tars(tmp_path / "flat"):
+        with tarfile.open(tmp_path / "plain.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in dataset.rows():
+                if name == f"bucket_{row['bucket']}/shard-{row['shard']:06d}.tar":
+                    for member, content in flat_members(dataset, row).items():
+                        info = tarfile.TarInfo(f"{row['key']}.{member}")  # mtime, uid and gid 0, mode 0644, no names
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        expected[name] = sha256_bytes((tmp_path / "plain.tar").read_bytes())
+    assert len(expected) == 3
+    assert tars(tmp_path / "flat") == expected
 
 
 def test_poses_are_on_the_pixel_grid_of_prx_tg():

@@ -78,13 +78,13 @@ class TrainingSet:
 
     def conditions(self, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> Conditions:
         """Do what :func:`load_conditions` does, and keep what was read in memory."""
-        return load_conditions(self, rows, flips, self._features)
+        return load_conditions(self._dataset, rows, flips, self._features)
 
-    def _features(self, modality: Modality, row: Row, flipped: bool) -> np.ndarray:
+    def _features(self, modality: Modality, dataset: Any, row: Row, flipped: bool) -> np.ndarray:
         if flipped and modality.mirror:  # made of what is in memory
-            return modality.mirror(self._features(modality, row, False))
+            return modality.mirror(self._features(modality, dataset, row, False))
         name = f"{modality.name} flipped" if flipped else modality.name
-        return self._cached(name, modality.layer, row, lambda: modality.read(self._dataset, row, flipped))
+        return self._cached(name, modality.layer, row, lambda: modality.read(dataset, row, flipped))
 
     def _cached(self, name: str, layer: str, row: Row, read: Callable[[], np.ndarray]) -> np.ndarray:
         array = self._cache.get((row["key"], name))
@@ -145,15 +145,17 @@ def load_conditions(
     dataset: Any,
     rows: Sequence[Row],
     flips: Sequence[bool] | None = None,
-    read: Callable[[Modality, Row, bool], np.ndarray] | None = None,
+    read: Callable[[Modality, Any, Row, bool], np.ndarray] = Modality.load,
 ) -> Conditions:
     """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
 
     ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none. ``read``
     takes the place of :meth:`train.model.modalities.Modality.load`.
     """
-    read = read or (lambda modality, row, flip: modality.load(dataset, row, flip))
-    flips = flips or [False] * len(rows)
     stored = [MODALITIES[name] for name in present(dataset.info["layers"])]
-    features = {one.name: [read(one, row, flip) for row, flip in zip(rows, flips)] for one in stored}
+    features: dict[str, list[np.ndarray]] = {one.name: [] for one in stored}
+    at_once = dataset.together()
+    for row, flip in zip(rows, flips or [False] * len(rows)):  # sample by sample: one read for each layer
+        for one in stored:
+            features[one.name].append(read(one, at_once, row, flip))
     return collate(**features, count=len(rows))

@@ -6,18 +6,19 @@ that differs beyond the declared factor is listed as undeclared.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nanodit.config import Config, Place, dump_config, load_config, section_model
+from nanodit.config import Config, Place, dump_config, find_config, load_config, load_config_with_origins, section_model
 from nanodit.errors import ConfigError
 from train.checkpoint.resume import differences
 from train.config import TrainConfig
@@ -89,6 +90,7 @@ class SweepConfig(Config):
     """Everything that ``nanodit train sweep`` reads; files are relative to the sweep's own."""
 
     base: Place  # config of `train run`
+    dataset: Place | None = None  # of every trial; null: the base's
     output: Place  # folder of the sweep
     overrides: dict[str, Any] = Field(default={})  # of every trial
     evaluate: Place  # config of `evaluate run`
@@ -140,11 +142,6 @@ def factors_of(arm: ArmConfig) -> tuple[str, ...]:
     return (arm.factor,) if isinstance(arm.factor, str) else tuple(arm.factor or ())
 
 
-def absent_arms(question: QuestionConfig, config: SweepConfig) -> list[str]:
-    """Return the arms that a question is about and the sweep does not have."""
-    return [name for name in question.arms if name not in config.arms]
-
-
 @dataclass(frozen=True)
 class Arm:
     """An arm with everything that it inherits."""
@@ -184,6 +181,7 @@ class Sweep:
     config: SweepConfig
     arms: Mapping[str, Arm]
     trials: Sequence[Trial]
+    declared: Mapping[str, dict[str, Any]]  # what sweep.json says of each arm, whether or not it was chosen
 
     @property
     def folder(self) -> Path:
@@ -199,20 +197,42 @@ class Sweep:
         """Return the overrides of an arm's evaluation as a command line has them."""
         return as_arguments({**self.config.evaluate_overrides, **arm.evaluate})
 
+    def absent(self, question: QuestionConfig) -> list[str]:
+        """Return the arms that a question is about and that are not here."""
+        return [name for name in question.arms if name == AA or name not in self.arms]
+
+    def choose(self, names: Collection[str]) -> Sweep:
+        """Return the part of the sweep that these arms are, with those whose weights they measure; all without names.
+
+        Arms keep what they inherit and what they are declared against. Raises :class:`ConfigError` for other names.
+        """
+        for name in names:
+            if name not in self.arms:
+                near = difflib.get_close_matches(name, self.arms, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"there: {', '.join(self.arms)}"
+                raise ConfigError(f"--arms {name}: there is no such arm; {hint}")
+        arms = {trial.name: trial.arm.name for trial in self.trials}
+        needed = {arms[trial.trained_by] for trial in self.trials if trial.trained_by and trial.arm.name in names}
+        chosen = {*(names or self.arms), *needed}
+        return replace(
+            self,
+            arms={name: arm for name, arm in self.arms.items() if name in chosen},
+            trials=[trial for trial in self.trials if trial.arm.name in chosen],
+        )
+
     def record(self, concurrent: int, fractional: bool) -> dict[str, Any]:
         """Return what sweep.json declares: arms with their differences, seeds, budget and the primary metric."""
         config = self.config
-        first = {arm.name: next(trial for trial in self.trials if trial.arm == arm) for arm in self.arms.values()}
         return {
             "schema": SCHEMA,
             "name": self.folder.name,
-            "arms": {name: _describe(arm, first, config.factors) for name, arm in self.arms.items()},
+            "arms": {name: self.declared[name] for name in self.arms},
             "factors": config.factors,
             "seeds": config.seeds,
             "aa_seeds": config.aa_seeds,
             "budget": config.budget.model_dump(exclude_none=True),
             "primary": config.primary.model_dump(),
-            "questions": [question.model_dump() for question in config.questions if not absent_arms(question, config)],
+            "questions": [question.model_dump() for question in config.questions if not self.absent(question)],
             "early_stopping": config.early_stopping,
             "concurrent": concurrent,
             "fractional": fractional,
@@ -244,9 +264,16 @@ def _differences(theirs: Trial, ours: Trial) -> dict[str, list[Any]]:
 
 def load_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep's YAML and resolve every trial. Raises :class:`ConfigError` that names the arm and the key."""
-    config = load_config(SweepConfig, file, overrides)
-    places = {name: str(file.parent / getattr(config, name)) for name in ("base", "evaluate")}
+    config, origins = load_config_with_origins(SweepConfig, file, overrides)
+    places = {name: _place(file, getattr(config, name), origins[name]) for name in ("base", "evaluate")}
     return resolve(config.model_copy(update=places))
+
+
+def _place(file: Path, given: str, origin: str | None) -> str:
+    """Return where a config is: one of a command line may also be relative to the working directory."""
+    if origin == "command line" and (here := find_config(given)).exists():
+        return str(here)
+    return str(file.parent / given)
 
 
 def dump_sweep(sweep: Sweep) -> str:
@@ -271,15 +298,17 @@ def resolve(config: SweepConfig) -> Sweep:
             evaluate={**(start.evaluate if start else {}), **declared.evaluate},
             seeds=tuple(config.seeds),
         )
-    first = next(iter(arms.values()))
+    baseline = next(iter(arms.values()))
     if config.aa_seeds:
         seeds = tuple(config.aa_seeds)
-        arms[AA] = Arm(AA, "a/a", first.name, (), first.overrides, first.evaluate, seeds)
-    sweep = Sweep(config, arms, tuple(_trials(config, arms)))
-    for arm in sweep.arms.values():
-        if arm.role == "arm" and not sweep.record(1, False)["arms"][arm.name]["differences"]:
+        arms[AA] = Arm(AA, "a/a", baseline.name, (), baseline.overrides, baseline.evaluate, seeds)
+    trials = tuple(_trials(config, arms))
+    first = {trial.arm.name: trial for trial in reversed(trials)}
+    declared = {name: _describe(arm, first, config.factors) for name, arm in arms.items()}
+    for arm in arms.values():
+        if arm.role == "arm" and not declared[arm.name]["differences"]:
             raise ConfigError(f"arm {arm.name} differs from {arm.against} in nothing; change it or leave it out")
-    return sweep
+    return Sweep(config, arms, trials, declared)
 
 
 def _trials(config: SweepConfig, arms: Mapping[str, Arm]) -> Iterator[Trial]:
@@ -295,7 +324,8 @@ def _trials(config: SweepConfig, arms: Mapping[str, Arm]) -> Iterator[Trial]:
 
 
 def _train_config(config: SweepConfig, arm: Arm, seed: int) -> TrainConfig:
-    chosen = {**flatten(config.overrides), **arm.overrides}
+    dataset = {} if config.dataset is None else {"dataset": config.dataset}
+    chosen = {**flatten(config.overrides), **dataset, **arm.overrides}
     folder = Path(config.output) / "trials" / f"{arm.folder}-seed{seed}"
     fixed: dict[str, Any] = {"seed": seed, "output": str(folder)}
     if clash := [key for key in (*fixed, "train.steps") if key in chosen]:

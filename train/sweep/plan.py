@@ -12,7 +12,7 @@ from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
 from train.checkpoint.resume import SAFE_TO_CHANGE, differences
 from train.config import TrainConfig
-from train.sweep.config import Sweep, SweepConfig, Trial, absent_arms, changes_on_resume, dump_sweep, load_sweep
+from train.sweep.config import Sweep, SweepConfig, Trial, changes_on_resume, dump_sweep, load_sweep
 from train.sweep.record import CONFIG, ENDED, FAILED, PLAN, RUNNING, read_record, write_record
 from train.sweep.trial import Work, code_hash
 
@@ -72,6 +72,12 @@ def _evaluation_changes(sweep: Sweep, work: Work) -> list[str]:
         if file.exists() and parse_yaml(file.read_text(encoding="utf-8"), file) != parse_yaml(text, name):
             changes.append(f"evaluation of arm {file.stem}: {sweep.config.evaluate} says something else than {file}")
     return changes
+
+
+def planned_arms(folder: Path) -> list[str]:
+    """Return the arms that were asked for so far: a sweep goes on with other ones beside them."""
+    file = folder / PLAN
+    return list(json.loads(file.read_text(encoding="utf-8"))["arms"]) if file.exists() else []
 
 
 def write_plan(sweep: Sweep, work: Work, concurrent: int, fractional: bool) -> None:
@@ -164,6 +170,9 @@ def describe(sweep: Sweep, concurrent: int) -> Iterator[str]:
                 f"{arm['factor'] or '(none is declared)'}: {', '.join(arm['undeclared'])}. What it shows cannot be "
                 "laid to one cause; the report says so"
             )
+        if arm["against"] not in (None, *arms):
+            yield f"warning: {name} is not compared: no arm {arm['against']}; name it in --arms, too"
     for question in sweep.config.questions:
-        if absent := absent_arms(question, sweep.config):
-            yield f"warning: {question.ask!r} is not asked: no arm {' and no arm '.join(absent)}; set `questions`"
+        if absent := sweep.absent(question):
+            where = "name it in --arms, too" if set(absent) <= set(sweep.declared) else "set `questions`"
+            yield f"warning: {question.ask!r} is not asked: no arm {' and no arm '.join(absent)}; {where}"

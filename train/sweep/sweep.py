@@ -22,7 +22,16 @@ from prep.passes.ray_passes import ray_session
 from train.checkpoint.run_folder import lock_run_folder
 from train.sweep.actor import CURVE, SupervisedTrial
 from train.sweep.config import Sweep
-from train.sweep.plan import capacity, check_cohort, check_folder, demands, describe, reset_failed, write_plan
+from train.sweep.plan import (
+    capacity,
+    check_cohort,
+    check_folder,
+    demands,
+    describe,
+    planned_arms,
+    reset_failed,
+    write_plan,
+)  # fmt: skip
 from train.sweep.process import SECRET
 from train.sweep.record import ENDED, FAILED, FINISHED, STOPPED, read_record, write_record
 from train.sweep.table import show_progress, table
@@ -45,34 +54,39 @@ from ray import tune
 
 
 def run_sweep(
-    sweep: Sweep, work: Work, *, resume: bool = False, retry_failed: bool = False, new_cohort: bool = False
-) -> None:
+    sweep: Sweep, work: Work, *, arms: Sequence[str] = (), resume: bool = False, retry_failed: bool = False,
+    new_cohort: bool = False,
+) -> None:  # fmt: skip
     """Run every trial that is not finished, print the table of arms, and say how to read the result.
 
+    Only those of ``arms``, if any are named; the sweep's files then hold these and what was asked for before.
     Raises :class:`ConfigError` for a folder that holds another sweep (or one at all, without ``resume``), for a primary
     metric that the evaluation does not hold and for code or data that changed since (without ``new_cohort``);
     :class:`ResourceError` where a trial asks for more than there is; :class:`DataError` where no trial finished.
     """
-    folder = sweep.folder
+    folder, chosen = sweep.folder, sweep.choose(arms)
     with lock_run_folder(folder):
         check_folder(sweep, work, resume)
+        sweep = sweep.choose([*chosen.arms, *planned_arms(folder)])
         with ray_session():
             concurrent, fractional = capacity(sweep.config, ray.cluster_resources())
             check_cohort(sweep, new_cohort)
             write_plan(sweep, work, concurrent, fractional)
             for line in describe(sweep, concurrent):
                 say(line)
+            if len(chosen.arms) < len(sweep.arms):
+                say(f"of these, {', '.join(chosen.arms)} run now")
             if retry_failed:
-                reset_failed(sweep)
-            _run_trials(sweep, fractional)
+                reset_failed(chosen)
+            _run_trials(chosen, fractional)
     for line in table(sweep):
         say(line)
-    records = [read_record(sweep.trials_folder / trial.name) for trial in sweep.trials]
+    records = [read_record(chosen.trials_folder / trial.name) for trial in chosen.trials]
     finished = sum(record.get("status") == FINISHED for record in records)
     if not finished:
         raise DataError(f"{folder}: no trial finished; the reasons are above and in trials/*/trial.log")
     say(
-        f"wrote {folder}: {finished} of {len(sweep.trials)} trials finished. Next: nanodit evaluate report {folder} "
+        f"wrote {folder}: {finished} of {len(chosen.trials)} trials finished. Next: nanodit evaluate report {folder} "
         f"--output {folder / 'report.html'}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nanodit.config import load_config, walk_keys
 from nanodit.errors import ConfigError
 from prep.dataset.reader import Dataset
 from tests.train.sweeps import tiny_sweep, write_sweep
+from train.config import TrainConfig
 from train.loop.trainer import Trainer
 from train.sweep.config import SweepConfig, changes_on_resume, dump_sweep, flatten, load_sweep
 from train.sweep.plan import describe
@@ -163,6 +165,68 @@ def test_arms_begin_with_equal_weights_and_see_equal_images_times_and_noise(tiny
         assert seen == first[1], trial.name
 
 
+@pytest.mark.parametrize("base", ["production", "baseline", "quickstart", "figures-256", "production-8gb"])
+def test_the_ablation_on_photos_takes_any_base(base):
+    overrides = [f"base=configs/train/{base}.yaml", "dataset=datasets/mine"]
+    sweep = load_sweep(Path("configs/sweep/ablation-photos.yaml"), overrides)
+    found = {name: (arm["against"], arm["differences"], arm["undeclared"]) for name, arm in arms_of(sweep).items()}
+    assert found == {
+        "A": (None, {}, []),
+        "B": ("A", {"tread.enabled": [False, True]}, []),
+        "C": ("B", {"optimizer.type": ["adamw", "muon"]}, []),
+        "D": ("C", {"repa.enabled": [False, True]}, []),
+        "A/A": ("A", {}, []),
+    }
+    first = sweep.trials[0].config
+    assert (first.tread.enabled, first.optimizer.type, first.repa.enabled) == (False, "adamw", False)
+    assert all(trial.config.train == first.train for trial in sweep.trials)
+    assert (first.train.steps, first.dataset) == (5000, "datasets/mine")
+    theirs = load_config(TrainConfig, Path(f"configs/train/{base}.yaml"))
+    assert (first.model, first.train.lr, first.perceptual) == (theirs.model, theirs.train.lr, theirs.perceptual)
+
+
+def test_a_base_of_the_command_line_is_relative_to_the_folder_or_to_the_sweep(tiny_dataset, tmp_path, monkeypatch):
+    file = write_sweep(tmp_path / "sweeps", tiny_dataset)
+    (tmp_path / "here.yaml").write_text("extends: sweeps/base.yaml\nlog_every: 7\n", encoding="utf-8")
+    (tmp_path / "sweeps" / "other.yaml").write_text("extends: base.yaml\nlog_every: 9\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    logged = {
+        name: load_sweep(file, [f"base={name}"]).trials[0].config.log_every for name in ("here.yaml", "other.yaml")
+    }
+    assert logged == {"here.yaml": 7, "other.yaml": 9}
+
+
+CHAIN = {
+    "A": {},
+    "B": {"on": "A", "factor": "tread", "overrides": {"tread.enabled": True}},
+    "C": {"on": "B", "factor": "optimizer", "overrides": {"train.lr": 1e-3}},
+    "shown": {"on": "C", "factor": "grid", "evaluate": {"heldout_loss.bins": 4}},
+}
+
+
+def test_chosen_arms_keep_what_they_inherit_and_absent_ones_are_not_compared(tiny_dataset, tmp_path):
+    asked = [{"arms": ["A", name], "ask": f"What of {name}?", "measures": ["slope"]} for name in ("B", "C")]
+    factors = {"tread": ["tread"], "optimizer": ["train.lr"], "grid": ["evaluate.heldout_loss"]}
+    sweep = tiny_sweep(tmp_path, tiny_dataset, arms=CHAIN, factors=factors, questions=asked, aa_seeds=[7])
+    part = sweep.choose(["C", "A"])
+    assert [trial.name for trial in part.trials] == ["A-seed0", "C-seed0"]
+    assert part.trials[1].config.tread.enabled
+    record = part.record(1, False)
+    assert list(record["arms"]) == ["A", "C"]
+    assert record["arms"]["C"] == sweep.record(1, False)["arms"]["C"]
+    assert record["questions"] == asked[1:]
+    assert [line for line in describe(part, 1) if line.startswith("warning")] == [
+        "warning: C is not compared: no arm B; name it in --arms, too",
+        "warning: 'What of B?' is not asked: no arm B; name it in --arms, too",
+    ]
+    assert list(sweep.choose(["shown"]).arms) == ["C", "shown"], "whose weights it measures"
+    assert list(sweep.choose(["A/A"]).arms) == ["A/A"]
+    assert sweep.choose([]).trials == list(sweep.trials)
+    for name, said in (("shwn", "did you mean shown?"), ("Z", "there: A, B, C, shown, A/A")):
+        with pytest.raises(ConfigError, match=rf"--arms {name}: there is no such arm; {re.escape(said)}"):
+            sweep.choose(["A", name])
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_sweeps_change_what_they_declare(file):
     sweep = load_sweep(file)
@@ -175,7 +239,8 @@ def test_shipped_sweeps_change_what_they_declare(file):
 
 
 def test_the_shipped_sweeps_are_those_promised():
-    assert [file.stem for file in SHIPPED] == ["ablation", "full-factorial", "guidance", "muon-lr", "quick"]
+    names = ["ablation-photos", "ablation", "full-factorial", "guidance", "muon-lr", "quick"]
+    assert [file.stem for file in SHIPPED] == names
     factorial = load_sweep(Path("configs/sweep/full-factorial.yaml"))
     settings = {
         (trial.config.tread.enabled, trial.config.optimizer.type, trial.config.repa.enabled)

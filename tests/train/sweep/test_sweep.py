@@ -113,6 +113,43 @@ def test_S05_code_that_changed_is_refused_or_a_cohort_of_its_own(finished, tmp_p
         write_record(folder, whole)
 
 
+@pytest.mark.slow
+def test_a_sweep_of_chosen_arms_takes_in_others_later(tiny_dataset, tmp_path, ray_session, capsys):
+    from evaluate.__main__ import main as evaluate
+
+    file = write_sweep(tmp_path, tiny_dataset, arms=ARMS, factors=FACTORS, primary={"metric": "heldout_loss"})
+    command = ["sweep", "--config", str(file)]
+    folder = load_sweep(file).folder
+
+    def recorded() -> tuple[list[str], list[str], str]:
+        assert evaluate(["report", str(folder)]) == 0
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        plan = json.loads((folder / "sweep.json").read_text())
+        return list(plan["arms"]), sorted(path.name for path in (folder / "trials").iterdir()), page
+
+    assert main([*command, "--arms", "B,fin"]) == 2
+    assert "--arms fin: there is no such arm; did you mean fine?" in capsys.readouterr().err
+    assert main([*command, "--arms", "B"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: B is not compared: no arm A" in printed
+    assert "1 of 1 trials finished" in printed
+    arms, trials, page = recorded()
+    assert (arms, trials) == (["B"], ["B-seed0"])
+    assert "B is not compared: A was not asked for" in page
+    assert "not finished" not in page
+    before = record_of(file, "B-seed0")
+    assert before["status"] == "finished"
+    capsys.readouterr()
+    assert main([*command, "--resume", "--arms", "fine"]) == 0
+    printed = capsys.readouterr().out
+    assert "of these, A, fine run now" in printed
+    assert "2 of 2 trials finished" in printed
+    arms, trials, page = recorded()
+    assert (arms, trials) == (["A", "B", "fine"], ["A-seed0", "B-seed0", "fine-seed0"])
+    assert "is not compared" not in page
+    assert record_of(file, "B-seed0") == before
+
+
 def test_a_trial_that_goes_on_elsewhere_belongs_to_neither_cohort(tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, tmp_path / "run")
     now = cohort(config)
