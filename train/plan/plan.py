@@ -27,6 +27,7 @@ from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan, scaled_size
 from train.hardware import PEAK_TFLOPS
 from train.loop.trainer import Trainer
+from train.method.sampling import NO_GUIDANCE, SELF_GUIDANCE, Guidance
 from train.plan.cost import (
     CARDS,
     MFU,
@@ -228,6 +229,13 @@ def _notes(trainer: Trainer, dataset: Any) -> list[str]:
         notes.append(
             f"{tokens:,} tokens for an image of {size[0]}x{size[1]}: attention takes time with their square; "
             f"model.patch_size={patch} makes them {tokens * config.model.patch_size**2 // patch**2:,}"
+        )
+    if config.visual_debug.every_steps:
+        guidance = Guidance.of(config.visual_debug.guidance)
+        possible = config.tread.enabled and guidance.self_scale == 1
+        notes.append(
+            f"pictures are drawn with {'no guidance' if guidance == NO_GUIDANCE else f'guidance {guidance}'}"
+            + (f"; visual_debug.guidance={{self: {SELF_GUIDANCE:g}}} guides by the routed network" if possible else "")
         )
     if config.checkpoint.every_minutes and config.checkpoint.keep_last is None:
         notes.append("checkpoint.every_minutes without keep_last: writes more checkpoints than are counted here")

@@ -82,6 +82,18 @@ def test_samples_batches_and_parameters_are_the_trainers(config, tiny_dataset, t
     assert any("buckets smaller than a micro-batch" in note for note in report.notes)
 
 
+def test_it_says_which_guidance_pictures_are_drawn_with(config):
+    routed = ["tread.enabled=true", "tread.start=0", "tread.end=-1", "visual_debug.every_steps=1"]
+
+    def said(*overrides):
+        (note,) = (note for note in look_ahead(config, [*routed, *overrides], memory="8GB").notes if "guidance" in note)
+        return note
+
+    assert said() == "pictures are drawn with no guidance; visual_debug.guidance={self: 3} guides by the routed network"
+    assert said("visual_debug.guidance={self: 3.0}") == "pictures are drawn with guidance self=3"
+    assert said("visual_debug.guidance=2", "tread.enabled=false") == "pictures are drawn with guidance 2"
+
+
 def test_flops_are_those_that_a_run_counts(tiny_dataset, tmp_path):
     dataset = Dataset(tiny_dataset)
     overrides = ("repa.enabled=true", "repa.until=1.0", "tread.enabled=true", "tread.start=0", "tread.end=-1",
