@@ -11,12 +11,13 @@ import csv
 import io
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluate import suite
-from evaluate.records import ATTRIBUTES, SCHEMA_VERSION
+from evaluate.records import ATTRIBUTES, MODEL, SCHEMA_VERSION
 from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
@@ -141,6 +142,7 @@ def facts(run: Run) -> dict[str, Any]:
         "train": counts.get("train", UNKNOWN),
         "holdout": counts.get("holdout", UNKNOWN),
         "images": len({row["key"] for row in run.files.samples}),
+        "degenerate": unscored(run),
         "commit": commit,
         "state": state,
         "packages": given.get("packages") or {},
@@ -152,6 +154,14 @@ def facts(run: Run) -> dict[str, Any]:
         "unfinished": run.files.unfinished,
         "configs": {name: _pretty(given.get(name, UNKNOWN)) for name in ("training", "evaluation")},
     }
+
+
+def unscored(run: Run) -> str:
+    """Say how many of the pictures drawn cannot be scored, and why; empty where all can."""
+    drawn = [row["degenerate"] for row in run.files.samples if row["kind"] == MODEL]
+    kinds = Counter(reason for reason in drawn if reason)
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(kinds.items()))
+    return f"{kinds.total():,} of {len(drawn):,} pictures drawn cannot be scored: {counts}" if kinds else ""
 
 
 def tally(run: Run) -> dict[str, int]:

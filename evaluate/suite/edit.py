@@ -417,7 +417,7 @@ def pairs_shown(page: Any) -> dict[str, Any] | None:
         ]
         distances = [
             {"space": SPACE_NAMES.get(space, space), "value": value, "null": (pair["null_distance"] or {}).get(space)}
-            for space, value in sorted(pair["distance"].items())
+            for space, value in sorted((pair["distance"] or {}).items())  # none of a degenerate picture
         ]
         diff = [(kind, page.shorten(text)) for kind, text in pair["diff"]]
         pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
