@@ -34,5 +34,5 @@ def _row(metric: Metric) -> tuple[str, ...]:
     if metric.needed is not None:
         needed = f"{'>=' if metric.better == 'higher' else '<='} {metric.needed:g}: {metric.verdict}"
     baselines = ", ".join(f"{name} {value:.3g}" for name, value in metric.baselines.items())
-    value = "–" if metric.value is None else f"{metric.value:.3g}"
-    return metric.name, value if metric.value is None else f"{value} {metric.unit}".strip(), interval, str(metric.n), needed, baselines
+    value = "–" if metric.value is None else f"{metric.value:.3g} {metric.unit}".strip()
+    return metric.name, value, interval, str(metric.n), needed, baselines
