@@ -172,12 +172,13 @@ def tally(run: Run) -> dict[str, int]:
 
 
 def missing(run: Run) -> dict[str, Any]:
-    """Return what was skipped and which metrics have no value or no interval, with the reasons."""
-    unscored: dict[str, list[str]] = {}
-    for metric in run.files.metrics:
-        if metric["reason"]:
-            unscored.setdefault(metric["reason"], []).append(metric["name"])
-    return {"skipped": run.files.report["skipped"], "unscored": unscored}
+    """Return what was skipped and which metrics have no value or no interval, by the reasons."""
+    found: dict[str, dict[str, list[str]]] = {"skipped": {}, "unscored": {}}
+    for kind, entries in (("skipped", run.files.report["skipped"]), ("unscored", run.files.metrics)):
+        for one in entries:
+            if one["reason"]:
+                found[kind].setdefault(one["reason"], []).append(one["name"])
+    return found
 
 
 def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str, Any]:

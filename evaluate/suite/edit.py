@@ -27,6 +27,7 @@ from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
+from evaluate.suite.reconstruction import lpips_to_own
 from nanodit.config import Config
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
@@ -71,13 +72,16 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
     ``effect``: distance to the unedited picture less that of the paraphrase's picture. ``direction``: share of figures
     whose garment has the new colour; ``direction_gain``: less the share of the unedited pictures; ``direction_probe``:
     how much more probable CLIP finds the new words than the old (:mod:`evaluate.metrics.clip`). ``preserved``: share of
-    cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do.
+    cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do. ``lpips``:
+    perceptual distance to the sample's own image, beside that of the unedited picture.
     """
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped("edit/effect", context.no_judge)]
+    if context.examiner.no_lpips:
+        skipped.append(Skipped("edit/lpips", context.examiner.no_lpips))
     drawn = _EditedPictures(rows, asked)
     metrics: list[Metric] = []
     for type, edits in asked.edits.items():
@@ -91,6 +95,8 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
             found, left_out = _attribute_metrics(test, context)
             metrics += found
             skipped += left_out
+        if context.examiner.lpips_label:
+            metrics.append(test.lpips())
         if context.probe is not None:
             metrics.append(test.probed(context.probe))
     if context.no_probe and not (context.figures and context.no_probe == NO_PROBE):  # figures are judged at the garment
@@ -252,6 +258,14 @@ class _EditMetrics:
         return [
             Metric.of(name, intervals.proportion(stayed, asked, _keys(names)), baselines=baselines, settings=settings)
         ]
+
+    def lpips(self) -> Metric:
+        """Return the perceptual distance of the edited pictures to the samples' own images."""
+        others = {"unedited": self._unedited, "null_edit": self._null}
+        baselines = {label: [own[name] for name in self._edited if name in own] for label, own in others.items()}
+        baselines |= {name: self._rows.select(BASELINE, name) for name in ("random_pair", "round_trip")}
+        reason = self._unfit(list(self._edited), "caption has an edit of this type")
+        return lpips_to_own(self._name("lpips"), list(self._edited.values()), baselines, self._settings, reason)
 
     def probed(self, probe: Any) -> Metric:
         """Return how much more probable the edit makes the new words than the old ones to CLIP."""
@@ -438,6 +452,7 @@ TEST = SuiteTest(
         "edit/direction_probe": "Shift of the probe toward the edit",
         "edit/preserved": "Kept outside of the edit",
         "edit/pose_kept": "Joints kept under the edit",
+        "edit/lpips": "LPIPS to the own image under the edit",
     },
     default_part="another attribute",
     parts={"opposite": "the opposite"},
@@ -445,6 +460,7 @@ TEST = SuiteTest(
         "edit/effect": (("null_edit",), ()),
         "edit/preserved": (("random_pair",), ("null_edit",)),
         "edit/pose_kept": ((), ("null_edit",)),
+        "edit/lpips": (("random_pair",), ("unedited",)),
     },
     terms=(
         (

@@ -1,7 +1,6 @@
 """Pictures that cannot be scored: whatever a model draws, every test stores it, and the page shows it and says so."""
 
 import re
-from copy import copy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 from evaluate import run
 from evaluate.config import EvaluateConfig
-from evaluate.drawing.texts import Texts
 from evaluate.records import Metric
 from evaluate.report.report import EvaluationFiles, render, write_report
 from evaluate.report.summary import summary
@@ -18,10 +16,8 @@ from evaluate.statistics.intervals import Interval
 from evaluate.subject import Subject
 from evaluate.suite import TESTS
 from nanodit.files import canonical_json
-from prep.encoders.registry import build_encoder
-from tests.evaluate.conftest import Constant, FiguresInMemory
+from tests.evaluate.conftest import Constant
 from tests.evaluate.report.test_report import provenance
-from train.draw.request import encoder_config
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
 
@@ -54,23 +50,12 @@ def _speck(z):
 
 
 @pytest.fixture(scope="module")
-def photographed() -> FiguresInMemory:
-    """24 held-out figures whose texts the demo T5 encodes, so that edits of them can be given."""
-    figures = copy(FiguresInMemory(40, 24))
-    t5 = build_encoder(encoder_config(figures.info, {}), "t5", "cpu").fingerprint()
-    figures.info = {**figures.info, "layers": {**figures.info["layers"], "t5": {"width": 8, "encoder": t5}}}
-    texts = Texts(figures)
-    figures.t5 = lambda row, flipped=False: texts.embed(row["caption"])
-    return figures
-
-
-@pytest.fixture(scope="module")
-def drawn(photographed, tmp_path_factory):
+def drawn(readable_figures, tmp_path_factory):
     """The folder and the evidence of an evaluation with every test, for each of KINDS."""
     config, found = EvaluateConfig.model_validate(CONFIG), {}
     for kind, (answer, _, _) in KINDS.items():
-        rows = tuple(photographed.rows("holdout"))
-        subject = Subject(Constant(answer), FlowConfig(), TABLE.resolve(), photographed, rows, batch_size=8)
+        rows = tuple(readable_figures.rows("holdout"))
+        subject = Subject(Constant(answer), FlowConfig(), TABLE.resolve(), readable_figures, rows, batch_size=8)
         folder = tmp_path_factory.mktemp("run") / "validation_outputs" / "step-000123"
         evidence = run.evaluate(subject, config, folder)
         run.write(folder, config, evidence, provenance(config), [])
