@@ -17,8 +17,9 @@ from pydantic import Field
 
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
+from evaluate.drawing.edits import Edit, EditType, choose
 from evaluate.drawing.pictures import Picture
+from evaluate.drawing.vocabulary import ChangeType, load_pairs
 from evaluate.metrics.clip import NO_PROBE
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
@@ -28,7 +29,8 @@ from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from evaluate.suite.reconstruction import lpips_to_own
-from nanodit.config import Config
+from nanodit.config import Config, Place
+from nanodit.files import sha256_file
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
@@ -43,6 +45,7 @@ class EditConfig(Config):
 
     prompts: int = Field(default=64, gt=0)
     types: list[ChangeType] = Field(default=["attribute", "opposite"], min_length=1)
+    edits: Place | None = None  # YAML of one's own pairs, brunette: blonde; they go before the built-in vocabulary
 
 
 def pictures(context: DrawingContext, config: EditConfig) -> tuple[list[Picture], list[Skipped]]:
@@ -122,10 +125,15 @@ class _Asked:
     arm: DrawingArm
     keys: list[str]
     edits: dict[EditType, dict[str, Edit]]
+    pairs: str | None  # hash of the user's own
 
     def counts(self, type: EditType) -> dict[str, Any]:
-        """Return to how many captions an edit applies, for the settings."""
-        return {"captions": len(self.keys), "edited": len(self.edits[type]), "null_edited": len(self.edits[NULL])}
+        """Return to how many captions an edit applies, and by whose pairs, for the settings."""
+        return ({"own_pairs": self.pairs} if self.pairs else {}) | {
+            "captions": len(self.keys),
+            "edited": len(self.edits[type]),
+            "null_edited": len(self.edits[NULL]),
+        }
 
 
 def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
@@ -137,9 +145,10 @@ def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
         return Skipped("edit", reason)
     keys = context.keys[: config.prompts]
     types: list[EditType] = [*dict.fromkeys(config.types), NULL]
-    edits = {type: {key: choose(context.rows[key]["caption"], type, key) for key in keys} for type in types}
+    own = load_pairs(config.edits) if config.edits else ()
+    edits = {type: {key: choose(context.rows[key]["caption"], type, key, own) for key in keys} for type in types}
     found = {type: {key: edit for key, edit in own.items() if edit is not None} for type, own in edits.items()}
-    return _Asked(arm, keys, found)
+    return _Asked(arm, keys, found, sha256_file(config.edits)[:16] if config.edits else None)
 
 
 def _label(type: EditType) -> str:
@@ -382,6 +391,7 @@ def _extras(context: DrawingContext, asked: _Asked, drawn: _EditedPictures, spac
                     "key": key,
                     "seed": 0,
                     "type": type,
+                    "kind": edit.kind,
                     "condition": _label(type),
                     "caption": edit.caption,
                     "text": edit.text,
@@ -434,7 +444,9 @@ def pairs_shown(page: Any) -> dict[str, Any] | None:
             for space, value in sorted((pair["distance"] or {}).items())  # none of a degenerate picture
         ]
         diff = [(kind, page.shorten(text)) for kind, text in pair["diff"]]
-        pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
+        pairs.append(
+            {"type": pair.get("kind") or pair["type"], "pictures": pictures, "diff": diff, "distances": distances}
+        )
     counts = [{"type": name, **count} for name, count in extra["counts"].items()]
     return {"condition": page.words(extra["condition"]), "pairs": pairs, "counts": counts, "total": len(extra["pairs"])}
 

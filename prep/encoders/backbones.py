@@ -41,7 +41,8 @@ class Backbone:
     @property
     def command(self) -> str:
         """The shell command that downloads the file into the cache of the machine it runs on, and checks its hash."""
-        return f"""python -c 'import torch; torch.hub.load_state_dict_from_url("{self.url}", check_hash=True)'"""
+        get = f'get("{self.url}", check_hash=True)'
+        return f"python -c 'from torch.hub import load_state_dict_from_url as get; {get}'"
 
     @property
     def remedy(self) -> str:

@@ -81,7 +81,7 @@ def test_without_weights_each_is_skipped_with_the_way_to_get_them(readable_figur
     lines = [line for line in summary(evidence.metrics, evidence.skipped).splitlines() if "no backbone" in line]
     (line,) = lines  # the long way to get them is said once
     assert line.startswith("skipped: reconstruction/lpips, swap/lpips, edit/lpips, divergence/lpips: no backbone")
-    assert "torch.hub.load_state_dict_from_url" in line
+    assert "torch.hub import load_state_dict_from_url" in line
 
 
 @pytest.mark.parametrize(

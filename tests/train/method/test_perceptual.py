@@ -160,7 +160,7 @@ def test_off_it_is_never_imported(tiny_dataset, tmp_path, monkeypatch):
 def test_missing_weights_are_named_with_what_to_do(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"not at .*vgg16-397923af\.pth\. Get them: .*python -c 'import torch.*copy vgg"
+        ConfigError, match=r"not at .*vgg16-397923af\.pth\. Get them: .*python -c 'from torch.*copy vgg"
     ):
         make(tiny_dataset, tmp_path / "run", *ON)
 
