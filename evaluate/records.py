@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,15 @@ class Metric:
     unit: str = ""
     needed: float | None = None
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        """Keep out what is no number: files that hold one cannot be written, and a page would show it as a value."""
+        finite = {name: number for name, number in self.baselines.items() if math.isfinite(number)}
+        object.__setattr__(self, "baselines", finite)
+        if any(number is not None and not math.isfinite(number) for number in (self.value, self.low, self.high)):
+            for name in ("value", "low", "high"):
+                object.__setattr__(self, name, None)
+            object.__setattr__(self, "reason", "degenerate: what was measured has no finite value")
 
     @classmethod
     def of(cls, name: str, interval: Interval, **details: Any) -> Metric:

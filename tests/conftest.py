@@ -72,6 +72,16 @@ def random_vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="session")
+def random_alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TORCH_HOME with a seeded random AlexNet, under the metric LPIPS."""
+    from tests.vgg import write_random_alexnet
+
+    home = tmp_path_factory.mktemp("torch-home")
+    write_random_alexnet(home)
+    return home
+
+
 @pytest.fixture
 def vgg_home(random_vgg: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let torch.hub look there."""

@@ -1,26 +1,40 @@
-"""VGG-16 weights where torch.hub looks for them, made from a seed: the real code path without a download."""
+"""LPIPS's networks where torch.hub looks for them, made from a seed: the real code path without a download."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torchvision
 
-from train.method.perceptual import VGG_WEIGHTS
+from prep.encoders.backbones import ALEXNET, VGG16, Backbone
+
+# the classifiers, which LPIPS drops
+CLASSIFIERS = {
+    ALEXNET: {"1": (4096, 9216), "4": (4096, 4096), "6": (1000, 4096)},
+    VGG16: {"0": (4096, 25088), "3": (4096, 4096), "6": (1000, 4096)},
+}
 
 
 def write_random_vgg(home: Path) -> Path:
     """Write a seeded random VGG-16 below ``home``, to be used as TORCH_HOME; what it measures means nothing."""
+    return _write(VGG16, torchvision.models.vgg16, home)
+
+
+def write_random_alexnet(home: Path) -> Path:
+    """Write a seeded random AlexNet in the same way."""
+    return _write(ALEXNET, torchvision.models.alexnet, home)
+
+
+def _write(backbone: Backbone, build: Callable[..., torch.nn.Module], home: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        features = torchvision.models.vgg16(weights=None).features.state_dict(prefix="features.")
-    # the classifier, which LPIPS drops: zeros that take no room
-    sizes = {"0": (4096, 25088), "3": (4096, 4096), "6": (1000, 4096)}
-    for layer, (rows, columns) in sizes.items():
-        features[f"classifier.{layer}.weight"] = torch.zeros(1).expand(rows, columns)
-        features[f"classifier.{layer}.bias"] = torch.zeros(1).expand(rows)
-    path = home / "hub" / "checkpoints" / VGG_WEIGHTS
+        weights = build(weights=None).features.state_dict(prefix="features.")
+    for layer, (rows, columns) in CLASSIFIERS[backbone].items():  # zeros that take no room
+        weights[f"classifier.{layer}.weight"] = torch.zeros(1).expand(rows, columns)
+        weights[f"classifier.{layer}.bias"] = torch.zeros(1).expand(rows)
+    path = home / "hub" / "checkpoints" / backbone.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(features, path)
+    torch.save(weights, path)
     return path

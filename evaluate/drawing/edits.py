@@ -11,14 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from evaluate.drawing.vocabulary import VOCABULARY, ChangeType, Swap
 from evaluate.metrics.colours import PALETTES
 from nanodit.rng import generator
 from prep.captions.mirror import flip_caption
+from prep.figures.figures import VOCABULARY as FIGURE_WORDS
 
-ChangeType = Literal["attribute", "opposite"]
 EditType = ChangeType | Literal["paraphrase"]
 Replacement = tuple[int, int, str]  # start and end in the caption, what stands there instead
 
+OWN = "own pair"
+_FIGURE_WORDS = {word.lower() for words in FIGURE_WORDS for word in re.findall(r"[^\W\d_]+", words)}
 _WORD = re.compile(r"[^\W\d_]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -108,6 +111,7 @@ class Edit:
     caption: str
     replacements: tuple[Replacement, ...]
     attribute: str | None = None
+    kind: str = ""  # of what is replaced, in words: hair colour, light, ...
 
     @property
     def text(self) -> str:
@@ -137,9 +141,20 @@ class Edit:
         return tuple(" ".join(side) for side in zip(*changed))  # type: ignore[return-value]
 
 
-def choose(caption: str, type: EditType, key: str) -> Edit | None:
-    """Choose one edit of a type, always the same for a sample's ``key``; None where no rule is sure of one."""
-    edits = {"attribute": _attributes, "opposite": _opposites, "paraphrase": _paraphrases}[type](caption)
+def choose(caption: str, type: EditType, key: str, own: Sequence[Swap] = ()) -> Edit | None:
+    """Choose one edit of a type, always the same for a sample's ``key``; None where no rule is sure of one.
+
+    ``own`` are the user's pairs, which go before all rules where any of them applies.
+    """
+    if type == "paraphrase":
+        edits = list(_paraphrases(caption))
+    else:
+        edits = list(_swapped(caption, [swap for swap in own if swap.type == type]))
+        edits = edits or list({"attribute": _attributes, "opposite": _opposites}[type](caption))
+    if type != "paraphrase" and not _of_figure(caption) and not (edits and edits[0].kind == OWN):
+        swaps = [swap for swap in VOCABULARY if swap.type == type]
+        edits += _unlike(_swapped(caption, [swap for swap in swaps if not swap.last]), edits)
+        edits = edits or list(_swapped(caption, [swap for swap in swaps if swap.last]))
     places: dict[tuple[Replacement, ...], list[Edit]] = {}
     for edit in edits:  # every place is as likely as another, however many words could stand there
         places.setdefault(tuple((start, end, "") for start, end, _ in edit.replacements), []).append(edit)
@@ -150,6 +165,33 @@ def choose(caption: str, type: EditType, key: str) -> Edit | None:
     dice = generator("edit", type, key)
     own = list(places.values())[int(dice.random() * len(places))]
     return own[int(dice.random() * len(own))]
+
+
+def _of_figure(caption: str) -> bool:
+    """Whether a caption has no word that captions of the built-in figures do not have."""
+    return all(word.lower() in _FIGURE_WORDS for word in _WORD.findall(caption))
+
+
+def _unlike(edits: Iterable[Edit], others: Sequence[Edit]) -> list[Edit]:
+    """Return the edits of words that none of ``others`` touches."""
+    taken = {span[:2] for other in others for span in other.replacements}
+    return [edit for edit in edits if taken.isdisjoint(span[:2] for span in edit.replacements)]
+
+
+def _swapped(caption: str, swaps: Sequence[Swap]) -> Iterator[Edit]:
+    """Yield each other word for a word of the vocabulary, in every place where it may stand."""
+    for swap in swaps:
+        follows = rf"(?=\s+(?:[\w-]+\s+)?(?:{'|'.join(swap.follows.split())})\b)" if swap.follows else ""
+        words = r"\s+".join(map(re.escape, swap.word.split()))
+        found = re.finditer(rf"(?<![\w-]){words}(?![\w-]){follows}", caption, re.IGNORECASE)
+        spans = [match.span() for match in found if swap.kind != "colour" or not _one_of_several(caption, match)]
+        for other in swap.others if spans else ():
+            yield Edit(swap.type, caption, _replace(caption, spans, [other] * len(spans)), kind=swap.kind)
+
+
+def _one_of_several(caption: str, match: re.Match[str]) -> bool:
+    """Whether a colour is one of two, as in "blue and white shirt"."""
+    return bool(_ANOTHER_COLOUR.search(caption[: match.start()]))
 
 
 def _attributes(caption: str) -> Iterator[Edit]:
@@ -167,7 +209,9 @@ def _attributes(caption: str) -> Iterator[Edit]:
         for new in colours:
             if new not in (old, _NEARLY.get(old, old)) and _NEARLY.get(new, new) != old:
                 spans = [match.span(1) for match in matches]
-                yield Edit("attribute", caption, _replace(caption, spans, [new] * len(spans)), attribute)
+                yield Edit(
+                    "attribute", caption, _replace(caption, spans, [new] * len(spans)), attribute, f"colour of {noun}"
+                )
 
 
 def _opposites(caption: str) -> Iterator[Edit]:
@@ -176,11 +220,11 @@ def _opposites(caption: str) -> Iterator[Edit]:
     if flipped is not None and flipped != caption:
         pairs = zip(_WORD.finditer(caption), _WORD.finditer(flipped), strict=True)
         changed = [(old.span(), new.group()) for old, new in pairs if old.group() != new.group()]
-        yield Edit("opposite", caption, tuple((*span, new) for span, new in changed))
+        yield Edit("opposite", caption, tuple((*span, new) for span, new in changed), kind="left and right")
     for word, opposite, nouns in _OPPOSITES:
         follows = "" if nouns is None else rf"(?=\s+(?:\w+\s+)?(?:{'|'.join(nouns.split())})\b)"
         for match in re.finditer(rf"(?<![\w-]){word}(?![\w-]){follows}", caption, re.IGNORECASE):
-            yield Edit("opposite", caption, _replace(caption, [match.span()], [opposite]))
+            yield Edit("opposite", caption, _replace(caption, [match.span()], [opposite]), kind=word)
 
 
 def _paraphrases(caption: str) -> Iterator[Edit]:

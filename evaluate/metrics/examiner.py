@@ -22,6 +22,7 @@ from prep.dataset.reader import Dataset
 if TYPE_CHECKING:  # onnxruntime, which no config and no report needs, takes a while to import
     from prep.encoders.dwpose import DWPose, Pose
 
+UNPUBLISHED = "not the published weights"
 Posed = tuple[str, np.ndarray]  # key of the sample whose pose it is, joints (133, 3) in [-1, 1], perhaps mirrored
 
 
@@ -54,7 +55,7 @@ class Examiner:
         """What LPIPS is measured with; None without it."""
         if self._lpips is None:
             return None
-        return "AlexNet v0.1" + ("" if self._lpips.published else ", not the published weights: no meaning")
+        return "AlexNet v0.1" + ("" if self._lpips.published else f", {UNPUBLISHED}: no meaning")
 
     def rows(
         self,

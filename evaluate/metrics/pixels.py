@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from nanodit.files import sha256_file
+from prep.encoders.backbones import ALEXNET, CACHE
 
 PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5  # an 11 x 11 window, as in the paper
-LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torch.hub's file name; the digits are the head of its SHA-256
 
 
 def mse(images: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -98,9 +98,9 @@ class Lpips:
     def __init__(self, backbone: Path | None = None):
         import lpips  # pulls in torchvision: seconds that a run without the weights need not spend
 
-        backbone = backbone or lpips_backbone()
+        backbone = backbone or ALEXNET.path
         digest = sha256_file(backbone)
-        self.published = digest.startswith(LPIPS_BACKBONE.rsplit("-", 1)[1].split(".")[0])
+        self.published = digest.startswith(ALEXNET.digits)
         self.backbone_sha256 = digest
         # the random initialisation is overwritten below; the package still uses torchvision's old argument names
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
@@ -123,14 +123,11 @@ class Lpips:
         return self._network(*pair).flatten().double().numpy()
 
 
-def lpips_backbone() -> Path:
-    """Return where torch.hub keeps AlexNet's weights (the file may be absent)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
-
-
 def lpips_unavailable() -> str | None:
-    """Return why LPIPS cannot be computed here, or None when it can."""
-    return None if lpips_backbone().is_file() else f"no backbone weights: torch.hub's cache lacks {LPIPS_BACKBONE}"
+    """Return why LPIPS cannot be computed here, and what to do; None when it can."""
+    if ALEXNET.path.is_file():
+        return None
+    return f"no backbone weights: {CACHE} lacks {ALEXNET.file}; {ALEXNET.remedy}"
 
 
 def _check_pair(images: np.ndarray, references: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from evaluate.report.compare import difference, differing, objections
 from evaluate.report.files import Run
 from evaluate.statistics.intervals import Interval, more_samples
-from evaluate.suite import TESTS, is_charted
+from evaluate.suite import TESTS, beside, is_charted
 from evaluate.suite.declaration import SuiteTest
 
 Metric = Mapping[str, Any]
@@ -88,7 +88,8 @@ def headlines(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
             more = more_for(metric, metric["needed"]) if metric["verdict"] == "inconclusive" else None
             part = ", ".join(filter(None, (part, detail)))
             plot = forest(metric, *scale_of([metric]))
-            result.append({**metric, "title": title, "part": part, "more": more, "plot": plot})
+            said = {"beside": beside(metric["name"], metric["value"], metric["settings"])}
+            result.append({**metric, **said, "title": title, "part": part, "more": more, "plot": plot})
     return result
 
 
@@ -127,6 +128,7 @@ def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
         if not is_charted(metric["name"]):
             title, part, detail = label(metric["name"])
             row = {**metric, "title": title, "part": part, "detail": detail, "floor": against_floor(metric)}
+            row["beside"] = beside(metric["name"], metric["value"], metric["settings"])
             test = test_of(metric["name"])
             group = test.title if test else metric["name"].partition("/")[0]
             groups.setdefault(group, {}).setdefault(title, []).append(row)

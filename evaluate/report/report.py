@@ -11,12 +11,13 @@ import csv
 import io
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluate import suite
-from evaluate.records import ATTRIBUTES, SCHEMA_VERSION
+from evaluate.records import ATTRIBUTES, MODEL, SCHEMA_VERSION
 from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
@@ -141,6 +142,7 @@ def facts(run: Run) -> dict[str, Any]:
         "train": counts.get("train", UNKNOWN),
         "holdout": counts.get("holdout", UNKNOWN),
         "images": len({row["key"] for row in run.files.samples}),
+        "degenerate": unscored(run),
         "commit": commit,
         "state": state,
         "packages": given.get("packages") or {},
@@ -154,6 +156,14 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
+def unscored(run: Run) -> str:
+    """Say how many of the pictures drawn cannot be scored, and why; empty where all can."""
+    drawn = [row["degenerate"] for row in run.files.samples if row["kind"] == MODEL]
+    kinds = Counter(reason for reason in drawn if reason)
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(kinds.items()))
+    return f"{kinds.total():,} of {len(drawn):,} pictures drawn cannot be scored: {counts}" if kinds else ""
+
+
 def tally(run: Run) -> dict[str, int]:
     """Return how many headline metrics are better or worse than their floor, or inconclusive."""
     groups = numbers.metric_groups(run.files.metrics)
@@ -162,12 +172,13 @@ def tally(run: Run) -> dict[str, int]:
 
 
 def missing(run: Run) -> dict[str, Any]:
-    """Return what was skipped and which metrics have no value or no interval, with the reasons."""
-    unscored: dict[str, list[str]] = {}
-    for metric in run.files.metrics:
-        if metric["reason"]:
-            unscored.setdefault(metric["reason"], []).append(metric["name"])
-    return {"skipped": run.files.report["skipped"], "unscored": unscored}
+    """Return what was skipped and which metrics have no value or no interval, by the reasons."""
+    found: dict[str, dict[str, list[str]]] = {"skipped": {}, "unscored": {}}
+    for kind, entries in (("skipped", run.files.report["skipped"]), ("unscored", run.files.metrics)):
+        for one in entries:
+            if one["reason"]:
+                found[kind].setdefault(one["reason"], []).append(one["name"])
+    return found
 
 
 def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str, Any]:

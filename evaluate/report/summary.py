@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.records import Metric, Skipped
-from evaluate.suite import is_charted
+from evaluate.suite import beside, is_charted
 
 
 def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
@@ -18,8 +18,13 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
     rows += [_row(metric) for metric in shown]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    said = [(metric.name, beside(metric.name, metric.value, metric.settings)) for metric in shown]
+    lines += [f"{name}: {words}" for name, words in said if words]
     lines += [f"{metric.name}: {metric.reason}" for metric in shown if metric.reason]
-    lines += [f"skipped: {one.name}: {one.reason}" for one in skipped]
+    reasons: dict[str, list[str]] = {}
+    for one in skipped:
+        reasons.setdefault(one.reason, []).append(one.name)
+    lines += [f"skipped: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
 
@@ -34,5 +39,5 @@ def _row(metric: Metric) -> tuple[str, ...]:
     if metric.needed is not None:
         needed = f"{'>=' if metric.better == 'higher' else '<='} {metric.needed:g}: {metric.verdict}"
     baselines = ", ".join(f"{name} {value:.3g}" for name, value in metric.baselines.items())
-    value = "null" if metric.value is None else f"{metric.value:.3g}"
-    return metric.name, f"{value} {metric.unit}".strip(), interval, str(metric.n), needed, baselines
+    value = "–" if metric.value is None else f"{metric.value:.3g} {metric.unit}".strip()
+    return metric.name, value, interval, str(metric.n), needed, baselines

@@ -97,6 +97,19 @@ def quotient(numerators: Sequence[float], denominators: Sequence[float], cluster
         return bootstrap(lambda weights: (weights @ top) / (weights @ bottom), len(top))
 
 
+def quantile(values: Sequence[float], share: float) -> Interval:
+    """Return a quantile of one value for each image, with an interval over images."""
+    values = np.sort(np.asarray(values, np.float64))
+    return bootstrap(lambda weights: weighted_quantile(values, weights, share), len(values))
+
+
+def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """Return the smallest of ``values`` (n,) at which ``weights`` (R, n), cumulated, reach ``share`` of their sum."""
+    order = np.argsort(values, kind="stable")
+    cumulated = weights[:, order].cumsum(1)
+    return values[order][(cumulated < share * cumulated[:, -1:]).sum(1)]
+
+
 def difference(
     values: Sequence[float], clusters: Sequence[str], others: Sequence[float], other_clusters: Sequence[str]
 ) -> Interval:

@@ -54,6 +54,7 @@ class SuiteTest:
     parts: Mapping[str, str] = field(default_factory=dict)  # of names -> how people say them
     roles: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     values: Callable[[str, Any], Values | None] | None = None  # what a metric is a mean of, to pair two evaluations by
+    beside: Callable[[str, float | None, Mapping[str, Any]], str] | None = None  # name, value, settings -> words
     alarms: Mapping[str, str] = field(default_factory=dict)  # `alarms` of its extras by name -> in words
     terms: tuple[tuple[str, str], ...] = ()  # words of the page and what they mean
     section: Section | None = None

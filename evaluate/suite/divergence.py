@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,20 @@ from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, Metric, Skipped, degenerate_reason, from_table
+from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
 from nanodit.config import Config
+from nanodit.svg import Axes, Series, line_chart
 
 GIVEN = ("text", "nothing")  # the first of these that was trained
 ALIKE = 3  # real figures are much alike where they share this many of ATTRIBUTES
 MIN_PAIRS = 10  # fewer pairs of such figures are no baseline
 CHECKPOINTS = 5  # the last ones that a trend is fitted through
 STRIPS = 4  # prompts whose pictures are kept for the report
-COLUMNS = ("key", "seed", "kind", "condition", "degenerate", *SPACES)
+COLUMNS = ("key", "seed", "kind", "condition", "degenerate", "lpips", *SPACES)
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of LPIPS over the prompts
+USUAL = 2  # checkpoints that say what is usual: before fewer, nothing is a spike
 
 
 class DivergenceConfig(Config):
@@ -116,6 +120,9 @@ def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> 
     the error is the distance to the sample's real image. Alarms need both spaces: ``collapse`` where the noise makes
     less difference than a JPEG round trip, ``collapsing`` where diversity falls and ``drift`` where the error rises,
     by intervals that exclude zero.
+
+    ``lpips``: the median over prompts of LPIPS to the samples' real images, each the mean over noises; the quantiles of
+    every checkpoint go to the extras. ``spike`` is its alarm, see :func:`is_spike`.
     """
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
@@ -126,10 +133,17 @@ def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> 
     earlier, missing = _earlier(context, asked, settings)
     if missing:
         skipped.append(Skipped("divergence/diversity_change", missing))
-    metrics, intervals = [], {}
+    metrics, told = [], {}
     for space in spaces:
-        found, intervals[space] = _in_space(space, rows, context.step, asked, earlier, settings[space])
+        found, told[space] = _in_space(space, rows, context.step, asked, earlier, settings[space])
         metrics += found
+    alarms, lpips = _alarms(told), None
+    if context.examiner.lpips_label:
+        found, lpips, spike = _lpips(rows, context, asked, earlier)
+        metrics.append(found)
+        alarms.append({"name": "spike", "fired": spike})
+    elif context.examiner.no_lpips:
+        skipped.append(Skipped("divergence/lpips", context.examiner.no_lpips))
     for key, (seed, label) in itertools.product(asked.keys[:STRIPS], enumerate(asked.labels)):
         context.show(MODEL, label, key, seed)
     context.extras["divergence"] = {
@@ -137,7 +151,8 @@ def summarise(rows: Rows, context: DrawingContext, config: DivergenceConfig) -> 
         "prompts": asked.keys,
         "labels": asked.labels,  # of the picture of each noise in samples.parquet
         "strips": asked.keys[:STRIPS],  # prompts whose pictures are kept
-        "alarms": _alarms(intervals),
+        "alarms": alarms,
+        "lpips": lpips,
         "checkpoints": [{"step": past.step, "metrics": past.metrics} for past in earlier],
     }
     return metrics, skipped
@@ -202,25 +217,72 @@ def _in_space(
         Metric.of(f"divergence/{name}{end}", interval, baselines=baselines, settings=settings)
         for name, (interval, baselines) in found.items()
     ]
-    intervals = {"collapse": mean_over_prompts(diversity - round_trip)}
+    told = {"collapse": mean_over_prompts(diversity - round_trip)}
     if earlier:
         steps = [past.step for past in earlier] + [step]
         series = [_drawn(past.rows, asked, space) for past in earlier] + [now]
         along = {**settings, "from_step": steps[0], "to_step": steps[-1], "checkpoints": len(steps)}
         for name, alarm, better in (("diversity", "collapsing", "higher"), ("error", "drift", "lower")):
-            intervals[alarm] = mean_over_prompts(trend(steps, np.stack([getattr(one, name) for one in series])))
+            told[alarm] = mean_over_prompts(trend(steps, np.stack([getattr(one, name) for one in series])))
             details = {"baselines": {"no_change": 0.0}, "settings": along, "better": better}
-            metrics.append(Metric.of(f"divergence/{name}_change{end}", intervals[alarm], **details))
-    return metrics, intervals
+            metrics.append(Metric.of(f"divergence/{name}_change{end}", told[alarm], **details))
+    return metrics, told
 
 
-def _alarms(intervals: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
+def is_spike(now: Interval, before: Sequence[Interval]) -> bool | None:
+    """Whether the median LPIPS jumped: its whole 95 % interval lies above those of all preceding checkpoints.
+
+    Prompts differ more than checkpoints of a steady run do, so wobble stays within these intervals. None where fewer
+    than USUAL checkpoints come before, or any of them, or this one, has no interval.
+    """
+    if len(before) < USUAL or any(one.low is None for one in (now, *before)):
+        return None
+    return now.verdict(max(one.high for one in before), "lower") == "missed"
+
+
+def _lpips(
+    rows: Rows, context: DrawingContext, asked: _Asked, earlier: Sequence[EarlierEvaluation]
+) -> tuple[Metric, dict[str, Any] | None, bool | None]:
+    """Return the median of LPIPS, its quantiles at every checkpoint, and whether it jumped."""
+    name = f"divergence/lpips{'' if asked.arm.name == 'all' else f'/{asked.arm.name}'}"
+    others = {label: rows.select(BASELINE, label) for label in ("random_pair", "mean_image", "round_trip")}
+    baselines = {label: float(np.median(found)) for label, own in others.items() if (found := _known(own, asked.keys))}
+    details = {"baselines": baselines, "settings": _settings(context, asked, "lpips"), "better": "lower"}
+    details["settings"]["interval_by"] = "bootstrap over prompts"
+    if reason := degenerate_reason(_pick(rows, asked)):
+        return Metric(name, None, n=len(asked.keys), reason=reason, **details), None, None
+    past = [(one.step, values) for one in earlier if (values := _per_prompt(one.rows, asked)) is not None]
+    if (values := _per_prompt(rows, asked)) is None:
+        return Metric(name, None, n=len(asked.keys), reason="LPIPS of a picture is no number", **details), None, None
+    before = [intervals.quantile(own, 0.5) for _, own in past]
+    now = intervals.quantile(values, 0.5)
+    steps = [
+        {"step": step, "n": len(own), "values": np.quantile(own, QUANTILES).tolist(), "low": one.low, "high": one.high}
+        for (step, own), one in zip([*past, (context.step, values)], [*before, now])
+    ]
+    return Metric.of(name, now, **details), {"quantiles": list(QUANTILES), "steps": steps}, is_spike(now, before)
+
+
+def _known(rows: Iterable[Mapping[str, Any]], keys: Collection[str]) -> list[float]:
+    return [row["lpips"] for row in rows if row["key"] in keys and row["lpips"] is not None]
+
+
+def _per_prompt(rows: Rows, asked: _Asked) -> np.ndarray | None:
+    """Return the LPIPS of each prompt, the mean over its noises (prompts,); None where any picture has none."""
+    by_key: dict[str, list[float]] = {key: [] for key in asked.keys}
+    for row in _pick(rows, asked):
+        by_key[row["key"]].append(row["lpips"])
+    values = [by_key[key] for key in asked.keys]
+    return None if any(None in own for own in values) else np.mean(values, axis=1)
+
+
+def _alarms(told: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, Any]]:
     """Return each alarm with whether it fired: True, False, or None where it cannot be told."""
     alarms = []
     for name, bad in (("collapse", "low"), ("collapsing", "low"), ("drift", "high")):
-        own = [intervals.get(space, {}).get(name) for space in SPACES]
-        told = all(interval is not None and interval.low is not None for interval in own)
-        fired = all(one.high < 0 if bad == "low" else one.low > 0 for one in own) if told else None
+        own = [told.get(space, {}).get(name) for space in SPACES]
+        known = all(interval is not None and interval.low is not None for interval in own)
+        fired = all(one.high < 0 if bad == "low" else one.low > 0 for one in own) if known else None
         alarms.append({"name": name, "fired": fired})
     return alarms
 
@@ -320,7 +382,21 @@ def strips(page: Any) -> dict[str, Any] | None:
             {"caption": page.caption(key), "pictures": [*([page.real(key)] if page.kept(key) else []), *noises]}
         )
     note = f"Given {page.words(extra['condition'])}; {len(groups)} of {len(extra['prompts'])} prompts."
-    return {"note": note, "groups": groups}
+    return {"note": note, "groups": groups, "chart": lpips_chart(extra.get("lpips"))}
+
+
+def lpips_chart(lpips: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Draw the quantiles of LPIPS over the steps of the run; None where there are fewer than two."""
+    if not lpips or len(lpips["steps"]) < 2:
+        return None
+    lowest, *inner, highest = zip(*(one["values"] for one in lpips["steps"]))
+    steps = [one["step"] for one in lpips["steps"]]
+    middle = len(inner) // 2
+    series = [Series(f"{q:.0%}", list(zip(steps, own)), "b1") for q, own in zip(lpips["quantiles"][1:], inner)]
+    series[middle] = Series("median", list(zip(steps, inner[middle])), "c1", list(zip(steps, lowest, highest)), True)
+    shares = [f"{100 * lpips['quantiles'][place]:.0f}" for place in (0, -1)]
+    title = f"LPIPS to the real image: median, quartiles, and the band of {shares[0]} to {shares[1]} % of the prompts"
+    return {"title": title, "svg": line_chart(series, Axes("step", "LPIPS"))}
 
 
 TEST = SuiteTest(
@@ -335,11 +411,16 @@ TEST = SuiteTest(
         "divergence/variety": "Variety over prompts / real",
         "divergence/diversity_change": "Diversity, change over checkpoints",
         "divergence/error_change": "Distance to real, change over checkpoints",
+        "divergence/lpips": "LPIPS to the real image, median over prompts",
     },
-    roles={"divergence": (("round_trip", "mean_image"), ("real_pairs", "real"))},
+    roles={
+        "divergence/lpips": (("random_pair", "mean_image"), ("round_trip",)),
+        "divergence": (("round_trip", "mean_image"), ("real_pairs", "real")),
+    },
     alarms={
         "collapse": "collapse: the noise makes less difference than a JPEG round trip",
         "collapsing": "collapsing: diversity falls over the checkpoints",
+        "spike": "spike: LPIPS jumped above the intervals of the checkpoints before",
         "drift": "drift: pictures move away from the real ones over the checkpoints",
     },
     terms=(

@@ -17,8 +17,9 @@ from pydantic import Field
 
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.edits import ChangeType, Edit, EditType, choose
+from evaluate.drawing.edits import Edit, EditType, choose
 from evaluate.drawing.pictures import Picture
+from evaluate.drawing.vocabulary import ChangeType, load_pairs
 from evaluate.metrics.clip import NO_PROBE
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
@@ -27,7 +28,9 @@ from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
 from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
-from nanodit.config import Config
+from evaluate.suite.reconstruction import lpips_to_own
+from nanodit.config import Config, Place
+from nanodit.files import sha256_file
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
@@ -42,6 +45,7 @@ class EditConfig(Config):
 
     prompts: int = Field(default=64, gt=0)
     types: list[ChangeType] = Field(default=["attribute", "opposite"], min_length=1)
+    edits: Place | None = None  # YAML of one's own pairs, brunette: blonde; they go before the built-in vocabulary
 
 
 def pictures(context: DrawingContext, config: EditConfig) -> tuple[list[Picture], list[Skipped]]:
@@ -71,13 +75,16 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
     ``effect``: distance to the unedited picture less that of the paraphrase's picture. ``direction``: share of figures
     whose garment has the new colour; ``direction_gain``: less the share of the unedited pictures; ``direction_probe``:
     how much more probable CLIP finds the new words than the old (:mod:`evaluate.metrics.clip`). ``preserved``: share of
-    cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do.
+    cells of the grid outside of the garment that stay as they were; ``pose_kept``: share of joints that do. ``lpips``:
+    perceptual distance to the sample's own image, beside that of the unedited picture.
     """
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
     spaces = SPACES if context.judge else SPACES[1:]
     skipped = [] if context.judge else [Skipped("edit/effect", context.no_judge)]
+    if context.examiner.no_lpips:
+        skipped.append(Skipped("edit/lpips", context.examiner.no_lpips))
     drawn = _EditedPictures(rows, asked)
     metrics: list[Metric] = []
     for type, edits in asked.edits.items():
@@ -91,6 +98,8 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
             found, left_out = _attribute_metrics(test, context)
             metrics += found
             skipped += left_out
+        if context.examiner.lpips_label:
+            metrics.append(test.lpips())
         if context.probe is not None:
             metrics.append(test.probed(context.probe))
     if context.no_probe and not (context.figures and context.no_probe == NO_PROBE):  # figures are judged at the garment
@@ -116,10 +125,15 @@ class _Asked:
     arm: DrawingArm
     keys: list[str]
     edits: dict[EditType, dict[str, Edit]]
+    pairs: str | None  # hash of the user's own
 
     def counts(self, type: EditType) -> dict[str, Any]:
-        """Return to how many captions an edit applies, for the settings."""
-        return {"captions": len(self.keys), "edited": len(self.edits[type]), "null_edited": len(self.edits[NULL])}
+        """Return to how many captions an edit applies, and by whose pairs, for the settings."""
+        return ({"own_pairs": self.pairs} if self.pairs else {}) | {
+            "captions": len(self.keys),
+            "edited": len(self.edits[type]),
+            "null_edited": len(self.edits[NULL]),
+        }
 
 
 def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
@@ -131,9 +145,10 @@ def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
         return Skipped("edit", reason)
     keys = context.keys[: config.prompts]
     types: list[EditType] = [*dict.fromkeys(config.types), NULL]
-    edits = {type: {key: choose(context.rows[key]["caption"], type, key) for key in keys} for type in types}
+    own = load_pairs(config.edits) if config.edits else ()
+    edits = {type: {key: choose(context.rows[key]["caption"], type, key, own) for key in keys} for type in types}
     found = {type: {key: edit for key, edit in own.items() if edit is not None} for type, own in edits.items()}
-    return _Asked(arm, keys, found)
+    return _Asked(arm, keys, found, sha256_file(config.edits)[:16] if config.edits else None)
 
 
 def _label(type: EditType) -> str:
@@ -253,6 +268,14 @@ class _EditMetrics:
             Metric.of(name, intervals.proportion(stayed, asked, _keys(names)), baselines=baselines, settings=settings)
         ]
 
+    def lpips(self) -> Metric:
+        """Return the perceptual distance of the edited pictures to the samples' own images."""
+        others = {"unedited": self._unedited, "null_edit": self._null}
+        baselines = {label: [own[name] for name in self._edited if name in own] for label, own in others.items()}
+        baselines |= {name: self._rows.select(BASELINE, name) for name in ("random_pair", "round_trip")}
+        reason = self._unfit(list(self._edited), "caption has an edit of this type")
+        return lpips_to_own(self._name("lpips"), list(self._edited.values()), baselines, self._settings, reason)
+
     def probed(self, probe: Any) -> Metric:
         """Return how much more probable the edit makes the new words than the old ones to CLIP."""
         names = [name for name in self._edited if self._edited[name]["feature_probe"] is not None]
@@ -368,6 +391,7 @@ def _extras(context: DrawingContext, asked: _Asked, drawn: _EditedPictures, spac
                     "key": key,
                     "seed": 0,
                     "type": type,
+                    "kind": edit.kind,
                     "condition": _label(type),
                     "caption": edit.caption,
                     "text": edit.text,
@@ -417,10 +441,12 @@ def pairs_shown(page: Any) -> dict[str, Any] | None:
         ]
         distances = [
             {"space": SPACE_NAMES.get(space, space), "value": value, "null": (pair["null_distance"] or {}).get(space)}
-            for space, value in sorted(pair["distance"].items())
+            for space, value in sorted((pair["distance"] or {}).items())  # none of a degenerate picture
         ]
         diff = [(kind, page.shorten(text)) for kind, text in pair["diff"]]
-        pairs.append({"type": pair["type"], "pictures": pictures, "diff": diff, "distances": distances})
+        pairs.append(
+            {"type": pair.get("kind") or pair["type"], "pictures": pictures, "diff": diff, "distances": distances}
+        )
     counts = [{"type": name, **count} for name, count in extra["counts"].items()]
     return {"condition": page.words(extra["condition"]), "pairs": pairs, "counts": counts, "total": len(extra["pairs"])}
 
@@ -438,6 +464,7 @@ TEST = SuiteTest(
         "edit/direction_probe": "Shift of the probe toward the edit",
         "edit/preserved": "Kept outside of the edit",
         "edit/pose_kept": "Joints kept under the edit",
+        "edit/lpips": "LPIPS to the own image under the edit",
     },
     default_part="another attribute",
     parts={"opposite": "the opposite"},
@@ -445,6 +472,7 @@ TEST = SuiteTest(
         "edit/effect": (("null_edit",), ()),
         "edit/preserved": (("random_pair",), ("null_edit",)),
         "edit/pose_kept": ((), ("null_edit",)),
+        "edit/lpips": (("random_pair",), ("unedited",)),
     },
     terms=(
         (

@@ -62,8 +62,8 @@ def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, hol
     counts = np.bincount(owners, minlength=len(place))
 
     def share(weights: np.ndarray) -> np.ndarray:
-        below = drawn.distance < _quantile(holdout.distance, weights)[:, None]
-        below &= drawn.isolation < _quantile(holdout.isolation, weights)[:, None]
+        below = drawn.distance < intervals.weighted_quantile(holdout.distance, weights, QUANTILE)[:, None]
+        below &= drawn.isolation < intervals.weighted_quantile(holdout.isolation, weights, QUANTILE)[:, None]
         return (below * weights[:, owners]).sum(1) / (weights @ counts)
 
     interval = intervals.bootstrap(share, len(place))
@@ -72,13 +72,6 @@ def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, hol
     certain = intervals.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
     low, high = min(interval.low, certain.low), max(interval.high, certain.high)
     return Interval(interval.value, low, high, interval.n)
-
-
-def _quantile(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the smallest of ``values`` (n,) at which ``weights`` (R, n), cumulated, reach QUANTILE of their sum."""
-    order = np.argsort(values, kind="stable")
-    cumulated = weights[:, order].cumsum(1)
-    return values[order][(cumulated < QUANTILE * cumulated[:, -1:]).sum(1)]
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:

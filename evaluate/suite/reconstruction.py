@@ -16,6 +16,7 @@ from pydantic import Field
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
+from evaluate.metrics.examiner import UNPUBLISHED
 from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import SuiteTest, Values
@@ -24,8 +25,11 @@ from nanodit.config import Config
 BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
 SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
 QUANTILES = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures kept for the report, by their rank
-# What the predecessor called LPIPS values below these: a reference for readers, never a verdict.
+# What the original recipe calls LPIPS values below these: a reference for readers, never a verdict.
 LPIPS_SCALE = {"excellent": 0.3, "good": 0.5, "blurry": 0.7}
+SCALE_WORDS = (
+    "reference scale of the original recipe, a rule of thumb: <0.3 excellent, 0.3-0.5 good, 0.5-0.7 blurry, >0.7 poor"
+)
 
 
 class ReconstructionConfig(Config):
@@ -74,6 +78,35 @@ def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig)
     if extras:
         context.extras["reconstruction"] = extras
     return found, skipped
+
+
+def scale_words(name: str, value: float | None, settings: Mapping[str, Any]) -> str:
+    """Return what the original recipe calls an LPIPS value; empty for other metrics and those without a value."""
+    if value is None or name.split("/")[:2] != ["reconstruction", "lpips"]:
+        return ""
+    if UNPUBLISHED in str(settings.get("lpips")):
+        return f"not on the {SCALE_WORDS}; these are not the published weights"
+    word = next((word for word, below in LPIPS_SCALE.items() if value < below), "poor")
+    return f"{word} ({SCALE_WORDS})"
+
+
+def lpips_to_own(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    others: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+    reason: str | None = None,
+) -> Metric:
+    """Return the mean LPIPS of pictures to their samples' own images, beside that of ``others``; None for a reason."""
+    keys = {row["key"] for row in rows}
+    baselines = {
+        label: value for label, own in others.items() if (value := _mean([r for r in own if r["key"] in keys], "lpips"))
+        is not None
+    }  # fmt: skip
+    details = {"baselines": baselines, "settings": settings, "better": "lower"}
+    if reason := reason or degenerate_reason(rows):
+        return Metric(name, None, n=len(keys), reason=reason, **details)
+    return Metric.of(name, intervals.mean([row["lpips"] for row in rows], [row["key"] for row in rows]), **details)
 
 
 def quantiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -215,6 +248,7 @@ TEST = SuiteTest(
         "reconstruction/skill_dino_similarity": "Skill on DINO similarity",
     },
     values=values_of,
+    beside=scale_words,
     terms=(
         (
             "Reconstruction",

@@ -23,6 +23,7 @@ from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped,
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.declaration import Section, SuiteTest
+from evaluate.suite.reconstruction import lpips_to_own
 from nanodit.config import Config
 from nanodit.rng import generator
 
@@ -97,7 +98,8 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
     ``gain``: similarity to the donor's image (cosine of the judge's features; less the distance, on mean colours) above
     that of the picture with the sample's own features. ``identified``: share in which the donor's image is the nearest
     of the candidates'. ``text_kept``: on figures, attributes that are still as the text says. ``similarity_kept``:
-    elsewhere, likeness to the sample's own image.
+    elsewhere, likeness to the sample's own image. ``lpips``: perceptual distance to the sample's own image, which the
+    donor's features should take the picture away from.
     """
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
@@ -107,6 +109,9 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
     judged_text = context.figures and not context.no_detector
     if context.figures and context.no_detector:
         skipped.append(Skipped("swap/text_kept", context.no_detector))
+    if context.examiner.no_lpips:
+        skipped.append(Skipped("swap/lpips", context.examiner.no_lpips))
+    references = {name: rows.select(BASELINE, name) for name in ("random_pair", "round_trip")}
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
@@ -124,6 +129,9 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
             metrics += toward.metrics(names, own)
             for key, found in toward.nearest().items():
                 nearest[mode].setdefault(key, {})[space] = found
+        if context.examiner.lpips_label:
+            others = {"unswapped": drawn.unswapped, **references}
+            metrics.append(lpips_to_own(_name("lpips", mode), drawn.swapped, others, settings, reason))
         if judged_text:
             metrics.append(_text_kept(rows, drawn, mode, settings, reason))
         elif context.judge and not context.figures:
@@ -404,8 +412,10 @@ TEST = SuiteTest(
         "swap/identified": "Donor identified",
         "swap/text_kept": "Text kept under the swap",
         "swap/similarity_kept": "Likeness to the own image kept",
+        "swap/lpips": "LPIPS to the own image under the swap",
     },
     default_part=MODE_NAMES["both"],
+    roles={"swap/lpips": (("random_pair",), ("unswapped",))},
     parts={mode: MODE_NAMES[mode] for mode in ("cls", "patches")},
     terms=(
         (

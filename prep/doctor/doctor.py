@@ -36,7 +36,15 @@ from prep.doctor.check import (
     warn,
     without_secrets,
 )
-from prep.doctor.models import NoAnswer, check_model, check_network, encoder_names, examine_server, server_checks
+from prep.doctor.models import (
+    NoAnswer,
+    check_model,
+    check_network,
+    encoder_names,
+    examine_server,
+    lpips_checks,
+    server_checks,
+)
 from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, project_check, store_checks
 from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
@@ -126,6 +134,7 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     places = [CheckTask("dataset", lambda: place_checks(config)), CheckTask("output", lambda: store_checks(config))]
     if any(names.values()):
         models.append(CheckTask("model_cache", lambda: [cache_check()]))
+    models.append(CheckTask("lpips", lpips_checks))
     return [CheckTask("nanodit", lambda: [project_check()]), machines, *models, *caption_tasks(config), *places]
 
 

@@ -23,6 +23,7 @@ from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line
+from prep.encoders.backbones import ALEXNET, VGG16
 from prep.encoders.hub import CONFIG, UNGATED, WEIGHTS, WEIGHTS_INDEX, Reference
 from prep.encoders.registry import encoder_of
 
@@ -98,6 +99,20 @@ def check_network(config: PrepConfig, part: str, name: str | None) -> Check:
         f"{found}, but DWPose's authors published {published[:12]} under this name",
         f"if that is not on purpose, {again}",
     )
+
+
+def lpips_checks() -> list[Check]:
+    """Check the networks of LPIPS: not needed by prep, but the first thing that training and evaluation then lack."""
+    checks = []
+    for name, backbone in (("lpips_metric", ALEXNET), ("lpips_loss", VGG16)):
+        found = f"{backbone.network} for {backbone.purpose}: {backbone.path}"
+        if not backbone.path.is_file():
+            checks.append(warn(name, f"{found} is not there", backbone.remedy))
+        elif not sha256_file(backbone.path).startswith(backbone.digits):
+            checks.append(warn(name, f"{found} is not the published network", f"delete it; {backbone.remedy}"))
+        else:
+            checks.append(ok(name, f"{found} as published"))
+    return checks
 
 
 def _cached_commit(reference: Reference, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images, round_trip
 from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.drawing.texts import Texts
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.training_features import TrainFeatures
@@ -23,7 +25,9 @@ from nanodit.files import sha256_bytes
 from nanodit.rng import generator, noise
 from prep.dataset.buckets import centre_crop, choose_bucket, crop_to_bucket
 from prep.encoders.dwpose import normalise
+from prep.encoders.registry import build_encoder
 from prep.figures.figures import draw_figure
+from train.draw.request import encoder_config
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
 
@@ -152,6 +156,17 @@ def figures() -> FiguresInMemory:
 
 
 @pytest.fixture(scope="session")
+def readable_figures() -> FiguresInMemory:
+    """24 held-out figures whose texts the demo T5 encodes, so that edits of them can be given."""
+    figures = copy(FiguresInMemory(40, 24))
+    t5 = build_encoder(encoder_config(figures.info, {}), "t5", "cpu").fingerprint()
+    figures.info = {**figures.info, "layers": {**figures.info["layers"], "t5": {"width": 8, "encoder": t5}}}
+    texts = Texts(figures)
+    figures.t5 = lambda row, flipped=False: texts.embed(row["caption"])
+    return figures
+
+
+@pytest.fixture(scope="session")
 def models(figures) -> dict[str, nn.Module]:
     """Models by name: truth, shuffled (another holdout figure of the same bucket), mean_image, noise, black, broken."""
     rows = {row["key"]: row for row in figures.rows("holdout")}
@@ -179,6 +194,7 @@ class Judged:
         self.figures = figures
         self.judge, _ = open_judge(None, figures, "cpu")
         self._examiner = Examiner(figures, None, None, self.judge)
+        self._examiner.no_lpips = None  # neither asked for nor missed
         table = ConditioningConfig(preset="quickstart").resolve()
         self._subject = Subject(nn.Identity(), FlowConfig(), table, figures, tuple(figures.rows("holdout")))
         self._training = load_training_images(figures, {row["bucket"] for row in self._subject.rows}, 40)

@@ -14,12 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
-from evaluate.metrics import pixels as metrics
 from evaluate.records import SAMPLES_SCHEMA
 from evaluate.run import evaluate, with_bars
 from evaluate.subject import Subject, dataset_modalities
@@ -302,13 +300,8 @@ def test_missing_metric_weights_are_skipped_and_strict_minds(trained, tmp_path, 
 
 
 @pytest.mark.slow
-def test_lpips_with_random_weights_is_labelled_so(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / metrics.LPIPS_BACKBONE
-    path.parent.mkdir(parents=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+def test_lpips_with_random_weights_is_labelled_so(trained, random_alexnet, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
     assert main(["run", "--checkpoint", str(trained), "--output", str(tmp_path / "out"), *FAST]) == 0
     found = {m["name"]: m for m in json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]}
     lpips = found["reconstruction/lpips"]

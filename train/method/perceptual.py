@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_file
 from nanodit.rng import generator
+from prep.encoders.backbones import VGG16
 from train.method.flow import shift, timesteps
 from train.method.loss import Drawn, Loss, LossConfig, Prediction, Setup, Stretch
 from train.model.conditions import Subset
-
-VGG_WEIGHTS = "vgg16-397923af.pth"  # torchvision's name; the hash begins with what stands after the dash
-VGG_URL = f"https://download.pytorch.org/models/{VGG_WEIGHTS}"
 
 MIN_SIDE = 16  # VGG halves an image four times
 
@@ -170,18 +168,18 @@ class PerceptualLoss(ViewLoss):
     name, hash_key = "lpips", "perceptual"
 
     def __init__(self, config: PerceptualConfig, device: torch.device) -> None:
-        self.config, path = config, vgg_path()
+        self.config, path = config, VGG16.path
         self.origin, self.published = str(path), True
         if device.type == "meta":
             self.network = load_lpips(None).to(device)
             return
         if not path.is_file():
             raise ConfigError(
-                f"perceptual.every {config.every}: the loss needs VGG-16's weights, which are not at {path}. Download "
-                f"them with `curl -L -o {path} --create-dirs {VGG_URL}` (528 MB), or set perceptual.every to 0"
+                f"perceptual.every {config.every}: the loss needs VGG-16's weights, which are not at {path}. Get them: "
+                f"{VGG16.remedy}. Or set perceptual.every to 0"
             )
         self.sha256 = sha256_file(path)
-        self.published = self.sha256.startswith(Path(VGG_WEIGHTS).stem.rsplit("-", 1)[1])
+        self.published = self.sha256.startswith(VGG16.digits)
         self.network = load_lpips(path).to(device)
 
     @staticmethod
@@ -204,9 +202,9 @@ class PerceptualLoss(ViewLoss):
         return [f"perceptual: {self.origin} are not the published weights, so this loss means nothing"]
 
     def missing(self) -> list[str]:
-        if vgg_path().is_file():
+        if VGG16.path.is_file():
             return []
-        return [f"perceptual: VGG-16's weights are not at {vgg_path()}; `nanodit train run` says how to get them"]
+        return [f"perceptual: VGG-16's weights are not at {VGG16.path}; {VGG16.remedy}"]
 
 
 def show(images: Tensor, views: Sequence[View], config: PerceptualConfig) -> Tensor:
@@ -243,11 +241,6 @@ def lpips_values(total: float, images: int, of: int) -> dict[str, float]:
     return {**mean, "train/lpips_share": images / of}
 
 
-def vgg_path() -> Path:
-    """Where torch.hub keeps VGG-16's weights (the file may be absent)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_WEIGHTS
-
-
 def load_lpips(backbone: Path | None) -> nn.Module:
     """Build the lpips package's network from its own calibration and the backbone's file; nothing is downloaded.
 
@@ -267,7 +260,7 @@ def load_lpips(backbone: Path | None) -> nn.Module:
     for name in network.net.state_dict():  # sliceN.INDEX.weight, where INDEX is VGG's own
         tensor = vgg.get(f"features.{name.partition('.')[2]}")
         if tensor is None:
-            raise DataError(f"{backbone}: not VGG-16's weights; delete the file and download it from {VGG_URL}")
+            raise DataError(f"{backbone}: not VGG-16's weights; delete the file; {VGG16.remedy}")
         state[f"net.{name}"] = tensor.clone()
     for index, layer in enumerate(network.lins):  # the package registers these twice
         state.update({f"lins.{index}.{name}": state[f"lin{index}.{name}"] for name in layer.state_dict()})

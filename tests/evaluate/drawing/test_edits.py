@@ -32,7 +32,7 @@ def test_words_are_whole():  # trap 25
         assert every(caption, "attribute") == set()
         assert every(caption, "opposite") == set()
     assert every("A short man along the hall.", "opposite") == {"A tall man along the hall."}
-    assert every("A shirt of bright red, a red shirtfront", "attribute") == set()
+    assert every("A blur of bright red, a red shirtfront", "attribute") == set()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_words_are_whole():  # trap 25
         "A red, white shirt.",
         "One in a red shirt, one in a blue shirt.",  # whose?
         "He left the room at the right moment.",  # no directions
-        "Soft light comes from above the white table.",
+        "Softly it comes from above the white whale.",
     ],
 )
 def test_where_no_rule_is_sure_there_is_no_edit(caption):

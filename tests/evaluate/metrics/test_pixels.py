@@ -8,6 +8,7 @@ import torch
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from evaluate.metrics import pixels as metrics
+from prep.encoders.backbones import ALEXNET
 
 SHAPES = [(3, 64, 64, 3), (2, 48, 88, 3), (1, 80, 56, 3), (1, 11, 11, 3)]
 
@@ -70,18 +71,10 @@ def test_constant_outputs_are_named(level):
 
 
 @pytest.fixture
-def random_backbone(tmp_path, monkeypatch):
+def random_backbone(random_alexnet, monkeypatch):
     """A seeded random AlexNet where torch.hub looks: the real code path, meaningless values."""
-    import torchvision
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = torchvision.models.alexnet(weights=None).state_dict()
-    path = tmp_path / "hub" / "checkpoints" / metrics.LPIPS_BACKBONE
-    path.parent.mkdir(parents=True)
-    torch.save(weights, path)
-    return path
+    monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
+    return ALEXNET.path
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the package uses torchvision's old argument names
@@ -110,7 +103,10 @@ def test_lpips_says_that_random_weights_are_not_the_published_ones(random_backbo
 
 def test_lpips_without_weights_is_unavailable_and_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert "no backbone weights" in metrics.lpips_unavailable()
+    reason = metrics.lpips_unavailable()
+    assert reason.startswith("no backbone weights: $TORCH_HOME/hub/checkpoints lacks alexnet-owt-7be5be79.pth")
+    assert ALEXNET.remedy in reason
+    assert str(tmp_path) not in reason, "a report says nothing of the machine it was made on"
     with pytest.raises(FileNotFoundError):
         metrics.Lpips()
     assert not list(tmp_path.rglob("*.pth"))

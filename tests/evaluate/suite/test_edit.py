@@ -238,7 +238,7 @@ def test_captions_that_no_edit_applies_to_are_skipped(judged, known_pictures):
 def test_photographs_are_judged_as_a_whole(judged, models):
     """Not at a garment, of which nobody knows where it is: the share of all that stays."""
     context = make_context(judged)
-    context.examiner = SimpleNamespace(figures=False, lpips_label=None)
+    context.examiner = SimpleNamespace(figures=False, lpips_label=None, no_lpips=None)
     context.no_probe = "no probe: name a CLIP model in probe"
     metrics, skipped = edit.summarise(judged.rows(models["perfect"], detected=True), context, context.config.edit)
     found = {metric.name: metric for metric in metrics}

@@ -186,7 +186,7 @@ def test_what_is_kept_of_the_text(gallery, models, verdicts):
 
 def test_without_figures_likeness_to_the_sample_stands_for_the_text(gallery, models):
     context = make_context(gallery)
-    context.examiner = type("Photographs", (), {"figures": False, "lpips_label": None})()
+    context.examiner = type("Photographs", (), {"figures": False, "lpips_label": None, "no_lpips": None})()
     found = {}
     for name in ("deaf", "perfect"):
         metrics, _ = swap.summarise(gallery.rows(models[name]), context, context.config.swap)

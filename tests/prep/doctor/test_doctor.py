@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from nanodit.lock import locked
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.doctor import doctor as doctor_module
+from prep.doctor import models as models_module
 from prep.doctor.check import Check, exit_code, fail, ok, show, to_json, warn, without_secrets
 from prep.doctor.doctor import CAPTION_SECONDS, CheckTask, caption_servers, cluster, doctor
-from prep.doctor.models import check_model, check_network
+from prep.doctor.models import check_model, check_network, lpips_checks
 from prep.doctor.node import PROBE_SECONDS, examine_node, read_gpus, read_ollama_memory
 from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_check
 from prep.doctor.rules import Needs, clock_difference, cluster_checks, named, needs_of, node_checks
+from prep.encoders.backbones import ALEXNET, VGG16
 from tests.local_cluster import LocalCluster
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -249,6 +253,28 @@ def test_a_clock_is_only_wrong_beyond_the_time_that_asking_took() -> None:
     assert clock_difference(1000.0, 999.0, 1004.0) == 0
     assert clock_difference(990.0, 999.0, 1004.0) == 9
     assert clock_difference(1010.0, 999.0, 1004.0) == 6
+
+
+def test_lpips_networks_are_looked_for_and_the_fix_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    missing = lpips_checks()
+    assert [(check.name, check.status) for check in missing] == [("lpips_metric", "WARN"), ("lpips_loss", "WARN")]
+    for check, backbone in zip(missing, (ALEXNET, VGG16)):
+        assert str(backbone.path) in check.found
+        assert check.fix == backbone.remedy
+        assert f"https://download.pytorch.org/models/{backbone.file}" in check.fix
+    for backbone in (ALEXNET, VGG16):
+        backbone.path.parent.mkdir(parents=True, exist_ok=True)
+        backbone.path.write_bytes(b"another network")
+    assert all("not the published network" in check.found for check in lpips_checks())
+    own = hashlib.sha256(b"another network").hexdigest()[:8]
+    for name, backbone in (("ALEXNET", ALEXNET), ("VGG16", VGG16)):
+        renamed = replace(backbone, file=f"network-{own}.pth")
+        renamed.path.write_bytes(b"another network")
+        monkeypatch.setattr(models_module, name, renamed)
+    assert [check.status for check in lpips_checks()] == ["OK", "OK"]
 
 
 def test_machines_have_the_names_people_know() -> None:
@@ -718,7 +744,7 @@ def test_the_doctor_judges_the_shipped_configs(
     expected = (
         "packages gpu onnxruntime memory shared_memory open_files ports dashboard token_files model_t5 model_dino "
     )
-    expected += "dwpose_detector dwpose_pose captions source output disk lock"
+    expected += "dwpose_detector dwpose_pose lpips_metric lpips_loss captions source output disk lock"
     assert [name for name in expected.split() if name not in names] == []
     assert all(check["fix"] for check in report["checks"] if check["status"] != "OK")
     assert (code == 0) is (example == "quickstart")

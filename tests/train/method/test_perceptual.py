@@ -12,12 +12,13 @@ import torch
 from nanodit.errors import ConfigError, DataError
 from nanodit.rng import generator
 from prep.dataset.reader import Dataset
+from prep.encoders.backbones import VGG16
 from tests.train.tiny import tiny_config
 from train.checkpoint.checkpoint import load_checkpoint
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
 from train.method.flow import interpolate, resolution_shift, to_x
-from train.method.perceptual import PerceptualConfig, PerceptualLoss, View, draw_views, pool, vgg_path
+from train.method.perceptual import PerceptualConfig, PerceptualLoss, View, draw_views, pool
 
 CPU = torch.device("cpu")
 ON = ("perceptual.every=1", "perceptual.size=24", "data.prefetch=0")
@@ -158,7 +159,9 @@ def test_off_it_is_never_imported(tiny_dataset, tmp_path, monkeypatch):
 
 def test_missing_weights_are_named_with_what_to_do(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"not at .*vgg16-397923af\.pth\. Download them with `curl .*https://\S+`"):
+    with pytest.raises(
+        ConfigError, match=r"not at .*vgg16-397923af\.pth\. Get them: .*python -c 'from torch.*copy vgg"
+    ):
         make(tiny_dataset, tmp_path / "run", *ON)
 
 
@@ -177,8 +180,8 @@ def test_images_too_small_for_the_network_are_refused_before_the_first_step(tiny
 
 def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    vgg_path().parent.mkdir(parents=True)
-    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, vgg_path())
+    VGG16.path.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, VGG16.path)
     with pytest.raises(DataError, match="not VGG-16's weights"):
         PerceptualLoss(PerceptualConfig(every=1), CPU)
 
