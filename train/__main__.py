@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO")
+    sample.add_argument(
+        "--reference", "--reference-image", type=Path, metavar="IMAGE", help="a picture to resemble, seen through DINO"
+    )
     sample.add_argument(
         "--pose", type=Path, metavar="IMAGE|JSON",
         help="a picture of a person, or joints: COCO-WholeBody's 133 (train/draw/pose_file.py), or OpenPose's",
