@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    sample.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture to resemble, as DINO sees it")
+    sample.add_argument(
+        "--reference", "--reference-image", type=Path, metavar="IMAGE", help="a picture to resemble, as DINO sees it"
+    )
     sample.add_argument(
         "--pose", type=Path, metavar="IMAGE|JSON",
         help="a picture of a person, or joints as JSON: COCO-WholeBody's 133 (train/draw/pose_file.py) or OpenPose's",

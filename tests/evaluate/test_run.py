@@ -257,6 +257,29 @@ def test_running_again_gives_the_same_bytes(trained, evaluated, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_a_step_or_a_run_wherever_the_command_is_given(trained, monkeypatch):
+    """The evaluation lies in the run, also where the folders above the checkpoint are not in its name."""
+    command = ["tests=[heldout_loss]", "samples=2", "heldout_loss.conditions=[all]", "heldout_loss.gap=[]"]
+    step = trained / "checkpoints" / "step-000024"
+    copy = trained.parent / "copy"
+    written = set()
+    for folder, given in (
+        (step, "."),
+        (step.parent, step.name),
+        (step.parent, "."),
+        (trained, "."),
+        (trained, "../run"),
+    ):
+        shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("validation_outputs"))
+        monkeypatch.chdir(copy / folder.relative_to(trained))
+        assert main(["run", "--checkpoint", given.replace("run", "copy"), *command]) == 0, given
+        written.add((copy / "validation_outputs" / "step-000024" / "report.json").read_bytes())
+        monkeypatch.chdir(trained)
+        shutil.rmtree(copy)
+    assert len(written) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_evaluation_goes_on_to_the_same_bytes(trained, evaluated, tmp_path):  # fault E06
     output, parts = tmp_path / "out", tmp_path / "out" / "parts"

@@ -189,8 +189,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def resolve_checkpoint(path: Path) -> Path:
     """Return the step folder meant by ``path``: itself, or the newest valid one of a run folder.
 
-    Raises :class:`ConfigError` for anything else; a file, such as a pickled ``.pt``, is refused without being opened.
+    Absolute, so that the run folder is two above it wherever a command was started. Raises :class:`ConfigError` for
+    anything else; a file, such as a pickled ``.pt``, is refused without being opened.
     """
+    path = Path(os.path.abspath(path))
     if path.is_file():
         raise ConfigError(
             f"{path}: a checkpoint is a folder of .safetensors and .json files; a single file, such as a pickle (.pt, "

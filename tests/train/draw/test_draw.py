@@ -179,6 +179,20 @@ def test_every_encoder_is_gone_before_the_next_and_before_the_model(run, figure,
     assert order == ["t5", "pose", "model"], "what is not used is not loaded"
 
 
+def test_a_reference_has_two_names_and_a_checkpoint_may_be_a_run(run, figure, tmp_path, monkeypatch):
+    drawn = set()
+    step = run / "checkpoints" / "step-000006"
+    for number, checkpoint in enumerate((run, run / "checkpoints", step)):
+        for option in ("--reference", "--reference-image"):
+            assert sample(checkpoint, tmp_path / f"{number}.png", option, figure) == 0
+            drawn.add((tmp_path / f"{number}.png").read_bytes())
+    for folder, given in ((run, "."), (run / "checkpoints", "."), (run / "checkpoints", step.name), (step, ".")):
+        monkeypatch.chdir(folder)
+        assert sample(given, tmp_path / "here.png", "--reference", figure) == 0
+        drawn.add((tmp_path / "here.png").read_bytes())
+    assert len(drawn) == 1
+
+
 def test_another_encoder_is_refused_with_a_remedy(run, figure, tmp_path, capsys):
     encoders = build_demo_encoders(demo_folder())
     other = tmp_path / "other"
