@@ -10,7 +10,7 @@ import torch
 
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
-from train.method.dropout import PRESETS, ConditioningConfig, deal
+from train.method.dropout import PRESETS, ConditioningConfig, condition_shares, deal
 from train.model.conditions import collate, parse_subset, subset_name
 from train.model.modalities import MODALITIES
 
@@ -106,3 +106,16 @@ def test_select_and_length():
     assert conditions.pose.shape == (2, 133, 3)
     assert tuple(MODALITIES) == ("text", "cls", "patches", "pose")
     assert isinstance(conditions.text_mask, torch.Tensor)
+
+
+def test_a_share_of_nothing_is_left_out():
+    table = ConditioningConfig(preset=None, table={"nothing": 0.0, "text": 0.25, "all": 0.75}).resolve()
+    assert {subset_name(subset): share for subset, share in table.items()} == {"text": 0.25, "all": 0.75}
+
+
+def test_the_share_of_a_step_is_that_of_its_images():
+    nothing, text, cls = frozenset(), frozenset({"text"}), frozenset({"cls"})
+    shares = condition_shares([text, text, nothing, text], {nothing: 0.3, text: 0.6, cls: 0.1})
+    assert shares == {
+        "train/condition_share/nothing": 0.25, "train/condition_share/text": 0.75, "train/condition_share/cls": 0.0,
+    }  # fmt: skip
