@@ -5,21 +5,28 @@ A number that is promised has a literal in a test; a test that reads it from the
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from evaluate.__main__ import main as evaluate_main
 from nanodit.config import load_config
 from nanodit.keypoints import BODY_JOINTS, JOINTS
 from prep.captions.config import CaptionConfig
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, choose_bucket
 from prep.dataset.layers import LAYERS
+from prep.run import run as prepare
+from train.__main__ import main as train_main
 from train.config import CheckpointSection, TrainConfig, TrainSection
 from train.loop import tracking
+from train.loop.visual import VisualDebug
 from train.method.dropout import PRESETS, ConditioningConfig
 from train.method.ema import ema_decay
 from train.method.optim import NS_COEFFICIENTS, OptimizerConfig, update_scale
@@ -252,3 +259,42 @@ def test_the_arms_add_tread_then_muon_then_repa(name):
     }  # fmt: skip
     assert {c.train.lr for c in configs.values()} == ({3e-4} if name == "ablation-photos" else {3e-4, 1e-3})
     assert {c.train.steps for c in configs.values()} == {5000 if name == "ablation-photos" else 2000}
+
+
+# All of it at once
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_resumes_validates_and_reports(
+    figures_config, ray_session, random_alexnet, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
+    prepare(figures_config.model_copy(update={"output": str(tmp_path / "dataset"), "flips": True}))
+    small = (
+        "model.hidden_size=64", "model.depth=4", "model.num_heads=2", "model.patch_size=4",
+        "train.steps=50", "train.grad_accumulation_steps=4", "train.warmup=10", "train.ema_warmup=10",
+        "train.phases=[{until_step: 20, scale: 0.5}, {until_step: 50, scale: 1.0}]", "train.device=cpu",
+        "checkpoint.every_steps=10", "visual_debug.every_steps=25", "visual_debug.steps=2", "validation.every_steps=25",
+        "validation.samples=4",
+    )  # fmt: skip
+    places = [f"dataset={tmp_path / 'dataset'}", f"output={tmp_path / 'run'}"]
+    command = ["run", "--config", "configs/train/seed-baseline.yaml", *places, *small]
+    with monkeypatch.context() as patch:
+        patch.setattr(VisualDebug, "draw", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        assert train_main(command) == 75
+    assert train_main(command) == 0
+    assert re.search("continuing from .*step-000025", capsys.readouterr().out)
+
+    run = tmp_path / "run"
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged] == list(range(1, 51))
+    last = logged[-1]
+    assert last["train/ema_decay"] == 0.9999
+    assert {"train/repa_loss", "sys/active_tokens", "validation/heldout_loss"} <= last.keys()
+    assert "validation/reconstruction/lpips" in last
+    assert {key for key in last if key.startswith(("validation/swap", "validation/edit"))}
+    assert (run / "visual_debug" / "step-000050" / "grid.png").exists()
+    metrics = json.loads((run / "validation_outputs" / "step-000050" / "report.json").read_text())["metrics"]
+    assert {metric["settings"]["guidance"] for metric in metrics if metric["name"] == "edit/effect"} == {"self=3"}
+    assert evaluate_main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    assert "self=3" in (tmp_path / "report.html").read_text(encoding="utf-8")

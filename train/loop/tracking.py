@@ -27,12 +27,15 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
 
         metrics = run_folder / "metrics.jsonl"
-        truncate_metrics(metrics, step)
+        kept = truncate_metrics(metrics, step)
         metrics.touch()
         # a buffer that takes any line: it reaches the file in one write
         self._file = open(metrics, "r+b", buffering=1 << 20)  # noqa: SIM115 - closed by close()
-        self._record: dict[str, float] = {"step": step}  # the last one
+        self._record: dict[str, float] = {"step": step}  # the last one, which more of its step joins
         self._start = self._file.seek(0, os.SEEK_END)  # where its line begins
+        if kept and kept[-1]["step"] == step:  # which an earlier start wrote
+            self._record = kept[-1]
+            self._start -= len(_line(self._record))
         # events of an earlier start at purge_step or later are hidden
         self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
@@ -43,7 +46,7 @@ class Tracker:
         """
         again = self._record["step"] == step
         record = {**(self._record if again else {"step": step}), **values}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        line = _line(record)
         self._start = self._file.seek(self._start) if again else self._file.seek(0, os.SEEK_END)
         self._record = record
         self._file.write(line)
@@ -157,8 +160,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the records of the first ``step`` completed steps."""
+def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records of the first ``step`` completed steps, and return them."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_atomic(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+        write_atomic(path, b"".join(map(_line, kept)))
+    return kept
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"

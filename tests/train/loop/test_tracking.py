@@ -53,6 +53,20 @@ def test_a_resume_drops_what_was_logged_after_the_checkpoint(tmp_path):
     assert _board(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+def test_what_a_resumed_run_adds_to_a_step_joins_its_line(tmp_path):
+    for values in ({"train/loss": 1.0}, {"validation/heldout_loss": 0.5}):
+        tracker = Tracker(tmp_path, 3)
+        tracker.log(3, values)
+        tracker.close()
+    tracker = Tracker(tmp_path, 3)
+    tracker.log(4, {"train/loss": 0.9})
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 3, "train/loss": 1.0, "validation/heldout_loss": 0.5},
+        {"step": 4, "train/loss": 0.9},
+    ]
+
+
 def test_only_a_torn_last_line_is_tolerated(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
