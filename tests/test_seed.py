@@ -297,4 +297,4 @@ def test_the_recipe_runs_resumes_validates_and_reports(
     metrics = json.loads((run / "validation_outputs" / "step-000050" / "report.json").read_text())["metrics"]
     assert {metric["settings"]["guidance"] for metric in metrics if metric["name"] == "edit/effect"} == {"self=3"}
     assert evaluate_main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
-    assert "self=3" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "self-guidance 3" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -55,7 +55,16 @@ def part_name(condition: str) -> str:
     name, _, scale = condition.removeprefix("noises/").partition("@")
     words = "all conditions" if name == "all" else PARTS.get(name, name).replace("+", " + ")
     words = words.replace("/mirrored", ", mirrored")
-    return words + (", no guidance" if scale == "1" else f", guidance {scale}" if scale else "")
+    return words + (f", {guidance_words(scale)}" if scale else "")
+
+
+def guidance_words(guidance: float | str) -> str:
+    """Return a guidance of settings or of a condition's name as people say it: ``self=3`` becomes "self-guidance 3"."""
+    text = f"{guidance:g}" if isinstance(guidance, float | int) else guidance
+    if text == "1":
+        return "no guidance"
+    name, _, scale = text.partition("=")
+    return f"self-guidance {scale}" if name == "self" else f"guidance {text.replace('=', ' ').replace(',', ', ')}"
 
 
 def baseline_name(name: str) -> str:

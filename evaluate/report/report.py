@@ -22,7 +22,7 @@ from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
 from evaluate.report.files import OUTPUTS, UNKNOWN, EvaluationFiles, Run, find_output, name_runs
-from evaluate.report.metrics import number
+from evaluate.report.metrics import condition_order, guidance_words, number, part_name
 from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
 from evaluate.suite import TESTS
@@ -143,6 +143,7 @@ def facts(run: Run) -> dict[str, Any]:
         "holdout": counts.get("holdout", UNKNOWN),
         "images": len({row["key"] for row in run.files.samples}),
         "degenerate": unscored(run),
+        "drawn": drawn_with(run),
         "commit": commit,
         "state": state,
         "packages": given.get("packages") or {},
@@ -154,6 +155,18 @@ def facts(run: Run) -> dict[str, Any]:
         "unfinished": run.files.unfinished,
         "configs": {name: _pretty(given.get(name, UNKNOWN)) for name in ("training", "evaluation")},
     }
+
+
+def drawn_with(run: Run) -> str:
+    """Say with which sampler and guidance the pictures were drawn; empty where none were."""
+    drawn = [one["settings"] for one in run.files.metrics if "sampler" in one["settings"]]
+    samplers = dict.fromkeys(f"{one['sampler']} in {one['steps']} steps" for one in drawn)
+    guidance: dict[str, dict[str, None]] = {}
+    for one in sorted(drawn, key=lambda one: condition_order(one["conditions"])):
+        name = part_name(one["conditions"].partition("@")[0])
+        guidance.setdefault(name, {})[guidance_words(one["guidance"])] = None
+    given = ", ".join(f"{name} with {' and '.join(found)}" for name, found in guidance.items())
+    return f"{' and '.join(samplers)}, given {given}" if drawn else ""
 
 
 def unscored(run: Run) -> str:

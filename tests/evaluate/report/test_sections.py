@@ -155,6 +155,8 @@ def test_names_read_well():
         "text, no guidance",
         "",
     )
+    assert label("reconstruction/ssim/text@self=3")[1] == "text, self-guidance 3"
+    assert label("reconstruction/ssim/text@dino=1.5,text=3")[1] == "text, guidance dino 1.5, text 3"
     assert label("swap/gain/cls") == ("Likeness gained toward the donor", "CLS alone", "")
     assert label("pose_pck/text+pose/mirrored") == ("Pose, PCK at 0.1", "text + pose", "mirrored")
     assert label("novel/thing/x") == ("novel thing", "x", "")
