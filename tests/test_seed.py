@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from evaluate.__main__ import main as evaluate_main
 from nanodit.config import load_config
@@ -28,7 +29,8 @@ from train.config import CheckpointSection, TrainConfig, TrainSection
 from train.loop import tracking
 from train.loop.visual import VisualDebug
 from train.method.dropout import PRESETS, ConditioningConfig
-from train.method.ema import ema_decay
+from train.method.ema import EmaConfig, ema_decay
+from train.method.flow import FlowConfig, velocity
 from train.method.optim import NS_COEFFICIENTS, OptimizerConfig, update_scale
 from train.method.repa import RepaConfig
 from train.method.sampling import SELF_GUIDANCE
@@ -111,6 +113,20 @@ def test_a_plan_says_what_patches_of_two_pixels_take():
     )
 
 
+def test_the_defaults_of_the_flow():
+    flow = FlowConfig()
+    assert (flow.prediction, flow.logit_mean, flow.logit_std, flow.uniform_share) == ("x", 0.8, 0.8, 0.1)
+    assert (flow.shift, flow.t_min) == ("auto", 0.05)
+    for wrong in ({"uniform_share": 1.1}, {"uniform_share": -0.1}, {"t_min": 1.1}, {"t_min": 0.0}, {"logit_std": 0.0}):
+        with pytest.raises(ValidationError):
+            FlowConfig(**wrong)
+    FlowConfig(uniform_share=1.0, t_min=1.0)
+    assert [flow.shift_of(side, side) for side in (64, 256, 512, 768, 1024)] == [1, 1, 2, 3, 3]
+    assert FlowConfig(shift=2.5).shift_of(1024, 1024) == 2.5
+    ones, zeros, t = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), torch.tensor([0.01])
+    torch.testing.assert_close(velocity(zeros, ones, t), ones / 0.05)
+
+
 def test_conditions_are_dropped_in_seven_exclusive_categories():
     table = ConditioningConfig(preset="seed").resolve()
     assert {tuple(sorted(subset)): share for subset, share in table.items()} == DROPOUT
@@ -170,6 +186,11 @@ def test_the_average_forgets_as_it_says():
     assert ema_decay(7, 10**9, None) == pytest.approx(1 - 8 ** (-2 / 3)) == pytest.approx(0.75)
     assert ema_decay(10**6, 1000, None) == 0.99  # at most 1 - 10 / steps
     assert TrainSection().ema_decay is None
+    assert (EmaConfig().snapshots, EmaConfig().sigma_rel) == (0, [0.05, 0.1])
+    for few in (1, 7):
+        with pytest.raises(ValidationError):
+            EmaConfig(snapshots=few)
+    assert EmaConfig(snapshots=8).snapshots == 8
 
 
 def test_checkpoints_are_written_every_500_steps():
