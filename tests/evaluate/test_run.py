@@ -314,9 +314,9 @@ def test_missing_metric_weights_are_skipped_and_strict_minds(trained, tmp_path, 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     command = ["run", "--checkpoint", str(trained), "--output", str(tmp_path / "out"), *FAST]
     assert main([*command, "samples=3"]) == 0
-    assert "skipped: reconstruction/lpips: no backbone weights" in capsys.readouterr().out
+    assert "skipped: reconstruction/lpips, edit/lpips: no backbone weights" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [one["name"] for one in report["skipped"]] == ["reconstruction/lpips"]
+    assert [one["name"] for one in report["skipped"]] == ["reconstruction/lpips", "edit/lpips"]
     assert all(metric["reason"].startswith("inconclusive") for metric in report["metrics"])  # three images
     assert main([*command, "samples=3", "--strict"]) == 5
     assert "reconstruction/lpips" in capsys.readouterr().err
