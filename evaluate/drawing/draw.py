@@ -20,7 +20,7 @@ from evaluate.drawing.pictures import Picture, PictureBatch, batches, compose
 from evaluate.metrics.likeness import pixel_features
 from evaluate.records import BASELINE, MODEL, REAL, from_table, to_table
 from evaluate.subject import Batch, Row, chunks, read_batch
-from nanodit.console import Progress
+from nanodit.console import Progress, waiting
 
 ORDER = {REAL: 0, BASELINE: 1, MODEL: 2}
 
@@ -139,10 +139,11 @@ def show(context: DrawingContext, pictures: Sequence[Picture], rows: Sequence[di
     names = {(row["condition"], row["key"], row["seed"]): row for row in wanted if row["kind"] == MODEL}
     again = [picture for picture in pictures if picture.name in names]
     buckets = {key: row["bucket"] for key, row in context.rows.items()}
-    for asked in batches(again, buckets, context.subject.batch_size):
-        _, images, _ = _draw(context, asked)
-        for picture, image in zip(asked.pictures, images):
-            album.save(names[picture.name], image)
+    with waiting("drawing pictures for the report", at_once=False):
+        for asked in batches(again, buckets, context.subject.batch_size):
+            _, images, _ = _draw(context, asked)
+            for picture, image in zip(asked.pictures, images):
+                album.save(names[picture.name], image)
     for row in wanted:
         key = row["key"] if row["kind"] == REAL else row["donor"]
         if row["kind"] != MODEL and key is not None:
