@@ -11,7 +11,7 @@ from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.loop.tracking import read_metrics
 from train.loop.trainer import Trainer
-from train.method.schedule import learning_rate
+from train.method.schedule import Course, learning_rate, snapshot_steps
 
 
 def rates(steps, *arguments):
@@ -72,3 +72,26 @@ def test_a_run_follows_and_logs_it(tiny_dataset, tmp_path):
     assert used == [(rate, rate) for rate in expected]
     assert expected[2:4] == [3e-3, 3e-3]
     assert expected[5] < expected[4] < 2e-3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_after_the_end_the_rate_stays_where_it_ended(schedule):
+    assert learning_rate(150, 100, 1.0, 0.25, 0, schedule) == 0.25
+    assert learning_rate(99, 100, 1.0, 0.25, 99, schedule) == 1.0  # the one step that is left
+
+
+def test_wsd_decays_on_the_last_fifth():
+    rates = [learning_rate(step, 1000, 1.0, 0.0, 0, "wsd") for step in (799, 800, 850, 999)]
+    assert rates == pytest.approx([1.0, 1.0, 0.5, 1 - math.sqrt(199 / 200)])
+
+
+def test_a_step_belongs_to_the_part_that_it_is_in():
+    course = Course((600, 1000))
+    assert [course.part(step) for step in (0, 599, 600, 999, 1200)] == [(0, 600), (0, 600), *[(600, 1000)] * 3]
+    assert [course.within(step) for step in (0, 599, 600, 700)] == [(0, 600), (599, 600), (0, 400), (100, 400)]
+
+
+def test_snapshots_are_those_of_each_part():
+    assert snapshot_steps(1000, 8) == {125, 250, 375, 500, 625, 750, 875, 1000}
+    assert snapshot_steps(5, 8) == {1, 2, 3, 4, 5}
+    assert Course((600, 1000)).snapshot_steps(8) == {75, 150, 225, 300, 375, 450, 525, 600, 625, 750, 875, 1000}
