@@ -176,6 +176,10 @@ def test_muon_has_the_constants_of_the_text():
     assert (config.type, config.muon_momentum, config.muon_nesterov, config.muon_ns_steps) == ("muon", 0.95, True, 5)
     assert config.muon_adjust_lr == "match_rms_adamw"
     assert config.muon_lr_factor == 1.0
+    assert (config.weight_decay, config.betas, config.eps) == (0.0, [0.9, 0.95], 1e-8)  # torch's Muon decays by .1
+    for wrong in ({"muon_momentum": 1.0}, {"muon_ns_steps": 0}, {"betas": [0.9]}, {"betas": [0.9, 0.95, 0.99]}):
+        with pytest.raises(ValidationError):
+            OptimizerConfig(**wrong)
     assert update_scale(768, 2048, config.muon_adjust_lr) == pytest.approx(0.2 * math.sqrt(2048))
     assert NS_COEFFICIENTS == (3.4445, -4.7750, 2.0315)
 

@@ -257,3 +257,25 @@ def test_a_parameter_without_a_gradient_has_its_state_and_starts_as_torch_would(
         assert "adamw/exp_avg/final.weight" in optimizer.tensors()
     for one, other in zip(ours.parameters(), theirs.parameters()):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_newton_schulz_computes_in_bfloat16_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(optim, "has_fast_bf16", lambda: fast)
+    muon = build_optimizer(make_model(), OptimizerConfig()).muon
+    assert muon.dtype == (torch.bfloat16 if fast else torch.float32)
+    with torch.device("meta"):  # as on a GPU
+        model = make_model()
+    assert build_optimizer(model, OptimizerConfig()).muon.dtype == torch.bfloat16
+
+
+def test_gradients_are_forgotten_and_a_step_without_a_rate_changes_nothing():
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
