@@ -158,6 +158,10 @@ def test_routing_takes_half_of_the_tokens_past_blocks_1_to_depth_less_2():
     assert TreadConfig().kept(4096) == 2048
     assert TreadConfig(enabled=True).route(18) == range(1, 17)  # 16 of 18 blocks
     assert TreadConfig(enabled=True).route(12) == range(1, 11)
+    assert (TreadConfig().dense_tail, TreadConfig().tail_routed) == (0.125, 0.1)
+    for wrong in ({"keep": 0.0}, {"keep": 1.1}, {"dense_tail": 1.1}, {"tail_routed": 1.1}):
+        with pytest.raises(ValidationError):
+            TreadConfig(**wrong)
 
 
 def test_self_guidance_has_scale_3():
