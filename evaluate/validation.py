@@ -76,6 +76,8 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
     if config.validation.tests:
         values |= _tests(subject, config, step, folder)
     settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
+    if config.validation.seed is not None:
+        settings["holdout_seed"] = config.validation.seed
     write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "conditions": record}))
     return values
 
@@ -102,9 +104,14 @@ def _tier(validation: ValidationSection, batch_size: int) -> EvaluateConfig:
     own = {"samples": validation.samples, "seed": validation.seed, "batch_size": batch_size}
     if validation.tests:
         own["tests"] = validation.tests
-    return load_config(
-        EvaluateConfig, "configs/evaluate/pulse.yaml", as_arguments({**validation.evaluate_overrides, **own})
-    )
+    if taken := [key for key in ("tests", *own) if key in validation.evaluate_overrides]:
+        where = "follows the batches of training" if taken[0] == "batch_size" else f"is validation.{taken[0]}"
+        raise ConfigError(f"validation.evaluate_overrides: {taken[0]} {where}; remove it there")
+    overrides = as_arguments({**validation.evaluate_overrides, **own})
+    try:
+        return load_config(EvaluateConfig, "configs/evaluate/pulse.yaml", overrides)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("command line: ", "validation.evaluate_overrides: ")) from None
 
 
 def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -21,6 +21,12 @@ PLAIN_INTERVAL = 5.0  # seconds
 def say(text: str) -> None:
     """Print one plain line to stdout, at once; see :func:`printable`."""
     print(printable(text), flush=True)
+
+
+def _remark(text: str) -> None:
+    """Say from a thread beside the command's own, whose next line ends it where nobody reads any more."""
+    with suppress(BrokenPipeError):
+        say(text)
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def waiting(what: str, at_once: bool = True) -> Iterator[None]:
     if at_once:
         say(what)
     start = time.monotonic()
-    with repeating(lambda: say(f"{what}: {duration(time.monotonic() - start)}"), PLAIN_INTERVAL, "waiting"):
+    with repeating(lambda: _remark(f"{what}: {duration(time.monotonic() - start)}"), PLAIN_INTERVAL, "waiting"):
         yield
 
 
@@ -139,7 +145,7 @@ class Progress:
 
     def _print_regularly(self) -> None:
         while not self._closed.wait(PLAIN_INTERVAL):
-            say(self.line())
+            _remark(self.line())
 
     def line(self) -> str:
         """Return where it stands now, for example ``px: 64/500 samples, 3.1/s, 2m 20s left  rejected 1``."""

@@ -168,7 +168,8 @@ class DrawingContext:
     @property
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
-        return {"weights": "ema", "base": self.subject.dataset.info["base"]}
+        chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
+        return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen}
 
     @property
     def judged(self) -> dict[str, Any]:

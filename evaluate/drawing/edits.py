@@ -151,7 +151,7 @@ def choose(caption: str, type: EditType, key: str, own: Sequence[Swap] = ()) -> 
     else:
         edits = list(_swapped(caption, [swap for swap in own if swap.type == type]))
         edits = edits or list({"attribute": _attributes, "opposite": _opposites}[type](caption))
-    if type != "paraphrase" and not _of_figure(caption) and not (edits and edits[0].kind == OWN):
+    if type != "paraphrase" and not of_figure(caption) and not (edits and edits[0].kind == OWN):
         swaps = [swap for swap in VOCABULARY if swap.type == type]
         edits += _unlike(_swapped(caption, [swap for swap in swaps if not swap.last]), edits)
         edits = edits or list(_swapped(caption, [swap for swap in swaps if swap.last]))
@@ -167,8 +167,8 @@ def choose(caption: str, type: EditType, key: str, own: Sequence[Swap] = ()) -> 
     return own[int(dice.random() * len(own))]
 
 
-def _of_figure(caption: str) -> bool:
-    """Whether a caption has no word that captions of the built-in figures do not have."""
+def of_figure(caption: str) -> bool:
+    """Return whether a caption has no word that captions of the built-in figures do not have."""
     return all(word.lower() in _FIGURE_WORDS for word in _WORD.findall(caption))
 
 

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.edits import Edit, EditType, choose
+from evaluate.drawing.edits import Edit, EditType, choose, of_figure
 from evaluate.drawing.pictures import Picture
-from evaluate.drawing.vocabulary import ChangeType, load_pairs
+from evaluate.drawing.vocabulary import VOCABULARY, ChangeType, load_pairs
 from evaluate.metrics.clip import NO_PROBE
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
@@ -30,7 +30,7 @@ from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from evaluate.suite.reconstruction import lpips_to_own
 from nanodit.config import Config, Place
-from nanodit.files import sha256_file
+from nanodit.files import sha256_bytes, sha256_file
 
 GIVEN = ("text", "text+pose", "all")  # the first of these that was trained
 NULL: EditType = "paraphrase"
@@ -125,11 +125,11 @@ class _Asked:
     arm: DrawingArm
     keys: list[str]
     edits: dict[EditType, dict[str, Edit]]
-    pairs: str | None  # hash of the user's own
+    words: dict[str, str]  # hashes of the vocabulary and of the user's own pairs, as far as they say what is edited
 
     def counts(self, type: EditType) -> dict[str, Any]:
-        """Return to how many captions an edit applies, and by whose pairs, for the settings."""
-        return ({"own_pairs": self.pairs} if self.pairs else {}) | {
+        """Return to how many captions an edit applies, and by whose words, for the settings."""
+        return self.words | {
             "captions": len(self.keys),
             "edited": len(self.edits[type]),
             "null_edited": len(self.edits[NULL]),
@@ -148,7 +148,10 @@ def _ask(context: DrawingContext, config: EditConfig) -> _Asked | Skipped:
     own = load_pairs(config.edits) if config.edits else ()
     edits = {type: {key: choose(context.rows[key]["caption"], type, key, own) for key in keys} for type in types}
     found = {type: {key: edit for key, edit in own.items() if edit is not None} for type, own in edits.items()}
-    return _Asked(arm, keys, found, sha256_file(config.edits)[:16] if config.edits else None)
+    words = {"own_pairs": sha256_file(config.edits)[:16]} if config.edits else {}
+    if not all(of_figure(context.rows[key]["caption"]) for key in keys):
+        words["vocabulary"] = sha256_bytes(repr(VOCABULARY).encode())[:16]
+    return _Asked(arm, keys, found, words)
 
 
 def _label(type: EditType) -> str:

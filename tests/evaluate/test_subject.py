@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import SamplerConfig, choose_arms, choose_subsets, draw
+from evaluate.report.compare import differing
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
 from nanodit.errors import DataError
 from train.method.dropout import ConditioningConfig
@@ -176,3 +177,14 @@ def test_named_conditions_that_the_dataset_lacks_are_skipped(make_subject, figur
     subsets, skipped = choose_subsets(list(config.conditions), subject)
     assert len(subsets) == len(expected)
     assert {one.name: one.reason for one in skipped} == {f"heldout_loss/{name}": why for name, why in left_out.items()}
+
+
+def test_metrics_of_other_samples_are_not_comparable(judged):
+    """A seed chooses other images in the same number; without one the settings are those of before there was any."""
+    first, chosen = (judged.context(seed=seed) for seed in (None, 3))
+    for settings in (first.common, first.settings("all")):
+        assert "holdout_seed" not in settings
+    for settings in (chosen.common, chosen.settings("all")):
+        assert settings["holdout_seed"] == 3
+    metrics = [{"n": 24, "settings": context.settings("all")} for context in (first, chosen)]
+    assert differing(metrics) == ["holdout_seed unknown, 3"]

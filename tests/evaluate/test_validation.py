@@ -13,6 +13,7 @@ import torch
 from evaluate import validation as pulse
 from evaluate.drawing.baselines import load_training_images
 from evaluate.suite import heldout_loss
+from nanodit.errors import ConfigError
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_config, write_dataset
 from train.__main__ import main
@@ -164,3 +165,30 @@ def test_unknown_tests_are_refused_before_the_run(dataset, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     assert main(["run", "--config", str(config), *ON, "validation.tests=[beauty]"]) == 2
     assert "validation.tests: unknown beauty; known: heldout_loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("{samples: 8}", "validation.evaluate_overrides: samples is validation.samples; remove it there"),
+        ("{seed: 8}", "validation.evaluate_overrides: seed is validation.seed; remove it there"),
+        ("{tests: [pose]}", "validation.evaluate_overrides: tests is validation.tests; remove it there"),
+        ("{batch_size: 8}", "validation.evaluate_overrides: batch_size follows the batches of training; remove it"),
+        ("{sampler.stepz: 8}", "validation.evaluate_overrides: unknown key `sampler.stepz`; did you mean"),
+    ],
+)
+def test_overrides_that_would_be_ignored_are_refused_before_the_run(dataset, tmp_path, overrides, message):
+    config = tiny_config(dataset, tmp_path / "run", *ON, f"validation.evaluate_overrides={overrides}")
+    with pytest.raises(ConfigError) as refused:
+        pulse.build_validation(config, Dataset(dataset))
+    assert str(refused.value).startswith(message)
+
+
+def test_a_record_says_which_samples_a_seed_chose(run, dataset, tmp_path):
+    model, config, _ = load_model(run)
+    seeds = {}
+    for seed in (None, 5):
+        chosen = config.model_copy(update={"validation": config.validation.model_copy(update={"seed": seed})})
+        pulse.validate(model, chosen, Dataset(dataset), 6, tmp_path)
+        seeds[seed] = json.loads((tmp_path / "heldout.json").read_bytes()).get("holdout_seed")
+    assert seeds == {None: None, 5: 5}

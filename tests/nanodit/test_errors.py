@@ -120,6 +120,41 @@ def test_a_reader_who_has_seen_enough_ends_the_command_without_a_word():
     assert process.wait(60) == 75
 
 
+BESIDE = """
+import sys, threading
+from nanodit import console
+from nanodit.errors import run_command
+
+def heard(text, say=console.say):
+    try:
+        say(text)
+    finally:
+        said.set()
+
+def main():
+    console.say("begun")
+    sys.stdin.read()
+    said.clear()
+    with WORK:
+        said.wait()
+    console.say("over")
+
+console.PLAIN_INTERVAL, console.say, said = 0.05, heard, threading.Event()
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.parametrize("work", ["console.waiting('reading', at_once=False)", "console.Progress('px', 3)"])
+def test_what_is_said_beside_the_work_ends_no_less_silently(work):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", BESIDE.replace("WORK", work)], text=True, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 75
+
+
 def test_another_broken_pipe_is_a_defect():
     with pytest.raises(BrokenPipeError):
         run_command(failing(BrokenPipeError(errno.EPIPE, "a worker's")))
