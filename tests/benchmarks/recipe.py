@@ -40,7 +40,7 @@ from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.files import write_atomic
 from prep.dataset.reader import Dataset
-from tests.vgg import write_random_vgg
+from train.check.vgg import write_random_vgg
 from train.checkpoint.open import load_model
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig

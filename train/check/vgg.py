@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torchvision
 
 from train.method.perceptual import VGG_WEIGHTS
 
 
 def write_random_vgg(home: Path) -> Path:
     """Write a seeded random VGG-16 below ``home``, to be used as TORCH_HOME; what it measures means nothing."""
+    import torchvision  # which a machine without the loss may lack
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         features = torchvision.models.vgg16(weights=None).features.state_dict(prefix="features.")
