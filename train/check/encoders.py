@@ -41,18 +41,34 @@ def check(setting: Setting, report: Report) -> None:
     _pose(setting, report, prep)
 
 
+def t5_config(tiny: bool) -> Any:
+    """Return the config of T5-Large's encoder, or of a tiny one."""
+    from transformers import T5Config
+
+    size = {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128}
+    if tiny:
+        size = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 1000}
+    return T5Config(**size, feed_forward_proj="relu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1)
+
+
+def dino_config(tiny: bool) -> Any:
+    """Return the config of DINOv3's ViT-L/16, or of a tiny one."""
+    from transformers import DINOv3ViTConfig
+
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    if tiny:
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return DINOv3ViTConfig(**size, patch_size=16, num_register_tokens=4)
+
+
 def _t5(setting: Setting, report: Report, prep: PrepConfig) -> None:
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5EncoderModel, T5Tokenizer
 
     from prep.encoders.demo import pieces
     from prep.encoders.t5 import T5Encoder
 
-    size = {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128}
-    if setting.tiny:
-        size = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 1000}
     folder = setting.folder / "t5"
-    config = T5Config(**size, feed_forward_proj="relu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1)
-    _write(setting, folder, T5EncoderModel, config)
+    _write(setting, folder, T5EncoderModel, t5_config(setting.tiny))
     T5Tokenizer(vocab=pieces(WORDS), extra_ids=0, model_max_length=512).save_pretrained(folder)
     tokens = 32 if setting.tiny else prep.t5.max_tokens
     words = generator("check", "captions").choice(WORDS, (BATCH, tokens - 2))
@@ -66,15 +82,12 @@ def _t5(setting: Setting, report: Report, prep: PrepConfig) -> None:
 
 
 def _dino(setting: Setting, report: Report, prep: PrepConfig) -> None:
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    from transformers import DINOv3ViTModel
 
     from prep.encoders.dinov3 import DINOv3Encoder
 
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    if setting.tiny:
-        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     folder, side = setting.folder / "dino", 128 if setting.tiny else prep.base
-    _write(setting, folder, DINOv3ViTModel, DINOv3ViTConfig(**size, patch_size=16, num_register_tokens=4))
+    _write(setting, folder, DINOv3ViTModel, dino_config(setting.tiny))
     images = generator("check", "images").integers(0, 256, (BATCH, side, side, 3), np.uint8)
     build = lambda: DINOv3Encoder(folder, device=str(setting.device), input_scale=0.5)  # noqa: E731
     encoder = _measured(setting, report, prep, "dino", build, images)

@@ -116,7 +116,10 @@ def awaken(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.any():
                 drawn = generator("check", name).standard_normal(tuple(parameter.shape), np.float32)
-                parameter.copy_(torch.from_numpy(drawn) * 0.02)
+                inputs = (
+                    parameter[0].numel() if parameter.ndim > 1 else 25
+                )  # so that gates and outputs are of order 0.1
+                parameter.copy_(torch.from_numpy(drawn) * 0.5 / inputs**0.5)
 
 
 def _write(prep: PrepConfig, root: Path) -> None:

@@ -7,6 +7,8 @@ meta device.
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -28,6 +30,15 @@ DESKTOP = 1.0e9  # bytes of a card that a desktop and other programs hold
 KINDS = 6  # of micro-batches beside the largest
 SECONDS = 8.0  # that a preset may take
 TENSORS, PEAK, CACHED = (0.9, 1.03), (0.75, 1.02), (0.9, 1.02)  # measured / estimate
+
+# a process that has multiplied and attended, says what its tensors hold, and stays until its stdin is closed
+ANOTHER = """
+import sys, torch
+x = torch.randn(1, 8, 512, 64, device="cuda", dtype=torch.bfloat16)
+torch.nn.functional.scaled_dot_product_attention(x @ x.mT @ x, x, x).sum().item()
+print(torch.cuda.memory_reserved(), flush=True)
+sys.stdin.read()
+"""
 
 
 def check(setting: Setting, report: Report) -> None:
@@ -62,12 +73,19 @@ def _presets(setting: Setting, report: Report, names: list[str]) -> None:
         if setting.on_gpu:
             torch.cuda.empty_cache()
     if setting.on_gpu:
-        free, total = torch.cuda.mem_get_info(setting.device)
-        context = total - free - torch.cuda.memory_reserved(setting.device)
-        place = constant(estimates, "CONTEXT")
-        report.estimate(
-            "context, and other programs", estimates.CONTEXT / 1e9, context / 1e9, "GB", place, low=0, high=1
-        )
+        assumed, place = estimates.CONTEXT / 1e9, constant(estimates, "CONTEXT")
+        report.estimate("context", assumed, _context(setting) / 1e9, "GB", place, low=0, high=1)
+
+
+def _context(setting: Setting) -> int:
+    """Return the bytes that CUDA takes for a process beside its tensors: what is free less while there is another."""
+    before = torch.cuda.mem_get_info(setting.device)[0]
+    command = [sys.executable, "-c", ANOTHER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        reserved = int(other.stdout.readline())
+        free = torch.cuda.mem_get_info(setting.device)[0]
+        other.stdin.close()
+    return before - free - reserved
 
 
 @contextmanager

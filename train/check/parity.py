@@ -67,7 +67,8 @@ def kinds(trainer: Trainer) -> list[MicroBatch]:
     """Return micro-batches that have every part between them, of the first steps."""
     found: list[MicroBatch] = []
     known: set[str] = set()
-    for number in chain.from_iterable(trainer.batches.plan.numbers(step) for step in range(4)):
+    steps = (0, 1, 2, 3, trainer.config.train.steps - 1)  # the last ones are not routed
+    for number in chain.from_iterable(map(trainer.batches.plan.numbers, steps)):
         batch = trainer.batches.make(number)
         if new := _parts([batch]) - known:
             known |= new
@@ -78,7 +79,7 @@ def kinds(trainer: Trainer) -> list[MicroBatch]:
 def _parts(batches: Iterable[MicroBatch]) -> set[str]:
     found = set()
     for batch in batches:
-        found |= {"routed"} if batch.keep_ids is not None else set()
+        found |= {"dense" if batch.keep_ids is None else "routed"}
         for group in batch.groups:
             found |= {*group.prepared, *group.conditions.tensors}
             found |= {"mixed subsets"} if len(set(batch.subsets[group.images])) > 1 else set()

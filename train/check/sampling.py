@@ -20,7 +20,7 @@ from train.method.sampling import DRAWING, sample, to_uint8
 
 BATCHES = (1, 8)
 EVALUATION_BATCH = 32  # images that `nanodit evaluate run` may draw at once
-PSNR = {"TF32": 40.0, "bf16": 25.0}  # dB at least, of the fp32 picture of the same noise; of random weights
+PSNR = {"TF32": 30.0, "bf16": 15.0}  # dB at least, of the fp32 picture of the same noise; of random weights
 ALIKE = {"PSNR": 40.0, "SSIM": 0.98}  # of what the device and the CPU draw, at least
 Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
