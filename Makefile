@@ -7,7 +7,7 @@ STAMP := $(abspath $(VENV))/.built-from-pyproject
 CONSTRAINTS ?= constraints.txt
 Q := quickstart
 
-.PHONY: install constraints quickstart test lint
+.PHONY: install constraints quickstart gpu-check test lint
 install: $(STAMP)
 	@# an environment that several clones share follows the clone it was last used from
 	@cd / && $(BIN)/python -c "import prep, sys; sys.exit(not prep.__path__[0].startswith('$(CURDIR)/'))" 2>/dev/null \
@@ -37,6 +37,10 @@ quickstart: install
 		"$(VENV)/bin/nanodit train sample --checkpoint $(Q)/run --prompt 'A woman with long ginger hair stands in front of an azure wall. She wears a yellow jumper and black trousers.' --output $(Q)/sample.png" \
 		"$(VENV)/bin/nanodit train run --config configs/train/figures-64-long.yaml" \
 		"$(VENV)/bin/nanodit prep run --config configs/prep/production.yaml source=FOLDER output=DATASET"
+
+# what only a GPU can confirm, in ten minutes: `make gpu-check CHECK="--json docs/gpu-NAME.jsonl"` keeps what it found
+gpu-check: install
+	$(BIN)/nanodit train gpu-check $(CHECK)
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

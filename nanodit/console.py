@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING
 
 from nanodit.errors import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL = 5.0  # seconds
 
@@ -89,6 +89,10 @@ class Progress:
         self._closed = threading.Event()
         self._bar: RichProgress | None = None
         if sys.stdout.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                 TextColumn("{task.fields[extra]}"), TimeRemainingColumn(), console=Console(),

@@ -65,7 +65,7 @@ def figures_dataset(shared_folder, figures_config, request) -> Path:
 @pytest.fixture(scope="session")
 def random_vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TORCH_HOME with a seeded random VGG-16: the real code path, for correctness; the values mean nothing."""
-    from tests.vgg import write_random_vgg
+    from train.check.backbones import write_random_vgg
 
     home = tmp_path_factory.mktemp("torch-home")
     write_random_vgg(home)
@@ -75,7 +75,7 @@ def random_vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TORCH_HOME with a seeded random AlexNet, under the metric LPIPS."""
-    from tests.vgg import write_random_alexnet
+    from train.check.backbones import write_random_alexnet
 
     home = tmp_path_factory.mktemp("torch-home")
     write_random_alexnet(home)

@@ -27,7 +27,9 @@ FLOORS = {
         "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify", "export",
         "__main__",
     ],
-    "train": ["hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run", "__main__"],
+    "train": [
+        "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",
+    ],
     "evaluate": [
         "statistics subject", "records", "metrics", "drawing", "suite", "config report", "run",
         "validation trial sweep", "__main__",

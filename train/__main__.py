@@ -1,4 +1,4 @@
-"""Command line: ``nanodit train run | plan | sample | sweep | export``, or ``python -m train``.
+"""Command line: ``nanodit train run | plan | sample | sweep | export | gpu-check``, or ``python -m train``.
 
 What imports torch is imported by the verbs: a signal in those seconds ends them as it does later, with exit code 75.
 """
@@ -19,6 +19,7 @@ from nanodit.place import PACKAGES, claim
 
 if TYPE_CHECKING:
     from prep.dataset.reader import Dataset
+    from train.check.report import Report, Setting
     from train.config import TrainConfig
     from train.loop.trainer import Validate
 
@@ -181,6 +182,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device for the comparison of --half"
     )
+
+    check = verbs.add_parser(
+        "gpu-check", help="prove on a new card what only a GPU can confirm, and measure the estimates of plan",
+        allow_abbrev=False,
+    )  # fmt: skip
+    check.set_defaults(verb=_gpu_check)
+    check.add_argument("--minutes", type=float, default=10.0, help="what may be measured within (default: 10)")
+    check.add_argument("--json", type=Path, metavar="OUT", help="a file for a line per check; a summary beside it")
+    check.add_argument("--only", metavar="A,B", help="some parts, e.g. memory,speed (default: all)")
+    check.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    check.add_argument("--tiny", action="store_true", help="with --device cpu: a rehearsal on tiny networks")
+    for option, kind in {"--part": str, "--folder": Path, "--seconds": float}.items():  # of the process of a part
+        check.add_argument(option, type=kind, help=argparse.SUPPRESS)
     return parser
 
 
@@ -319,6 +333,31 @@ def _export(options: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*.*"))
     figures = f"with the figures of {options.report}" if options.report else "not evaluated (no --report)"
     say(f"wrote {folder}: {size / 1e6:.1f} MB for diffusers; model card README.md, {figures}")
+
+
+def _gpu_check(options: argparse.Namespace) -> None:
+    from train.check.run import Setting, gpu_check, run_part
+    from train.hardware import pick_device
+
+    more = {"evaluation": _check_evaluation}
+    if options.device == "cpu" and not options.tiny:
+        raise ConfigError("--device cpu: the sizes of real runs would take hours there; add --tiny")
+    if options.part:
+        setting = Setting(pick_device(options.device), options.tiny, options.folder, options.seconds)
+        run_part(options.part, setting, more)
+        return
+    gpu_check(
+        options.device, tiny=options.tiny, minutes=options.minutes, file=options.json, more=more,
+        only=[name.strip() for name in options.only.split(",")] if options.only else [],
+    )  # fmt: skip
+
+
+def _check_evaluation(setting: Setting, report: Report) -> None:
+    """Let evaluate's own judges compare what the device draws with what the CPU does."""
+    from evaluate.metrics.pixels import psnr, ssim
+    from train.check.sampling import judged
+
+    judged(setting, report, {"PSNR": psnr, "SSIM": ssim})
 
 
 if __name__ == "__main__":

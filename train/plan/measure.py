@@ -65,11 +65,7 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
             with _timed(device) as update:
                 trainer.update(accumulated)
         if config.visual_debug.every_steps:
-            conditions, noise = drawing_request(trainer, shapes, device)
-            sampling = replace(config.visual_debug.sampling(frozenset(trainer.model.features.modalities)), steps=1)
-            tokens = noise[0, 0].numel() // config.model.patch_size**2
-            keep_ids = trajectory_keep_ids(config.tread, [("", i) for i in range(len(noise))], tokens)
-            sample(trainer.ema_model(), conditions, noise, flow=config.flow, sampling=sampling, keep_ids=keep_ids)
+            draw_largest(trainer, shapes, device)
         with _timed(device) as saving:
             checkpoint = folder_bytes(Path(trainer.save()))
     return Measured(
@@ -81,6 +77,16 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
         save_seconds=saving[0],
         checkpoint=checkpoint,
     )
+
+
+def draw_largest(trainer: Trainer, shapes: Shapes, device: torch.device) -> None:
+    """Draw, in one step, as many of the largest images as the visual debug may draw at once."""
+    config: TrainConfig = trainer.config
+    conditions, noise = drawing_request(trainer, shapes, device)
+    sampling = replace(config.visual_debug.sampling(frozenset(trainer.model.features.modalities)), steps=1)
+    tokens = noise[0, 0].numel() // config.model.patch_size**2
+    keep_ids = trajectory_keep_ids(config.tread, [("", i) for i in range(len(noise))], tokens)
+    sample(trainer.ema_model(), conditions, noise, flow=config.flow, sampling=sampling, keep_ids=keep_ids)
 
 
 @contextmanager

@@ -184,12 +184,13 @@ def largest_batch(trainer: Trainer, shapes: Shapes, device: torch.device) -> Mic
         return plan.most_images(*kind) * (plan.tokens(scaled_size(*kind)) + shapes.context_tokens(model, kind[0]))
 
     kind = max(product(plan.order.sizes, plan.scales), key=size)
-    return _full_batch(trainer, shapes, *kind, plan.most_images(*kind), device)
+    return full_batch(trainer, shapes, *kind, plan.most_images(*kind), device)
 
 
-def _full_batch(
+def full_batch(
     trainer: Trainer, shapes: Shapes, bucket: str, scale: float, images: int, device: torch.device
 ) -> MicroBatch:
+    """Return a micro-batch without content of so many images of a bucket at a scale, which keep everything."""
     config: TrainConfig = trainer.config
     width, height = scaled_size(bucket, scale)
     rows, columns = height // config.model.patch_size, width // config.model.patch_size

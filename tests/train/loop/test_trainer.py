@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluate.validation import build_validation
 from nanodit.errors import Interrupted
 from nanodit.rng import generator
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_dataset
+from train.check.waits import NoSync
 from train.checkpoint.checkpoint import load_checkpoint
 from train.data.prefetch import prefetch
 from train.loop.health import NonFiniteError, clip_gradients, gradient_norms
@@ -150,41 +149,6 @@ def test_what_is_dropped_is_not_computed(tiny_dataset, tmp_path):
     assert text.pose is None
     assert pose.patches is None
     assert everything.keep.all()
-
-
-class NoCopies(TorchFunctionMode):
-    """Refuse tensors made of numbers on another device than the CPU, which some torch versions do not dispatch."""
-
-    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        assert function not in self.MAKERS or made.device.type == "cpu", function
-        return made
-
-
-class NoSync(TorchDispatchMode):
-    """Refuse what makes the host wait for a GPU, and meta tensors do not refuse by themselves."""
-
-    def __enter__(self):
-        self.copies = NoCopies()
-        self.copies.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        self.copies.__exit__(*exception)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket
-        # a tensor made from numbers, or one of another device, is copied to the GPU while the host waits
-        tensors = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg]) if torch.is_tensor(a)]
-        assert name is not torch.ops.aten.lift_fresh or args[0].device.type == "cpu", function
-        if name is torch.ops.aten._to_copy:
-            assert kwargs.get("device", args[0].device) == args[0].device, function
-        elif len({tensor.device for tensor in tensors}) > 1:
-            assert all(tensor.device.type == "meta" or tensor.ndim == 0 for tensor in tensors), function
-        return function(*args, **(kwargs or {}))
 
 
 EVERY_LOSS = (

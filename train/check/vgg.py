@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 
 from prep.encoders.backbones import ALEXNET, VGG16, Backbone
 
@@ -19,11 +18,15 @@ CLASSIFIERS = {
 
 def write_random_vgg(home: Path) -> Path:
     """Write a seeded random VGG-16 below ``home``, to be used as TORCH_HOME; what it measures means nothing."""
+    import torchvision  # which a machine without the loss may lack
+
     return _write(VGG16, torchvision.models.vgg16, home)
 
 
 def write_random_alexnet(home: Path) -> Path:
     """Write a seeded random AlexNet in the same way."""
+    import torchvision
+
     return _write(ALEXNET, torchvision.models.alexnet, home)
 
 

@@ -1,0 +1,213 @@
+"""gpu-check without a GPU: the rehearsal, and that each kind of check can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DINOv3ViTModel, T5EncoderModel
+
+import train.plan.cost as cost
+import train.plan.memory as memory
+from prep.config import PrepConfig
+from prep.dataset.layers import PX_MB
+from train.__main__ import main
+from train.check import parity, run, syncs
+from train.check.encoders import dino_config, t5_config
+from train.check.made_up import dataset, trainer_of
+from train.check.report import Report, Setting, constant, shown, verdicts
+from train.model.layers import TimestepEmbedding
+
+ABSENT = (
+    "ray", "lpips", "torchvision", "tensorboard", "rich", "onnxruntime", "scipy", "jinja2", "httpx", "ollama", "fsspec",
+)  # fmt: skip
+REHEARSAL = ["gpu-check", "--device", "cpu", "--tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the parts of a check share: data and random VGG."""
+    return tmp_path_factory.mktemp("check")
+
+
+@pytest.fixture
+def setting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    monkeypatch.setenv("TORCH_HOME", os.environ.get("TORCH_HOME", ""))  # which parts change
+    return Setting(torch.device("cpu"), True, folder, 600.0)
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def broken_in_children(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``code`` at the start of every Python that this test starts."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+@pytest.mark.slow
+def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
+    assert main([*REHEARSAL, "--json", str(tmp_path / "out" / "cpu.jsonl")]) == 0
+    lines = lines_of(tmp_path / "out" / "cpu.jsonl")
+    assert {line["part"] for line in lines} == {*(part.name for part in run.PARTS), "evaluation"}
+    assert [shown(line) for line in lines if line["status"] == "FAIL"] == []
+    left_out = {line["name"] for line in lines if line["value"].startswith("left out")}
+    assert left_out <= {"pose", "tiny, compiled"}, "files of DWPose or a compiler may be missing here, nothing else"
+    (ratio,) = [line["ratio"] for line in lines if "ratio" in line]
+    assert ratio == pytest.approx(1, abs=0.002), "tensors of the meta device and of a CPU"
+    said = capfd.readouterr().out
+    assert "constants to change\nmemory: tiny, micro-step" in said
+    assert "constants to change" in (tmp_path / "out" / "cpu.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_broken_estimate_fails_and_says_what_to_change(tmp_path, monkeypatch, capfd):
+    halved = (
+        "import train.plan.memory as memory\n"
+        "from dataclasses import replace\n"
+        "usual = memory.estimate_memory\n"
+        "halve = lambda found: replace(found, activations=found.activations // 2)\n"
+        "memory.estimate_memory = lambda *arguments: halve(usual(*arguments))\n"
+    )
+    broken_in_children(tmp_path / "broken", halved, monkeypatch)
+    assert main([*REHEARSAL, "--only", "memory", "--json", str(tmp_path / "cpu.jsonl")]) == 3
+    (line,) = lines_of(tmp_path / "cpu.jsonl")
+    assert (line["status"], line["constants"]) == ("FAIL", [str(constant(memory, "LikeGpu"))])
+    said = capfd.readouterr()
+    assert f"FAIL  {constant(memory, 'LikeGpu')}" in said.out
+    assert "error: gpu-check: 1 of 1 failed: memory: tiny, micro-step" in said.err
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_machine_with_few_packages(tmp_path, monkeypatch):
+    absent = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        f"ABSENT = {ABSENT}\n"
+        "class Few(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.partition('.')[0] in ABSENT else super().find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Few if finder is PathFinder else finder for finder in sys.meta_path]\n"
+    )
+    broken_in_children(tmp_path / "bare", absent, monkeypatch)
+    only = "card,syncs,memory,encoders,evaluation"
+    assert main([*REHEARSAL, "--only", only, "--json", str(tmp_path / "cpu.jsonl")]) == 0
+    left_out = {line["name"]: line["value"] for line in lines_of(tmp_path / "cpu.jsonl") if "left out" in line["value"]}
+    assert left_out == {
+        "perceptual loss": "left out: lpips and torchvision not installed",
+        "pose": "left out: onnxruntime is not installed",
+    }
+
+
+@pytest.mark.slow
+def test_other_arithmetic_on_the_device_fails(setting, monkeypatch, capsys):
+    made = []
+
+    def trainer(config, data, device):
+        built = trainer_of(config, data, device)
+        if not made:  # the device's
+            with torch.no_grad():
+                built.model.patch_embedding.weight *= 1.01
+        made.append(built)
+        return built
+
+    monkeypatch.setattr(parity, "trainer_of", trainer)
+    report = Report("parity")
+    parity.check(setting, report)
+    failed = {line["name"] for line in report.lines if line["status"] == "FAIL"}
+    assert {"losses in fp32", "gradients in fp32"} <= failed
+    assert "one step of Muon in torch.float32" not in failed, "whose gradients are given"
+
+
+@pytest.mark.slow
+def test_a_wait_in_a_micro_step_fails_and_says_where(setting, monkeypatch, capsys):
+    usual = TimestepEmbedding.forward
+    monkeypatch.setattr(TimestepEmbedding, "forward", lambda self, t: usual(self, t + t.sum().item() * 0))
+    report = Report("syncs")
+    syncs.check(setting, report)
+    found = {line["name"]: line for line in report.lines}
+    assert found["micro-steps"]["status"] == "FAIL"
+    assert found["micro-steps"]["value"].startswith("train/model/network.py:")
+
+
+def test_a_part_that_does_not_end_is_ended(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "LEAST", 0.5)
+    started = time.monotonic()
+    with open(tmp_path / "kept", "w") as kept:
+        options = ["--device", "cpu", "--tiny", "--folder", str(tmp_path), "--seconds", "0.1"]
+        (line,) = run._in_process(run.PARTS[1], options, 0.1, kept)
+    assert (line["status"], line["value"]) == ("FAIL", "ended after its limit of 0 s")
+    assert time.monotonic() - started < 60
+    assert lines_of(tmp_path / "kept") == [line]
+
+
+def test_what_a_part_raises_is_a_line(setting, capsys):
+    def wrong(setting, report):
+        raise ValueError("a defect\nof two lines")
+
+    def lacking(setting, report):
+        import no_such_package  # noqa: F401
+
+    for name in ("wrong", "lacking"):
+        run.run_part(name, setting, {"wrong": wrong, "lacking": lacking})
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["status"], first["value"]) == ("FAIL", "ValueError: a defect")
+    assert (second["status"], second["value"]) == ("NOTE", "no_such_package is not installed")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--device", "cpu"], "add --tiny"),
+        (["--device", "cpu", "--tiny", "--only", "card,speeed"], "--only speeed: there are card, parity"),
+        (["--device", "cpu", "--tiny", "--minutes", "0"], "--minutes 0: must be more than 0"),
+        ([], "torch sees no GPU"),
+    ],
+)
+def test_wrong_usage(options, says, capsys):
+    assert main(["gpu-check", *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_constants_are_found_where_they_stand():
+    found = constant(cost, "MFU")
+    file, _, line = found.place.partition(":")
+    assert file == "train/plan/cost.py"
+    assert Path(file).read_text().splitlines()[int(line) - 1].startswith("MFU = ")
+    with pytest.raises(ValueError, match="has no constant GONE"):
+        constant(cost, "GONE")
+
+
+def test_an_estimate_is_judged_by_its_ratio(capsys):
+    report = Report("speed")
+    for measured in (0.14, 0.15, 0.6, 0.61):
+        report.estimate("MFU", 0.3, measured, "", constant(cost, "MFU"), low=0.5, high=2.0)
+    assert [line["status"] for line in report.lines] == ["FAIL", "PASS", "PASS", "FAIL"]
+    assert verdicts(report.lines)[1].split() == ["speed:", "MFU", "0.3", "0.14", "0.47", "FAIL", *found_words()]
+    assert verdicts([]) == ["no estimate was measured"]
+
+
+def found_words() -> list[str]:
+    return str(constant(cost, "MFU")).split()
+
+
+def test_the_encoders_are_of_real_size():
+    with torch.device("meta"):
+        t5, dino = T5EncoderModel(t5_config(False)), DINOv3ViTModel(dino_config(False))
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (t5, dino)]
+    assert sizes == [334_939_648, 303_129_600]
+
+
+def test_made_up_pixels_take_the_bytes_of_photographs(setting):
+    data = dataset(setting, PrepConfig(source=".", output="none", base=256, encoders="demo"))
+    row = next(row for row in data.rows("train") if row["bucket"] == "256x256")
+    photograph = PX_MB["webp"] * 1e6 * (256 / 1024) ** 2
+    assert row["px/webp/length"] == pytest.approx(photograph, rel=0.1)
+    assert data.pixels(row).shape == (256, 256, 3)

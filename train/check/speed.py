@@ -1,0 +1,217 @@
+"""How fast the presets train, what bounds them (loader, copies or the device), and where the device's time goes."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from nanodit.console import duration
+from train.check.card import flop_rate
+from train.check.made_up import data_of, preset, trainer_of
+from train.check.report import Report, Setting, constant
+from train.check.resume import saving
+from train.check.timing import seconds_of
+from train.config import TrainConfig
+from train.data.prefetch import prefetch
+from train.hardware import can_compile
+from train.loop.flops import flop_counter
+from train.loop.microbatch import Accumulated, MicroBatch
+from train.loop.trainer import Trainer
+from train.plan import cost
+from train.plan.cost import phase_costs
+from train.plan.memory import meta_trainer
+from train.plan.rehearsal import Shapes
+
+# preset -> what of it: its first phase is of half the size
+PRESETS = ("production-24gb", "baseline-24gb", "figures-256-24gb", "production-p16-24gb")
+BATCHES = 6  # micro-batches, in which the buckets and dropped conditions of a run come up
+THREADS = (1, 2, 4, 8, 16)
+SECONDS = 12.0  # that a preset may take
+MFU = (0.5, 2.0)  # measured / assumed: one number stands for all networks and cards
+KINDS = {
+    "attention": ("attention", "flash", "cudnn_sdpa", "efficient"),
+    "matrix products": ("mm", "conv", "linear", "matmul"),
+}  # of operators, by a part of their names; all others are elementwise
+
+
+def check(setting: Setting, report: Report) -> None:
+    """Time micro-steps with batches on the device, with copies of them, and with the loader; then compiled."""
+    ceiling = flop_rate(setting, torch.bfloat16 if setting.on_gpu else torch.float32)
+    for number, name in enumerate(PRESETS if not setting.tiny else ["tiny"]):
+        if setting.left < SECONDS:
+            report.note(name, "left out for want of time: --only speed --minutes 10 measures all")
+            continue
+        config = preset(setting, name, report)
+        scales = [phase.scale for phase in config.train.phases] + [1.0]
+        for scale in scales:
+            whole = config.train.model_copy(update={"phases": []})
+            phase = config.train.phases[:1] if scale != 1 else []
+            one = config.model_copy(update={"train": whole.model_copy(update={"phases": phase})})
+            called = name if len(scales) == 1 else f"{name} at {scale:g}"
+            _preset(setting, report, called, name, one, ceiling, thorough=number == 0)
+            gc.collect()
+            if setting.on_gpu:
+                torch.cuda.empty_cache()
+
+
+def _preset(
+    setting: Setting, report: Report, called: str, name: str, config: TrainConfig, ceiling: float, *, thorough: bool
+) -> None:
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cache_gb": 0.0})})
+    data = data_of(setting, config, name)
+    trainer = trainer_of(config, data, setting.device)
+    numbers = list(islice(trainer.batches.numbers(0), BATCHES))
+    made = _threaded(trainer, numbers, os.cpu_count() or 1)
+    images = sum(len(batch.keys) for batch in made)
+
+    trainer.flops = flop_counter(trainer.model, trainer.losses.values())
+    there = [batch.to(setting.device) for batch in made]
+    _steps(trainer, there)  # warm
+    trainer.flops.take()
+    alone = seconds_of(lambda: _steps(trainer, there), setting.device)
+    flops = trainer.flops.take() / alone
+    update = seconds_of(lambda: trainer.update(_accumulated(trainer, made[-1])), setting.device)
+    of_step = alone / images + update / trainer.images_per_step
+    report.note(
+        f"{called}, device alone",
+        f"{images / alone:.4g} images/s, {alone / len(made) * 1e3:.4g} ms a micro-step, update {update * 1e3:.4g} ms",
+    )
+    share = f"{flops / 1e12:.4g} TFLOP/s, {flops / ceiling:.3f} of what a large product reached here"
+    report.note(f"{called}, work", share)
+    if trainer.peak_flops:
+        mfu, place = flops / trainer.peak_flops, constant(cost, "MFU")
+        report.estimate(f"{called}, MFU", cost.MFU, mfu, "", place, low=MFU[0], high=MFU[1])
+    pinned = [batch.pinned() for batch in made] if setting.on_gpu else made
+    copied = seconds_of(lambda: _steps(trainer, (batch.to(setting.device) for batch in pinned)), setting.device)
+    report.note(f"{called}, with copies", f"{images / copied:.4g} images/s")
+    loaded = _with_loader(setting, trainer)
+    report.note(f"{called}, with the loader", f"{loaded:.4g} images/s")
+    rates = _loader_alone(setting, trainer, numbers)
+    report.note(f"{called}, loader alone", ", ".join(f"{n} threads {rate:.4g} images/s" for n, rate in rates.items()))
+    slowest = min((images / alone, "the device"), (images / copied, "copies"), (loaded, "the loader"))
+    bound = slowest[1] if slowest[0] < 0.9 * images / alone else "the device"
+    report.note(f"{called}, bound by", bound)
+    steps, per_image = config.train.steps, of_step + max(0.0, 1 / loaded - alone / images)
+    assumed = ""
+    if trainer.peak_flops:
+        phases = phase_costs(meta_trainer(config, data), Shapes.of(data.info, data.rows("train")))
+        total = sum(phase.total for phase in phases)
+        assumed = f", {duration(total / (cost.MFU * trainer.peak_flops))} by plan"
+    whole = duration(steps * trainer.images_per_step * per_image)
+    report.note(f"{called}, {steps} steps", f"{whole} at this rate{assumed}")
+    if thorough:
+        _profiled(setting, report, trainer, there[:3])
+        seconds, size = saving(setting, trainer)
+        report.note(f"{called}, checkpoint", f"{size / 1e9:.3g} GB in {seconds:.3g} s")
+        del trainer
+        _compiled(setting, report, called, config, data, there, images / alone)
+
+
+def _steps(trainer: Trainer, batches: Iterable[MicroBatch]) -> None:
+    for batch in batches:
+        trainer.micro_step(batch)
+
+
+def _accumulated(trainer: Trainer, batch: MicroBatch) -> Accumulated:
+    values = {name: torch.ones(1, device=trainer.device) for name in ("flow", "velocity", *trainer.losses)}
+    return Accumulated(batch.keys, batch.subsets, batch.t, values, 0.0, 0, 0)
+
+
+def _threaded(trainer: Trainer, numbers: Iterable[int], threads: int) -> list[MicroBatch]:
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(trainer.batches.make, numbers))
+
+
+def _loader_alone(setting: Setting, trainer: Trainer, numbers: list[int]) -> dict[int, float]:
+    """Return the images a second that so many threads make, as far as there are CPUs and time."""
+    rates: dict[int, float] = {}
+    for threads in THREADS:
+        if threads > (os.cpu_count() or 1) or setting.left < SECONDS:
+            break
+        wanted = list(islice(cycle(numbers), max(threads, len(numbers) // (1 if threads > 1 else 3))))
+        seconds = seconds_of(lambda: _threaded(trainer, wanted, threads), torch.device("cpu"))  # noqa: B023
+        sizes = dict(zip(numbers, (len(trainer.batches.plan.of_step(0)[i].images) for i in range(len(numbers)))))
+        rates[threads] = sum(sizes[number] for number in wanted) / seconds
+    return rates
+
+
+def _with_loader(setting: Setting, trainer: Trainer) -> float:
+    """Return the images a second of micro-steps as a run takes them, less the first, whose data is waited for."""
+    images = 0
+    with closing(prefetch(trainer._make_batch, trainer.batches.numbers(0), trainer.config.data.prefetch)) as batches:
+        _steps(trainer, [next(batches).to(setting.device)])
+
+        def train() -> None:
+            nonlocal images
+            for batch in islice(batches, BATCHES):
+                images += len(batch.keys)
+                trainer.micro_step(batch.to(setting.device))
+
+        seconds = seconds_of(train, setting.device)
+    return images / seconds
+
+
+def _profiled(setting: Setting, report: Report, trainer: Trainer, batches: list[MicroBatch]) -> None:
+    """Say what the device's time goes into, by kind and by operator."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        _steps(trainer, batches)
+        if setting.on_gpu:
+            torch.cuda.synchronize(setting.device)
+    events = profiled.key_averages()
+    operators = [event for event in events if event.device_type == DeviceType.CPU and event.key.startswith("aten::")]
+    time_of = lambda event: event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total  # noqa: E731
+    total = sum(map(time_of, operators)) or 1.0
+    kinds: Counter[str] = Counter()
+    for event in operators:
+        kinds[kind_of(event.key)] += time_of(event)
+    report.note("time by kind", ", ".join(f"{name} {share / total:.0%}" for name, share in kinds.most_common()))
+    most = sorted(operators, key=time_of, reverse=True)[:8]
+    report.note(
+        "time by operator", ", ".join(f"{one.key[6:]} {time_of(one) / total:.0%} ({one.count})" for one in most)
+    )
+    attention = sorted({event.key for event in events if "attention" in event.key and event.key.startswith("aten::_")})
+    report.note("kernels of attention", ", ".join(attention) or "none of its own")
+    launches = sum(event.count for event in events if event.device_type == DeviceType.CUDA)
+    if launches:
+        report.note("launches", f"{launches / len(batches):.0f} a micro-step")
+
+
+def kind_of(operator: str) -> str:
+    """Return what an operator is, by its name."""
+    return next((kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), "elementwise")
+
+
+def _compiled(
+    setting: Setting, report: Report, called: str, config: TrainConfig, data: Any, there: list[MicroBatch], eager: float
+) -> None:
+    """Compile the blocks as ``train.compile`` does, and say what it costs and brings."""
+    if not can_compile(setting.device.type):
+        report.note(f"{called}, compiled", "left out: no compiler here")
+        return
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    train = config.train.model_copy(update={"compile": True})
+    trainer = trainer_of(config.model_copy(update={"train": train}), data, setting.device)
+    simple = sorted(there, key=lambda batch: (len(batch.groups), batch.keep_ids is not None))
+    batches = simple[:1] if setting.tiny else there[:3]  # a graph takes a CPU as long as all else of a rehearsal
+    first = seconds_of(lambda: _steps(trainer, batches), setting.device)
+    graphs = counters["stats"]["unique_graphs"]
+    later = seconds_of(lambda: _steps(trainer, batches), setting.device)
+    rate = sum(len(batch.keys) for batch in batches) / later
+    report.note(
+        f"{called}, compiled",
+        f"{rate:.4g} images/s, {rate / eager:.3g} times eager; {graphs} graphs of {len(batches)} micro-batches took "
+        f"{first - later:.3g} s",
+    )
