@@ -17,6 +17,7 @@ from torch import nn
 
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import choose_subsets
+from evaluate.drawing.vocabulary import load_pairs
 from evaluate.report.summary import is_headline
 from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
 from evaluate.subject import Subject, dataset_modalities, select_holdout
@@ -109,7 +110,10 @@ def _tier(validation: ValidationSection, batch_size: int) -> EvaluateConfig:
         raise ConfigError(f"validation.evaluate_overrides: {taken[0]} {where}; remove it there")
     overrides = as_arguments({**validation.evaluate_overrides, **own})
     try:
-        return load_config(EvaluateConfig, "configs/evaluate/pulse.yaml", overrides)
+        tier = load_config(EvaluateConfig, "configs/evaluate/pulse.yaml", overrides)
+        if tier.edit.edits and "edit" in validation.tests:
+            load_pairs(tier.edit.edits)
+        return tier
     except ConfigError as error:
         raise ConfigError(str(error).replace("command line: ", "validation.evaluate_overrides: ")) from None
 

@@ -113,6 +113,15 @@ def test_a_plan_says_what_patches_of_two_pixels_take():
     )
 
 
+def test_a_plan_names_patches_that_divide_every_bucket():
+    """Of 640 pixels, in patches of 6, there would be few enough; but no side of a bucket has a multiple of 6."""
+    quick = ["model.depth=2", "tread.enabled=false", "visual_debug.guidance=1.0", "visual_debug.every_steps=0"]
+    few = ["train.steps=10", "train.grad_accumulation_steps=1", "train.phases=[]"]
+    report = look_ahead(Path("configs/train/seed.yaml"), ["model.patch_size=2", *quick, *few], memory="80GB", base=640)
+    (note,) = (note for note in report.notes if "tokens for" in note)
+    assert note.endswith("attention takes time with their square; model.patch_size=8 makes them 6,400")
+
+
 def test_the_defaults_of_the_flow():
     flow = FlowConfig()
     assert (flow.prediction, flow.logit_mean, flow.logit_std, flow.uniform_share) == ("x", 0.8, 0.8, 0.1)

@@ -174,11 +174,13 @@ def test_unknown_tests_are_refused_before_the_run(dataset, tmp_path, capsys):
         ("{seed: 8}", "validation.evaluate_overrides: seed is validation.seed; remove it there"),
         ("{tests: [pose]}", "validation.evaluate_overrides: tests is validation.tests; remove it there"),
         ("{batch_size: 8}", "validation.evaluate_overrides: batch_size follows the batches of training; remove it"),
+        ("{edit.edits: none.yaml}", "edit.edits: none.yaml: No such file or directory"),
         ("{sampler.stepz: 8}", "validation.evaluate_overrides: unknown key `sampler.stepz`; did you mean"),
     ],
 )
-def test_overrides_that_would_be_ignored_are_refused_before_the_run(dataset, tmp_path, overrides, message):
-    config = tiny_config(dataset, tmp_path / "run", *ON, f"validation.evaluate_overrides={overrides}")
+def test_overrides_that_would_be_ignored_or_fail_are_refused_before_the_run(dataset, tmp_path, overrides, message):
+    given = ["validation.tests=[edit]", f"validation.evaluate_overrides={overrides}"]
+    config = tiny_config(dataset, tmp_path / "run", *ON, *given)
     with pytest.raises(ConfigError) as refused:
         pulse.build_validation(config, Dataset(dataset))
     assert str(refused.value).startswith(message)

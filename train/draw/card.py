@@ -249,8 +249,8 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
     if metric["low"] is not None and "interval_by" in settings:
         interval += f", {settings['interval_by']}"
     drawn = [f"{settings[key]} {label}".strip() for key, label in _DRAWN.items() if key in settings]
-    if settings.get("guidance", 1) != 1:
-        drawn.append(f"guidance {settings['guidance']:g}")
+    if (guidance := settings.get("guidance", 1)) != 1:  # text where it is not one scale for all conditions
+        drawn.append(f"guidance {guidance if isinstance(guidance, str) else f'{guidance:g}'}")
     return metric["name"], value, interval, str(metric["n"]), baselines, ", ".join(drawn)
 
 

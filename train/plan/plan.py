@@ -225,10 +225,13 @@ def _notes(trainer: Trainer, dataset: Any) -> list[str]:
     sizes = [scaled_size(bucket, scale) for scale in micro.scales for bucket in micro.order.sizes]
     tokens, size = max((micro.tokens(size), size) for size in sizes)
     if tokens > MANY_TOKENS:
-        patch = config.model.patch_size * math.ceil(math.sqrt(tokens / MANY_TOKENS))
+        pixels, common = math.prod(size), math.gcd(*(side for one in sizes for side in one))
+        own = config.model.patch_size
+        larger = (patch for patch in range(own, common + 1, own) if common % patch == 0)  # those that divide every side
+        patch = next((patch for patch in larger if pixels // patch**2 <= MANY_TOKENS), None)
         notes.append(
-            f"{tokens:,} tokens for an image of {size[0]}x{size[1]}: attention takes time with their square; "
-            f"model.patch_size={patch} makes them {tokens * config.model.patch_size**2 // patch**2:,}"
+            f"{tokens:,} tokens for an image of {size[0]}x{size[1]}: attention takes time with their square"
+            + (f"; model.patch_size={patch} makes them {pixels // patch**2:,}" if patch else "")
         )
     if config.visual_debug.every_steps:
         guidance = Guidance.of(config.visual_debug.guidance)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nanodit.config import dump_config, load_config, parse_yaml
+from nanodit.config import dump_config, load_config
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
@@ -69,7 +69,7 @@ def _evaluation_changes(sweep: Sweep, work: Work) -> list[str]:
     changes = []
     for name, text in _evaluations(sweep, work).items():
         file = sweep.folder / "evaluate" / name
-        if file.exists() and parse_yaml(file.read_text(encoding="utf-8"), file) != parse_yaml(text, name):
+        if file.exists() and work.evaluation(file, ()) != text:  # read anew: keys may have come since, with a default
             changes.append(f"evaluation of arm {file.stem}: {sweep.config.evaluate} says something else than {file}")
     return changes
 

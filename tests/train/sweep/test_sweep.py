@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluate import trial as measuring
 from nanodit.errors import ConfigError, DataError, ResourceError
 from prep.dataset.reader import Dataset
 from tests.train.sweeps import tiny_sweep, write_sweep
@@ -16,11 +17,11 @@ from train.__main__ import main
 from train.checkpoint.checkpoint import load_checkpoint
 from train.sweep import process as sweep_process
 from train.sweep.config import load_sweep
-from train.sweep.plan import capacity
+from train.sweep.plan import capacity, check_folder, write_plan
 from train.sweep.process import TrialProcess, ending, gpu_users, secrets, wait_for_gpu, without
 from train.sweep.record import read_record, write_record
 from train.sweep.table import table
-from train.sweep.trial import cohort, measured, reason_of
+from train.sweep.trial import Work, cohort, measured, reason_of
 
 ARMS = {
     "A": {"overrides": {"optimizer.type": "adamw"}},
@@ -97,6 +98,20 @@ def test_the_folder_of_a_sweep_is_continued_only_when_asked(finished, capsys):
 def test_another_sweep_is_refused(finished, capsys, override, said):
     assert main(["sweep", "--config", str(finished), "--resume", override]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_sweep_begun_before_evaluations_had_a_key_is_the_same_sweep(tiny_dataset, tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, tiny_dataset, arms=ARMS, factors=FACTORS))
+    work = Work(lambda *_: None, measuring.measure, measuring.resolve, measuring.check)
+    write_plan(sweep, work, 1, False)
+    file = sweep.folder / "evaluate" / "A.yaml"
+    text = file.read_text(encoding="utf-8")
+    assert "\nseed: null\n" in text
+    file.write_text(text.replace("\nseed: null\n", "\n"), encoding="utf-8")
+    check_folder(sweep, work, resume=True)
+    file.write_text(text.replace("\nseed: null\n", "\nseed: 3\n"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="evaluation of arm A"):
+        check_folder(sweep, work, resume=True)
 
 
 @pytest.mark.slow
