@@ -139,7 +139,8 @@ def _cuda(facts: dict[str, Any]) -> Check:
             f"update the NVIDIA driver (here {facts['gpus'][0]['driver']}; CUDA 13 needs 580 and a card of capability "
             "7.5 or more), or install a torch for the CUDA that `nvidia-smi` prints (pytorch.org/get-started)",
         )
-    return ok("cuda", f"torch {probe['torch']} for CUDA {probe['cuda']} computes on {len(facts['gpus'])} GPU")
+    works = f"torch {probe['torch']} for CUDA {probe['cuda']} computes on {len(facts['gpus'])} GPU"
+    return ok("cuda", f"{works}; `nanodit train gpu-check` tells how well")
 
 
 def _bf16(gpus: list[dict[str, Any]]) -> Check:

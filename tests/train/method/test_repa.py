@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from nanodit.config import load_config
 from nanodit.errors import ConfigError
@@ -19,7 +20,7 @@ from train.loop.announce import announce
 from train.method.dropout import ConditioningConfig
 from train.method.ema import averaged
 from train.method.flow import interpolate
-from train.method.repa import RepaConfig, RepaHead, alignment_loss, alignment_values, counted_share, resample
+from train.method.repa import RepaConfig, RepaHead, RepaLoss, alignment_loss, alignment_values, counted_share, resample
 from train.model.network import TRAINING_ONLY
 
 ON = ("repa.enabled=true",)
@@ -30,6 +31,32 @@ def test_the_weight_falls_linearly_and_ends():
     repa = RepaConfig(enabled=True, weight=0.5, until=0.5)
     assert [repa.weight_at(step, 100) for step in (0, 25, 49, 50, 99)] == pytest.approx([0.5, 0.25, 0.01, 0, 0])
     assert RepaConfig().weight_at(0, 100) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"until": 1.1}, {"until": 0.0}, {"block_index": -2}, {"width": 0}])
+def test_settings_without_a_meaning_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        RepaConfig(**wrong)
+
+
+def test_the_head_starts_with_weights_and_without_biases():
+    torch.manual_seed(0)
+    head = RepaHead(RepaConfig(width=1), 4, 32, 64)
+    assert head.blocks == 2
+    for parameter in head.parameters():
+        assert parameter.any() == (parameter.ndim == 2)
+        assert parameter.abs().max() <= (math.sqrt(6 / sum(parameter.shape)) if parameter.ndim == 2 else 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"), [("linear", "falling to 0 at step 50"), ("constant", "constant until step 50")]
+)
+def test_a_run_says_how_long_and_how_strongly(schedule, words):
+    repa = RepaConfig(enabled=True, schedule=schedule)
+    table = ConditioningConfig(preset="seed").resolve()
+    head = RepaHead(repa, 4, 32, 64)
+    (said,) = RepaLoss(repa, head, 64, 4, table).announce(100, {})
+    assert said == f"repa: weight 0.5 on the 45% of the images whose patches are dropped, so 0.225 an image, {words}"
 
 
 def test_a_constant_weight_stays_until_it_ends():
