@@ -24,9 +24,9 @@ def watch_for_stalls(data: TrainingSet) -> AbstractContextManager[None]:
     """While this is open, say which read of ``data`` takes longer than STALL_SECONDS, again and again until it ends."""
 
     def watch() -> None:
-        reading = data.reading
-        if reading and (taken := time.monotonic() - reading[1]) >= STALL_SECONDS:
-            say(f"waiting for the storage: {reading[0]} is being read for {duration(taken)}")
+        for what, since in sorted(data.reading.copy().values(), key=lambda reading: reading[1])[:1]:  # the oldest
+            if (taken := time.monotonic() - since) >= STALL_SECONDS:
+                say(f"waiting for the storage: {what} is being read for {duration(taken)}")
 
     return repeating(watch, STALL_SECONDS / 2, "stalls")
 

@@ -43,6 +43,7 @@ from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.loop.observers import finite, observe
 from train.loop.saving import Saver
+from train.loop.sending import Sender
 from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
@@ -89,6 +90,7 @@ class Trainer:
             self.model.to(device)
         self.losses = {loss.name: loss for loss in losses}
         self.batches.losses = losses
+        self.sender = Sender(device)
         self.model.checkpoint_every = config.train.checkpoint_every
         compile_if_asked(self.model, self.batches, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -213,8 +215,7 @@ class Trainer:
         return {name: torch.cat(values or [nothing]) for name, values in found.items()}
 
     def _make_batch(self, index: int) -> MicroBatch:
-        batch = self.batches.make(index)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return self.batches.pack(index, self.sender.buffer())
 
     def accumulate(self, batches: Iterator[MicroBatch], stop: StopRequest) -> Accumulated | None:
         """Take the micro-batches of one optimiser step; None if asked to stop before they were all taken.
@@ -228,10 +229,10 @@ class Trainer:
             batch = next(batches, None)
             if batch is None:
                 return None
-            batch = batch.to(self.device)
-            taken.append((batch.keys, batch.subsets, batch.t, self.micro_step(batch)))
-            model = self.config.model
-            tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
+            with self.sender.sent(batch) as sent:
+                taken.append((sent.keys, sent.subsets, sent.t, self.micro_step(sent)))
+                model = self.config.model
+                tokens += sent.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
             flipped += batch.flipped
         keys, subsets, t, values = zip(*taken)
