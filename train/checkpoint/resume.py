@@ -22,8 +22,8 @@ from train.method.schedule import Course, learning_rate, snapshot_steps
 # Places, the pace of saving and looking, and memory: nothing here changes a weight. All other keys must be the
 # checkpoint's.
 SAFE_TO_CHANGE = (
-    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "checkpoint", "visual_debug", "validation",
-    "train.gradient_checkpointing",
+    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "data.workers", "checkpoint", "visual_debug",
+    "validation", "train.gradient_checkpointing",
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
-from train.data.prefetch import prefetch, watch_for_stalls
+from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
 from train.loop.compiling import compile_if_asked
@@ -141,7 +141,8 @@ class Trainer:
     def _run(self, stop: StopRequest, stop_at: float) -> None:
         config, steps, saver = self.config, self.config.train.steps, self.saver
         numbers = self.batches.numbers(self.step)
-        batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
+        ahead = config.data.prefetch, thread_count(config.data.workers)
+        batches = prefetch(self._make_batch, numbers, *ahead, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
         rates = Rates(self.peak_flops)
