@@ -114,5 +114,9 @@ def thread_count(workers: int | str) -> int:
     """Return how many threads make micro-batches; "auto": one less than the processors, from 1 to MOST_THREADS."""
     if workers != "auto":
         return int(workers)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, processors - 1))
+    return max(1, min(MOST_THREADS, processors() - 1))
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -44,7 +44,7 @@ from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.loop.observers import finite, observe
 from train.loop.saving import Saver
 from train.loop.sending import Sender
-from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
+from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
@@ -90,7 +90,7 @@ class Trainer:
             self.model.to(device)
         self.losses = {loss.name: loss for loss in losses}
         self.batches.losses = losses
-        self.sender = Sender(device)
+        self.sender, self.waits = Sender(device), DataWait(device)
         self.model.checkpoint_every = config.train.checkpoint_every
         compile_if_asked(self.model, self.batches, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -145,7 +145,7 @@ class Trainer:
         batches = prefetch(self._make_batch, numbers, *ahead, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
-        rates = Rates(self.peak_flops)
+        rates, advice = Rates(self.peak_flops), WaitingAdvice(*ahead)
         continue_snapshots(config.run_folder, self.step)
         watching = watch_for_stalls(self.data)
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
@@ -163,11 +163,12 @@ class Trainer:
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
                 seconds = time.perf_counter() - started
-                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0)
+                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0, self.waits.take())
                 fault("train.step", config.run_folder.name)
                 if self.step % config.log_every == 0 or self.step == steps:
                     values |= rates.take() | gpu_memory(self.device)
                     tracker.log(self.step, values)
+                    advice.consider(values.get("sys/data_wait"))
                 progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown(), **memory_shown(values))
                 if self.step in self.snapshot_steps:
                     save_snapshot(config.run_folder, self.step, self.power)
@@ -227,7 +228,8 @@ class Trainer:
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
-            batch = next(batches, None)
+            with self.waits():
+                batch = next(batches, None)
             if batch is None:
                 return None
             with self.sender.sent(batch) as sent:
