@@ -13,17 +13,16 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nanodit.config import load_config
 from nanodit.console import say
 from prep.config import PrepConfig
 from train.config import TrainConfig
+from train.data.prefetch import prefetch
+from train.loop.trainer import Trainer
 from train.plan.feed import write_made_up
 from train.plan.memory import meta_trainer
 from train.plan.rehearsal import changed, open_dataset
@@ -31,13 +30,12 @@ from train.plan.rehearsal import changed, open_dataset
 SAMPLES = 24
 
 
-def measure(
-    make: Callable[[int], Any], numbers: list[int], threads: int, images: Callable[[Any], int]
-) -> tuple[float, float]:
-    """Return images a second and process milliseconds an image of ``make``ing some micro-batches."""
-    started, spent = time.perf_counter(), time.process_time()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        count = sum(pool.map(lambda number: images(make(number)), numbers))
+def measure(trainer: Trainer, numbers: Sequence[int], threads: int) -> tuple[float, float]:
+    """Return images a second and process milliseconds an image of making some micro-batches, as a run does."""
+    count, started, spent = 0, time.perf_counter(), time.process_time()
+    for batch in prefetch(trainer._make_batch, numbers, 2, threads):
+        count += len(batch.keys)
+        trainer.sender.give_back(batch.buffer)
     return count / (time.perf_counter() - started), 1000 * (time.process_time() - spent) / count
 
 
@@ -62,7 +60,6 @@ def main() -> None:
         dataset = write_made_up(prep, Path(folder), SAMPLES)
         run = changed(config, {"data.cache_gb": 64.0 if options.cached else 0.0, "train.compile": False})
         trainer = meta_trainer(run, dataset)
-        make, images = trainer.batches.make, lambda batch: len(batch.keys)
         if options.cached:
             for rows in trainer.data.rows.values():
                 for row in rows:
@@ -74,12 +71,12 @@ def main() -> None:
             made += len(cuts[number % trainer.batches.plan.stride].images)
             if made >= options.images:
                 break
-        measure(make, numbers[:1], 1, images)  # what is imported and allocated once
+        measure(trainer, numbers[:2], 1)  # what is imported and allocated once
         found: dict[str, Any] = {"config": options.config.stem, "pixels": prep.image.format, "cached": options.cached}
         found |= {"phase": options.phase, "noise": run.data.noise if hasattr(run.data, "noise") else "host"}
         found |= {"images": made, "cpu_ms_per_image": 0.0, "threads": {}}
         for threads in (1, 2):
-            rate, spent = measure(make, numbers, threads, images)
+            rate, spent = measure(trainer, numbers, threads)
             found["threads"][str(threads)] = {"images_per_s": round(rate, 2), "cpu_ms_per_image": round(spent, 2)}
             say(f"{threads} thread{'s' * (threads > 1)}: {rate:.1f} images/s, {spent:.2f} ms of the CPU an image")
         found["cpu_ms_per_image"] = found["threads"]["1"]["cpu_ms_per_image"]

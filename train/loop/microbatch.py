@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.buffers import Buffer
 from train.data.flip import draw_flip
+from train.data.noise import Kind, noise_key, normal
 from train.data.order import Order
 from train.data.samples import Row, TrainingSet, to_float
 from train.method.dropout import deal
@@ -53,8 +54,8 @@ class MicroBatch:
 
     ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all; ``flipped`` counts the
     images that are mirrored, with all their conditions. Until it is :meth:`unpacked`, pixels are uint8 (B, H, W, 3) and
-    ``mirror`` (B,) says whose are still to be mirrored, conditions are as they are stored, and tensors may lie in a
-    ``buffer`` that the next micro-batch takes over.
+    ``mirror`` (B,) says whose are still to be mirrored, conditions are as they are stored, noise that the device draws
+    is its keys, int64 (B, 2), and tensors may lie in a ``buffer`` that the next micro-batch takes over.
     """
 
     keys: list[str]
@@ -96,7 +97,10 @@ class MicroBatch:
         for group in self.groups:
             made = {name: value.made() for name, value in group.prepared.items() if isinstance(value, Later)}
             groups.append(replace(group, conditions=group.conditions.unpacked(), prepared={**group.prepared, **made}))
-        return replace(self, x=to_float(pixels), t=self.t.clone(), groups=groups, mirror=None)
+        x, noise = to_float(pixels), self.noise
+        if not noise.is_floating_point():
+            noise = normal(noise, x.shape[1:])
+        return replace(self, x=x, noise=noise, t=self.t.clone(), groups=groups, mirror=None)
 
     def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
         """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
@@ -136,6 +140,7 @@ class MicroBatches:
         self.course = Course((train.steps,))
         self.order = Order(data.sizes, train.batch_size, config.seed)
         self.losses: Collection[Loss] = ()  # that have something to prepare
+        self.noise: Kind = "host"  # who draws it
         self.plan = BatchPlan(
             self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
         )
@@ -170,9 +175,12 @@ class MicroBatches:
         t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[list(images)]
         sizes = [len(other.images) for other in cuts]
         subsets = deal_subsets(self.table, sizes, generator(config.seed, "conditions", step))[position]
-        noise = empty((len(rows), 3, height, width), dtype=torch.float32)
-        for values, i in zip(noise.numpy(), images):
-            generator(config.seed, "noise", step, i).standard_normal(dtype=np.float32, out=values)
+        if self.noise == "device":
+            noise = torch.tensor([noise_key(config.seed, step, i) for i in images])
+        else:
+            noise = empty((len(rows), 3, height, width), dtype=torch.float32)
+            for values, i in zip(noise.numpy(), images):
+                generator(config.seed, "noise", step, i).standard_normal(dtype=np.float32, out=values)
         size = height, width
         groups = []
         for group in split(subsets):

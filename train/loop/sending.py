@@ -32,6 +32,11 @@ class Sender:
         except IndexError:
             return Buffer(pinned=self.device.type == "cuda")
 
+    def give_back(self, buffer: Buffer | None) -> None:
+        """Take a buffer back that nobody uses any more."""
+        if buffer is not None:
+            self._free.append(buffer)
+
     @contextmanager
     def sent(self, batch: MicroBatch) -> Iterator[MicroBatch]:
         """Yield a micro-batch on the device, unpacked; afterwards its buffer is free, and its tensors are not to be
@@ -41,8 +46,7 @@ class Sender:
                 yield moved
             return
         yield batch.to(self.device).unpacked()
-        if batch.buffer is not None:
-            self._free.append(batch.buffer)
+        self.give_back(batch.buffer)
 
     @contextmanager
     def _through_a_slot(self, batch: MicroBatch, buffer: Buffer) -> Iterator[MicroBatch]:
@@ -52,12 +56,11 @@ class Sender:
         """
         slot, computing = self._slots[0], torch.cuda.current_stream(self.device)
         self._slots.rotate(-1)
-        if slot.sent is not None:
-            slot.copied.synchronize()
-            self._free.append(slot.sent)
+        slot.copied.synchronize()  # of a new event: at once
+        self.give_back(slot.sent)
         slot.sent = buffer
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(slot.computed)  # of a new event: at once
+            self._stream.wait_event(slot.computed)
             if len(slot.bytes) < len(buffer.bytes):
                 slot.bytes = torch.empty_like(buffer.bytes, device=self.device)
             used = min(buffer.used, len(buffer.bytes))

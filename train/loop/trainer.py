@@ -34,6 +34,7 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
+from train.data.noise import noise_record
 from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
@@ -81,6 +82,7 @@ class Trainer:
         check_patch_size(self.data.sizes, config.model.patch_size)
         self.table = config.conditioning.resolve(features.modalities)
         self.batches = MicroBatches(config, self.data, self.table)
+        self._take_noise(noise_record(config.data.noise, device))
         self.visual = VisualDebug(config, dataset, self.table)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -116,6 +118,7 @@ class Trainer:
         self.step = self.saver.saved = checkpoint.state["step"]
         self.parent = checkpoint.state.get("parent")
         self._take_course(course_of(checkpoint.state, self.config))
+        self._take_noise(noise_record(self.config.data.noise, self.device, checkpoint.state))
         set_aside_after(self.config.run_folder, self.step)
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
@@ -328,6 +331,7 @@ class Trainer:
         return {
             "slots": self.step * self.batches.plan.slots,  # the position in the data
             "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
+            "noise": self.noise,
             "totals": list(self.course.totals),  # train.steps, and what it was before it grew
             "parent": self.parent,
             "config": self.config.model_dump(mode="json"),
@@ -346,6 +350,9 @@ class Trainer:
 
     def _ema_decay(self, step: int) -> float:
         return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay, self.config.train.ema_warmup)
+
+    def _take_noise(self, record: dict[str, Any]) -> None:
+        self.noise, self.batches.noise = record, record["kind"]
 
     def _take_course(self, course: Course) -> None:
         self.course = self.batches.course = course

@@ -194,7 +194,9 @@ EVERY_LOSS = (
 
 @pytest.mark.parametrize("view", ["crop", "pool"])
 def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_home, dinov2_home, view):
-    trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}", "data.flip=0.5")
+    trainer = make(
+        tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}", "data.flip=0.5", "data.noise=device"
+    )
     # on the meta device tensors have no values, so that reading one or copying it to the host is an error
     trainer.device = torch.device("meta")
     trainer.model.to("meta")
