@@ -13,9 +13,13 @@ def generator(*parts: int | str) -> np.random.Generator:
     The key is the first 128 bits of SHA-256 over the parts, each written as its type and text, so that ``("a", 1)`` and
     ``("a1",)`` differ. Equal on every machine. Source: Salmon et al., "Parallel random numbers", SC 2011.
     """
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key_of(*parts), dtype="<u8")))
+
+
+def key_of(*parts: int | str) -> bytes:
+    """Return the 128 bits that ``parts`` name; see :func:`generator`."""
     name = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key))
+    return hashlib.sha256(name.encode()).digest()[:16]
 
 
 def noise(key: str, seed_index: int, height: int, width: int) -> np.ndarray:

@@ -77,7 +77,12 @@ class DataSection(Config):
     # probability that an image is mirrored, with all its conditions, if its caption allows it
     flip: float = Field(default=0.0, ge=0, le=0.5)
     cache_gb: float = Field(default=4.0, ge=0)  # 1e9 bytes of decoded samples kept in memory
-    prefetch: int = Field(default=2, ge=0)  # micro-batches made ahead by a background thread; 0: none
+    prefetch: int = Field(default=2, ge=0)  # micro-batches made ahead in the background; 0: none, and no thread
+    # who draws the noise, which is another for each; auto: the host for a CPU, the device for a GPU, and what it was
+    # where a run goes on
+    noise: Literal["auto", "host", "device"] = "auto"
+    # threads that make them, each one at a time; auto: one less than the processors, from 1 to 8
+    workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
 
 
 class CheckpointSection(Config):

@@ -45,4 +45,4 @@ def encode_pixels(pixels: np.ndarray, member: str) -> bytes:
 def decode_pixels(data: bytes) -> np.ndarray:
     """uint8 (H, W, 3) from the bytes of a px member."""
     with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 GROUP = 64  # channels that share one scale
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Features as they are stored: int8 ``values`` (..., W) and float16 ``scale`` (..., ceil(W / 64))."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the features."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return self.values.nbytes + self.scale.nbytes
 
 
 def quantise(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -26,8 +46,8 @@ def quantise(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantise(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Read back what :func:`quantise` stored: float32 (N, W)."""
-    return q.astype(np.float32) * np.repeat(scale.astype(np.float32), GROUP, axis=-1)[:, : q.shape[-1]]
+    """Read back what :func:`quantise` stored: float32 (..., W)."""
+    return q.astype(np.float32) * np.repeat(scale.astype(np.float32), GROUP, axis=-1)[..., : q.shape[-1]]
 
 
 def worst_cosine(patches: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:

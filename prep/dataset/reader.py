@@ -32,7 +32,7 @@ from prep.dataset.layout import (
     read_range,
 )
 from prep.dataset.members import Array
-from prep.dataset.quantise import dequantise
+from prep.dataset.quantise import Quantised, dequantise
 
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
@@ -168,9 +168,14 @@ class Dataset:
 
     def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
         """Return the DINOv3 patch tokens on their grid, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
+        stored = self.stored_patches(row, flipped)
+        return dequantise(stored.values, stored.scale)
+
+    def stored_patches(self, row: dict[str, Any], flipped: bool = False) -> Quantised:
+        """Return what :meth:`patches` are stored as, on their grid."""
         name = "dino_flip" if flipped else "dino"
-        quantised, scale = map(partial(self.together().array, row), (f"dino/{name}.npy", f"dino/{name}_scale.npy"))
-        return dequantise(quantised, scale).reshape(row["dino_h"], row["dino_w"], -1)
+        arrays = map(partial(self.together().array, row), (f"dino/{name}.npy", f"dino/{name}_scale.npy"))
+        return Quantised(*(array.reshape(row["dino_h"], row["dino_w"], -1) for array in arrays))
 
     def pose(self, row: dict[str, Any]) -> np.ndarray:
         """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""

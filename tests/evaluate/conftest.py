@@ -89,6 +89,8 @@ class FiguresInMemory:
         height, width = self.pixels(row).shape[:2]
         return generator("patches", row["key"]).standard_normal((height // 8, width // 8, 8), np.float32)
 
+    stored_patches = patches
+
     def pose(self, row: dict[str, Any]) -> np.ndarray:
         height, width = self.pixels(row).shape[:2]
         keypoints = np.reshape(self._truth[row["key"]]["keypoints"], (-1, 3)).astype(np.float32)

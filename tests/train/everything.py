@@ -27,7 +27,7 @@ EVERYTHING: dict[str, Any] = {
     "train.decay_share": 0.5, "train.grad_clip": 0.5, "train.precision": "bf16",
     "train.gradient_checkpointing": 3, "train.threads": 1, "train.device": "cpu",
     "ema.snapshots": 8, "ema.sigma_rel": "[0.06, 0.2]",
-    "data.flip": 0.4, "data.cache_gb": 2e-4, "data.prefetch": 3,
+    "data.flip": 0.4, "data.cache_gb": 2e-4, "data.prefetch": 3, "data.workers": 2, "data.noise": "device",
     "checkpoint.every_steps": 3, "checkpoint.every_minutes": 60.0,
     "checkpoint.keep_last": 3, "checkpoint.keep_every": 4,
     "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanodit.errors import ConfigError, DataError
 from train.checkpoint.checkpoint import (
     Checkpoint,
@@ -16,14 +18,15 @@ from train.checkpoint.checkpoint import (
     resolve_checkpoint,
 )
 from train.config import TrainConfig
+from train.data.noise import noise_record
 from train.method.ema import ema_decay
 from train.method.schedule import Course, learning_rate, snapshot_steps
 
 # Places, the pace of saving and looking, and memory: nothing here changes a weight. All other keys must be the
 # checkpoint's.
 SAFE_TO_CHANGE = (
-    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "checkpoint", "visual_debug", "validation",
-    "train.gradient_checkpointing",
+    "dataset", "output", "log_every", "data.cache_gb", "data.prefetch", "data.workers", "checkpoint", "visual_debug",
+    "validation", "train.gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -75,7 +78,8 @@ def check_same_run(
             f"{config.dataset}: the dataset's fingerprint is {fingerprint}, but {name} was trained on "
             f"{state['dataset']['fingerprint']}. Train on that dataset, or choose another `output`"
         )
-    safe = (*SAFE_TO_CHANGE, *allowed_changes, *(["train.steps"] if _may_grow(state, config) else []))
+    noise_record(config.data.noise, torch.device("cpu"), state)  # refuses another, whatever is allowed
+    safe = (*SAFE_TO_CHANGE, "data.noise", *allowed_changes, *(["train.steps"] if _may_grow(state, config) else []))
     saved = _with_defaults(state["config"], TrainConfig(dataset="", output="").model_dump(mode="json"))
     changes = [
         f"{key}: {before!r} -> {after!r}"

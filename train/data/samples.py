@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,13 +18,14 @@ from prep.dataset.layout import Unit
 from train.data.order import Slot
 from train.model.conditions import Conditions, collate
 from train.model.mirror import flip_pixels
-from train.model.modalities import MODALITIES, Modality, present
+from train.model.modalities import MODALITIES, Modality, Stored, present
 
 Row = dict[str, Any]
 
 
 class TrainingSet:
-    """The training split by bucket, in key order, with decoded samples kept in memory up to ``cache_gb`` (1e9 bytes).
+    """The training split by bucket, in key order, with samples kept in memory up to ``cache_gb`` (1e9 bytes): pixels
+    decoded, features as they are stored.
 
     ``dataset`` is a :class:`prep.dataset.reader.Dataset`. What comes first stays: with a permutation per epoch,
     replacing the oldest would always evict what is needed next. Raises :class:`DataError` where a key is in both
@@ -33,8 +35,10 @@ class TrainingSet:
     def __init__(self, dataset: Any, cache_gb: float) -> None:
         self.info, self.fingerprint = dataset.info, dataset.fingerprint
         self._dataset, self._budget = dataset, int(cache_gb * 1e9)
-        self._cache: dict[tuple[str, str], np.ndarray] = {}
-        self.reading: tuple[str, float] | None = None  # what is being read, and since when (time.monotonic)
+        self._cache: dict[tuple[str, str], Stored] = {}
+        self._lock = threading.Lock()  # of what is in memory, which several threads fill
+        # what is being read, by thread, and since when (time.monotonic)
+        self.reading: dict[int, tuple[str, float]] = {}
         self.rows: dict[str, list[Row]] = {}
         holdout = {row["key"] for row in dataset.rows("holdout")}
         for row in dataset.rows("train"):
@@ -71,30 +75,39 @@ class TrainingSet:
     def pixels(self, row: Row, size: tuple[int, int] | None = None) -> np.ndarray:
         """Return the image, uint8 (H, W, 3); kept in memory in the size that was asked for last."""
         width, height = size or bucket_size(row["bucket"])
-        cached = self._cache.get((row["key"], "pixels"))
-        if cached is not None and cached.shape[:2] != (height, width):  # of another phase
-            self._budget += self._cache.pop((row["key"], "pixels")).nbytes
+        with self._lock:
+            cached = self._cache.get((row["key"], "pixels"))
+            if cached is not None and cached.shape[:2] != (height, width):  # of another phase
+                self._budget += self._cache.pop((row["key"], "pixels")).nbytes
         return self._cached("pixels", "px", row, lambda: resize(self._dataset.pixels(row), width, height))
 
     def conditions(self, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> Conditions:
         """Do what :func:`load_conditions` does, and keep what was read in memory."""
-        return load_conditions(self._dataset, rows, flips, self._features)
+        return collate(**self.features(rows, flips), count=len(rows))
 
-    def _features(self, modality: Modality, dataset: Any, row: Row, flipped: bool) -> np.ndarray:
+    def features(self, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> dict[str, list[Stored]]:
+        """Do what :func:`load_features` does, and keep what was read in memory."""
+        return load_features(self._dataset, rows, flips, self._features)
+
+    def _features(self, modality: Modality, dataset: Any, row: Row, flipped: bool) -> Stored:
         if flipped and modality.mirror:  # made of what is in memory
             return modality.mirror(self._features(modality, dataset, row, False))
         name = f"{modality.name} flipped" if flipped else modality.name
         return self._cached(name, modality.layer, row, lambda: modality.read(dataset, row, flipped))
 
-    def _cached(self, name: str, layer: str, row: Row, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def _cached(self, name: str, layer: str, row: Row, read: Callable[[], Stored]) -> Stored:
         array = self._cache.get((row["key"], name))
         if array is None:
-            self.reading = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {row['key']}", time.monotonic()
-            array = read()
-            self.reading = None
-            if array.nbytes <= self._budget:
-                self._budget -= array.nbytes
-                self._cache[row["key"], name] = array
+            what = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {row['key']}"
+            self.reading[threading.get_ident()] = what, time.monotonic()
+            try:
+                array = read()
+            finally:
+                del self.reading[threading.get_ident()]
+            with self._lock:
+                if (row["key"], name) not in self._cache and array.nbytes <= self._budget:
+                    self._budget -= array.nbytes
+                    self._cache[row["key"], name] = array
         return array
 
 
@@ -110,7 +123,12 @@ def load_pixels(
     stacked = np.stack(
         [flip_pixels(image) if flip else image for image, flip in zip(images, flips or [False] * len(rows))]
     )
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    return to_float(torch.from_numpy(stacked))
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Turn pixels, uint8 (B, H, W, 3), into what the network sees: float32 (B, 3, H, W) in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -141,21 +159,28 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-def load_conditions(
+def load_conditions(dataset: Any, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> Conditions:
+    """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
+
+    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none.
+    """
+    return collate(**load_features(dataset, rows, flips), count=len(rows))
+
+
+def load_features(
     dataset: Any,
     rows: Sequence[Row],
     flips: Sequence[bool] | None = None,
-    read: Callable[[Modality, Any, Row, bool], np.ndarray] = Modality.load,
-) -> Conditions:
-    """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
+    read: Callable[[Modality, Any, Row, bool], Stored] = Modality.load,
+) -> dict[str, list[Stored]]:
+    """Read the features of each image, by modality, as they are stored; arguments as for :func:`load_conditions`.
 
-    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none. ``read``
-    takes the place of :meth:`train.model.modalities.Modality.load`.
+    ``read`` takes the place of :meth:`train.model.modalities.Modality.load`.
     """
     stored = [MODALITIES[name] for name in present(dataset.info["layers"])]
-    features: dict[str, list[np.ndarray]] = {one.name: [] for one in stored}
+    features: dict[str, list[Stored]] = {one.name: [] for one in stored}
     at_once = dataset.together()
     for row, flip in zip(rows, flips or [False] * len(rows)):  # sample by sample: one read for each layer
         for one in stored:
             features[one.name].append(read(one, at_once, row, flip))
-    return collate(**features, count=len(rows))
+    return features

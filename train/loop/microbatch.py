@@ -1,7 +1,9 @@
 """What one micro-step needs, as a pure function of config, data and the number of the micro-batch.
 
-Pixels come in the order of :mod:`train.data.samples`; noise, times and dropped conditions from generators named by
-(seed, purpose, step, image). So micro-batches can be made ahead, or again after a kill, without any state.
+The loader's threads make it of what is stored (uint8 pixels, int8 patches and their scales, float16 text), and the
+device turns it into what the network sees: little travels, and little is computed on the host. Pixels come in the order
+of :mod:`train.data.samples`; noise, times and dropped conditions from generators named by (seed, purpose, step, image).
+So micro-batches can be made ahead, or again after a kill, without any state.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from torch import Tensor
 from nanodit.rng import generator
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
+from train.data.buffers import Buffer
 from train.data.flip import draw_flip
+from train.data.noise import Kind, noise_key, normal
 from train.data.order import Order
-from train.data.samples import Row, TrainingSet
+from train.data.samples import Row, TrainingSet, to_float
 from train.method.dropout import deal
 from train.method.flow import timesteps
-from train.method.loss import Drawn, Loss
+from train.method.loss import Drawn, Later, Loss
 from train.method.schedule import Course
-from train.model.conditions import Conditions, Subset
+from train.model.conditions import Conditions, Subset, pack
 from train.model.tread import draw_keep_ids
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
@@ -49,7 +53,9 @@ class MicroBatch:
     """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout.
 
     ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all; ``flipped`` counts the
-    images that are mirrored, with all their conditions.
+    images that are mirrored, with all their conditions. Until it is :meth:`unpacked`, pixels are uint8 (B, H, W, 3) and
+    ``mirror`` (B,) says whose are still to be mirrored, conditions are as they are stored, noise that the device draws
+    is its keys, int64 (B, 2), and tensors may lie in a ``buffer`` that the next micro-batch takes over.
     """
 
     keys: list[str]
@@ -60,16 +66,15 @@ class MicroBatch:
     groups: list[Group]
     keep_ids: Tensor | None = None
     flipped: int = 0
+    mirror: Tensor | None = None
+    buffer: Buffer | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Move every tensor; without waiting where they are pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> MicroBatch:
-        """Copy every tensor into page-locked memory, which a GPU reads while the host goes on."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """Apply ``function`` to every tensor."""
         groups = [
             Group(
                 group.images, group.conditions.map(function), {**group.prepared, **_tensors(group.prepared, function)}
@@ -77,6 +82,25 @@ class MicroBatch:
             for group in self.groups
         ]
         return replace(self, groups=groups, **_tensors(vars(self), function))
+
+    def unpacked(self) -> MicroBatch:
+        """Return it as the network sees it, computed on the device where it lies; what is unpacked stays as it is.
+
+        Keys, subsets and t outlive the buffer.
+        """
+        if self.x.is_floating_point():
+            return self
+        pixels = self.x
+        if self.mirror is not None:
+            pixels = torch.where(self.mirror.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+        groups = []
+        for group in self.groups:
+            made = {name: value.made() for name, value in group.prepared.items() if isinstance(value, Later)}
+            groups.append(replace(group, conditions=group.conditions.unpacked(), prepared={**group.prepared, **made}))
+        x, noise = to_float(pixels), self.noise
+        if not noise.is_floating_point():
+            noise = normal(noise, x.shape[1:])
+        return replace(self, x=x, noise=noise, t=self.t.clone(), groups=groups, mirror=None)
 
     def active_tokens(self, patch_size: int, routed_blocks: float) -> float:
         """Count the image tokens that a block sees, mean over the blocks; ``routed_blocks`` is the share that route."""
@@ -86,9 +110,10 @@ class MicroBatch:
         return images * (tokens - routed_blocks * (tokens - kept))
 
 
-def _tensors(record: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply ``function`` to the values that are tensors, and return these."""
-    return {name: function(value) for name, value in record.items() if isinstance(value, Tensor)}
+def _tensors(record: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Apply ``function`` to the values that are tensors, or made of some later, and return these."""
+    found = {name: value.map(function) for name, value in record.items() if isinstance(value, Later)}
+    return found | {name: function(value) for name, value in record.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,7 @@ class MicroBatches:
         self.course = Course((train.steps,))
         self.order = Order(data.sizes, train.batch_size, config.seed)
         self.losses: Collection[Loss] = ()  # that have something to prepare
+        self.noise: Kind = "host"  # who draws it
         self.plan = BatchPlan(
             self.order, train.grad_accumulation_steps, train.token_budget, train.phases, config.model.patch_size
         )
@@ -124,15 +150,23 @@ class MicroBatches:
         return chain.from_iterable(map(self.plan.numbers, count(first_step)))
 
     def make(self, index: int) -> MicroBatch:
-        """Return micro-batch ``index`` of the run; another thread calls ahead."""
-        config = self.config
+        """Return micro-batch ``index`` of the run as the network sees it, on the CPU."""
+        return self.pack(index, Buffer()).unpacked()
+
+    def pack(self, index: int, buffer: Buffer) -> MicroBatch:
+        """Return micro-batch ``index`` of the run as it is stored, in ``buffer``; other threads call ahead."""
+        config, empty = self.config, buffer.empty
         step, position = divmod(index, self.plan.stride)
         cuts = self.plan.of_step(step)
         cut = cuts[position]
         images = cut.images  # their numbers in the step
         rows = self.data.select(cut)
         flips = self.flips(step, images, rows)
-        x, conditions = self.data.load(rows, cut.size, flips)
+        conditions = pack(**self.data.features(rows, flips), count=len(rows), empty=empty)
+        width, height = cut.size
+        x = empty((len(rows), height, width, 3), dtype=torch.uint8)
+        for image, row in zip(x.numpy(), rows):
+            image[:] = self.data.pixels(row, cut.size)
 
         # drawn for the whole step, so that strata and shares span it; this micro-batch takes its part
         shifts = np.empty(self.plan.images)
@@ -141,10 +175,13 @@ class MicroBatches:
         t = timesteps(config.flow, generator(config.seed, "timesteps", step), shifts)[list(images)]
         sizes = [len(other.images) for other in cuts]
         subsets = deal_subsets(self.table, sizes, generator(config.seed, "conditions", step))[position]
-        noise = np.stack(
-            [generator(config.seed, "noise", step, i).standard_normal(x.shape[1:], np.float32) for i in images]
-        )
-        size = tuple(x.shape[2:])
+        if self.noise == "device":
+            noise = torch.tensor([noise_key(config.seed, step, i) for i in images])
+        else:
+            noise = empty((len(rows), 3, height, width), dtype=torch.float32)
+            for values, i in zip(noise.numpy(), images):
+                generator(config.seed, "noise", step, i).standard_normal(dtype=np.float32, out=values)
+        size = height, width
         groups = []
         for group in split(subsets):
             own, seen = images[group], conditions.select(group)
@@ -155,8 +192,10 @@ class MicroBatches:
             )  # fmt: skip
             groups.append(Group(group, seen.keeping(subsets[group]), self._prepared(drawn)))
         keep_ids = self._keep_ids(index, images, *size)
-        tensors = x, torch.from_numpy(noise), torch.from_numpy(t)
-        return MicroBatch([r["key"] for r in rows], subsets, *tensors, groups, keep_ids, sum(flips))
+        mirror = torch.tensor(flips) if any(flips) else None
+        tensors = x, noise, torch.from_numpy(t), groups, keep_ids
+        made = MicroBatch([row["key"] for row in rows], subsets, *tensors, sum(flips), mirror)
+        return replace(made.map(buffer.take), buffer=buffer)
 
     def flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
         """Say which of a micro-batch's images, by their numbers in the step, are mirrored."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nanodit.console import say
 from nanodit.errors import DataError
 from nanodit.files import write_atomic
+from train.data.prefetch import processors
 
 
 class Tracker:
@@ -75,7 +79,10 @@ class Tracker:
 
 
 class Rates:
-    """Steps and images per second of training alone: no validation, pictures or saving, no compilation, no warm-up."""
+    """Steps and images per second of training alone, and the share of that time in which it waits for data.
+
+    No validation, pictures or saving, no compilation, no warm-up.
+    """
 
     WARM_UP_STEPS = 2
 
@@ -83,11 +90,14 @@ class Rates:
         self._peak_flops, self._flops = peak_flops, 0
         self._added = self._graphs = 0
         self._steps = self._images = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         self._shown: dict[str, str] = {}
 
-    def add(self, images: int, seconds: float, flops: int = 0) -> None:
-        """Count one optimiser step and its FLOPs, unless it is one of the first or compiled something."""
+    def add(self, images: int, seconds: float, flops: int = 0, waited: float = 0.0) -> None:
+        """Count one optimiser step and its FLOPs, unless it is one of the first or compiled something.
+
+        ``waited`` is how many of its seconds the device had nothing to do, as no micro-batch was there.
+        """
         self._added += 1
         counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)  # None while it is being imported
         graphs = counters["stats"]["unique_graphs"] if counters else 0
@@ -97,23 +107,92 @@ class Rates:
             self._images += images
             self._seconds += seconds
             self._flops += flops
+            self._waited += waited
 
     def take(self) -> dict[str, float]:
         """Return the rates since the last call, empty where nothing was counted; MFU where the GPU's peak is known."""
         if not self._steps:
             return {}
         iterations, images = self._steps / self._seconds, self._images / self._seconds
-        rates = {"sys/iter_per_sec": iterations, "sys/images_per_sec": images}
-        self._shown = {"images/s": f"{images:.1f}"}
+        wait = self._waited / self._seconds
+        rates = {"sys/iter_per_sec": iterations, "sys/images_per_sec": images, "sys/data_wait": wait}
+        self._shown = {"images/s": f"{images:.1f}", "data wait": f"{wait:.0%}"}
         if self._peak_flops:
             rates["sys/mfu"] = self._flops / self._seconds / self._peak_flops
         self._steps = self._images = self._flops = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         return rates
 
     def shown(self) -> dict[str, str]:
-        """Return what a progress line says: the last rate taken."""
+        """Return what a progress line says: the last rates taken."""
         return self._shown
+
+
+class DataWait:
+    """Measures how long a device has nothing to do, as no micro-batch is there.
+
+    The host runs ahead of a GPU and may wait while that computes: there the time counts between two events of the GPU's
+    own clock, one from before the host waits and one from after, which are one moment where it was busy throughout.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Measure what happens in this context."""
+        if self._on_gpu:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def take(self) -> float:
+        """Return the seconds since the last call; the device must have been waited for."""
+        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return seconds
+
+
+class WaitingAdvice:
+    """Says once in a run that it waits for its data, and what helps.
+
+    ``prefetch`` micro-batches are made ahead, by ``workers`` threads.
+    """
+
+    MUCH = 0.1  # of the time of a step
+    RECORDS = 3  # in a row, of which the first ones may be of files that were not in memory yet
+
+    def __init__(self, prefetch: int, workers: int) -> None:
+        self.prefetch, self.workers = prefetch, workers
+        self._in_a_row, self._said = 0, False
+
+    def consider(self, share: float | None) -> None:
+        """Take note of a logged ``sys/data_wait``."""
+        if share is None or self._said:
+            return
+        self._in_a_row = self._in_a_row + 1 if share > self.MUCH else 0
+        if self._in_a_row == self.RECORDS:
+            self._said = True
+            say(f"warning: {share:.0%} of the time goes into waiting for data (sys/data_wait): {self._remedy()}")
+
+    def _remedy(self) -> str:
+        if self.prefetch == 0:
+            return "data.prefetch=2 makes micro-batches while the network computes"
+        if self.workers < (more := processors() - 1):
+            return f"data.workers={more} makes micro-batches in more threads than {self.workers}"
+        return (
+            "a larger data.cache_gb keeps more samples in memory; else more processors, a faster disk, or a dataset "
+            "with image.format=jpeg, whose pixels are decoded in half the time"
+        )
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:

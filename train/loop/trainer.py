@@ -34,7 +34,8 @@ from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
 from train.data.flip import check_flips
-from train.data.prefetch import prefetch, watch_for_stalls
+from train.data.noise import noise_record
+from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, peak_flops
 from train.loop.compiling import compile_if_asked
@@ -43,7 +44,8 @@ from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
 from train.loop.observers import finite, observe
 from train.loop.saving import Saver
-from train.loop.tracking import Rates, Tracker, gpu_memory, memory_shown
+from train.loop.sending import Sender
+from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
@@ -80,6 +82,7 @@ class Trainer:
         check_patch_size(self.data.sizes, config.model.patch_size)
         self.table = config.conditioning.resolve(features.modalities)
         self.batches = MicroBatches(config, self.data, self.table)
+        self._take_noise(noise_record(config.data.noise, device))
         self.visual = VisualDebug(config, dataset, self.table)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -89,6 +92,7 @@ class Trainer:
             self.model.to(device)
         self.losses = {loss.name: loss for loss in losses}
         self.batches.losses = losses
+        self.sender, self.waits = Sender(device), DataWait(device)
         self.model.checkpoint_every = config.train.checkpoint_every
         compile_if_asked(self.model, self.batches, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -114,6 +118,7 @@ class Trainer:
         self.step = self.saver.saved = checkpoint.state["step"]
         self.parent = checkpoint.state.get("parent")
         self._take_course(course_of(checkpoint.state, self.config))
+        self._take_noise(noise_record(self.config.data.noise, self.device, checkpoint.state))
         set_aside_after(self.config.run_folder, self.step)
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
@@ -139,10 +144,11 @@ class Trainer:
     def _run(self, stop: StopRequest, stop_at: float) -> None:
         config, steps, saver = self.config, self.config.train.steps, self.saver
         numbers = self.batches.numbers(self.step)
-        batches = prefetch(self._make_batch, numbers, config.data.prefetch, give_up=lambda: stop.requested)
+        ahead = config.data.prefetch, thread_count(config.data.workers)
+        batches = prefetch(self._make_batch, numbers, *ahead, give_up=lambda: stop.requested)
         tracker = Tracker(config.run_folder, self.step)
         progress = Progress("train", steps, "steps", done=self.step)
-        rates = Rates(self.peak_flops)
+        rates, advice = Rates(self.peak_flops), WaitingAdvice(*ahead)
         continue_snapshots(config.run_folder, self.step)
         watching = watch_for_stalls(self.data)
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
@@ -160,11 +166,12 @@ class Trainer:
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
                 values = self.update(accumulated)
                 seconds = time.perf_counter() - started
-                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0)
+                rates.add(self.images_per_step, seconds, self.flops.take() if self.flops else 0, self.waits.take())
                 fault("train.step", config.run_folder.name)
                 if self.step % config.log_every == 0 or self.step == steps:
                     values |= rates.take() | gpu_memory(self.device)
                     tracker.log(self.step, values)
+                    advice.consider(values.get("sys/data_wait"))
                 progress.update(self.step, loss=f"{values['train/loss']:.4f}", **rates.shown(), **memory_shown(values))
                 if self.step in self.snapshot_steps:
                     save_snapshot(config.run_folder, self.step, self.power)
@@ -213,8 +220,7 @@ class Trainer:
         return {name: torch.cat(values or [nothing]) for name, values in found.items()}
 
     def _make_batch(self, index: int) -> MicroBatch:
-        batch = self.batches.make(index)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return self.batches.pack(index, self.sender.buffer())
 
     def accumulate(self, batches: Iterator[MicroBatch], stop: StopRequest) -> Accumulated | None:
         """Take the micro-batches of one optimiser step; None if asked to stop before they were all taken.
@@ -225,13 +231,14 @@ class Trainer:
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
-            batch = next(batches, None)
+            with self.waits():
+                batch = next(batches, None)
             if batch is None:
                 return None
-            batch = batch.to(self.device)
-            taken.append((batch.keys, batch.subsets, batch.t, self.micro_step(batch)))
-            model = self.config.model
-            tokens += batch.active_tokens(model.patch_size, len(self.model.route) / model.depth)
+            with self.sender.sent(batch) as sent:
+                taken.append((sent.keys, sent.subsets, sent.t, self.micro_step(sent)))
+                model = self.config.model
+                tokens += sent.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
             flipped += batch.flipped
         keys, subsets, t, values = zip(*taken)
@@ -324,6 +331,7 @@ class Trainer:
         return {
             "slots": self.step * self.batches.plan.slots,  # the position in the data
             "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
+            "noise": self.noise,
             "totals": list(self.course.totals),  # train.steps, and what it was before it grew
             "parent": self.parent,
             "config": self.config.model_dump(mode="json"),
@@ -342,6 +350,9 @@ class Trainer:
 
     def _ema_decay(self, step: int) -> float:
         return ema_decay(step, self.course.part(step - 1)[1], self.config.train.ema_decay, self.config.train.ema_warmup)
+
+    def _take_noise(self, record: dict[str, Any]) -> None:
+        self.noise, self.batches.noise = record, record["kind"]
 
     def _take_course(self, course: Course) -> None:
         self.course = self.batches.course = course

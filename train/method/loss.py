@@ -54,8 +54,9 @@ class Drawn:
     """A group of images as the thread that makes micro-batches knows it, before anything is on the device.
 
     ``turn`` is the optimiser step (0-based, of ``steps``) plus the number of the micro-batch in it; ``size`` is
-    (height, width) in pixels and ``shift`` its resolution shift. ``conditions`` are those before dropout, ``subsets``
-    what is kept of them. ``generator_of`` returns the generator of a purpose and an image, counted from the first.
+    (height, width) in pixels and ``shift`` its resolution shift. ``conditions`` are those before dropout, as they are
+    stored (:meth:`train.model.conditions.Conditions.unpacked`), ``subsets`` what is kept of them. ``generator_of``
+    returns the generator of a purpose and an image, counted from the first.
     """
 
     step: int
@@ -67,6 +68,22 @@ class Drawn:
     subsets: Sequence[Subset]
     conditions: Conditions
     generator_of: Callable[[str, int], np.random.Generator]
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made on the device: ``make`` of some conditions, which travel there as they are stored."""
+
+    conditions: Conditions
+    make: Callable[[Conditions], Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Later:
+        """Apply ``function`` to every tensor of the conditions."""
+        return Later(self.conditions.map(function), self.make)
+
+    def made(self) -> Tensor:
+        """Make it, on the device where the conditions lie."""
+        return self.make(self.conditions.unpacked())
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,10 @@ class Loss:
     # What it needs of a micro-batch
 
     def prepare(self, drawn: Drawn) -> Any:
-        """Return what it needs of a group of images, a tensor or anything on the host; None where nothing."""
+        """Return what it needs of a group of images, a tensor, one made :class:`Later` or anything on the host.
+
+        None where nothing.
+        """
         return None
 
     def largest(self, images: int, size: tuple[int, int], device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nanodit.errors import ConfigError
-from train.method.loss import Drawn, Loss, LossConfig, Prediction, Setup, Stretch
+from train.method.loss import Drawn, Later, Loss, LossConfig, Prediction, Setup, Stretch
 from train.model.conditions import Subset
 from train.model.tread import take
 
@@ -104,9 +104,10 @@ class RepaLoss(Loss):
     def logged(self, measured: float, images: int, weight: float, subsets: Sequence[Subset]) -> dict[str, float]:
         return alignment_values(measured, weight, subsets)
 
-    def prepare(self, drawn: Drawn) -> Tensor | None:
+    def prepare(self, drawn: Drawn) -> Later | None:
         if self.weight(drawn.step, drawn.steps) > 0 and any(map(counts, drawn.subsets)):
-            return resample(drawn.conditions.patches, *(side // self.patch_size for side in drawn.size))
+            rows, columns = (side // self.patch_size for side in drawn.size)
+            return Later(drawn.conditions.only({"patches"}), lambda stored: resample(stored.patches, rows, columns))
         return None
 
     def largest(self, images: int, size: tuple[int, int], device: torch.device) -> Tensor:

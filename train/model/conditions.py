@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from nanodit.errors import ConfigError
-from train.model.modalities import MODALITIES
+from prep.dataset.quantise import GROUP, Quantised
+from train.model.modalities import MODALITIES, Stored
 
 TEXT_MULTIPLE = 32  # text is padded to a multiple of this within a micro-batch, so that few shapes occur
 
 Subset = frozenset[str]
+Empty = Callable[..., Tensor]  # of a shape and a dtype, as torch.empty
 
 
 def padded_length(tokens: float) -> int:
@@ -51,6 +53,7 @@ class Conditions:
     ``keep`` (B, modalities) says which of ``MODALITIES`` each image keeps. ``tensors`` holds their features by name:
     text (B, L, width) with text_mask (B, L), True at real tokens; cls (B, DINO width); patches (B, h, w, DINO width);
     pose (B, 133, 3) with x, y in [-1, 1] and confidence. Each is an attribute, too, and None where no image keeps it.
+    As :func:`pack` leaves them they have the dtypes that are stored, until they are :meth:`unpacked`.
     """
 
     keep: Tensor
@@ -81,6 +84,21 @@ class Conditions:
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditions:
         """Apply ``function`` to every tensor."""
         return Conditions(function(self.keep), {name: function(tensor) for name, tensor in self.tensors.items()})
+
+    def unpacked(self) -> Conditions:
+        """Return these conditions with all features in float32, computed on the device where they lie."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            modality = MODALITIES.get(name)
+            if modality is None:  # a mask, or the scales of features
+                if not name.endswith("_scale"):
+                    tensors[name] = tensor
+            elif (scale := self.tensors.get(modality.scale)) is not None:
+                scales = scale.float().unsqueeze(-1).expand(*scale.shape, GROUP).flatten(-2)
+                tensors[name] = tensor.float() * scales[..., : tensor.shape[-1]]
+            else:
+                tensors[name] = tensor.float()
+        return Conditions(self.keep, tensors)
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move every tensor."""
@@ -113,23 +131,43 @@ class Conditions:
 
 
 def _modality(tensor: str) -> str:
-    """Return the modality that a tensor of :class:`Conditions`, features or their mask, belongs to."""
-    return tensor.removesuffix("_mask")
+    """Return the modality that a tensor of :class:`Conditions`, features, mask or scales, belongs to."""
+    return tensor.removesuffix("_mask").removesuffix("_scale")
 
 
-def collate(*, count: int, **features: Sequence[np.ndarray] | None) -> Conditions:
+def collate(*, count: int, **features: Sequence[Stored] | None) -> Conditions:
     """Stack the features of ``count`` images, by modality; text is padded with zeros and masked."""
+    return pack(count=count, **features).unpacked()
+
+
+def pack(*, count: int, empty: Empty = torch.empty, **features: Sequence[Stored] | None) -> Conditions:
+    """Do what :func:`collate` does, in the dtypes that the features have, into tensors that ``empty`` returns."""
     given = {name: arrays for name, arrays in features.items() if arrays is not None}
     tensors: dict[str, Tensor] = {}
     for name, arrays in given.items():
-        if not MODALITIES[name].ragged:
-            tensors[name] = torch.from_numpy(np.stack(arrays).astype(np.float32))
+        modality = MODALITIES[name]
+        if isinstance(arrays[0], Quantised):
+            tensors[modality.scale] = _stack([one.scale for one in arrays], empty)
+            arrays = [one.values for one in arrays]
+        if not modality.ragged:
+            tensors[name] = _stack(arrays, empty)
             continue
         length = padded_length(max(len(rows) for rows in arrays))
-        padded = torch.zeros(count, length, arrays[0].shape[1])
-        mask = torch.zeros(count, length, dtype=torch.bool)
+        padded = empty((count, length, arrays[0].shape[1]), dtype=_dtype(arrays))
+        mask = empty((count, length), dtype=torch.bool)
         for i, rows in enumerate(arrays):
-            padded[i, : len(rows)] = torch.from_numpy(rows.astype(np.float32))
-            mask[i, : len(rows)] = True
-        tensors |= {name: padded, MODALITIES[name].mask: mask}
+            padded[i].numpy()[: len(rows)] = rows
+            padded[i, len(rows) :] = 0
+            mask[i] = torch.arange(length) < len(rows)
+        tensors |= {name: padded, modality.mask: mask}
     return Conditions(torch.tensor([[name in given for name in MODALITIES]] * count), tensors)
+
+
+def _dtype(arrays: Sequence[np.ndarray]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, np.result_type(*arrays))).dtype
+
+
+def _stack(arrays: Sequence[np.ndarray], empty: Empty) -> Tensor:
+    stacked = empty((len(arrays), *arrays[0].shape), dtype=_dtype(arrays))
+    np.stack(arrays, out=stacked.numpy())
+    return stacked

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanodit.keypoints import JOINTS
+from prep.dataset.quantise import GROUP, Quantised
 from train.model.config import ModelConfig
 from train.model.layers import _layer_norm, _linear
 from train.model.mirror import flip_pose
@@ -28,6 +29,7 @@ MAX_TEXT_TOKENS = 512
 POSE_FREQUENCIES = 6
 
 Row = Mapping[str, Any]  # of the dataset's index
+Stored = np.ndarray | Quantised
 
 
 class Grid(NamedTuple):
@@ -63,8 +65,8 @@ class Modality:
     layer: str  # of the dataset
     option: str  # of `train sample`, that gives it
     networks: str  # that encode it, as messages call them
-    # dataset, row and whether of the mirrored crop -> one image's features
-    read: Callable[[Any, Row, bool], np.ndarray]
+    # dataset, row and whether of the mirrored crop -> one image's features as they are stored, of any dtype
+    read: Callable[[Any, Row, bool], Stored]
     # row, width, length -> shape of one image's features
     shape: Callable[[Row, int, int], tuple[int, ...]]
     # the network's shape, row, length -> how many tokens they become
@@ -75,7 +77,8 @@ class Modality:
     tokens: Callable[[Any, Tensor, Tensor | None, Grid], Tokens]
     width: int | None = None  # of the features; None: what dataset.json says of the layer
     ragged: bool = False  # of another length in each image: padded in a batch, with a mask (b, L)
-    value_bytes: int = 4  # of a feature in memory
+    value_bytes: int = 4  # of a feature as it is stored
+    quantised: bool = False  # stored with a scale for every group of channels
     mirror: Callable[[np.ndarray], np.ndarray] | None = None  # None: the dataset stores those of the mirrored crop
     guidance: str | None = None  # the scale of guidance that it belongs to; None: one of its own name
 
@@ -84,17 +87,28 @@ class Modality:
         """The name of its mask among the tensors of a batch."""
         return f"{self.name}_mask"
 
-    def load(self, dataset: Any, row: Row, flipped: bool) -> np.ndarray:
+    @property
+    def scale(self) -> str:
+        """The name of its scales among the tensors of a batch, where it is quantised and not unpacked yet."""
+        return f"{self.name}_scale"
+
+    def stored_bytes(self, row: Row, width: int, length: int) -> int:
+        """Return what one image's features take in memory."""
+        shape = self.shape(row, width, length)
+        scales = 2 * math.prod(shape[:-1]) * math.ceil(shape[-1] / GROUP) if self.quantised else 0
+        return self.value_bytes * math.prod(shape) + scales
+
+    def load(self, dataset: Any, row: Row, flipped: bool) -> Stored:
         """Read one image's features; with ``flipped`` those of its mirror image."""
         if flipped and self.mirror:
             return self.mirror(self.read(dataset, row, False))
         return self.read(dataset, row, flipped)
 
 
-def _stored(accessor: str) -> Callable[[Any, Row, bool], np.ndarray]:
+def _stored(accessor: str) -> Callable[[Any, Row, bool], Stored]:
     """Return the ``read`` of features for which :class:`prep.dataset.reader.Dataset` has an accessor."""
 
-    def read(dataset: Any, row: Row, flipped: bool) -> np.ndarray:
+    def read(dataset: Any, row: Row, flipped: bool) -> Stored:
         load = getattr(dataset, accessor)
         return load(row, flipped=True) if flipped else load(row)
 
@@ -204,12 +218,12 @@ MODALITIES: dict[str, Modality] = {
             parts=_cls_parts, tokens=_cls_tokens, guidance="dino",
         ),
         Modality(
-            "patches", layer="dino", option="--reference", networks="DINO", read=_stored("patches"),
+            "patches", layer="dino", option="--reference", networks="DINO", read=_stored("stored_patches"),
             shape=lambda row, width, length: (row["dino_h"], row["dino_w"], width),
             count=lambda config, row, length: math.prod(
                 pooled_grid(row["dino_h"], row["dino_w"], config.context_patches)
             ),
-            parts=_patches_parts, tokens=_patches_tokens, guidance="dino",
+            parts=_patches_parts, tokens=_patches_tokens, value_bytes=1, quantised=True, guidance="dino",
         ),
         Modality(
             "pose", layer="pose", option="--pose", networks="DWPose", read=_stored("pose"), width=3, mirror=flip_pose,

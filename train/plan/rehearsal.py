@@ -157,8 +157,8 @@ def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
 
 
 def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
-    """Return the bytes that all training samples take in memory, decoded as :class:`train.data.samples.TrainingSet`
-    keeps them.
+    """Return the bytes that all training samples take in memory as :class:`train.data.samples.TrainingSet` keeps them:
+    decoded pixels, and features as they are stored.
 
     With ``flip`` the features of mirrored images come on top.
     """
@@ -167,8 +167,8 @@ def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
         total += 3 * math.prod(bucket_size(row["bucket"]))
         for name, width in features.widths.items():
             modality = MODALITIES[name]
-            values = math.prod(modality.shape(row, width, row.get("t5_tokens", 0)))
-            total += modality.value_bytes * values * (2 if flip and modality.mirror is None else 1)
+            one = modality.stored_bytes(row, width, row.get("t5_tokens", 0))
+            total += one * (2 if flip and modality.mirror is None else 1)
     return total
 
 

@@ -18,7 +18,7 @@ from nanodit.errors import ConfigError, DataError
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.data.order import Order
-from train.data.prefetch import prefetch
+from train.data.prefetch import prefetch, thread_count
 from train.data.samples import TrainingSet, bucket_size, check_patch_size, load_conditions, load_pixels
 from train.loop.trainer import Trainer
 
@@ -142,17 +142,47 @@ def test_trap_10_a_holdout_key_in_the_training_split_is_refused(tiny_dataset):
         TrainingSet(Leaking(tiny_dataset), cache_gb=0)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_prefetch_gives_the_same_values_and_errors_in_the_same_place(depth):
+@pytest.mark.parametrize(("depth", "workers"), [(0, 1), (1, 1), (3, 1), (1, 2), (3, 4)])
+def test_prefetch_gives_the_same_values_and_errors_in_the_same_place(depth, workers):
+    later = threading.Event()
+
     def make(i):
-        if i == 7:
-            raise DataError("sample 7 is damaged")
+        if workers > 1 and i == 5:
+            assert later.wait(60), "while one is made, another thread goes on"
+        if i == 6:
+            later.set()
+        if i >= 7:
+            raise DataError(f"sample {i} is damaged")
         return i * i
 
-    values = prefetch(make, count(3), depth)
+    values = prefetch(make, count(3), depth, workers)
     assert [next(values) for _ in range(4)] == [9, 16, 25, 36]
     with pytest.raises(DataError, match="sample 7"):
         next(values)
+    assert list(values) == []
+
+
+def test_prefetch_makes_no_more_than_there_is_room_for():
+    made = []
+    ahead = prefetch(lambda i: made.append(i) or i, count(), 2, 3)
+    assert next(ahead) == 0
+    with contextlib.closing(ahead):
+        while len(made) < 6:
+            pass
+        assert next(ahead) == 1
+    assert sorted(made) == [*range(len(made))]
+    assert len(made) <= 2 + 5, "two that were taken, two ahead and one of each thread"
+
+
+def test_prefetch_ends_with_the_numbers():
+    assert [*prefetch(lambda i: -i, range(10), 2, 3)] == [*range(0, -10, -1)]
+
+
+def test_auto_leaves_a_processor_to_the_training(monkeypatch):
+    for processors, threads in ((1, 1), (2, 1), (4, 3), (64, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=processors: set(range(n)), raising=False)
+        assert thread_count("auto") == threads
+    assert thread_count(5) == 5
 
 
 def test_prefetching_takes_one_thread_and_leaves_the_others_alone():
@@ -167,11 +197,11 @@ def test_prefetching_takes_one_thread_and_leaves_the_others_alone():
         torch.set_num_threads(before)
 
 
-def test_closing_prefetch_ends_its_thread():
+def test_closing_prefetch_ends_its_threads():
     before = threading.active_count()
-    iterator = prefetch(lambda i: i, count(), 2)
+    iterator = prefetch(lambda i: i, count(), 2, 3)
     assert next(iterator) == 0
-    assert threading.active_count() == before + 1
+    assert threading.active_count() == before + 3
     iterator.close()
     assert threading.active_count() == before
 

@@ -16,7 +16,7 @@ from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.checkpoint.provenance import git_state, write_provenance
 from train.loop import tracking
-from train.loop.tracking import Rates, Tracker, gpu_memory, read_metrics, truncate_metrics
+from train.loop.tracking import Rates, Tracker, WaitingAdvice, gpu_memory, read_metrics, truncate_metrics
 from train.loop.trainer import Trainer
 
 
@@ -125,7 +125,7 @@ def test_trap_33_rates_leave_out_warm_up_and_compilation(monkeypatch):
     assert rates.take() == {}
     rates.add(8, 2.0)
     rates.add(8, 2.0)
-    assert rates.take() == {"sys/iter_per_sec": 0.5, "sys/images_per_sec": 4.0}
+    assert rates.take() == {"sys/iter_per_sec": 0.5, "sys/images_per_sec": 4.0, "sys/data_wait": 0.0}
     assert rates.take() == {}
     stats = torch._dynamo.utils.counters["stats"]
     monkeypatch.setitem(stats, "unique_graphs", stats["unique_graphs"] + 5)
@@ -180,3 +180,46 @@ def _board(folder, tag):
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_the_share_of_waiting_for_data_is_that_of_the_counted_steps():
+    rates = Rates()
+    for waited in (9.0, 9.0, 0.5, 1.5):  # two of the warm-up
+        rates.add(8, 10.0, waited=waited)
+    assert rates.take()["sys/data_wait"] == 0.1
+    assert rates.shown()["data wait"] == "10%"
+    rates.add(8, 10.0, waited=5.0)
+    assert rates.take()["sys/data_wait"] == 0.5
+
+
+def test_a_run_that_waits_for_its_data_is_told_once_what_helps(capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "processors", lambda: 8)
+
+    def said(advice: WaitingAdvice, *shares: float | None) -> str:
+        for share in shares:
+            advice.consider(share)
+        return capsys.readouterr().out
+
+    assert said(WaitingAdvice(2, 1), None, 0.5, 0.5, 0.1, 0.5, 0.5) == "", "of a few records"
+    advice = WaitingAdvice(2, 1)
+    assert "20% of the time goes into waiting for data" in (line := said(advice, 0.5, None, 0.4, 0.2))
+    assert line.count("\n") == 1
+    assert "data.workers=7 makes" in line
+    assert said(advice, *[0.9] * 9) == "", "it was said"
+    assert "data.prefetch=2 makes" in said(WaitingAdvice(0, 1), *[0.9] * 9)
+    assert "a larger data.cache_gb" in said(WaitingAdvice(2, 7), *[0.9] * 9)
+
+
+def test_a_slow_loader_is_seen_and_said(tiny_dataset, tmp_path, monkeypatch, capsys):
+    config = tiny_config(tiny_dataset, tmp_path / "run", "train.steps=6", "data.workers=1")
+    config.run_folder.mkdir(parents=True)
+    trainer = Trainer(config, Dataset(tiny_dataset), torch.device("cpu"))
+    real = trainer.batches.pack
+    monkeypatch.setattr(trainer.batches, "pack", lambda *arguments: time.sleep(0.5) or real(*arguments))
+    trainer.run()
+    printed = capsys.readouterr().out
+    shares = [record.get("sys/data_wait") for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert shares[:2] == [None, None], "the warm-up"
+    assert all(0.1 < share < 1 for share in shares[2:])
+    assert printed.count("waiting for data (sys/data_wait)") == 1
+    assert f"data wait {shares[-1]:.0%}" in printed

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_dataset
 from train.check.waits import NoSync
 from train.checkpoint.checkpoint import load_checkpoint
-from train.data.prefetch import prefetch
+from train.data.buffers import Buffer
 from train.loop.health import NonFiniteError, clip_gradients, gradient_norms
 from train.loop.microbatch import deal_subsets, split
 from train.loop.tracking import read_metrics
@@ -160,18 +158,21 @@ EVERY_LOSS = (
 
 @pytest.mark.parametrize("view", ["crop", "pool"])
 def test_trap_20_no_host_sync_inside_the_micro_step(tiny_dataset, tmp_path, vgg_home, dinov2_home, view):
-    trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}")
+    trainer = make(
+        tiny_dataset, tmp_path / "run", *EVERY_LOSS, f"perceptual.view={view}", "data.flip=0.5", "data.noise=device"
+    )
     # on the meta device tensors have no values, so that reading one or copying it to the host is an error
     trainer.device = torch.device("meta")
     trainer.model.to("meta")
     trainer.losses["lpips"].network.to("meta")
     trainer.losses["dino"].network.to("meta")
-    batch = trainer.batches.make(0).to(trainer.device)
+    batch = trainer.batches.pack(0, Buffer()).to(trainer.device)
     assert any("views" in part.prepared for part in batch.groups)
     assert batch.keep_ids is not None
+    assert batch.mirror is not None
     assert any("teacher" in part.prepared for part in batch.groups)
     with NoSync():  # trap 20
-        trainer.micro_step(batch)
+        trainer.micro_step(batch.unpacked())
         gradient_norms(trainer.model)
 
 
@@ -190,30 +191,6 @@ def test_trap_20_what_waits_is_noticed(tiny_dataset, tmp_path, wait):
     trainer.model.timestep.forward = lambda t: (wait(t), real(t))[1]
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), NoSync():
         trainer.micro_step(batch)
-
-
-def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(
-    tiny_dataset, tmp_path, monkeypatch, vgg_home, dinov2_home
-):
-    pinned = Counter()
-
-    def pin(tensor):
-        pinned[threading.current_thread().name] += 1
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    trainer = make(tiny_dataset, tmp_path / "run", *EVERY_LOSS)
-    trainer._make_batch(0)
-    assert not pinned
-    trainer.device = torch.device("cuda")
-    batch = trainer._make_batch(0)
-    tensors = [batch.x, batch.noise, batch.t, batch.keep_ids]
-    for part in batch.groups:
-        tensors += [part.prepared.get("teacher"), part.conditions.keep, *part.conditions.tensors.values()]
-    assert pinned[threading.current_thread().name] == sum(tensor is not None for tensor in tensors)
-    with contextlib.closing(prefetch(trainer._make_batch, iter(range(9)), 2)) as batches:
-        next(batches)
-    assert pinned["prefetch"] >= len(tensors)
 
 
 def test_every_kth_block_saves_its_share_of_memory(tiny_dataset, tmp_path):
@@ -396,10 +373,10 @@ def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
 @pytest.mark.parametrize("where", ["input", "weights", "gradient"])
 def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypatch, where):
     trainer = make(tiny_dataset, tmp_path / "run", "data.prefetch=0", "checkpoint.every_steps=1")
-    real = trainer.batches.make
+    real = trainer.batches.pack
 
-    def poisoned(index):
-        batch = real(index)
+    def poisoned(index, buffer):
+        batch = real(index, buffer).unpacked()
         if index == 5 and where == "input":
             batch.x[2, 0, 0, 0] = float("inf")
         if index == 5 and where == "weights":
@@ -409,7 +386,7 @@ def test_nothing_finite_is_lost_to_what_is_not(tiny_dataset, tmp_path, monkeypat
             trainer.model.final.weight.register_hook(lambda gradient: gradient * float("nan"))
         return batch
 
-    monkeypatch.setattr(trainer.batches, "make", poisoned)
+    monkeypatch.setattr(trainer.batches, "pack", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 3: .* is not finite\. Optimiser and EMA were not touched"):
         trainer.run()
     assert trainer.step == 2
