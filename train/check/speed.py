@@ -22,7 +22,7 @@ from train.check.report import Report, Setting, constant
 from train.check.resume import saving
 from train.check.timing import seconds_of
 from train.config import TrainConfig
-from train.data.prefetch import prefetch
+from train.data.prefetch import prefetch, thread_count
 from train.hardware import can_compile
 from train.loop.flops import flop_counter
 from train.loop.microbatch import Accumulated, MicroBatch
@@ -91,8 +91,8 @@ def _preset(
     if trainer.peak_flops:
         mfu, place = flops / trainer.peak_flops, constant(cost, "MFU")
         report.estimate(f"{called}, MFU", cost.MFU, mfu, "", place, low=MFU[0], high=MFU[1])
-    pinned = [batch.pinned() for batch in made] if setting.on_gpu else made
-    copied = seconds_of(lambda: _steps(trainer, (batch.to(setting.device) for batch in pinned)), setting.device)
+    packed = [_packed(trainer, number) for number in numbers]
+    copied = seconds_of(lambda: _sent_steps(trainer, packed), setting.device)
     report.note(f"{called}, with copies", f"{images / copied:.4g} images/s")
     loaded = _with_loader(setting, trainer)
     report.note(f"{called}, with the loader", f"{loaded:.4g} images/s")
@@ -122,6 +122,23 @@ def _steps(trainer: Trainer, batches: Iterable[MicroBatch]) -> None:
         trainer.micro_step(batch)
 
 
+def _packed(trainer: Trainer, number: int) -> MicroBatch:
+    """Make a micro-batch as a run does from its second one on: in a buffer that is large enough."""
+    buffer = trainer.sender.buffer()
+    trainer.batches.pack(number, buffer)
+    return trainer.batches.pack(number, buffer.reset())
+
+
+def _sent_steps(trainer: Trainer, batches: Iterable[MicroBatch]) -> int:
+    """Compute micro-batches as a run does, copies included; returns their images."""
+    images = 0
+    for batch in batches:
+        with trainer.sender.sent(batch) as sent:
+            trainer.micro_step(sent)
+        images += len(batch.keys)
+    return images
+
+
 def _accumulated(trainer: Trainer, batch: MicroBatch) -> Accumulated:
     values = {name: torch.ones(1, device=trainer.device) for name in ("flow", "velocity", *trainer.losses)}
     return Accumulated(batch.keys, batch.subsets, batch.t, values, 0.0, 0, 0)
@@ -148,14 +165,14 @@ def _loader_alone(setting: Setting, trainer: Trainer, numbers: list[int]) -> dic
 def _with_loader(setting: Setting, trainer: Trainer) -> float:
     """Return the images a second of micro-steps as a run takes them, less the first, whose data is waited for."""
     images = 0
-    with closing(prefetch(trainer._make_batch, trainer.batches.numbers(0), trainer.config.data.prefetch)) as batches:
-        _steps(trainer, [next(batches).to(setting.device)])
+    data = trainer.config.data
+    ahead = data.prefetch, thread_count(data.workers)
+    with closing(prefetch(trainer._make_batch, trainer.batches.numbers(0), *ahead)) as batches:
+        _sent_steps(trainer, [next(batches)])
 
         def train() -> None:
             nonlocal images
-            for batch in islice(batches, BATCHES):
-                images += len(batch.keys)
-                trainer.micro_step(batch.to(setting.device))
+            images += _sent_steps(trainer, islice(batches, BATCHES))
 
         seconds = seconds_of(train, setting.device)
     return images / seconds
