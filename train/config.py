@@ -72,7 +72,7 @@ class TrainSection(Config):
 
 
 class DataSection(Config):
-    """How samples are read; no effect on which ones or in which order."""
+    """How samples are read, and who draws their noise; no effect on which ones or in which order."""
 
     # probability that an image is mirrored, with all its conditions, if its caption allows it
     flip: float = Field(default=0.0, ge=0, le=0.5)

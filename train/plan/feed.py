@@ -1,7 +1,10 @@
-"""Made-up samples of a run's size, of which it is measured how fast micro-batches are made."""
+"""How fast micro-batches are made, on a run's own samples or on made-up ones of its size."""
 
 from __future__ import annotations
 
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,56 @@ from prep.dataset.layout import Unit, parquet_bytes, read_part
 from prep.dataset.members import Array, Json, Picture
 from prep.dataset.reader import Dataset
 from prep.dataset.writer import LayerWriter
+from train.config import TrainConfig
+from train.data.buffers import Buffer
+from train.data.prefetch import thread_count
 from train.data.samples import bucket_size
-from train.plan.rehearsal import StandIn
+from train.plan.memory import meta_trainer
+from train.plan.rehearsal import StandIn, cache_bytes
 
 GRAIN = 1.3  # standard deviation of made-up pixels: a lossless WebP is then as large as a photograph's (``PX_MB``)
+SECONDS = 1.0  # for which micro-batches are made
+SAMPLES = 4  # that are made up for it
 DRAWN = 2  # made-up pictures and features that differ; the other samples repeat them
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Images a second that one thread makes here, measured, and the threads that the run would have here."""
+
+    of_one: float
+    threads: int
+    samples: str
+
+    @property
+    def rate(self) -> float:
+        """Images a second of all threads, as if each had a processor of its own."""
+        return self.of_one * self.threads
+
+
+def measure_feed(config: TrainConfig, dataset: Dataset | StandIn) -> Feed:
+    """Make the first micro-batches of a run, for a second or so; a dataset that does not exist yet is made up.
+
+    Where all samples fit in memory it is the second time that counts.
+    """
+    what = "of the dataset"
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(dataset, StandIn):
+            dataset, what = write_made_up(dataset.prep, Path(folder), SAMPLES), "made up"
+        trainer = meta_trainer(config, dataset)
+        kept = cache_bytes(dataset, config.data.flip > 0) <= config.data.cache_gb * 1e9 and what != "made up"
+        numbers, buffer, images, started = trainer.batches.numbers(0), Buffer(), 0, time.perf_counter()
+        taken = []
+        while not taken or time.perf_counter() - started < SECONDS:
+            taken.append(next(numbers))
+            images += len(trainer.batches.pack(taken[-1], buffer.reset()).keys)
+        if kept:
+            started = time.perf_counter()
+            for number in taken:
+                trainer.batches.pack(number, buffer.reset())
+        seconds = time.perf_counter() - started
+    threads = thread_count(config.data.workers) if config.data.prefetch else 1
+    return Feed(images / seconds, threads, f"{images} images {what}{', in memory' if kept else ''}")
 
 
 def write_made_up(prep: PrepConfig, folder: Path, samples: int) -> Dataset:

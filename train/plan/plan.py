@@ -42,6 +42,7 @@ from train.plan.cost import (
     read_rate,
     seconds_on,
 )
+from train.plan.feed import Feed, measure_feed
 from train.plan.measure import Measured, measure
 from train.plan.memory import CONTEXT, FRAGMENTATION, Memory, estimate_memory, meta_trainer
 from train.plan.rehearsal import Shapes, StandIn, cache_bytes, open_dataset, sample_sizes
@@ -68,10 +69,21 @@ class Estimate:
     disk: Disk
     reading: dict[str, Any]
     problems: list[str]
+    feed: Feed | None = None  # None: not measured
 
     def seconds(self, card: str) -> float:
-        """Return the run's time on a card of ``PEAK_TFLOPS``; an estimate."""
+        """Return what a card of ``PEAK_TFLOPS`` computes for the run; an estimate."""
         return seconds_on(card, self.phases)
+
+    def expected(self, card: str) -> float:
+        """Return the run's time on a card in this machine: that of the slower of card and loader."""
+        return max(self.seconds(card), self.feed_seconds)
+
+    @property
+    def feed_seconds(self) -> float:
+        """What this machine takes to make all micro-batches; 0 where that was not measured."""
+        images = self.samples["images_per_step"] * self.phases[-1].last_step
+        return images / self.feed.rate if self.feed else 0.0
 
     @property
     def measured_seconds(self) -> float | None:
@@ -92,7 +104,8 @@ class Estimate:
         found = {name: value for name, value in asdict(self).items() if name != "config"}
         found["config"] = [{"key": key, "value": value, "origin": origin} for key, value, origin in self.config]
         found["memory"] |= {"phases": self.memory.phases, "assumed": self.memory.assumed, "peak": self.memory.peak}
-        found["seconds"] = {card: self.seconds(card) for card in CARDS} | {"measured": self.measured_seconds}
+        found["seconds"] = {card: self.expected(card) for card in CARDS} | {"measured": self.measured_seconds}
+        found["seconds"] |= {"loader": self.feed_seconds}
         found["disk"] |= {"needed": self.disk.needed}
         return json.dumps(found, indent=1)
 
@@ -110,7 +123,7 @@ def plan(
     # of JSON's output nothing else may be part: what is said on the way goes to stderr
     aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with aside, waiting("plan: counting and measuring", at_once=False):
-        report = look_ahead(file, overrides, memory=memory, measured=measured, base=base)
+        report = look_ahead(file, overrides, memory=memory, measured=measured, base=base, fed=True)
     if as_json:
         print(report.as_json(), flush=True)
     else:
@@ -123,12 +136,19 @@ def plan(
 
 
 def look_ahead(
-    file: Path, overrides: Sequence[str] = (), *, memory: str | None, measured: bool = False, base: int | None = None
+    file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    memory: str | None,
+    measured: bool = False,
+    base: int | None = None,
+    fed: bool = False,
 ) -> Estimate:
     """Find out what a run needs, and what is wrong with it.
 
     ``memory`` ("24GB") is the GPU to plan for; without it, it is the one that is there, on which the run is then
-    measured. Raises :class:`ConfigError`, or :class:`DataError` for a damaged dataset.
+    measured; ``fed`` measures how fast micro-batches are made, too. Raises :class:`ConfigError`, or :class:`DataError`
+    for a damaged dataset.
     """
     config, origins = load_config_with_origins(TrainConfig, file, overrides)
     limit = None if memory is None else parse_size(memory)
@@ -161,6 +181,7 @@ def look_ahead(
         disk=disk,
         reading=_reading(config, dataset),
         problems=problems,
+        feed=measure_feed(config, dataset) if fed else None,
     )
     if not problems and limit is not None and report.peak > limit:
         problems.append(shortage(config, dataset, shapes, estimate, limit))
@@ -337,10 +358,17 @@ def _time_lines(report: Estimate) -> list[str]:
             f"a checkpoint takes {report.measured.save_seconds:.1f} s"
         )
     found.append(f"time (estimate: {MFU:.0%} of the card's bfloat16 peak, assumed):")
+    feed, images = report.feed, report.samples["images_per_step"] * steps
+    if feed:
+        found.append(
+            f"  loader here (measured, {feed.samples}): {feed.of_one:.0f} images/s a thread, {feed.rate:.0f} with "
+            f"data.workers={feed.threads}; the slower of card and loader decides"
+        )
     for card in CARDS:
-        seconds = report.seconds(card)
-        rate = report.samples["images_per_step"] * steps / seconds
-        found.append(f"  {card}: {seconds / steps:.2f} s a step, {rate:.0f} images/s, {duration(seconds)} in all")
+        seconds = report.expected(card)
+        waits = f", waiting for the loader ({images / report.seconds(card):.0f} images/s without)"
+        line = f"  {card}: {seconds / steps:.2f} s a step, {images / seconds:.0f} images/s, {duration(seconds)} in all"
+        found.append(line + (waits if seconds > report.seconds(card) else ""))
     return found
 
 
@@ -349,7 +377,7 @@ def _disk_lines(report: Estimate) -> list[str]:
     sample = sum(reading["sample"].values())
     layers = ", ".join(f"{layer} {gb(size)}" for layer, size in reading["sample"].items())
     fastest = max(CARDS, key=PEAK_TFLOPS.get)
-    seconds = report.measured_seconds or report.seconds(fastest)
+    seconds = report.measured_seconds or report.expected(fastest)
     where = "here" if report.measured_seconds else f"on the {fastest}"
     rate = sample * report.samples["images_per_step"] * steps / seconds
     read = f"reading: {gb(sample)} a sample ({layers}), {gb(rate)}/s {where}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from nanodit.config import load_config
 from prep.config import PrepConfig
 from prep.dataset.layout import Unit
 from prep.verify.units import check_unit
+from tests.train.tiny import write_config
+from train.config import TrainConfig
 from train.data.samples import TrainingSet
-from train.plan.feed import write_made_up
+from train.plan.feed import Feed, measure_feed, write_made_up
+from train.plan.plan import lines, look_ahead
 from train.plan.rehearsal import StandIn
 
 
@@ -28,3 +34,30 @@ def test_a_made_up_dataset_is_one_of_the_configs_size(tmp_path, format_):
     assert conditions.text.shape[2] == 128
     assert int(conditions.text_mask.sum(1)[0]) == row["t5_tokens"]
     assert conditions.pose is not None
+
+
+def test_the_slower_of_card_and_loader_decides(tiny_dataset, tmp_path):
+    file = write_config(tmp_path / "c.yaml", tiny_dataset, tmp_path / "run")
+    report = look_ahead(file, ["train.steps=1000", "data.workers=3"], memory=None, fed=True)
+    assert report.feed.threads == 3
+    assert report.feed.of_one > 0
+    assert "in memory" in report.feed.samples
+    card = "GeForce RTX 4090"
+    images = 8 * 1000
+    for rate, expected in ((images / report.seconds(card) / 2, 2 * report.seconds(card)), (1e12, report.seconds(card))):
+        known = replace(report, feed=Feed(rate / 3, 3, "made up"))
+        assert known.expected(card) == pytest.approx(expected)
+        assert json.loads(known.as_json())["seconds"][card] == pytest.approx(expected)
+        (line,) = [line for line in lines(known) if f"  {card}:" in line]
+        assert ("waiting for the loader" in line) == (rate < 1e12)
+        assert f"{1000 * rate / 3000:.0f} images/s a thread" in "\n".join(lines(known))
+
+
+def test_samples_that_do_not_exist_yet_are_made_up(tmp_path):
+    feed = measure_feed(load_config(TrainConfig, "configs/train/figures-256.yaml"), _stand_in())
+    assert "made up" in feed.samples
+    assert feed.of_one > 0
+
+
+def _stand_in() -> StandIn:
+    return StandIn(load_config(PrepConfig, "configs/prep/figures-256.yaml"))
