@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from train.check.backbones import write_random_vgg
 
 from evaluate.drawing.arms import DrawingArm, SamplerConfig, draw
 from evaluate.drawing.baselines import TrainingImages, load_training_images
@@ -41,6 +40,7 @@ from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.files import write_atomic
 from prep.dataset.reader import Dataset
+from train.check.backbones import write_random_vgg
 from train.checkpoint.open import load_model
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
