@@ -26,7 +26,7 @@ from train.check.timing import median_seconds
 
 BATCH = placement.TABLE_BATCH
 MEMORY, RATE = (0.4, 1.0), (0.5, math.inf)  # measured / estimate; a faster card than the one thought of is no error
-COSINE = 0.99  # of features in bf16 with those in fp32, worst of a few
+COSINE = 0.98  # of features in bf16 with those in fp32, worst of a few
 WORDS = ("a", "woman", "man", "in", "red", "blue", "coat", "stands", "before", "the", "wall")
 
 

@@ -34,6 +34,7 @@ from train.plan.rehearsal import Shapes
 
 # preset -> what of it: its first phase is of half the size
 PRESETS = ("production-24gb", "baseline-24gb", "figures-256-24gb", "production-p16-24gb")
+COMPILED = 3  # micro-batches that are compiled for
 BATCHES = 6  # micro-batches, in which the buckets and dropped conditions of a run come up
 THREADS = (1, 2, 4, 8, 16)
 SECONDS = 12.0  # that a preset may take
@@ -47,6 +48,7 @@ KINDS = {
 def check(setting: Setting, report: Report) -> None:
     """Time micro-steps with batches on the device, with copies of them, and with the loader; then compiled."""
     ceiling = flop_rate(setting, torch.bfloat16 if setting.on_gpu else torch.float32)
+    first: tuple[str, TrainConfig, Any, list[MicroBatch], float] | None = None
     for number, name in enumerate(PRESETS if not setting.tiny else ["tiny"]):
         if setting.left < SECONDS:
             report.note(name, "left out for want of time: --only speed --minutes 10 measures all")
@@ -58,15 +60,19 @@ def check(setting: Setting, report: Report) -> None:
             phase = config.train.phases[:1] if scale != 1 else []
             one = config.model_copy(update={"train": whole.model_copy(update={"phases": phase})})
             called = name if len(scales) == 1 else f"{name} at {scale:g}"
-            _preset(setting, report, called, name, one, ceiling, thorough=number == 0)
+            timed = _preset(setting, report, called, name, one, ceiling, thorough=number == 0)
+            first = first or timed
             gc.collect()
             if setting.on_gpu:
                 torch.cuda.empty_cache()
+    if first:
+        _compiled(setting, report, *first)  # last: how long that takes, nobody knows
 
 
 def _preset(
     setting: Setting, report: Report, called: str, name: str, config: TrainConfig, ceiling: float, *, thorough: bool
-) -> None:
+) -> tuple[str, TrainConfig, Any, list[MicroBatch], float]:
+    """Time a preset; return what compiling it needs."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_gb": 0.0})})
     data = data_of(setting, config, name)
     trainer = trainer_of(config, data, setting.device)
@@ -113,8 +119,7 @@ def _preset(
         _profiled(setting, report, trainer, there[:3])
         seconds, size = saving(setting, trainer)
         report.note(f"{called}, checkpoint", f"{size / 1e9:.3g} GB in {seconds:.3g} s")
-        del trainer
-        _compiled(setting, report, called, config, data, there, images / alone)
+    return called, config, data, there[:COMPILED], images / alone
 
 
 def _steps(trainer: Trainer, batches: Iterable[MicroBatch]) -> None:
@@ -213,8 +218,8 @@ def _compiled(
     setting: Setting, report: Report, called: str, config: TrainConfig, data: Any, there: list[MicroBatch], eager: float
 ) -> None:
     """Compile the blocks as ``train.compile`` does, and say what it costs and brings."""
-    if not can_compile(setting.device.type):
-        report.note(f"{called}, compiled", "left out: no compiler here")
+    if not can_compile(setting.device.type) or setting.left < SECONDS:
+        report.note(f"{called}, compiled", "left out: no compiler here, or no time left")
         return
     from torch._dynamo.utils import counters
 
@@ -222,7 +227,7 @@ def _compiled(
     train = config.train.model_copy(update={"compile": True})
     trainer = trainer_of(config.model_copy(update={"train": train}), data, setting.device)
     simple = sorted(there, key=lambda batch: (len(batch.groups), batch.keep_ids is not None))
-    batches = simple[:1] if setting.tiny else there[:3]  # a graph takes a CPU as long as all else of a rehearsal
+    batches = simple[:1] if setting.tiny else there  # a graph takes a CPU as long as all else of a rehearsal
     first = seconds_of(lambda: _steps(trainer, batches), setting.device)
     graphs = counters["stats"]["unique_graphs"]
     later = seconds_of(lambda: _steps(trainer, batches), setting.device)

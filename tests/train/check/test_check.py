@@ -25,7 +25,7 @@ from train.model.layers import TimestepEmbedding
 ABSENT = (
     "ray", "lpips", "torchvision", "tensorboard", "rich", "onnxruntime", "scipy", "jinja2", "httpx", "ollama", "fsspec",
 )  # fmt: skip
-REHEARSAL = ["gpu-check", "--device", "cpu", "--tiny"]
+REHEARSAL = ["gpu-check", "--device", "cpu", "--tiny", "--minutes", "60"]  # however busy the machine is
 
 
 @pytest.fixture(scope="module")
