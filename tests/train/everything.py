@@ -16,11 +16,13 @@ EVERYTHING: dict[str, Any] = {
     "flow.t_min": 0.1,
     "tread.enabled": "true", "tread.start": 2, "tread.end": -1, "tread.keep": 0.25, "tread.dense_tail": 0.3,
     "tread.tail_routed": 0.5,
-    "repa.enabled": "true", "repa.weight": 1.0, "repa.until": 0.6, "repa.block_index": 3, "repa.width": 24,
+    "repa.enabled": "true", "repa.weight": 1.0, "repa.schedule": "constant", "repa.until": 0.6,
+    "repa.block_index": 3, "repa.width": 24,
     "perceptual.every": 2, "perceptual.weight": 0.3, "perceptual.t_max": 0.9, "perceptual.view": "pool",
     "perceptual.size": 40, "perceptual.dino_weight": 0.2,
     "optimizer.betas": "[0.8, 0.9]", "optimizer.eps": 1e-6, "optimizer.weight_decay": 0.01,
-    "optimizer.muon_momentum": 0.9, "optimizer.muon_lr_factor": 0.5,
+    "optimizer.muon_momentum": 0.9, "optimizer.muon_nesterov": "false", "optimizer.muon_ns_steps": 4,
+    "optimizer.muon_adjust_lr": "original", "optimizer.muon_lr_factor": 0.5,
     "train.steps": 12, "train.batch_size": 2, "train.grad_accumulation_steps": 4, "train.token_budget": 800,
     "train.phases": "[{until_step: 7, scale: 0.5}]",
     "train.lr": 3e-3, "train.lr_min": 1e-4, "train.warmup": 3, "train.schedule": "wsd",
@@ -31,7 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "checkpoint.every_steps": 3, "checkpoint.every_minutes": 60.0,
     "checkpoint.keep_last": 3, "checkpoint.keep_every": 4,
     "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",
-    "validation.tests": "[reconstruction]",
+    "validation.tests": "[reconstruction]", "validation.seed": 1, "validation.evaluate_overrides": "{sampler.steps: 2}",
     "visual_debug.every_steps": 5, "visual_debug.count": 2, "visual_debug.steps": 1, "visual_debug.guidance": 1.5,
     "visual_debug.method": "euler",
 }  # fmt: skip
@@ -43,6 +45,7 @@ NOT_IN_IT = {
     "conditioning.table": "the other way to say conditioning.preset",
     "optimizer.type": "muon, which has AdamW in it",
     "train.ema_decay": "null, the warm-up, whose decay depends on the step",
+    "train.ema_warmup": "belongs to a fixed train.ema_decay",
     "train.compile": "has a test of its own, where a compiler is found",
 }
 
