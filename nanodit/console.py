@@ -92,10 +92,12 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
+            count, rest = Column(no_wrap=True), Column(no_wrap=False)  # where there is no room, the rest gives way
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                TextColumn("{task.fields[extra]}"), TimeRemainingColumn(), console=Console(),
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(table_column=count), TextColumn(unit),
+                TextColumn("{task.fields[extra]}", table_column=rest), TimeRemainingColumn(), console=Console(),
             )  # fmt: skip
             self._task = self._bar.add_task(label, total=total, completed=done, extra="")
             self._bar.start()

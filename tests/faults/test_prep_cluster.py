@@ -106,7 +106,7 @@ def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environ
         driver.wait()
         last = start(disturbed, cluster.environment, log)
         assert last.wait(timeout=240) == 0, log.read_text()
-    assert "an actor died" in log.read_text()
+    assert "an actor was killed" in log.read_text()
 
     undisturbed = PrepConfig(output=str(tmp_path / "undisturbed"), **fields)
     alone = start(undisturbed, environment, tmp_path / "alone.txt")

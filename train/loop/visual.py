@@ -20,7 +20,7 @@ from nanodit.files import write_atomic
 from nanodit.rng import noise
 from train.config import TrainConfig
 from train.data.samples import Row, load_conditions, load_pixels
-from train.method.sampling import sample, to_uint8, trajectory_keep_ids
+from train.method.sampling import Guidance, sample, to_uint8, trajectory_keep_ids
 from train.model.conditions import Conditions, Subset, parse_subset, subset_name
 from train.model.network import NanoDiT
 
@@ -87,7 +87,7 @@ class VisualDebug:
         return grid
 
     def _check_guidance(self, table: Mapping[Subset, float]) -> None:
-        guidance = self.config.visual_debug.guidance
+        guidance = Guidance.of(self.config.visual_debug.guidance)
         for arm in self.arms:
             sampling = self.config.visual_debug.sampling(arm)
             if lacking := [needed for needed in sampling.chain(arm) if needed not in table]:

@@ -80,7 +80,7 @@ def test_without_its_files_there_is_none(tmp_path):  # E04
     assert open_probe(None, "cpu") == (None, NO_PROBE)
     probe, reason = open_probe("somebody/a-clip-that-is-not-here", "cpu")
     assert probe is None
-    assert "not in the hub's cache" in reason
+    assert "neither a folder nor in the hub's cache" in reason
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="CLIP"):
         open_probe(str(tmp_path), "cpu")

@@ -104,7 +104,7 @@ def test_p11_a_kill_while_publishing_is_repaired(tmp_path, ray_session, moment):
     assert files_of(root) == before
 
 
-@pytest.mark.parametrize(("victim", "message"), [("worker", "a worker died"), ("actor", "an actor died")])
+@pytest.mark.parametrize(("victim", "message"), [("worker", "a worker died"), ("actor", "an actor was killed")])
 def test_p10_a_killed_worker_or_actor_costs_nothing_but_its_time(tmp_path, ray_session, capsys, victim, message):
     write_images(tmp_path / "source", 24, size=(400, 400))
     settings = poses(tmp_path, shard_size=2)
