@@ -136,6 +136,13 @@ def test_the_defaults_of_the_flow():
     torch.testing.assert_close(velocity(zeros, ones, t), ones / 0.05)
 
 
+@pytest.mark.parametrize("name", ["seed", "seed-baseline"])
+def test_a_plan_is_made_before_there_is_a_dataset(name, tmp_path, capsys):
+    quick = [f"dataset={tmp_path / 'none'}", "model.depth=4"]
+    assert train_main(["plan", "--config", f"configs/train/{name}.yaml", *quick]) == 0
+    assert "loader here (measured, " in capsys.readouterr().out
+
+
 def test_conditions_are_dropped_in_seven_exclusive_categories():
     table = ConditioningConfig(preset="seed").resolve()
     assert {tuple(sorted(subset)): share for subset, share in table.items()} == DROPOUT

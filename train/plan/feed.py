@@ -25,7 +25,7 @@ from train.data.buffers import Buffer
 from train.data.prefetch import thread_count
 from train.data.samples import bucket_size
 from train.plan.memory import meta_trainer
-from train.plan.rehearsal import StandIn, cache_bytes
+from train.plan.rehearsal import StandIn, cache_bytes, changed
 
 GRAIN = 1.3  # standard deviation of made-up pixels: a lossless WebP is then as large as a photograph's (``PX_MB``)
 SECONDS = 1.0  # for which micro-batches are made
@@ -56,8 +56,10 @@ def measure_feed(config: TrainConfig, dataset: Dataset | StandIn) -> Feed:
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(dataset, StandIn):
             dataset, what = write_made_up(dataset.prep, Path(folder), SAMPLES), "made up"
+            # made-up samples have no mirror image, and as few as they are they would all be in memory
+            config = changed(config, {"data.flip": 0.0, "data.cache_gb": 0.0})
         trainer = meta_trainer(config, dataset)
-        kept = cache_bytes(dataset, config.data.flip > 0) <= config.data.cache_gb * 1e9 and what != "made up"
+        kept = cache_bytes(dataset, config.data.flip > 0) <= config.data.cache_gb * 1e9
         numbers, buffer, images, started = trainer.batches.numbers(0), Buffer(), 0, time.perf_counter()
         taken = []
         while not taken or time.perf_counter() - started < SECONDS:
