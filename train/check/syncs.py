@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -64,9 +65,10 @@ def _waits(function: Callable[[], object], setting: Setting) -> str:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     except (RuntimeError, NotImplementedError) as error:
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(PROJECT))]
-        frames = [frame for frame in own if "/check/" not in frame.filename] or own
-        return f"{frames[-1].filename.removeprefix(f'{PROJECT}/')}:{frames[-1].lineno}: {str(error).splitlines()[0]}"
+        frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        own = [(file.relative_to(PROJECT), line) for file, line in frames if file.is_relative_to(PROJECT)]
+        file, line = ([place for place in own if "check" not in place[0].parts] or own)[-1]
+        return f"{file}:{line}: {str(error).splitlines()[0]}"
     return ""
 
 
