@@ -16,6 +16,18 @@ from typing import TextIO
 # what the system says when there is no more room to write in
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
+# What CUDA's libraries and onnxruntime, whose errors have no class of their own for it, say where a GPU's memory does
+# not suffice: torch where its allocator is passed by, cuBLAS, cuSOLVER, cuFFT, cuDNN (before version 9 ALLOC_FAILED,
+# since then an alias of the host's), the arena of onnxruntime. A bare CUDNN_STATUS_INTERNAL_ERROR, or
+# CUBLAS_STATUS_NOT_INITIALIZED, may be anything, and is not among them.
+_GPU_IS_FULL = (
+    "CUDA out of memory", "CUDA error: out of memory", "CUDA driver error: out of memory", "CUDA ran out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY", "CUDA failure 2: out of memory", "HIP out of memory", "HIP error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUFFT_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "Failed to allocate memory for requested buffer",
+)  # fmt: skip
+
 PROBLEM_BREAK = "\n       "  # between the problems of one error, which stand below each other
 
 
@@ -43,6 +55,10 @@ class ResourceError(NanoditError):
     exit_code = 4
 
 
+class MemoryShortage(ResourceError):
+    """Too little memory, of a GPU or of the machine (exit code 4)."""
+
+
 class SkippedError(NanoditError):
     """Something was skipped and ``--strict`` was given (exit code 5)."""
 
@@ -55,18 +71,36 @@ class Interrupted(NanoditError):
     exit_code = 75
 
 
+def gpu_is_full(error: BaseException, device: str = "cuda") -> bool:
+    """Say whether an error is a GPU's lack of memory: the one place that decides it, for all packages.
+
+    It is if it has torch's class for it, or if its text is one of those that CUDA's libraries and onnxruntime have for
+    it. On a CPU, as ``device``, texts say nothing of a GPU: onnxruntime has the same words for main memory.
+    """
+    # torch's class is known by its name: not every command imports torch
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    if isinstance(error, NanoditError) or not str(device).startswith("cuda"):
+        return False
+    return any(text in str(error) for text in _GPU_IS_FULL)
+
+
 def resource_error(error: BaseException) -> ResourceError | None:
     """Return ``error`` for the user if it is a lack of memory or disk; None if it is anything else."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         return ResourceError(f"{where}cannot be written: {error.strerror}. Make room, or choose another output folder")
-    # torch's class is known by its name: not every command imports torch
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        reason = str(error).strip().partition("\n")[0]
-        return ResourceError(
+    if isinstance(error, MemoryError) or gpu_is_full(error):
+        reason = first_line(error)
+        return MemoryShortage(
             f"out of memory{': ' if reason else ''}{reason}. Close other programs, or use smaller batches or images"
         )
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what of an error's text is worth a line; empty where it has none."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def run_command(main: Callable[[], int | None]) -> int:

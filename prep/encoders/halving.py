@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from nanodit.errors import ResourceError
+from nanodit.errors import MemoryShortage, gpu_is_full
 
 T = TypeVar("T")
-# onnxruntime has no class for it; torch's own is known by its name, so that nothing heavy is imported here
-_MESSAGES = ("Failed to allocate memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUDNN_STATUS_ALLOC_FAILED", "out of memory")
 
 
 class Halving:
@@ -28,7 +26,7 @@ class Halving:
     def run(self, compute: Callable[[Any], T], batch: Sequence[Any]) -> Iterator[T]:
         """Yield ``compute`` of ``batch``, or of its parts in order; a batch is anything with a length and slices.
 
-        Raises :class:`ResourceError` when a single item does not fit.
+        Raises :class:`MemoryShortage` when a single item does not fit.
         """
         start = 0
         while start < len(batch):
@@ -49,11 +47,11 @@ class Halving:
         try:
             return True, compute(part)
         except Exception as error:
-            if not self._is_out_of_memory(error):
+            if not gpu_is_full(error, self.device):
                 raise
             if len(part) > 1:
                 return False, None
-            raise ResourceError(
+            raise MemoryShortage(
                 f"{self.what}: a single item does not fit into the free memory of {self.device}. Close other "
                 "programs that use it (nvidia-smi), or choose a smaller model, a smaller base or the device cpu"
             ) from error
@@ -68,8 +66,3 @@ class Halving:
             import torch
 
             torch.cuda.empty_cache()
-
-    def _is_out_of_memory(self, error: Exception) -> bool:
-        if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-            return True
-        return self.device.startswith("cuda") and any(message in str(error) for message in _MESSAGES)

@@ -2,8 +2,8 @@
 
 An observer gets a copy of the averaged model. Whatever it does to the process (random generators, threads, grad mode)
 is undone, and where it fails, training goes on: a warning says so, and ``RUN/warnings.jsonl`` keeps it with its
-traceback. A lack of memory or disk is no such failure: it would meet the training next, and ends the run with its exit
-code.
+traceback. Too little memory is such a failure, since a step may fit where a picture does not. A full disk is not: it
+would meet the training next, and ends the run with its exit code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nanodit.console import say
-from nanodit.errors import DataError, NanoditError, ResourceError, resource_error
+from nanodit.errors import DataError, MemoryShortage, NanoditError, ResourceError, resource_error
 from train.checkpoint.run_folder import StopRequest
 
 T = TypeVar("T")
@@ -67,14 +67,24 @@ def observe(what: str, step: int, run_folder: Path, stop: StopRequest, function:
             raise
     except Exception as error:
         lack = error if isinstance(error, ResourceError) else resource_error(error)
-        if lack is not None:
-            raise ResourceError(f"{what} at step {step}: {lack}. Or do it less often: `{what}.every_steps`") from None
+        less_often = f"Or do it less often: `{what}.every_steps`"
+        if lack is not None and not isinstance(lack, MemoryShortage):
+            raise ResourceError(f"{what} at step {step}: {lack}. {less_often}") from None
         reason = str(error) if isinstance(error, NanoditError) else f"{type(error).__name__}: {error}"
+        if lack is not None:
+            reason = f"{lack}. {less_often}"
         say(f"warning: {what} at step {step} failed, but training goes on: {reason}")
-        record = {"step": step, "what": what, "reason": reason, "traceback": traceback.format_exc()}
-        with open(run_folder / WARNINGS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        keep_warning(run_folder, step, what, reason, traceback.format_exc())
+    if torch.cuda.is_initialized():  # outside the handler: the error's traceback holds the tensors of what failed
+        torch.cuda.empty_cache()
     return None
+
+
+def keep_warning(run_folder: Path, step: int, what: str, reason: str, trace: str | None = None) -> None:
+    """Add a line to the run's warnings.jsonl."""
+    record = {"step": step, "what": what, "reason": reason, **({"traceback": trace} if trace else {})}
+    with open(run_folder / WARNINGS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:

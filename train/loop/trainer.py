@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanodit.config import dump_config
 from nanodit.console import Progress, say
@@ -41,10 +41,11 @@ from train.hardware import autocast, autocast_dtype, peak_flops
 from train.loop.compiling import compile_if_asked
 from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
-from train.loop.microbatch import Accumulated, MicroBatch, MicroBatches
-from train.loop.observers import finite, observe
+from train.loop.microbatch import Accumulated, Group, MicroBatch, MicroBatches
+from train.loop.observers import finite, keep_warning, observe
 from train.loop.saving import Saver
 from train.loop.sending import Sender
+from train.loop.splitting import Splitter, remedy
 from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
@@ -92,6 +93,7 @@ class Trainer:
             self.model.to(device)
         self.losses = {loss.name: loss for loss in losses}
         self.batches.losses = losses
+        self.splitter = Splitter(self.model.parameters(), losses, device)
         self.sender, self.waits = Sender(device), DataWait(device)
         self.model.checkpoint_every = config.train.checkpoint_every
         compile_if_asked(self.model, self.batches, device)
@@ -151,6 +153,7 @@ class Trainer:
         rates, advice = Rates(self.peak_flops), WaitingAdvice(*ahead)
         continue_snapshots(config.run_folder, self.step)
         watching = watch_for_stalls(self.data)
+        self.splitter.active = True
         with contextlib.closing(batches), contextlib.closing(tracker), watching, progress:
             tracker.text(self.step, "config", dump_config(config))
             saver.save_rest(self.step, tracker)
@@ -186,38 +189,50 @@ class Trainer:
         """Add the batch's share to the gradients; never waits for the device, on which the results stay.
 
         Returns each image's flow loss and squared velocity, (B,), as ``flow`` and ``velocity``, and by name the values
-        of every other loss, of all images or of those that it was computed of.
+        of every other loss, of all images or of those that it was computed of. What does not fit into a GPU's memory is
+        computed in parts (:mod:`train.loop.splitting`).
         """
-        flow = self.config.flow
-        weights = {name: loss.weight(self.step, self.course.totals[0]) for name, loss in self.losses.items()}
-        found: dict[str, list[Tensor]] = {name: [] for name in ("flow", "velocity", *self.losses)}
-        precision = partial(autocast, self.device, self.autocast_dtype)
         self.model.train()
-        for group in batch.groups:
-            x, noise, t = batch.x[group.images], batch.noise[group.images], batch.t[group.images]
-            keep_ids = None if batch.keep_ids is None else batch.keep_ids[group.images]
-            z = interpolate(x, noise, t)
-            project = any(loss.projects and loss.needs in group.prepared for loss in self.losses.values())
-            with precision():
-                output = self.model(z, t, group.conditions, keep_ids, project=project)
-            self._note_flops("model", len(x), z, t, group.conditions, keep_ids)
-            output, projected = output if project else (output, None)
-            x_hat = to_x(output, z, t, flow.prediction)
-            loss = flow_loss(x_hat, x, t, flow.t_min)
-            seen = x_hat, x, t, group.conditions, keep_ids, projected, group.prepared
-            prediction = Prediction(*seen, autocast=precision, note=self._note_flops)
-            others = {name: other.values(prediction) for name, other in self.losses.items()}
-            terms = [(name, values) for name, values in others.items() if values is not None]
-            # the order of these sums is part of the result: image by image, then what some images have
-            total = sum((weights[name] * values for name, values in terms if self.losses[name].every_image), loss).sum()
-            some = (weights[name] * values.sum() for name, values in terms if not self.losses[name].every_image)
-            # a sum over images divided by the images of the step: each image weighs the same
-            (sum(some, total) / self.images_per_step).backward()
-            for name, values in [("flow", loss), *terms]:
-                found[name].append(values.detach())
-            found["velocity"].append(velocity(x_hat.detach(), z, t).square().flatten(1).mean(1))
-        nothing = found["flow"][0][:0]
-        return {name: torch.cat(values or [nothing]) for name, values in found.items()}
+        size, compute = (batch.x.shape[3], batch.x.shape[2]), partial(self._group_step, batch)
+        found = [values for group in batch.groups for values in self.splitter.run(compute, group, size)]
+        nothing = found[0]["flow"][:0]
+        names = "flow", "velocity", *self.losses
+        return {name: torch.cat([one[name] for one in found if name in one] or [nothing]) for name in names}
+
+    def _group_step(
+        self, batch: MicroBatch, group: Group, parameters: Sequence[nn.Parameter] | None
+    ) -> dict[str, Tensor]:
+        """Add a group's share to the gradients of ``parameters``, of all for None; returns what micro_step does."""
+        x, noise, t = batch.x[group.images], batch.noise[group.images], batch.t[group.images]
+        keep_ids = None if batch.keep_ids is None else batch.keep_ids[group.images]
+        z = interpolate(x, noise, t)
+        project = any(loss.projects and loss.needs in group.prepared for loss in self.losses.values())
+        precision = partial(autocast, self.device, self.autocast_dtype)
+        with precision():
+            output = self.model(z, t, group.conditions, keep_ids, project=project)
+        noted: list[tuple[Any, ...]] = [("model", len(x), z, t, group.conditions, keep_ids)]
+        output, projected = output if project else (output, None)
+        x_hat = to_x(output, z, t, self.config.flow.prediction)
+        loss = flow_loss(x_hat, x, t, self.config.flow.t_min)
+        seen = x_hat, x, t, group.conditions, keep_ids, projected, group.prepared
+        prediction = Prediction(*seen, autocast=precision, note=lambda *call: noted.append(call))
+        others = {name: other.values(prediction) for name, other in self.losses.items()}
+        terms = {name: values for name, values in others.items() if values is not None}
+        weights = {name: self.losses[name].weight(self.step, self.course.totals[0]) for name in terms}
+        # the order of these sums is part of the result: image by image, then what some images have
+        every = (weights[name] * values for name, values in terms.items() if self.losses[name].every_image)
+        total = sum(every, loss).sum()
+        some = (weights[name] * values.sum() for name, values in terms.items() if not self.losses[name].every_image)
+        # a sum over images divided by the images of the step: each image weighs the same
+        share = sum(some, total) / self.images_per_step
+        if parameters is None:
+            share.backward()
+        elif parameters:
+            share.backward(inputs=parameters)
+        for call in noted:  # of what did not fit nothing counts
+            self._note_flops(*call)
+        moved = velocity(x_hat.detach(), z, t).square().flatten(1).mean(1)
+        return {"flow": loss.detach(), "velocity": moved, **{name: values.detach() for name, values in terms.items()}}
 
     def _make_batch(self, index: int) -> MicroBatch:
         return self.batches.pack(index, self.sender.buffer())
@@ -241,6 +256,7 @@ class Trainer:
                 tokens += sent.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
             flipped += batch.flipped
+        self._say_split()
         keys, subsets, t, values = zip(*taken)
         joined = {name: torch.cat([one[name] for one in values]) for name in values[0]}
         return Accumulated([*chain(*keys)], [*chain(*subsets)], torch.cat(t), joined, tokens, routed, flipped)
@@ -340,6 +356,12 @@ class Trainer:
             **{name: None for section in self.config.losses for name in section.hashes},
             **{name: value for loss in self.losses.values() for name, value in loss.state().items()},
         }
+
+    def _say_split(self) -> None:
+        if (note := self.splitter.take_note()) is not None:
+            reason = f"{note}. {remedy(self.config, self.splitter.limit)}"
+            say(f"warning: step {self.step + 1}: {reason}")
+            keep_warning(self.config.run_folder, self.step + 1, "memory", reason)
 
     def _note_flops(self, name: str, images: int, *arguments: Any) -> None:
         if self.flops:

@@ -165,6 +165,13 @@ class Loss:
         """
         return None
 
+    def part(self, prepared: Any, start: int, stop: int) -> Any:
+        """Return what of that belongs to the images from ``start`` to ``stop`` of the group; None where nothing.
+
+        Of a tensor, and of what else has something for each image, those places.
+        """
+        return prepared[start:stop]
+
     def largest(self, images: int, size: tuple[int, int], device: torch.device) -> Any:
         """Return the largest that :meth:`prepare` does for images of (width, height) pixels, without content."""
         return None

@@ -131,6 +131,10 @@ class ViewLoss(Loss):
         crop_of = partial(drawn.generator_of, "crop")
         return draw_views(self.config, drawn.turn, drawn.t, drawn.shift, drawn.size, crop_of) or None
 
+    def part(self, prepared: list[View], start: int, stop: int) -> list[View] | None:
+        shown = [view for view in prepared if start <= view.image < stop]
+        return [View(view.image - start, view.top, view.left) for view in shown] or None
+
     def largest(self, images: int, size: tuple[int, int], device: torch.device) -> list[View]:
         return [View(i, 0, 0) for i in range(images)]
 

@@ -22,7 +22,7 @@ from train.loop.flops import flop_counter
 from train.loop.trainer import Trainer
 from train.method.sampling import sample, trajectory_keep_ids
 from train.plan.cost import folder_bytes
-from train.plan.memory import meta_trainer
+from train.plan.memory import CONTEXT, meta_trainer
 from train.plan.rehearsal import Shapes, changed, drawing_request, largest_batch
 
 
@@ -30,8 +30,9 @@ from train.plan.rehearsal import Shapes, changed, drawing_request, largest_batch
 class Measured:
     """Two optimiser steps of two of the largest micro-batches each, without data, a drawing and a checkpoint.
 
-    ``peak`` is in bytes: of the GPU with all that torch holds of it, or on a CPU of the whole process. ``flop_rate`` is
-    in model FLOPs a second of the second step's micro-batches, ``update_seconds`` its optimiser's.
+    ``peak`` is in bytes: of the GPU what torch held of it and what is assumed for CUDA, or on a CPU of the whole
+    process. ``flop_rate`` is in model FLOPs a second of the second step's micro-batches, ``update_seconds`` its
+    optimiser's.
     """
 
     peak: int
@@ -102,8 +103,6 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        context = total - free - torch.cuda.memory_reserved(device)  # and other programs, whose room is not ours either
-        return torch.cuda.max_memory_reserved(device) + context
+        return torch.cuda.max_memory_reserved(device) + round(CONTEXT)  # as what is free is counted: remedies.room_of
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -21,7 +21,7 @@ import torch
 
 from nanodit.config import load_config_with_origins
 from nanodit.console import duration, say, waiting
-from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError
+from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError, gpu_is_full
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan, scaled_size
@@ -46,7 +46,7 @@ from train.plan.feed import Feed, measure_feed
 from train.plan.measure import Measured, measure
 from train.plan.memory import CONTEXT, FRAGMENTATION, Memory, estimate_memory, meta_trainer
 from train.plan.rehearsal import Shapes, StandIn, cache_bytes, open_dataset, sample_sizes
-from train.plan.remedies import shortage
+from train.plan.remedies import NOTHING, Room, room_of, shortage
 
 MANY_TOKENS = 16_384  # 1024 x 1024 in patches of 8
 UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
@@ -54,7 +54,10 @@ UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that ``plan`` found out; ``limit`` is the bytes of the GPU that the run is for, None where none is named."""
+    """All that ``plan`` found out; ``limit`` is the bytes of the GPU that the run is for, None where none is named.
+
+    Of the GPU that is there it is what other programs leave free; they hold ``held`` bytes.
+    """
 
     config: list[tuple[str, Any, str]]  # key, value, what set it
     dataset: str
@@ -70,6 +73,7 @@ class Estimate:
     reading: dict[str, Any]
     problems: list[str]
     feed: Feed | None = None  # None: not measured
+    held: int = 0
 
     def seconds(self, card: str) -> float:
         """Return what a card of ``PEAK_TFLOPS`` computes for the run; an estimate."""
@@ -146,16 +150,17 @@ def look_ahead(
 ) -> Estimate:
     """Find out what a run needs, and what is wrong with it.
 
-    ``memory`` ("24GB") is the GPU to plan for; without it, it is the one that is there, on which the run is then
-    measured; ``fed`` measures how fast micro-batches are made, too. Raises :class:`ConfigError`, or :class:`DataError`
-    for a damaged dataset.
+    ``memory`` ("24GB") is the GPU to plan for; without it, it is what is free of the one that is there, on which the
+    run is then measured; ``fed`` measures how fast micro-batches are made, too. Raises :class:`ConfigError`, or
+    :class:`DataError` for a damaged dataset.
     """
     config, origins = load_config_with_origins(TrainConfig, file, overrides)
-    limit = None if memory is None else parse_size(memory)
+    room = None if memory is None else Room(parse_size(memory))
     on_gpu = torch.cuda.is_available() and config.train.device != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    if limit is None and on_gpu:
-        limit, measured = torch.cuda.get_device_properties(device).total_memory, True
+    if room is None and on_gpu:
+        room, measured = room_of(device), True
+    limit = room and room.limit
     dataset, what = open_dataset(config, file, base)
     trainer = meta_trainer(config, dataset)  # which refuses a dataset without training samples
     shapes = Shapes.of(dataset.info, dataset.rows("train"))
@@ -164,8 +169,10 @@ def look_ahead(
     if measured:
         try:
             found = measure(config, dataset, shapes, device)
-        except torch.OutOfMemoryError:
-            problems.append(shortage(config, dataset, shapes, estimate, limit))
+        except Exception as error:
+            if not gpu_is_full(error):
+                raise
+            problems.append(shortage(config, dataset, shapes, estimate, room))
     disk = disk_of(trainer)
     report = Estimate(
         config=[(key, value_of(config, key), origin) for key, origin in origins.items()],
@@ -177,6 +184,7 @@ def look_ahead(
         phases=phase_costs(trainer, shapes),
         memory=estimate,
         limit=limit,
+        held=room.held if room else 0,
         measured=found,
         disk=disk,
         reading=_reading(config, dataset),
@@ -184,7 +192,7 @@ def look_ahead(
         feed=measure_feed(config, dataset) if fed else None,
     )
     if not problems and limit is not None and report.peak > limit:
-        problems.append(shortage(config, dataset, shapes, estimate, limit))
+        problems.append(shortage(config, dataset, shapes, estimate, room))
     if disk.needed > disk.free:
         problems.append(PROBLEM_BREAK.join([f"{config.output}: {disk_text(disk)}", *disk_remedies(config, disk)]))
     return replace(report, problems=problems)
@@ -337,7 +345,8 @@ def _memory_lines(report: Estimate) -> list[str]:
         fitting = [size for size in (8, 12, 16, 24, 32, 48, 80) if memory.peak <= size * 1e9]
         found.append(f"  for a GPU of {fitting[0]} GB or more" if fitting else "  more than a GPU of 80 GB has")
     else:
-        found.append(f"  {gb(report.peak)} of {gb(report.limit)}")
+        held = f", which other programs leave free: they hold {gb(report.held)}" if report.held >= NOTHING else ""
+        found.append(f"  {gb(report.peak)} of {gb(report.limit)}{held}")
     return found
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError
+from nanodit.errors import PROBLEM_BREAK, ConfigError, MemoryShortage, gpu_is_full
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
+from train.loop.splitting import OneImageTooLarge
 from train.plan.cost import gb
-from train.plan.memory import Memory, estimate_memory, meta_trainer
+from train.plan.memory import CONTEXT, Memory, estimate_memory, meta_trainer
 from train.plan.rehearsal import Shapes, changed
+
+NOTHING = 0.1e9  # bytes held by others that are not worth a word
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,45 @@ class Remedy:
         return f"{values}: {', '.join(says)}"
 
 
-def shortage(config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, limit: int | None) -> str:
-    """Say that memory does not suffice and what would help, the best first."""
-    phase = max(now.phases, key=now.phases.get)
-    room = f"the GPU has {gb(limit)}" if limit else "the GPU has less"
-    first = f"out of memory: the run takes about {gb(now.peak)} (estimate; most in {phase}, {now.largest}), {room}"
-    if limit is not None and now.peak <= limit:  # as was tried, so what "fits" below is too hopeful as well
-        first += ", but it ran out: the estimate is too low, or another program holds some of its memory"
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a GPU that a run may have, ``limit``, and those that other programs hold at the moment."""
+
+    limit: int
+    held: int = 0
+
+    def __str__(self) -> str:
+        if self.held < NOTHING:
+            return f"the GPU has {gb(self.limit)}"
+        return f"the GPU has {gb(self.limit)} free, and other programs hold {gb(self.held)}"
+
+
+def room_of(device: torch.device) -> Room | None:
+    """Return what of a GPU is free, with what this process has of it; None for a CPU.
+
+    How much CUDA itself takes of that for this process is nowhere to be read, so it counts as the estimate counts it.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    ours = min(total - free, torch.cuda.memory_reserved(device) + round(CONTEXT))
+    return Room(free + ours, total - free - ours)
+
+
+def shortage(
+    config: TrainConfig, dataset: Any, shapes: Shapes, now: Memory, room: Room | None, alone: bool = False
+) -> str:
+    """Say that memory does not suffice and what would help, the best first; ``alone``: not even for a single image."""
+    phase, limit = max(now.phases, key=now.phases.get), room and room.limit
+    there = str(room) if room else "the GPU has less"
+    first = f"out of memory: the run takes about {gb(now.peak)} (estimate; most in {phase}, {now.largest}), {there}"
+    if alone:
+        first += ". A single image alone did not fit"
+    elif limit is not None and now.peak <= limit:  # as was tried, so what "fits" below is too hopeful as well
+        first += ", but it ran out: the estimate is too low, or another program took some of its memory since"
     found = memory_remedies(config, dataset, shapes, now, limit)
+    if alone:  # smaller micro-batches were tried
+        found = [remedy for remedy in found if [*remedy.overrides] != ["train.token_budget"]]
     if not found:
         return f"{first}. Choose a smaller model, a larger model.patch_size or a dataset of a smaller base"
     return PROBLEM_BREAK.join([f"{first}. What would help:", *map(str, found)])
@@ -91,12 +125,14 @@ def _candidates(config: TrainConfig, dataset: Any) -> list[tuple[dict[str, Any],
 
 @contextmanager
 def explained(config: TrainConfig, dataset: Any, device: torch.device) -> Iterator[None]:
-    """Turn a GPU's lack of memory in a run into a :class:`ResourceError` that says what would help."""
+    """Turn a GPU's lack of memory in a run into a :class:`MemoryShortage` that says what would help."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    except Exception as error:
+        alone = isinstance(error, OneImageTooLarge)
+        if not (alone or gpu_is_full(error)):
+            raise
         shapes = Shapes.of(dataset.info, dataset.rows("train"))
         now = estimate_memory(meta_trainer(config, dataset), shapes)
-        found = shortage(config, dataset, shapes, now, limit)
-        raise ResourceError(f"{found}{PROBLEM_BREAK}The last checkpoint, if there is one, is intact") from error
+        found = shortage(config, dataset, shapes, now, room_of(device), alone)
+        raise MemoryShortage(f"{found}{PROBLEM_BREAK}The last checkpoint, if there is one, is intact") from error

@@ -22,7 +22,7 @@ from typing import Any
 
 from nanodit.config import dump_config, load_config
 from nanodit.console import waiting
-from nanodit.errors import DataError, Interrupted, ResourceError
+from nanodit.errors import DataError, Interrupted, ResourceError, gpu_is_full
 from nanodit.faults import fault
 from nanodit.files import sha256_file, write_atomic
 from prep.dataset.reader import Dataset
@@ -98,7 +98,7 @@ def reason_of(error: BaseException) -> str:
     said = str(error).strip().partition("\n")[0]
     kind = type(error).__name__
     text = f"{kind}: {said}" if said else kind
-    if isinstance(error, MemoryError) or any(parent.__name__ == "OutOfMemoryError" for parent in type(error).__mro__):
+    if isinstance(error, MemoryError) or gpu_is_full(error):
         text = f"out of memory: {text}"
     return without(secrets(os.environ), text)
 
