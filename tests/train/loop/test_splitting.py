@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 
 from tests.train.everything import everything
 from tests.train.loop.test_trainer import make
+from tests.train.tiny import write_config
+from train.__main__ import main
+from train.checkpoint.checkpoint import find_latest, verify
+from train.loop.splitting import part_of
 from train.loop.trainer import Trainer
+from train.method.perceptual import View
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
@@ -31,7 +37,14 @@ class SmallCard:
     ``calls`` are the numbers of the calls, from 0, of which the first attempt fails; None for all.
     """
 
-    def __init__(self, trainer: Trainer, room: int, where: str, full: Callable[[], Exception], calls=None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        room: int,
+        where: str,
+        full: Callable[[], Exception],
+        calls: Collection[int] | None = None,
+    ) -> None:
         self.room, self.where, self.full, self.calls = room, where, full, calls
         self.asked: list[int] = []
         block = trainer.model.blocks[1]  # those behind it have their gradients by then, those before it have not
