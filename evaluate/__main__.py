@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, SkippedError, run_command
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> None:
         claim(*PACKAGES)
+        let_segments_grow()
         options.verb(options)
 
     return run_command(command)
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tests", help="which tests, separated by commas (default: those of the config)")
     run.add_argument("--dataset", help="the dataset (default: that of the run's config)")
     run.add_argument("--output", type=Path, help="folder to write to (default: RUN/validation_outputs/step-NNNNNN)")
+    run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of the model (default: that of the config)")
     run.add_argument("--strict", action="store_true", help="exit with 5 if any metric was skipped")
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
 
@@ -76,6 +79,7 @@ def _run(options: argparse.Namespace) -> None:
 
     file = options.config or (options.tier and f"configs/evaluate/{options.tier}.yaml")
     chosen = [f"tests=[{options.tests}]"] if options.tests else []
+    chosen += [f"precision={options.precision}"] if options.precision else []
     config = load_config(EvaluateConfig, file, [*options.overrides, *chosen])
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
     for line in summary(evidence.metrics, evidence.skipped).splitlines():

@@ -87,6 +87,7 @@ def run(
         device=str(pick_device(config.device)),
         losses=perceptual_losses(train_config),
         tread=train_config.tread,
+        precision=config.precision,
     )
     folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanodit.console import say
 from nanodit.errors import PROBLEM_BREAK, DataError
 from nanodit.rng import generator, noise
 from prep.dataset.reader import Dataset
+from prep.encoders.halving import Halving
 from train.data.samples import load_conditions
+from train.hardware import Precision
 from train.method.flow import FlowConfig
 from train.model.conditions import Conditions, Subset
 from train.model.modalities import present
 from train.model.tread import TreadConfig
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
 NO_ROUTING = TreadConfig()
 
@@ -46,6 +50,12 @@ class Batch:
     def keys(self) -> list[str]:
         return [row["key"] for row in self.rows]
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, places: slice) -> Batch:
+        return Batch(self.bucket, self.rows[places], self.pixels[places], self.conditions.select(places))
+
     def select(self, indices: Sequence[int]) -> Batch:
         """Return some of the samples."""
         rows = tuple(self.rows[index] for index in indices)
@@ -65,6 +75,7 @@ class Subject:
 
     ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``; ``losses`` are the
     perceptual networks that training used, ``lpips`` and ``dinov2``; ``tread`` is the routing for self-guidance.
+    ``precision`` is what the model computes in (:func:`train.hardware.computing_in`).
     """
 
     model: nn.Module
@@ -76,6 +87,20 @@ class Subject:
     device: str = "cpu"
     losses: frozenset[str] = frozenset()
     tread: TreadConfig = NO_ROUTING
+    precision: Precision = "fp32"
+
+    @cached_property
+    def _memory(self) -> Halving:
+        return Halving("evaluation", self.device)
+
+    def as_fits(self, compute: Callable[[Batch], T], batch: Batch) -> Iterator[T]:
+        """Yield ``compute`` of a batch, or of its parts in order where the GPU has no room for the whole; says so once.
+
+        Raises :class:`MemoryShortage` where a single sample does not fit.
+        """
+        yield from self._memory.run(compute, batch)
+        if note := self._memory.take_note():
+            say(f"warning: {note}")
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:

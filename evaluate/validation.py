@@ -86,7 +86,7 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
 def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> dict[str, float]:
     """Run ``validation.tests`` at tier pulse, write what ``evaluate run`` writes; headline metrics by tag."""
     tier = _tier(config.validation, subject.batch_size)
-    subject = replace(subject, losses=perceptual_losses(config))
+    subject = replace(subject, losses=perceptual_losses(config), precision=tier.precision)
     state = {"step": step, "config": config.model_dump(mode="json")}
     weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
     facts = provenance(subject, tier, state, weights if weights.is_file() else None)

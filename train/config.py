@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nanodit.config import Config, Place
 from train.data.batch_plan import Phase
+from train.hardware import Precision
 from train.method.dropout import ConditioningConfig
 from train.method.ema import EmaConfig
 from train.method.flow import FlowConfig
@@ -108,10 +109,12 @@ class VisualDebugSection(Config):
     method: Method = "heun"
     steps: int = Field(default=20, gt=0)  # of the sampler
     guidance: GuidanceValue = 1.0  # of all conditions, {text: 3, dino: 1.5} of some, or {self: 3}
+    precision: Precision = "fp32"
 
     def sampling(self, given: Subset) -> Sampling:
         """Return how a picture of these conditions is drawn."""
-        return Sampling(self.method, self.steps, **Guidance.of(self.guidance).of_given(given).fields)
+        guidance = Guidance.of(self.guidance).of_given(given)
+        return Sampling(self.method, self.steps, **guidance.fields, precision=self.precision)
 
 
 class ValidationSection(Config):

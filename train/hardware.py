@@ -6,12 +6,16 @@ import contextlib
 import importlib.util
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from nanodit.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16"]  # of what draws and evaluates
 
 
 @cache
@@ -34,6 +38,25 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute as the caller does for ``fp32``; with TF32's matrix products for ``tf32``; under autocast for ``bf16``.
+
+    TF32 is of NVIDIA's GPUs from Ampere on: products round their factors to 10 bits of mantissa. Elsewhere ``tf32`` is
+    ``fp32``.
+    """
+    if precision == "bf16":
+        with autocast(device, torch.bfloat16):
+            yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

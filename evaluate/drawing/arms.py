@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from evaluate.metrics.pixels import degenerate
 from evaluate.records import Skipped
@@ -150,18 +151,23 @@ def draw(
 ) -> tuple[np.ndarray, list[str | None]]:
     """Draw one picture for each sample of ``batch``: uint8 (B, H, W, 3), and why any of them cannot be scored.
 
-    The noise is a function of (sample key, seed) alone, so it is the same for every arm, batch size and order.
+    The noise is a function of (sample key, seed) alone, so it is the same for every arm, batch size and order, and a
+    batch that does not fit into a GPU's memory is drawn in parts.
     """
-    keep_ids = None
-    if arm.guidance.self_scale != 1:
-        tokens = batch.height * batch.width // subject.model.config.patch_size**2
-        keep_ids = trajectory_keep_ids(subject.tread, [(key, seed) for key in batch.keys], tokens)
-    images = sample(
-        subject.model,
-        batch.conditions.keeping(arm.subset).to(subject.device),
-        batch.noise(seed).to(subject.device),
-        flow=subject.flow,
-        sampling=sampler.sampling(arm.guidance),
-        keep_ids=keep_ids,
-    ).cpu()
+
+    def images_of(part: Batch) -> Tensor:
+        keep_ids = None
+        if arm.guidance.self_scale != 1:
+            tokens = part.height * part.width // subject.model.config.patch_size**2
+            keep_ids = trajectory_keep_ids(subject.tread, [(key, seed) for key in part.keys], tokens)
+        return sample(
+            subject.model,
+            part.conditions.keeping(arm.subset).to(subject.device),
+            part.noise(seed).to(subject.device),
+            flow=subject.flow,
+            sampling=replace(sampler.sampling(arm.guidance), precision=subject.precision),
+            keep_ids=keep_ids,
+        ).cpu()
+
+    images = torch.cat(list(subject.as_fits(images_of, batch)))
     return to_uint8(images), [degenerate(image) for image in images.numpy()]

@@ -21,7 +21,8 @@ from evaluate.metrics.training_features import TrainFeatures, load_train_feature
 from evaluate.records import REAL, Skipped, select
 from evaluate.subject import Row, Subject
 from nanodit.config import Config
-from train.method.sampling import NO_GUIDANCE, Guidance, GuidanceValue
+from train.hardware import Precision
+from train.method.sampling import NO_GUIDANCE, Guidance, GuidanceValue, precision_setting
 from train.model.conditions import Subset
 
 RELATED = ", related to a loss of training"  # a judge that the model was trained to please
@@ -40,7 +41,8 @@ class DrawingConfig(Config):
     baseline_images: int = Field(default=512, gt=0)  # training images behind the mean image and the affine fit
     training_features: int = Field(default=4096, gt=0)  # training images that pictures are compared with
     grid_images: int = Field(default=8, ge=0)  # samples whose pictures are kept for the report
-    batch_size: int = Field(default=32, gt=0)  # changes no number
+    batch_size: int = Field(default=32, gt=0)  # at most: fewer where a GPU has no room for so many; changes no number
+    precision: Precision = "fp32"  # of the model under test, for pictures and held-out loss
 
 
 class Rows:
@@ -169,7 +171,8 @@ class DrawingContext:
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
         chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
-        return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen}
+        precision = precision_setting(self.subject.precision)
+        return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen, **precision}
 
     @property
     def judged(self) -> dict[str, Any]:

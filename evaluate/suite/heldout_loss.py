@@ -29,6 +29,7 @@ from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 from nanodit.console import Progress
 from nanodit.rng import generator
+from train.hardware import computing_in
 from train.method.flow import flow_loss, interpolate, shift, to_x
 from train.model.conditions import Subset, subset_name
 
@@ -112,14 +113,19 @@ def _grid(subject: Subject, batch: Batch, config: HeldoutLossConfig) -> Iterator
 
 def _model_errors(subject: Subject, batch: Batch, subset: Subset, config: HeldoutLossConfig) -> np.ndarray:
     """Return the mean squared error and loss of the model in every bin, float64 (bins, 2, B)."""
-    conditions = batch.conditions.keeping(subset).to(subject.device)
-    context = subject.model.encode_context(conditions, batch.height, batch.width, cache=True)
-    errors = np.zeros((config.bins, 2, len(batch.rows)))
-    for index, x, z, t in _grid(subject, batch, config):
-        output = subject.model(z.to(subject.device), t.to(subject.device), context).cpu()
-        x_hat = to_x(output, z, t, subject.flow.prediction)
-        errors[index] += _errors(x_hat, x, t, subject.flow.t_min) / config.times_per_bin
-    return errors
+
+    def errors_of(part: Batch) -> np.ndarray:
+        errors = np.zeros((config.bins, 2, len(part)))
+        with computing_in(subject.precision, torch.device(subject.device)):
+            conditions = part.conditions.keeping(subset).to(subject.device)
+            context = subject.model.encode_context(conditions, part.height, part.width, cache=True)
+            for index, x, z, t in _grid(subject, part, config):
+                output = subject.model(z.to(subject.device), t.to(subject.device), context).float().cpu()
+                x_hat = to_x(output, z, t, subject.flow.prediction)
+                errors[index] += _errors(x_hat, x, t, subject.flow.t_min) / config.times_per_bin
+        return errors
+
+    return np.concatenate(list(subject.as_fits(errors_of, batch)), axis=2)
 
 
 def _trivial_errors(

@@ -35,7 +35,7 @@ EVERYTHING: dict[str, Any] = {
     "validation.every_steps": 4, "validation.samples": 3, "validation.conditions": "[text]",
     "validation.tests": "[reconstruction]", "validation.seed": 1, "validation.evaluate_overrides": "{sampler.steps: 2}",
     "visual_debug.every_steps": 5, "visual_debug.count": 2, "visual_debug.steps": 1, "visual_debug.guidance": 1.5,
-    "visual_debug.method": "euler",
+    "visual_debug.method": "euler", "visual_debug.precision": "bf16",
 }  # fmt: skip
 NOT_IN_IT = {
     "dataset": "the test's own",

@@ -48,7 +48,7 @@ PARTS = (
     Part("parity", "parity:check", 40),
     Part("syncs", "syncs:check", 20),
     Part("resume", "resume:check", 40),
-    Part("memory", "memory:check", 90),
+    Part("memory", "memory:check", 90, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
     Part("expandable", "memory:check_expandable", 30, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
     Part("speed", "speed:check", 150),
     Part("shortage", "shortage:check", 40),

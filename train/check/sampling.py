@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from nanodit.rng import generator
 from train.check.made_up import data_of, preset, small_run, trainer_of
 from train.check.report import Report, Setting
 from train.check.timing import seconds_of
-from train.hardware import autocast
+from train.hardware import Precision
 from train.loop.trainer import Trainer
 from train.method.sampling import DRAWING, sample, to_uint8
 
 BATCHES = (1, 8)
 EVALUATION_BATCH = 32  # images that `nanodit evaluate run` may draw at once
-PSNR = {"TF32": 30.0, "bf16": 15.0}  # dB at least, of the fp32 picture of the same noise; of random weights
+PSNR = {"tf32": 30.0, "bf16": 15.0}  # dB at least, of the fp32 picture of the same noise; of random weights
 ALIKE = {"PSNR": 40.0, "SSIM": 0.98}  # of what the device and the CPU draw, at least
 Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -31,12 +32,11 @@ def check(setting: Setting, report: Report) -> None:
     data = data_of(setting, config, "production")
     trainer = trainer_of(config, data, setting.device)
     drawn: dict[str, Tensor] = {}
-    for precision in ("fp32", "TF32", "bf16"):
+    for precision in get_args(Precision):
         for batch in BATCHES if not setting.tiny else (2,):
-            with _precision(precision, setting.device):
-                call = lambda: drawn.update({precision: _draw(trainer, batch)})  # noqa: B023, E731
-                call()
-                seconds = seconds_of(call, setting.device)
+            call = lambda: drawn.update({precision: _draw(trainer, batch, precision)})  # noqa: B023, E731
+            call()
+            seconds = seconds_of(call, setting.device)
             report.note(f"{precision}, {batch} at once", f"{seconds / batch:.3g} s an image")
         if precision != "fp32":
             found = psnr(drawn[precision], drawn["fp32"])
@@ -45,8 +45,7 @@ def check(setting: Setting, report: Report) -> None:
             )
     if setting.on_gpu and setting.left > 10:
         torch.cuda.reset_peak_memory_stats(setting.device)
-        with _precision("bf16", setting.device):
-            seconds = seconds_of(lambda: _draw(trainer, EVALUATION_BATCH, steps=2), setting.device)
+        seconds = seconds_of(lambda: _draw(trainer, EVALUATION_BATCH, "bf16", steps=2), setting.device)
         peak = torch.cuda.max_memory_allocated(setting.device) / 1e9
         report.note(f"{EVALUATION_BATCH} at once", f"{peak:.3g} GB at the peak, {seconds / 2:.3g} s a step")
 
@@ -70,25 +69,13 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return 10 * math.log10(4 / error) if error else math.inf
 
 
-@contextmanager
-def _precision(name: str, device: torch.device) -> Iterator[None]:
-    """Compute in fp32, in fp32 with TF32's products (of a GPU), or under autocast to bf16."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
-    try:
-        with autocast(device, torch.bfloat16 if name == "bf16" else None):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _draw(trainer: Trainer, count: int, steps: int = DRAWING.steps) -> Tensor:
+def _draw(trainer: Trainer, count: int, precision: Precision = "fp32", steps: int = DRAWING.steps) -> Tensor:
     """Draw images of the first bucket from its rows' conditions, and wait for them."""
     bucket = next(iter(trainer.data.rows))
     rows = [trainer.data.rows[bucket][i % len(trainer.data.rows[bucket])] for i in range(count)]
     width, height = map(int, bucket.split("x"))
     noise = [generator("check", "sample", i).standard_normal((3, height, width), np.float32) for i in range(count)]
-    sampling = type(DRAWING)(DRAWING.method, steps, grid=DRAWING.grid)
+    sampling = replace(DRAWING, steps=steps, precision=precision)
     conditions = trainer.data.conditions(rows)
     return sample(
         trainer.model, conditions, torch.from_numpy(np.stack(noise)), flow=trainer.config.flow, sampling=sampling

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanodit.errors import ConfigError
 from nanodit.rng import generator
+from train.hardware import Precision, computing_in
 from train.method.flow import FlowConfig, shift, to_x
 from train.model.conditions import Conditions, Subset, subset_name
 from train.model.modalities import MODALITIES
@@ -100,7 +101,8 @@ class Sampling:
     ``guidance`` leads from nothing to all conditions given, ``scales`` has a scale of its own for some of ``text``,
     ``dino`` and ``pose`` (:func:`chain`), ``self_guidance`` leads away from the routed network; at most one of the
     three, where 1 and no scales are none. They act where the unshifted t is within ``interval``, both ends included.
-    ``grid`` is where the steps lie (:func:`sampling_times`).
+    ``grid`` is where the steps lie (:func:`sampling_times`). ``precision`` is what the network computes in
+    (:func:`train.hardware.computing_in`); the states between the steps are float32.
     Raises :class:`ConfigError` for what makes no sense with any model.
     """
 
@@ -111,9 +113,11 @@ class Sampling:
     self_guidance: float = 1.0
     interval: tuple[float, float] = INTERVAL
     grid: Grid = "uniform"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("sampler", self.method, Method), ("sampling grid", self.grid, Grid)):
+        choices = ("sampler", self.method, Method), ("sampling grid", self.grid, Grid)
+        for name, value, known in (*choices, ("precision", self.precision, Precision)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} {value!r}: unknown; use one of {', '.join(get_args(known))}")
         if self.steps < 1:
@@ -161,11 +165,17 @@ class Sampling:
             check_routed(model)
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as JSON values, for a picture's metadata and reports."""
+        """Return the fields as JSON values, for a picture's metadata; of the precision only one that is not fp32."""
         return {
             "sampler": self.method, "steps": self.steps, "guidance": self.guidance, "scales": dict(self.scales),
             "self_guidance": self.self_guidance, "interval": list(self.interval), "grid": self.grid,
+            **precision_setting(self.precision),
         }  # fmt: skip
+
+
+def precision_setting(precision: Precision) -> dict[str, str]:
+    """Return the precision as settings name it: not at all for fp32, in which all was drawn that does not say so."""
+    return {} if precision == "fp32" else {"precision": precision}
 
 
 # what `train sample` and the exported pipeline draw with: a third of the forwards of 20 steps of Heun, and nearer to
@@ -300,7 +310,7 @@ def guided_denoiser(
     def denoise(z: Tensor, t: float) -> Tensor:
         times = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
         terms = guided if low <= t <= high else plain
-        predicted = (to_x(model(z, times, *arguments), z, times, flow.prediction) for _, arguments in terms)
+        predicted = (to_x(model(z, times, *arguments).float(), z, times, flow.prediction) for _, arguments in terms)
         return sum(x if weight == 1 else weight * x for (weight, _), x in zip(terms, predicted))
 
     return denoise
@@ -341,9 +351,10 @@ def sample(
     model.eval()
     try:
         keep_ids = None if keep_ids is None else keep_ids.to(device)
-        denoise = guided_denoiser(model, conditions.to(device), height, width, flow, sampling, keep_ids)
         times = sampling_times(sampling.steps, flow.shift_of(height, width), sampling.grid)
-        return integrate(denoise, noise.to(device).float(), times, sampling.method, on_step)
+        with computing_in(sampling.precision, device):
+            denoise = guided_denoiser(model, conditions.to(device), height, width, flow, sampling, keep_ids)
+            return integrate(denoise, noise.to(device).float(), times, sampling.method, on_step)
     finally:
         model.train(training)
 

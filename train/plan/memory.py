@@ -198,7 +198,7 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
         update = live.peak
     drawing = 0
     if config.visual_debug.every_steps:
-        with LiveBytes() as live, LikeGpu(bf16=False), torch.no_grad():
+        with LiveBytes() as live, LikeGpu(config.visual_debug.precision == "bf16"), torch.no_grad():
             conditions, noise = drawing_request(trainer, shapes, META)
             given = frozenset(trainer.model.features.modalities)
             arms = [conditions.only(kept) for kept in config.visual_debug.sampling(given).chain(given)]
