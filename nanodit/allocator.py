@@ -12,7 +12,7 @@ GROWING = "expandable_segments:True"
 
 
 def let_segments_grow() -> None:
-    """Let torch's blocks of memory grow instead of taking new ones, so that less lies idle between tensors of many sizes.
+    """Let torch's blocks of memory grow instead of taking new ones: less then lies idle between tensors of many sizes.
 
     Where any of ``VARIABLES`` is set, it stays as it is. So it does on Windows, whose torch cannot do it, and in WSL2:
     there drivers before 615 fail at it with some workstation cards (github.com/pytorch/pytorch/issues/192330).

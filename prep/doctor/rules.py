@@ -32,13 +32,15 @@ BUSY = "run this again when the machine is idle; if nothing changes, the GPU or 
 class Needs:
     """The demands of a run on a machine: ``vram_gb`` by layer, ``memory_gb`` per worker on a CPU (0: not counted).
 
-    ``workers`` is the number of actors, None for one per CPU; ``device`` is ``placement.device``.
+    ``workers`` is the number of actors, None for one per CPU; ``device`` is ``placement.device``. On CPUs ``slow``
+    encoders take seconds an image.
     """
 
     vram_gb: dict[str, float]
     memory_gb: float
     workers: int | None
     device: str
+    slow: bool = True
 
 
 def needs_of(config: PrepConfig) -> Needs:
@@ -49,6 +51,7 @@ def needs_of(config: PrepConfig) -> Needs:
         memory_need(config, encoders),
         config.workers,
         config.placement.device,
+        slow=bool(encoders) and config.encoders != "demo",
     )
 
 
@@ -107,7 +110,7 @@ def _no_gpu(facts: dict[str, Any], needs: Needs, joined: bool) -> Check:
         )
     if joined:
         return ok("gpu", "no NVIDIA GPU; this node decodes, and encodes what fits no card")
-    if not needs.memory_gb or needs.device == "cpu":
+    if not needs.slow or needs.device == "cpu":
         return ok("gpu", found)
     fix = (
         f"{driver}; or add a machine that has one (README, A cluster). `nanodit prep plan` says how long it takes "
@@ -308,7 +311,7 @@ def cluster_checks(machines: Mapping[str, Any], needs: Needs, before: float, aft
             checks.append(replace(fail("node", RESOURCE, found, fix), node=name))
     if not answers:
         return checks
-    if needs.device != "cpu" and needs.memory_gb and not any(facts["gpus"] for facts in answers.values()):
+    if needs.device != "cpu" and needs.slow and not any(facts["gpus"] for facts in answers.values()):
         found = "no machine has an NVIDIA GPU: the encoders run on CPUs, at seconds per image"
         fix = "add a machine that has one (README, A cluster). `nanodit prep plan` says how long it takes as it is"
         must = needs.device == "cuda"

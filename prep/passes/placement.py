@@ -25,6 +25,7 @@ from prep.dataset.layers import ENCODER_LAYERS
 from prep.encoders.registry import encoder_of
 
 DEMO_VRAM_GB = 0.2
+DEMO_WORKER_GB = 1.7  # of main memory: an actor and its worker with all demo encoders (docs/measurements.md)
 CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
 TABLE_BATCH = 16  # of ``Encoder.activations_gb``
@@ -152,8 +153,10 @@ def vram_need(config: PrepConfig, layers: Collection[str]) -> float:
 def memory_need(config: PrepConfig, layers: Collection[str]) -> float:
     """GB of main memory that one process takes which runs some layers on the CPU; 0 where it is not worth counting."""
     encoders = [layer for layer in layers if layer in ENCODER_LAYERS]
-    if not encoders or config.encoders == "demo":
+    if not encoders:
         return 0.0
+    if config.encoders == "demo":
+        return DEMO_WORKER_GB
     total = PROCESS_GB + sum(encoder_of(layer).on_cpu * _encoder_gb(config, layer) for layer in encoders)
     return math.ceil(total * 10) / 10
 

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import SamplerConfig, choose_arms, choose_subsets, draw
 from evaluate.report.compare import differing
+from evaluate.run import evaluate
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
-from nanodit.errors import DataError
+from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
+from nanodit.errors import DataError, MemoryShortage
 from train.method.dropout import ConditioningConfig
 from train.method.sampling import Guidance, Sampling, sample, trajectory_keep_ids
 from train.model.config import ModelConfig
@@ -188,3 +190,85 @@ def test_metrics_of_other_samples_are_not_comparable(judged):
         assert settings["holdout_seed"] == 3
     metrics = [{"n": 24, "settings": context.settings("all")} for context in (first, chosen)]
     assert differing(metrics) == ["holdout_seed unknown, 3"]
+
+
+def drawing_subject(figures, make_subject, batch_size: int = 8):
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, depth=2, num_heads=2, patch_size=16)
+    model = build_model(config, Features.from_dataset(figures.info))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return replace(make_subject("noise", batch_size=batch_size), model=model.eval())
+
+
+def limit(model, room: int) -> list[int]:
+    """Let a model run out of memory above ``room`` images; returns the numbers that it is asked for."""
+    asked = []
+
+    def refuse(module, arguments):
+        asked.append(len(arguments[0]))
+        if len(arguments[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.40 GiB")
+
+    model.register_forward_pre_hook(refuse)
+    return asked
+
+
+def test_what_does_not_fit_is_drawn_in_halves_to_equal_pictures(figures, make_subject, capsys):
+    subject, sampler = drawing_subject(figures, make_subject), SamplerConfig(method="euler", steps=2)
+    (arm,), _ = choose_arms({"text": 2.0}, subject)
+    batch = next(subject.batches())
+    assert len(batch) == 8
+    whole = draw(subject, batch, arm, 1, sampler)
+    asked = limit(subject.model, 3)
+    parts = draw(subject, batch, arm, 1, sampler)
+    assert np.array_equal(parts[0], whole[0])
+    assert parts[1] == whole[1]
+    assert asked[:2] == [8, 4], "halved"
+    assert set(asked[2:]) == {2}
+    assert capsys.readouterr().out.count("warning: evaluation: batches of 4 do not fit") == 1
+    draw(subject, batch, arm, 2, sampler)
+    assert asked.count(8) == 1, "nor tried again"
+    assert "warning" not in capsys.readouterr().out, "said once"
+
+
+def test_what_does_not_fit_is_scored_in_halves_to_equal_losses(figures, make_subject):
+    subject = drawing_subject(figures, make_subject)
+    everything = [frozenset(subject.modalities), frozenset({"text"})]
+    config = HeldoutLossConfig(bins=3)
+    whole = measure(subject, everything, None, config)
+    asked = limit(subject.model, 3)
+    halves = measure(subject, everything, None, config)
+    assert max(asked) == 8
+    assert [row["key"] for row in halves] == [row["key"] for row in whole]
+    for one, other in zip(halves, whole):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_single_picture_that_does_not_fit_ends_with_4(figures, make_subject):
+    subject = drawing_subject(figures, make_subject)
+    limit(subject.model, 0)
+    (arm,), _ = choose_arms({"text": 1.0}, subject)
+    with pytest.raises(MemoryShortage, match="evaluation: a single item does not fit") as caught:
+        draw(subject, next(subject.batches()), arm, 1, SamplerConfig(method="euler", steps=1))
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_numbers_of_another_precision_say_so_and_are_not_compared(precision, figures, make_subject, quick, tmp_path):
+    subject, few = (
+        drawing_subject(figures, make_subject),
+        quick.model_copy(update={"tests": ["reconstruction", "heldout_loss"]}),
+    )
+    subject = replace(subject, rows=subject.rows[:8])
+    plain = evaluate(subject, few, tmp_path / "plain").metrics
+    other = evaluate(replace(subject, precision=precision), few, tmp_path / "other").metrics
+    assert [one.name for one in plain] == [one.name for one in other]
+    for one, two in zip(plain, other):
+        assert "precision" not in one.settings, "so that reports of before are of fp32"
+        assert two.settings["precision"] == precision
+        assert differing([one.to_dict(), two.to_dict()]) == [f"precision unknown, {precision}"]
+        if precision == "tf32" and one.value is not None:
+            assert two.value == one.value, "on a CPU it is no other arithmetic"
+    names = {one.name: one.value for one in plain}
+    assert any(names[two.name] != two.value for two in other) == (precision == "bf16")

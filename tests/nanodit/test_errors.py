@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from nanodit.errors import DataError, ResourceError, resource_error, run_command
+from nanodit.errors import DataError, MemoryShortage, ResourceError, gpu_is_full, resource_error, run_command
 
 
 class OutOfMemoryError(RuntimeError):
@@ -158,3 +158,47 @@ def test_what_is_said_beside_the_work_ends_no_less_silently(work):
 def test_another_broken_pipe_is_a_defect():
     with pytest.raises(BrokenPipeError):
         run_command(failing(BrokenPipeError(errno.EPIPE, "a worker's")))
+
+
+GPU_IS_FULL = [
+    OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+    RuntimeError(
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. Status "
+        "Message: bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate "
+        "memory for requested buffer of size 939524096"
+    ),
+    RuntimeError(
+        "CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED ; GPU=0 ; hostname=x ; file=cuda_execution_provider.cc"
+    ),
+]
+GPU_IS_SOMETHING_ELSE = [
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    OSError("out of memory error when reading image file"),
+    DataError("CUDA out of memory, says a caption"),
+    ValueError("CUDA is fine"),
+]
+
+
+@pytest.mark.parametrize("error", GPU_IS_FULL, ids=lambda error: str(error)[:40])
+def test_a_gpus_lack_of_memory_is_known_by_class_or_words(error):
+    assert gpu_is_full(error, "cuda:0")
+    assert isinstance(resource_error(error), MemoryShortage)
+    assert gpu_is_full(error, "cpu") == isinstance(error, OutOfMemoryError), "words of a GPU mean nothing on a CPU"
+
+
+@pytest.mark.parametrize("error", GPU_IS_SOMETHING_ELSE, ids=lambda error: str(error)[:40])
+def test_other_failures_of_a_gpu_are_not(error):
+    assert not gpu_is_full(error)
+    assert resource_error(error) is None
+
+
+def test_torchs_own_class_is_known():
+    assert gpu_is_full(pytest.importorskip("torch").OutOfMemoryError("CUDA out of memory."), "cpu")

@@ -750,7 +750,8 @@ def test_the_doctor_judges_the_shipped_configs(
 
 def test_needs_follow_the_config() -> None:
     small, large = needs_of(config(encoders="demo")), needs_of(config(layers=["dino"], workers=3))
-    assert small.memory_gb == 0
+    assert small.memory_gb == DEMO_WORKER_GB
+    assert (small.slow, large.slow) == (False, True)
     assert set(small.vram_gb) == {"t5", "dino", "pose"}
     assert large.memory_gb > 1
     assert set(large.vram_gb) == {"dino"}

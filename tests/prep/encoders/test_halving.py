@@ -65,9 +65,11 @@ def test_one_item_that_does_not_fit_is_a_lack_of_resources() -> None:
         "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 4194304",
         "CUDA error: out of memory",
         "CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     ],
 )
-def test_onnxruntime_is_understood_on_a_gpu_alone(message: str) -> None:
+def test_what_has_no_class_of_its_own_is_understood_on_a_gpu_alone(message: str) -> None:
     def full() -> Exception:
         return RuntimeError(message)
 

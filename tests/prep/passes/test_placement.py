@@ -12,6 +12,7 @@ from nanodit.errors import ResourceError
 from prep.captions.config import CaptionConfig
 from prep.config import PrepConfig
 from prep.passes.placement import (
+    DEMO_WORKER_GB,
     Node,
     captions_vram,
     gpu_offers,
@@ -111,7 +112,8 @@ def test_needs_follow_the_batch_the_input_and_the_users_word():
     assert vram_need(config(t5={"batch_size": 64}), ["t5"]) > vram_need(config(), ["t5"]) + 1
     assert vram_need(config(placement={"vram_gb": {"dino": 7.0}}), ["dino"]) == 7.5
     assert vram_need(config(encoders="demo"), ["t5", "dino", "pose"]) < 1.5
-    assert memory_need(config(), ["px", "text"]) == 0
+    assert memory_need(config(), ["px", "text"]) == memory_need(config(encoders="demo"), ["px", "text"]) == 0
+    assert memory_need(config(encoders="demo"), ["t5"]) == DEMO_WORKER_GB
     assert memory_need(config(), ["dino"]) > vram_need(config(), ["dino"])  # fp32 on CPUs
 
 
@@ -292,3 +294,12 @@ def test_nodes_from_ray():
     assert (one.id, one.cpus, one.gpus, one.driver) == ("a", 4, 0, True)
     assert (two.vram_gb, two.memory_gb, two.driver) == (12, 30, False)
     assert nodes_from_ray(raw, driver="b")[1].driver
+
+
+def test_demo_workers_take_the_memory_that_there_is():
+    demo = config(encoders="demo", layers=["px", "dino"])
+    (step,), remarks = plan_passes(demo, [node("1", cpus=8, memory=8)])
+    assert (step.actors, step.memory_gb) == (4, DEMO_WORKER_GB)
+    assert "4 workers on 8 CPUs: each with px+dino takes 1.7 GB of memory" in remarks
+    (step,), _ = plan_passes(demo, [node("1", cpus=2, memory=8)])
+    assert step.actors == 2

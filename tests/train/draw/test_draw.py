@@ -404,6 +404,7 @@ def test_trap_22_the_noise_is_keyed_by_sample_and_seed(run, rows, tmp_path, monk
         (["--self-guidance", "2"], replace(DRAWING, self_guidance=2.0)),
         (["--steps", "10", "--time-grid", "uniform"], replace(DRAWING, steps=10, grid="uniform")),
         (["--self-guidance", "--sampler", "euler"], replace(DRAWING, method="euler", self_guidance=3.0)),
+        (["--precision", "bf16"], replace(DRAWING, precision="bf16")),
     ],
 )
 def test_the_flags_say_how_to_sample(arguments, sampling, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanodit.errors import DataError, ResourceError
+from nanodit.errors import DataError, MemoryShortage, ResourceError
 from train.checkpoint.run_folder import StopRequest
 from train.loop.observers import finite, observe, process_restored
 
@@ -67,8 +67,29 @@ def test_a_failure_is_a_warning_that_is_kept(tmp_path, capsys):
     assert observe("validation", 9, tmp_path, StopRequest(), lambda: 3) == 3
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left"), ResourceError("full")])
-def test_a_lack_of_memory_or_disk_is_no_mere_warning(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory. Tried. Close other"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "out of memory: CUDA error: CUBLAS_STATUS_ALLOC"),
+        (MemoryError(), "out of memory. Close other programs"),
+        (MemoryShortage("DINO: a single item does not fit"), "DINO: a single item does not fit. Or do it less often"),
+    ],
+)
+def test_a_look_that_has_no_room_is_skipped(tmp_path, error, reason, capsys):
+    def fail():
+        raise error
+
+    assert observe("validation", 7, tmp_path, StopRequest(), fail) is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: validation at step 7 failed, but training goes on: {reason}")
+    assert "`validation.every_steps`" in said
+    (record,) = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert record["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ResourceError("full")])
+def test_a_full_disk_is_no_mere_warning(tmp_path, error):
     def fail():
         raise error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from pydantic import ValidationError
 
 from nanodit.errors import ConfigError
+from train.check.sampling import PSNR, psnr
 from train.config import VisualDebugSection
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig, shift, to_x
 from train.method.sampling import (
+    DRAWING,
     NO_GUIDANCE,
     Guidance,
     Sampling,
@@ -413,3 +416,48 @@ def test_self_guidance_is_refused_where_there_is_no_weaker_self(model_and_condit
     arguments["sampling"].check(parse_subset("all"), table, routed)
     with pytest.raises(ConfigError, match="trained without routing"):
         arguments["sampling"].check(parse_subset("all"), table, model)
+
+
+# Precision
+
+
+def test_tf32_is_no_other_arithmetic_on_a_cpu_and_leaves_nothing_behind(model_and_conditions):
+    model, conditions = model_and_conditions
+    arguments = model, conditions, torch.randn(3, 3, 32, 24)
+    plain, tf32 = (
+        sample(*arguments, flow=FlowConfig(), sampling=replace(DRAWING, steps=4, precision=name))
+        for name in ("fp32", "tf32")
+    )
+    assert torch.equal(plain, tf32)
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_bf16_draws_nearly_the_picture_of_fp32(model_and_conditions, prediction):
+    """The bound is what a network of random weights, which no picture resembles, stays well within."""
+    model, conditions = model_and_conditions
+    arguments = model, conditions, torch.randn(3, 3, 32, 24)
+    plain, bf16 = (
+        sample(*arguments, flow=FlowConfig(prediction=prediction), sampling=replace(DRAWING, precision=name))
+        for name in ("fp32", "bf16")
+    )
+    assert bf16.dtype == torch.float32
+    assert not torch.equal(plain, bf16), "it was computed otherwise"
+    assert psnr(bf16, plain) >= PSNR["bf16"]
+
+
+def test_tf32_is_asked_of_cuda_while_it_draws(model_and_conditions):
+    model, conditions = model_and_conditions
+    seen = []
+    sampling = Sampling("euler", 2, precision="tf32")
+    look = lambda t, z: seen.append(torch.backends.cuda.matmul.allow_tf32)  # noqa: E731
+    sample(model, conditions, torch.randn(3, 3, 32, 24), flow=FlowConfig(), sampling=sampling, on_step=look)
+    assert seen == [True, True]
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_settings_name_a_precision_that_is_not_fp32():
+    assert "precision" not in DRAWING.settings()
+    assert replace(DRAWING, precision="tf32").settings()["precision"] == "tf32"
+    with pytest.raises(ConfigError, match="precision 'fp16': unknown; use one of fp32, tf32, bf16"):
+        Sampling(precision="fp16")

@@ -23,10 +23,10 @@ from train.config import TrainConfig
 from train.loop.flops import META, flop_counter
 from train.loop.trainer import Trainer
 from train.plan.cost import check_disk, disk_of, folder_bytes, most_checkpoints, phase_costs
-from train.plan.memory import meta_trainer
+from train.plan.memory import CONTEXT, meta_trainer
 from train.plan.plan import lines, look_ahead, parse_size
 from train.plan.rehearsal import Shapes, StandIn, changed, open_dataset, probe
-from train.plan.remedies import explained
+from train.plan.remedies import explained, room_of
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -332,6 +332,43 @@ def test_fault_t09_out_of_memory_ends_with_4_and_what_would_help(config, tiny_da
     assert 'train.gradient_checkpointing="all"' in error
     assert "The last checkpoint, if there is one, is intact" in error
     assert before == {path: sha256_file(path) for path in before}
+
+
+def card(monkeypatch, free: float, total: float, ours: float = 0.0) -> torch.device:
+    """A GPU of so many bytes, as far as its memory is asked for."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device=None: (int(free), int(total)))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device=None: int(ours))
+    return torch.device("cuda")
+
+
+def test_the_room_is_what_other_programs_leave_free(monkeypatch):
+    assert room_of(CPU) is None
+    room = room_of(card(monkeypatch, free=19.3e9, total=24e9))  # .7 are this process's own context
+    assert (room.limit, room.held) == (20e9, 4e9)
+    assert str(room) == "the GPU has 20 GB free, and other programs hold 4 GB"
+    room = room_of(card(monkeypatch, free=9.3e9, total=24e9, ours=10e9))
+    assert (room.limit, room.held) == (20e9, 4e9), "what is ours can be used again"
+    room = room_of(card(monkeypatch, free=23.7e9, total=24e9))
+    assert (room.limit, room.held) == (24e9, 0), "a context smaller than assumed is nobody else's"
+    assert str(room) == "the GPU has 24 GB"
+
+
+def test_plan_compares_with_what_is_free(config, monkeypatch):
+    """A card that is large enough, of which another program holds too much."""
+    monkeypatch.setattr("train.plan.plan.measure", lambda *arguments: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config.write_text(config.read_text().replace("device: cpu", "device: auto"))
+    need = look_ahead(config, memory="24GB").memory.peak
+    total = 4 * need
+    card(monkeypatch, free=total, total=total)
+    fits = look_ahead(config, memory=None)
+    assert (fits.limit, fits.held, fits.problems) == (total, 0, [])
+    card(monkeypatch, free=need // 2 - CONTEXT, total=total)
+    full = look_ahead(config, memory=None)
+    assert full.limit == pytest.approx(need // 2, abs=2)
+    assert full.held == pytest.approx(total - need // 2, abs=2)
+    assert "and other programs hold" in full.problems[0]
+    assert "which other programs leave free: they hold" in "\n".join(lines(full))
 
 
 def test_other_errors_are_not_explained_away(tiny_dataset, tmp_path):
