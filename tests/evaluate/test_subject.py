@@ -256,10 +256,8 @@ def test_a_single_picture_that_does_not_fit_ends_with_4(figures, make_subject):
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_numbers_of_another_precision_say_so_and_are_not_compared(precision, figures, make_subject, quick, tmp_path):
-    subject, few = (
-        drawing_subject(figures, make_subject),
-        quick.model_copy(update={"tests": ["reconstruction", "heldout_loss"]}),
-    )
+    few = quick.model_copy(update={"tests": ["reconstruction", "heldout_loss"]})
+    subject = drawing_subject(figures, make_subject)
     subject = replace(subject, rows=subject.rows[:8])
     plain = evaluate(subject, few, tmp_path / "plain").metrics
     other = evaluate(replace(subject, precision=precision), few, tmp_path / "other").metrics

@@ -172,9 +172,7 @@ GPU_IS_FULL = [
         "Message: bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate "
         "memory for requested buffer of size 939524096"
     ),
-    RuntimeError(
-        "CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED ; GPU=0 ; hostname=x ; file=cuda_execution_provider.cc"
-    ),
+    RuntimeError("CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED ; GPU=0 ; file=cuda_execution_provider.cc"),
 ]
 GPU_IS_SOMETHING_ELSE = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),

@@ -36,6 +36,7 @@ from prep.doctor.node import examine_node, read_gpus, read_ollama_memory
 from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_check
 from prep.doctor.rules import Needs, clock_difference, cluster_checks, named, needs_of, node_checks
 from prep.encoders.backbones import ALEXNET, VGG16
+from prep.passes.placement import DEMO_WORKER_GB
 from tests.local_cluster import LocalCluster
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
