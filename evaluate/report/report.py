@@ -160,13 +160,15 @@ def facts(run: Run) -> dict[str, Any]:
 def drawn_with(run: Run) -> str:
     """Say with which sampler and guidance the pictures were drawn; empty where none were."""
     drawn = [one["settings"] for one in run.files.metrics if "sampler" in one["settings"]]
+    precision = {one.get("precision") for one in drawn} - {None}
     samplers = dict.fromkeys(f"{one['sampler']} in {one['steps']} steps" for one in drawn)
     guidance: dict[str, dict[str, None]] = {}
     for one in sorted(drawn, key=lambda one: condition_order(one["conditions"])):
         name = part_name(one["conditions"].partition("@")[0])
         guidance.setdefault(name, {})[guidance_words(one["guidance"])] = None
     given = ", ".join(f"{name} with {' and '.join(found)}" for name, found in guidance.items())
-    return f"{' and '.join(samplers)}, given {given}" if drawn else ""
+    computed = f", computed in {' and '.join(sorted(precision))}" if precision else ""
+    return f"{' and '.join(samplers)}{computed}, given {given}" if drawn else ""
 
 
 def unscored(run: Run) -> str:

@@ -25,7 +25,7 @@ from prep.dataset.layers import ENCODER_LAYERS
 from prep.encoders.registry import encoder_of
 
 DEMO_VRAM_GB = 0.2
-DEMO_WORKER_GB = 1.7  # of main memory: an actor and its worker with all demo encoders (docs/measurements.md)
+DEMO_WORKER_GB = 1.6  # of main memory: an actor and its worker with all demo encoders (docs/measurements.md)
 CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
 TABLE_BATCH = 16  # of ``Encoder.activations_gb``

@@ -52,6 +52,7 @@ PARTS = (
     Part("expandable", "memory:check_expandable", 30, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
     Part("speed", "speed:check", 150),
     Part("shortage", "shortage:check", 40),
+    Part("splitting", "splitting:check", 10),
     Part("encoders", "encoders:check", 60),
     Part("sampling", "sampling:check", 45),
     Part("shapes", "shapes:check", 40),

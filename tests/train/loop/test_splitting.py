@@ -13,6 +13,7 @@ from tests.train.everything import everything
 from tests.train.loop.test_trainer import make
 from tests.train.tiny import write_config
 from train.__main__ import main
+from train.check.made_up import awaken
 from train.checkpoint.checkpoint import find_latest, verify
 from train.loop.splitting import part_of
 from train.loop.trainer import Trainer
@@ -67,11 +68,7 @@ class SmallCard:
 
 def trained(dataset: Path, output: Path, *overrides: str, card: Callable[[Trainer], object] = lambda _: None):
     trainer = make(dataset, output, *overrides)
-    with torch.no_grad():  # what begins at zero hides what comes before it
-        generator = torch.Generator().manual_seed(0)
-        for parameter in trainer.model.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.05, generator=generator)
+    awaken(trainer.model)  # what begins at zero hides what comes before it
     card(trainer)
     trainer.run()
     return trainer
