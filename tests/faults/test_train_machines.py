@@ -388,8 +388,7 @@ def test_T09_too_little_memory_to_validate_costs_no_step(config, straight, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr("evaluate.validation.build_validation", lambda config, dataset: validate)
-        assert train(config, "validation.every_steps=5") == 4
-    assert "validation at step 5: out of memory: CUDA out of memory. Tried" in capsys.readouterr().err
-    assert saved(tmp_path / "run") == [3, 5]
-    assert train(config) == 0
+        assert train(config, "validation.every_steps=5") == 0
+    said = capsys.readouterr().out
+    assert "validation at step 5 failed, but training goes on: out of memory: CUDA out of memory. Tried" in said
     assert_same_run(tmp_path / "run", straight)
