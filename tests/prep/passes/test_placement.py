@@ -297,7 +297,7 @@ def test_nodes_from_ray():
 
 
 def test_demo_workers_take_the_memory_that_there_is():
-    demo = config(encoders="demo", layers=["px", "dino"])
+    demo = config(encoders="demo", layers=["dino"])
     (step,), remarks = plan_passes(demo, [node("1", cpus=8, memory=8)])
     assert (step.actors, step.memory_gb) == (int(8 / DEMO_WORKER_GB), DEMO_WORKER_GB)
     assert f"{step.actors} workers on 8 CPUs: each with px+dino takes {DEMO_WORKER_GB} GB of memory" in remarks
