@@ -194,7 +194,7 @@ def test_metrics_of_other_samples_are_not_comparable(judged):
 
 def drawing_subject(figures, make_subject, batch_size: int = 8):
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=32, depth=2, num_heads=2, patch_size=16)
+    config = ModelConfig(hidden_size=32, depth=2, num_heads=2, patch_size=8)
     model = build_model(config, Features.from_dataset(figures.info))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -214,21 +214,29 @@ def limit(model, room: int) -> list[int]:
     return asked
 
 
+def assert_same_pictures(ours, theirs) -> None:
+    """Equal, but for the last bits of a sum in another order, which round a pixel in ten thousand to its neighbour."""
+    apart = np.abs(ours.astype(int) - theirs)
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+
+
 def test_what_does_not_fit_is_drawn_in_halves_to_equal_pictures(figures, make_subject, capsys):
     subject, sampler = drawing_subject(figures, make_subject), SamplerConfig(method="euler", steps=2)
     (arm,), _ = choose_arms({"text": 2.0}, subject)
-    batch = next(subject.batches())
-    assert len(batch) == 8
+    batch = max(subject.batches(), key=len)
+    images = len(batch)
+    assert images >= 4
     whole = draw(subject, batch, arm, 1, sampler)
-    asked = limit(subject.model, 3)
+    asked = limit(subject.model, images // 2)
     parts = draw(subject, batch, arm, 1, sampler)
-    assert np.array_equal(parts[0], whole[0])
+    assert_same_pictures(parts[0], whole[0])
     assert parts[1] == whole[1]
-    assert asked[:2] == [8, 4], "halved"
-    assert set(asked[2:]) == {2}
-    assert capsys.readouterr().out.count("warning: evaluation: batches of 4 do not fit") == 1
+    assert asked[:2] == [images, images // 2], "halved"
+    assert sum(asked[1:]) == 2 * 2 * images, "both steps of both predictions, of every sample once"
+    assert capsys.readouterr().out.count(f"warning: evaluation: batches of {images} do not fit") == 1
     draw(subject, batch, arm, 2, sampler)
-    assert asked.count(8) == 1, "nor tried again"
+    assert asked.count(images) == 1, "nor tried again"
     assert "warning" not in capsys.readouterr().out, "said once"
 
 
@@ -237,12 +245,12 @@ def test_what_does_not_fit_is_scored_in_halves_to_equal_losses(figures, make_sub
     everything = [frozenset(subject.modalities), frozenset({"text"})]
     config = HeldoutLossConfig(bins=3)
     whole = measure(subject, everything, None, config)
-    asked = limit(subject.model, 3)
+    asked = limit(subject.model, 2)
     halves = measure(subject, everything, None, config)
-    assert max(asked) == 8
+    assert max(asked) > 2
     assert [row["key"] for row in halves] == [row["key"] for row in whole]
-    for one, other in zip(halves, whole):
-        assert one == pytest.approx(other, rel=1e-5)
+    for name in ("mse", "loss"):
+        assert [row[name] for row in halves] == pytest.approx([row[name] for row in whole], rel=1e-5)
 
 
 def test_a_single_picture_that_does_not_fit_ends_with_4(figures, make_subject):

@@ -345,12 +345,12 @@ def test_the_room_is_what_other_programs_leave_free(monkeypatch):
     assert room_of(CPU) is None
     room = room_of(card(monkeypatch, free=19.3e9, total=24e9))  # .7 are this process's own context
     assert (room.limit, room.held) == (20e9, 4e9)
-    assert str(room) == "the GPU has 20 GB free, and other programs hold 4 GB"
+    assert str(room) == "the GPU has 20.0 GB free, and other programs hold 4.0 GB"
     room = room_of(card(monkeypatch, free=9.3e9, total=24e9, ours=10e9))
     assert (room.limit, room.held) == (20e9, 4e9), "what is ours can be used again"
     room = room_of(card(monkeypatch, free=23.7e9, total=24e9))
     assert (room.limit, room.held) == (24e9, 0), "a context smaller than assumed is nobody else's"
-    assert str(room) == "the GPU has 24 GB"
+    assert str(room) == "the GPU has 24.0 GB"
 
 
 def test_plan_compares_with_what_is_free(config, monkeypatch):
