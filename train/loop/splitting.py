@@ -2,9 +2,9 @@
 
 Images share nothing in a micro-step: each has its own noise, time, conditions and kept tokens, and every loss is a sum
 of values of single images. So the gradients of the parts add up to those of the whole, and only rounding tells them
-apart (docs/measurements.md): a step in parts is equal, but not to the bit. Which parts there were is a fact of the memory
-at that moment and not of the config, so no checkpoint knows of it: for the rest of the process micro-batches that large
-are computed in parts at once, and a run that goes on from a checkpoint tries them whole again.
+apart (docs/measurements.md): a step in parts is equal, but not to the bit. Which parts there were is a fact of the
+memory at that moment and not of the config, so no checkpoint knows of it: for the rest of the process micro-batches
+that large are computed in parts at once, and a run that goes on from a checkpoint tries them whole again.
 """
 
 from __future__ import annotations
