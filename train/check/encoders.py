@@ -164,7 +164,6 @@ def _pose(setting: Setting, report: Report) -> None:
     seconds = median_seconds(lambda: list(encoder.samples(images)), setting.device, warm_up=0, repeats=3)
     report.note("pose, first batch", f"{first:.3g} s, later ones {seconds:.3g} s")
     _rate(setting, report, "pose", len(images) / seconds)
-    del encoder
     for search in SEARCHES if setting.on_gpu else SEARCHES[:1]:
         _session(setting, report, str(files["detector"]), search)
 
