@@ -40,7 +40,7 @@ def check(setting: Setting, report: Report) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         report.note(f"{dtype} products", f"{flop_rate(setting, dtype) / 1e12:.4g} TFLOP/s")
     if setting.on_gpu:
-        peak, table = hardware.peak_flops(device, torch.bfloat16), constant(hardware, "PEAK_TFLOPS")
+        peak, table = hardware.peak_flops(device, torch.bfloat16), constant(hardware, "GPUS")
         if peak:
             measured = flop_rate(setting, torch.bfloat16) / 1e12
             report.estimate("peak of bf16", peak / 1e12, measured, "TFLOP/s", table, low=0.5, high=1.05)

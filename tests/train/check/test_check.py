@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import pytest
 import torch
 from transformers import DINOv3ViTModel, T5EncoderModel
 
-import train.plan.cost as cost
 import train.plan.memory as memory
+import train.plan.work as work
 from prep.config import PrepConfig
 from prep.dataset.layers import PX_MB
 from train.__main__ import main
-from train.check import parity, run, syncs
+from train.check import parity, resume, run, scaling, shortage, syncs
 from train.check.encoders import dino_config, t5_config
 from train.check.made_up import dataset, trainer_of
 from train.check.report import Report, Setting, constant, shown, verdicts
+from train.hardware import GPUS
 from train.model.layers import TimestepEmbedding
 
 ABSENT = (
@@ -58,12 +60,16 @@ def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
     assert {line["part"] for line in lines} == {*(part.name for part in run.PARTS), "evaluation"}
     assert [shown(line) for line in lines if line["status"] == "FAIL"] == []
     left_out = {line["name"] for line in lines if line["value"].startswith("left out")}
-    assert left_out <= {"pose", "tiny, compiled"}, "files of DWPose or a compiler may be missing here, nothing else"
+    assert left_out <= {"tiny, compiled"}, "a compiler may be missing here, nothing else"
     (ratio,) = [line["ratio"] for line in lines if "ratio" in line]
     assert ratio == pytest.approx(1, abs=0.002), "tensors of the meta device and of a CPU"
     said = capfd.readouterr().out
     assert "constants to change\nmemory: tiny, micro-step" in said
-    assert "constants to change" in (tmp_path / "out" / "cpu.md").read_text()
+    summary = (tmp_path / "out" / "cpu.md").read_text()
+    assert "constants to change" in summary
+    for text in (said, summary):  # two ceilings measured on this CPU, and the cards of the table
+        assert re.search(r"^images/s, scaled from .* TFLOP/s.* tiny$", text, re.MULTILINE)
+        assert re.search(r"^GeForce RTX 4090 +[0-9.e+]+$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -177,25 +183,87 @@ def test_wrong_usage(options, says, capsys):
 
 
 def test_constants_are_found_where_they_stand():
-    found = constant(cost, "MFU")
+    found = constant(work, "SLOW")
     file, _, line = found.place.partition(":")
-    assert file == "train/plan/cost.py"
-    assert Path(file).read_text().splitlines()[int(line) - 1].startswith("MFU = ")
+    assert file == "train/plan/work.py"
+    assert Path(file).read_text().splitlines()[int(line) - 1].startswith("SLOW = ")
     with pytest.raises(ValueError, match="has no constant GONE"):
-        constant(cost, "GONE")
+        constant(work, "GONE")
 
 
 def test_an_estimate_is_judged_by_its_ratio(capsys):
     report = Report("speed")
     for measured in (0.14, 0.15, 0.6, 0.61):
-        report.estimate("MFU", 0.3, measured, "", constant(cost, "MFU"), low=0.5, high=2.0)
+        report.estimate("rate", 0.3, measured, "", constant(work, "SLOW"), low=0.5, high=2.0)
     assert [line["status"] for line in report.lines] == ["FAIL", "PASS", "PASS", "FAIL"]
-    assert verdicts(report.lines)[1].split() == ["speed:", "MFU", "0.3", "0.14", "0.47", "FAIL", *found_words()]
+    assert verdicts(report.lines)[1].split() == ["speed:", "rate", "0.3", "0.14", "0.47", "FAIL", *found_words()]
     assert verdicts([]) == ["no estimate was measured"]
 
 
 def found_words() -> list[str]:
-    return str(constant(cost, "MFU")).split()
+    return str(constant(work, "SLOW")).split()
+
+
+def test_the_stages_of_a_checkpoint_are_those_of_the_code_that_writes_it(setting, monkeypatch, capsys):
+    usual = resume.checkpoint.sync_file
+    monkeypatch.setattr(resume.checkpoint, "sync_file", lambda file: (time.sleep(0.1), usual(file)))
+    report = Report("resume")
+    resume._stages(setting, report)
+    (line,) = report.lines
+    seconds = {
+        name: float(value) for name, value in re.findall(r"([a-z ]+) ([0-9.e-]+) s", line["value"].split(":")[1])
+    }
+    assert line["status"] == "PASS"
+    assert list(seconds) == [f" {name}" for name in resume.STAGES]
+    assert seconds[" fsync"] >= 0.5 > sum(seconds.values()) - seconds[" fsync"], "five files, late by a tenth each"
+    monkeypatch.setitem(resume.STAGES, "hashes", ())  # as if the code hashed by another function
+    resume._stages(setting, report)
+    assert report.lines[-1]["status"] == "FAIL"
+
+
+def test_what_stays_after_a_lack_of_memory_fails(setting, monkeypatch, capsys):
+    kept = []
+    usual = shortage._held
+    monkeypatch.setattr(shortage, "_held", lambda setting: (kept.append(torch.ones(1 << 16)), usual(setting))[1])
+    report = Report("shortage")
+    shortage._in_a_step(setting, report)
+    status = {line["name"]: line["status"] for line in report.lines}
+    assert status.pop("tensors again") == "FAIL"
+    assert set(status.values()) == {"PASS"}
+
+
+def measured_on(name: str, kinds: str = "") -> list[dict]:
+    """Lines of a card and of a preset of which a step took a second for ten images."""
+    lines = [{"part": "card", "name": "card", "value": f"NVIDIA {name}, capability 9.0, 80 GB"}]
+    one = work.Work(matrix=1e14, moved=1e11, attention=2e13, elementwise=1e12)
+    lines += [{"part": "speed", "name": "a, work", "value": "", "preset": "a", "work": one, "images": 10, "alone": 1.0}]
+    return lines + ([{"part": "speed", "name": "time by kind", "value": kinds}] if kinds else [])
+
+
+def test_a_card_scales_to_itself_and_each_kind_by_what_bounds_it():
+    here, there = GPUS["H100 80GB HBM3"], GPUS["GeForce RTX 4090"]
+    rows = dict(line.rsplit(None, 1) for line in scaling.scaled(measured_on("H100 80GB HBM3"))[1:])
+    assert len(rows) == len(GPUS)
+    assert rows["H100 80GB HBM3"] == "10"
+    one = work.Work(matrix=1e14, moved=1e11, attention=2e13, elementwise=1e12)
+    flops, size = here.tflops / there.tflops, here.bandwidth / there.bandwidth
+    for kind, expected in (("matrix products", flops), ("attention", flops), ("elementwise", size)):
+        assert scaling.factor(one, here, there, {kind: 0.4}) == pytest.approx(expected)
+    moves = one._replace(moved=1e13)
+    assert scaling.factor(moves, here, there, {"matrix products": 1.0}) == pytest.approx(size), "bound by its bytes"
+    mixed = measured_on("H100 80GB HBM3", "elementwise 50%, matrix products 25%, attention 25%")
+    (line,) = [line for line in scaling.scaled(mixed) if line.startswith("GeForce RTX 4090 ")]
+    assert float(line.split()[-1]) == pytest.approx(10 / (0.5 * size + 0.5 * flops), rel=1e-3)
+
+
+def test_an_unknown_card_is_known_by_its_ceilings():
+    lines = measured_on("RTX 9999")
+    assert scaling.scaled(lines) == ["no time to scale to other cards: it takes the parts card and speed"]
+    card = GPUS["L40S"]
+    values = {"copy": f"{card.bandwidth} GB/s", "torch.bfloat16 products": f"{card.tflops} TFLOP/s"}
+    lines += [{"part": "card", "name": name, "value": value} for name, value in values.items()]
+    rows = dict(line.rsplit(None, 1) for line in scaling.scaled(lines)[1:])
+    assert rows["L40S"] == "10"
 
 
 def test_the_encoders_are_of_real_size():
