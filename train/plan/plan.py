@@ -328,6 +328,7 @@ def _memory_lines(report: Estimate) -> list[str]:
     memory = report.memory
     steady = f"weights {gb(memory.weights)}, optimiser {gb(memory.optimizer)}, averages {gb(memory.averages)}"
     steady += f", perceptual networks {gb(memory.frozen)}" if memory.frozen else ""
+    steady += f", micro-batches on their way {gb(memory.sending)}"
     phases = ", ".join(f"{name} {gb(size)}" for name, size in memory.phases.items())
     found = [
         f"memory of a GPU (estimate): {gb(memory.peak)}",
@@ -358,7 +359,8 @@ def _time_lines(report: Estimate) -> list[str]:
     seconds = report.measured_seconds
     if seconds is not None:
         found.append(
-            f"time here (from two measured steps): {1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
+            f"time here (measured: {report.measured.samples}, with their data): "
+            f"{1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
             f"if begun now until {datetime.now() + timedelta(seconds=seconds):%a %d %b %H:%M}; "
             f"a checkpoint takes {report.measured.save_seconds:.1f} s"
         )
