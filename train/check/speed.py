@@ -100,7 +100,7 @@ def _preset(
         least, most = seconds_on(gpu, work)
         middle, places = (least + most) / 2, (constant(estimates, "SLOW"), constant(estimates, "FAST"))
         bounds = {"low": least / middle, "high": most / middle}
-        report.estimate(f"{called}, images", middle * 1e3, alone * 1e3, "ms", places, **bounds)
+        report.estimate(f"{called}, {len(made)} micro-steps", middle * 1e3, alone * 1e3, "ms", places, **bounds)
     packed = [_packed(trainer, number) for number in numbers]
     copied = seconds_of(lambda: _sent_steps(trainer, packed), setting.device)
     report.note(f"{called}, with copies", f"{images / copied:.4g} images/s")
