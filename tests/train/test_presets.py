@@ -75,7 +75,7 @@ def test_the_sized_ones_fit_their_size_beside_a_desktop_and_use_it(preset, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "seed", "seed-baseline"])
 def test_what_the_presets_say_of_time_is_what_plan_says(preset):
     report = look_ahead(file_of(preset), memory="80GB")
     comment = file_of(preset).read_text(encoding="utf-8").split("\nextends")[0].replace("\n# ", " ")

@@ -79,9 +79,10 @@ def phase_costs(trainer: Trainer, shapes: Shapes) -> list[PhaseCost]:
         every = config.train.checkpoint_every
         blocks = math.ceil(config.model.depth / every) / config.model.depth if every else 0.0
         again = work["model"] / 3 * blocks
-        flops = {name: Work(*value).flops for name, value in work.items()}
+        flops = {name: Work(*map(float, value)).flops for name, value in work.items()}
         kept = {name: value for name, value in flops.items() if value}
-        costs.append(PhaseCost(start + 1, end, scale, kept, Work(*again).flops, Work(*sum(work.values(), again))))
+        total = Work(*map(float, sum(work.values(), again)))
+        costs.append(PhaseCost(start + 1, end, scale, kept, Work(*map(float, again)).flops, total))
     return costs
 
 
@@ -109,7 +110,7 @@ class _StepWork:
         tokens_after = lambda done: dense * tokens + (1 - dense) * (kept if done - 1 in blocks else tokens)  # noqa: E731
         stretch = Stretch(start, end, steps, size, config.flow, tokens_after)
         for loss in self.trainer.losses.values():
-            work[loss.name] = loss.expected_flops(stretch, self.counter.of_one)
+            work[loss.name] = np.zeros(len(Work._fields)) + loss.expected_flops(stretch, self.counter.of_one)
         return work
 
     def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> np.ndarray:
