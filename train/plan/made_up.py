@@ -29,7 +29,8 @@ from train.plan.rehearsal import StandIn
 # (random numbers, shape, row of the index) -> the content of a member: pixels (H, W, 3), or the array that is stored
 Draw = Callable[[np.random.Generator, tuple[int, ...], Mapping[str, Any]], np.ndarray]
 
-GRAIN = 1.3  # standard deviation of made-up pixels: a lossless WebP is then as large as a photograph's (``PX_MB``)
+# pixels between colours, and the noise on what lies between: a lossless WebP then has the bytes of a photograph's (PX_MB)
+PATCH, GRAIN = 170, 0.6
 SPREAD = (0.005, 0.02)  # of scales: what is stored as int8 then reads back as numbers of order 1
 # by a sample's number: usual captions, one that cannot be flipped, and one that is its own mirror image
 ENDINGS = (" It is on the left.", " Somebody left it.", "", " It is on the left.")
@@ -143,8 +144,9 @@ def _bytes(
 
 def photograph(rng: np.random.Generator, shape: tuple[int, ...], row: Mapping[str, Any]) -> np.ndarray:
     """Draw a picture (H, W, 3) whose lossless WebP takes the bytes of a photograph's."""
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    height, width, channels = shape
+    colours = rng.integers(0, 256, (max(2, height // PATCH), max(2, width // PATCH), channels), np.uint8)
+    smooth = np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC))
     return smooth + GRAIN * rng.standard_normal(shape, np.float32)
 
 
