@@ -211,9 +211,8 @@ def test_the_stages_of_a_checkpoint_are_those_of_the_code_that_writes_it(setting
     report = Report("resume")
     resume._stages(setting, report)
     (line,) = report.lines
-    seconds = {
-        name: float(value) for name, value in re.findall(r"([a-z ]+) ([0-9.e-]+) s", line["value"].split(":")[1])
-    }
+    found = re.findall(r"([a-z ]+) ([0-9.e-]+) s", line["value"].split(":")[1])
+    seconds = {name.strip(): float(value) for name, value in found}
     assert line["status"] == "PASS"
     assert list(seconds) == [*resume.STAGES]
     assert seconds["fsync"] >= 0.4 > sum(seconds.values()) - seconds["fsync"], "five files, late by a tenth each"
