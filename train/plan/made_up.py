@@ -29,7 +29,7 @@ from train.plan.rehearsal import StandIn
 # (random numbers, shape, row of the index) -> the content of a member: pixels (H, W, 3), or the array that is stored
 Draw = Callable[[np.random.Generator, tuple[int, ...], Mapping[str, Any]], np.ndarray]
 
-# pixels between colours, and the noise on what lies between: as a lossless WebP it has the bytes of a photograph (PX_MB)
+# pixels between colours, and the noise on what lies between: a lossless WebP is then as large as a photograph's (PX_MB)
 PATCH, GRAIN = 170, 0.6
 SPREAD = (0.005, 0.02)  # of scales: what is stored as int8 then reads back as numbers of order 1
 # by a sample's number: usual captions, one that cannot be flipped, and one that is its own mirror image
