@@ -55,10 +55,11 @@ class Gpu(NamedTuple):
 # By the name that torch gives, less "NVIDIA ". Products accumulate in float32, at the boost clock. GeForce: appendices
 # of NVIDIA's whitepapers "Ampere GA102", "Ada", "RTX Blackwell"; for cards that these leave out, 512 FLOP per
 # multiprocessor and cycle, which is what those listed come to. Others: data sheets, half of what they quote with
-# sparsity. Bandwidth: data sheets, which for GDDR is the width of the bus times the rate of a pin. Of the B200 it is
-# that of an HGX board (7.7 TB/s), of the GH200 with 480 GB for its CPU that of its 96 GB of HBM3. The PRO 6000 and the
-# 4090 D follow from 188 and 114 multiprocessors, and where the clock of an edition is not public from its FP32 rate.
-# Laptops, whose clock depends on the maker, have names of their own.
+# sparsity. Bandwidth: data sheets; of GDDR it is the width of the bus times the rate of a pin. B200: of an HGX board,
+# whose memory has 7.7 TB/s. RTX PRO 6000: 188 multiprocessors, four times its FP32 rate. The sheets of A30, RTX A5000,
+# H200 NVL (which is taken to multiply as the H100 NVL) and GH200 were not at hand: multiprocessors, clock and memory as
+# in tests/train/test_hardware.py; the GH200 that is named for the 480 GB of its CPU has 96 GB of HBM3. Laptops, whose
+# clock depends on the maker, have names of their own, and so have the other editions of the PRO 6000.
 GPUS = {
     "GeForce RTX 3060": Gpu(25.5, 360), "GeForce RTX 3060 Ti": Gpu(32.4, 448), "GeForce RTX 3070": Gpu(40.6, 448),
     "GeForce RTX 3070 Ti": Gpu(43.5, 608), "GeForce RTX 3080": Gpu(59.5, 760), "GeForce RTX 3080 Ti": Gpu(68.2, 912),
