@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import train.plan.memory as memory
 import train.plan.work as work
 from prep.config import PrepConfig
 from prep.dataset.layers import PX_MB
+from prep.encoders.halving import Halving
 from train.__main__ import main
-from train.check import parity, resume, run, scaling, shortage, syncs
+from train.check import encoders, parity, resume, run, scaling, shortage, syncs
 from train.check.encoders import dino_config, t5_config
 from train.check.made_up import trainer_of
 from train.check.report import Report, Setting, constant, shown, verdicts
@@ -230,6 +232,26 @@ def test_what_stays_after_a_lack_of_memory_fails(setting, monkeypatch, capsys):
     status = {line["name"]: line["status"] for line in report.lines}
     assert status.pop("tensors again") == "FAIL"
     assert set(status.values()) == {"PASS"}
+
+
+@pytest.mark.slow
+def test_another_size_of_halves_fails(setting, monkeypatch, capsys):
+    monkeypatch.setattr(Halving, "_halve", lambda self, tried: setattr(self, "limit", 3))
+    report = Report("shortage")
+    shortage._halving(setting, report)
+    assert [line["status"] for line in report.lines if line["name"].endswith(", halving")] == ["FAIL", "FAIL"]
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_share_the_card_fails(setting, monkeypatch, capsys):
+    encoders.made_up_encoder(setting, "dino")
+    started = time.monotonic()
+    monkeypatch.setattr(encoders, "child_command", lambda module: [sys.executable, "-c", "raise SystemExit(1)"])
+    report = Report("encoders")
+    encoders._together(setting, report, "dino", 1.0)
+    (line,) = report.lines
+    assert (line["status"], line["value"]) == ("FAIL", "exit codes [1, 1]")
+    assert time.monotonic() - started < 60
 
 
 def measured_on(name: str, kinds: str = "") -> list[dict]:
