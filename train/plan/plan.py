@@ -379,10 +379,17 @@ def _time_lines(report: Estimate) -> list[str]:
         seconds = report.expected(card)
         least, most = (max(one, report.feed_seconds) for one in report.span(card))
         waits = f", waiting for the loader ({images / report.seconds(card):.0f} images/s without)"
-        line = f"  {card}: {least / steps:.2f} to {most / steps:.2f} s a step, {images / most:.0f} to "
-        line += f"{images / least:.0f} images/s, {duration(seconds)} in all ({duration(least)} to {duration(most)})"
+        each = _range(f"{least / steps:.2f}", f"{most / steps:.2f}")
+        rate = _range(f"{images / most:.0f}", f"{images / least:.0f}")
+        whole = _range(duration(least), duration(most))
+        line = f"  {card}: {each} s a step, {rate} images/s, {duration(seconds)} in all"
+        line += f" ({whole})" if " to " in whole else ""
         found.append(line + (waits if seconds > report.seconds(card) else ""))
     return found
+
+
+def _range(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
 
 
 def _disk_lines(report: Estimate) -> list[str]:
