@@ -46,7 +46,7 @@ def factor(work: Work, here: Gpu, there: Gpu, shares: Mapping[str, float] | None
 def _here(lines: Lines) -> tuple[Gpu | None, str]:
     """Return the card that was measured as the table knows it, else by its own two ceilings."""
     values = {line["name"]: line["value"] for line in lines if line["part"] == "card"}
-    name = values.get("card", "a card that is not in the table").partition(", capability")[0]
+    name = values.get("card", "this CPU").partition(", capability")[0]
     if known := gpu_named(name):
         return known, name
     products = [_number(value) for what, value in values.items() if what.endswith(" products")]
