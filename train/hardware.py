@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -67,30 +67,55 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
-# Dense bfloat16 matrix products with float32 accumulation at the boost clock, in 1e12 FLOP/s, by the name that torch
-# gives (less "NVIDIA "). GeForce: appendices of NVIDIA's whitepapers "Ampere GA102", "Ada", "RTX Blackwell"; for cards
-# that these leave out, 512 FLOP per multiprocessor and cycle, which is what those listed come to. Others: data sheets,
-# half of what they quote with sparsity. Laptops, whose clock depends on the maker, have names of their own.
-PEAK_TFLOPS = {
-    "GeForce RTX 3060": 25.5, "GeForce RTX 3060 Ti": 32.4, "GeForce RTX 3070": 40.6, "GeForce RTX 3070 Ti": 43.5,
-    "GeForce RTX 3080": 59.5, "GeForce RTX 3080 Ti": 68.2, "GeForce RTX 3090": 71.2, "GeForce RTX 3090 Ti": 80.0,
-    "GeForce RTX 4060": 30.2, "GeForce RTX 4060 Ti": 44.1, "GeForce RTX 4070": 58.3, "GeForce RTX 4070 SUPER": 71.0,
-    "GeForce RTX 4070 Ti": 80.2, "GeForce RTX 4070 Ti SUPER": 88.2, "GeForce RTX 4080": 97.5,
-    "GeForce RTX 4080 SUPER": 104.4, "GeForce RTX 4090": 165.2,
-    "GeForce RTX 5060": 38.4, "GeForce RTX 5060 Ti": 47.4, "GeForce RTX 5070": 61.7, "GeForce RTX 5070 Ti": 87.9,
-    "GeForce RTX 5080": 112.6, "GeForce RTX 5090": 209.5,
-    "RTX A6000": 154.8, "A10": 125.0, "A40": 149.7, "L4": 121.0, "L40S": 362.0,
-    "A100-SXM4-40GB": 312.0, "A100-SXM4-80GB": 312.0, "A100-PCIE-40GB": 312.0, "A100 80GB PCIe": 312.0,
-    "H100 80GB HBM3": 989.4, "H100 PCIe": 756.5, "H100 NVL": 835.5, "H200": 989.4,
+class Gpu(NamedTuple):
+    """What a data sheet promises: dense bfloat16 products in 1e12 FLOP/s, and the memory's bandwidth in GB/s (1e9)."""
+
+    tflops: float
+    bandwidth: float
+
+
+# By the name that torch gives, less "NVIDIA ". Products accumulate in float32, at the boost clock. GeForce: appendices
+# of NVIDIA's whitepapers "Ampere GA102", "Ada", "RTX Blackwell"; for cards that these leave out, 512 FLOP per
+# multiprocessor and cycle, which is what those listed come to. Others: data sheets, half of what they quote with
+# sparsity. Bandwidth: data sheets; of GDDR it is the width of the bus times the rate of a pin. B200: of an HGX board,
+# whose memory has 7.7 TB/s. RTX PRO 6000: 188 multiprocessors, four times its FP32 rate. The sheets of A30, RTX A5000,
+# H200 NVL (which is taken to multiply as the H100 NVL) and GH200 were not at hand: multiprocessors, clock and memory as
+# in tests/train/test_hardware.py; the GH200 that is named for the 480 GB of its CPU has 96 GB of HBM3. Laptops, whose
+# clock depends on the maker, have names of their own, and so have the other editions of the PRO 6000.
+GPUS = {
+    "GeForce RTX 3060": Gpu(25.5, 360), "GeForce RTX 3060 Ti": Gpu(32.4, 448), "GeForce RTX 3070": Gpu(40.6, 448),
+    "GeForce RTX 3070 Ti": Gpu(43.5, 608), "GeForce RTX 3080": Gpu(59.5, 760), "GeForce RTX 3080 Ti": Gpu(68.2, 912),
+    "GeForce RTX 3090": Gpu(71.2, 936), "GeForce RTX 3090 Ti": Gpu(80.0, 1008),
+    "GeForce RTX 4060": Gpu(30.2, 272), "GeForce RTX 4060 Ti": Gpu(44.1, 288), "GeForce RTX 4070": Gpu(58.3, 504),
+    "GeForce RTX 4070 SUPER": Gpu(71.0, 504), "GeForce RTX 4070 Ti": Gpu(80.2, 504),
+    "GeForce RTX 4070 Ti SUPER": Gpu(88.2, 672), "GeForce RTX 4080": Gpu(97.5, 717),
+    "GeForce RTX 4080 SUPER": Gpu(104.4, 736), "GeForce RTX 4090 D": Gpu(147.1, 1008),
+    "GeForce RTX 4090": Gpu(165.2, 1008),
+    "GeForce RTX 5060": Gpu(38.4, 448), "GeForce RTX 5060 Ti": Gpu(47.4, 448), "GeForce RTX 5070": Gpu(61.7, 672),
+    "GeForce RTX 5070 Ti": Gpu(87.9, 896), "GeForce RTX 5080": Gpu(112.6, 960), "GeForce RTX 5090": Gpu(209.5, 1792),
+    "RTX A5000": Gpu(111.1, 768), "RTX A6000": Gpu(154.8, 768), "RTX 6000 Ada Generation": Gpu(364.2, 960),
+    "RTX PRO 6000 Blackwell Workstation Edition": Gpu(503.8, 1792),
+    "A10": Gpu(125.0, 600), "A30": Gpu(165.0, 933), "A40": Gpu(149.7, 696),
+    "L4": Gpu(121.0, 300), "L40": Gpu(181.0, 864), "L40S": Gpu(362.0, 864),
+    "A100-SXM4-40GB": Gpu(312.0, 1555), "A100-SXM4-80GB": Gpu(312.0, 2039), "A100-PCIE-40GB": Gpu(312.0, 1555),
+    "A100 80GB PCIe": Gpu(312.0, 1935),
+    "H100 80GB HBM3": Gpu(989.4, 3350), "H100 PCIe": Gpu(756.5, 2039), "H100 NVL": Gpu(835.5, 3938),
+    "H200": Gpu(989.4, 4800), "H200 NVL": Gpu(835.5, 4800), "GH200 480GB": Gpu(989.4, 4000),
+    "GH200 144G HBM3e": Gpu(989.4, 4900), "B200": Gpu(2250.0, 7700),
 }  # fmt: skip
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """Return what is known of a GPU by the name that torch gives it; None where no table says it."""
+    return GPUS.get(name.removeprefix("NVIDIA "))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Return the FLOP/s that a GPU could reach in autocast to ``dtype``; None on a CPU, and where no table says it."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    tera = PEAK_TFLOPS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
-    return None if tera is None else tera * 1e12
+    gpu = gpu_named(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.tflops * 1e12
 
 
 def pick_device(name: str) -> torch.device:

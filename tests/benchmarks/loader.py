@@ -23,9 +23,9 @@ from prep.config import PrepConfig
 from train.config import TrainConfig
 from train.data.prefetch import prefetch
 from train.loop.trainer import Trainer
-from train.plan.feed import write_made_up
+from train.plan.feed import made_up_like
 from train.plan.memory import meta_trainer
-from train.plan.rehearsal import changed, open_dataset
+from train.plan.rehearsal import StandIn, changed, open_dataset
 
 SAMPLES = 24
 
@@ -57,7 +57,7 @@ def main() -> None:
         prep: PrepConfig = stand_in.prep
         if options.jpeg:
             prep = prep.model_copy(update={"image": prep.image.model_copy(update={"format": "jpeg"})})
-        dataset = write_made_up(prep, Path(folder), SAMPLES)
+        dataset = made_up_like(StandIn(prep), Path(folder), SAMPLES)
         run = changed(config, {"data.cache_gb": 64.0 if options.cached else 0.0, "train.compile": False})
         trainer = meta_trainer(run, dataset)
         if options.cached:

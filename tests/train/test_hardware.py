@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train import hardware
-from train.hardware import PEAK_TFLOPS, autocast_dtype, can_compile, peak_flops
+from train.hardware import GPUS, autocast_dtype, can_compile, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -33,14 +33,41 @@ SPECIFIED = {
     "GeForce RTX 4090": (128, 2.520, 512), "GeForce RTX 5080": (84, 2.617, 512), "GeForce RTX 5090": (170, 2.407, 512),
     "RTX A6000": (84, 1.800, 1024), "A40": (84, 1.740, 1024), "L4": (58, 2.040, 1024), "A10": (72, 1.695, 1024),
     "A100-SXM4-80GB": (108, 1.410, 2048), "H100 80GB HBM3": (132, 1.830, 4096), "H200": (132, 1.830, 4096),
-    "H100 PCIe": (114, 1.620, 4096),
+    "H100 PCIe": (114, 1.620, 4096), "GeForce RTX 4090 D": (114, 2.520, 512), "RTX A5000": (64, 1.695, 1024),
+    "RTX 6000 Ada Generation": (142, 2.505, 1024), "RTX PRO 6000 Blackwell Workstation Edition": (188, 2.617, 1024),
+    "A30": (56, 1.440, 2048), "L40": (142, 2.490, 512), "GH200 480GB": (132, 1.830, 4096), "B200": (148, 1.860, 8192),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPECIFIED)
 def test_the_peaks_follow_from_multiprocessors_and_clock(name):
     multiprocessors, clock, per_cycle = SPECIFIED[name]
-    assert PEAK_TFLOPS[name] == pytest.approx(multiprocessors * clock * per_cycle / 1e3, rel=0.005)
+    assert GPUS[name].tflops == pytest.approx(multiprocessors * clock * per_cycle / 1e3, rel=0.005)
+
+
+# bits of the memory's bus and Gbit/s of a pin
+MEMORY = {
+    "GeForce RTX 3060": (192, 15), "GeForce RTX 3060 Ti": (256, 14), "GeForce RTX 3070": (256, 14),
+    "GeForce RTX 3070 Ti": (256, 19), "GeForce RTX 3080": (320, 19), "GeForce RTX 3080 Ti": (384, 19),
+    "GeForce RTX 3090": (384, 19.5), "GeForce RTX 3090 Ti": (384, 21), "GeForce RTX 4060": (128, 17),
+    "GeForce RTX 4060 Ti": (128, 18), "GeForce RTX 4070": (192, 21), "GeForce RTX 4070 SUPER": (192, 21),
+    "GeForce RTX 4070 Ti": (192, 21), "GeForce RTX 4070 Ti SUPER": (256, 21), "GeForce RTX 4080": (256, 22.4),
+    "GeForce RTX 4080 SUPER": (256, 23), "GeForce RTX 4090": (384, 21), "GeForce RTX 4090 D": (384, 21),
+    "GeForce RTX 5060": (128, 28), "GeForce RTX 5060 Ti": (128, 28), "GeForce RTX 5070": (192, 28),
+    "GeForce RTX 5070 Ti": (256, 28), "GeForce RTX 5080": (256, 30), "GeForce RTX 5090": (512, 28),
+    "RTX A5000": (384, 16), "RTX A6000": (384, 16), "RTX 6000 Ada Generation": (384, 20),
+    "RTX PRO 6000 Blackwell Workstation Edition": (512, 28), "A10": (384, 12.5), "A30": (3072, 2.43),
+    "A40": (384, 14.5), "L4": (192, 12.5), "L40": (384, 18), "L40S": (384, 18), "A100-SXM4-40GB": (5120, 2.43),
+    "A100-PCIE-40GB": (5120, 2.43), "A100-SXM4-80GB": (5120, 3.186), "A100 80GB PCIe": (5120, 3.024),
+    "H100 80GB HBM3": (5120, 5.235), "H100 PCIe": (5120, 3.186), "H100 NVL": (6144, 5.1), "H200": (6144, 6.25),
+    "H200 NVL": (6144, 6.25), "GH200 480GB": (6144, 5.2), "GH200 144G HBM3e": (6144, 6.4), "B200": (8192, 7.5),
+}  # fmt: skip
+
+
+def test_the_bandwidths_follow_from_bus_and_rate():
+    assert MEMORY.keys() == GPUS.keys()
+    for name, (bits, rate) in MEMORY.items():
+        assert GPUS[name].bandwidth == pytest.approx(bits / 8 * rate, rel=0.01), name
 
 
 @pytest.mark.parametrize(

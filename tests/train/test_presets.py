@@ -18,6 +18,8 @@ FOLDER = Path("configs/train")
 PRESETS = ("figures-256", "baseline", "production", "production-p16")
 OTHERS = ("quickstart", "figures-64-long", "seed", "seed-baseline")  # one file for all GPUs
 SIZES = (8, 12, 16, 24)
+WHOLE = {"figures-256": 8, "baseline": 8, "production": 24, "production-p16": 24} | dict.fromkeys(OTHERS, 8)
+DESKTOP = 1e9  # bytes of a card that a desktop holds
 SIZED = [(preset, size) for preset in PRESETS for size in SIZES]
 
 
@@ -64,9 +66,8 @@ def test_the_sized_ones_differ_in_one_line_that_leaves_the_images_of_a_step(pres
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "size"), SIZED)
-def test_the_sized_ones_fit_their_size_and_use_it(preset, size):
-    needed = peak(preset, size)
-    assert needed <= size * 1e9
+def test_the_sized_ones_fit_their_size_beside_a_desktop_and_use_it(preset, size):
+    assert peak(preset, size) <= size * 1e9 - DESKTOP
     config = load_config(TrainConfig, file_of(preset, size)).train
     twice = 2 * config.token_budget
     if preset != "figures-256" or size < 24:  # where a step is one micro-batch
@@ -74,7 +75,7 @@ def test_the_sized_ones_fit_their_size_and_use_it(preset, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "seed", "seed-baseline"])
 def test_what_the_presets_say_of_time_is_what_plan_says(preset):
     report = look_ahead(file_of(preset), memory="80GB")
     comment = file_of(preset).read_text(encoding="utf-8").split("\nextends")[0].replace("\n# ", " ")
@@ -85,5 +86,10 @@ def test_what_the_presets_say_of_time_is_what_plan_says(preset):
     assert not report.problems
 
 
-def test_the_quickstart_fits_the_smallest_card():
-    assert peak("quickstart") < 8e9
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "size"), WHOLE.items())
+def test_the_others_fit_the_card_that_they_name_beside_a_desktop(preset, size):
+    text = file_of(preset).read_text(encoding="utf-8").split("\nextends")[0]
+    named = re.search(r"GPU of (\d+) GB", text.replace("\n# ", " "))
+    assert named is None or int(named[1]) == size
+    assert peak(preset) <= size * 1e9 - DESKTOP

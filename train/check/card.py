@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ BACKENDS = (
 def check(setting: Setting, report: Report) -> None:
     """Say what the machine is, and measure it against the table of peaks."""
     device = setting.device
-    report.note("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, Triton {_triton()}"
+    report.note("torch", f"{torch.__version__}, {versions}")
     if setting.on_gpu:
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -38,7 +40,7 @@ def check(setting: Setting, report: Report) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         report.note(f"{dtype} products", f"{flop_rate(setting, dtype) / 1e12:.4g} TFLOP/s")
     if setting.on_gpu:
-        peak, table = hardware.peak_flops(device, torch.bfloat16), constant(hardware, "PEAK_TFLOPS")
+        peak, table = hardware.peak_flops(device, torch.bfloat16), constant(hardware, "GPUS")
         if peak:
             measured = flop_rate(setting, torch.bfloat16) / 1e12
             report.estimate("peak of bf16", peak / 1e12, measured, "TFLOP/s", table, low=0.5, high=1.05)
@@ -59,6 +61,12 @@ def flop_rate(setting: Setting, dtype: torch.dtype) -> float:
     side = 8192 if setting.on_gpu else 512
     a = torch.randn(side, side, device=setting.device).to(dtype)
     return 2 * side**3 / median_seconds(lambda: a @ a, setting.device)
+
+
+def _triton() -> str:
+    with suppress(PackageNotFoundError):
+        return version("triton")
+    return "none"
 
 
 def _driver() -> str:

@@ -122,9 +122,10 @@ def _preset(setting: Setting, report: Report, name: str) -> None:
     peaks["update"] = _peak(setting, lambda: trainer.update(done))
     if config.visual_debug.every_steps:
         peaks["drawing"] = _peak(setting, lambda: draw_largest(trainer, shapes, setting.device))
+    peaks = {phase: measured + memory.sending for phase, measured in peaks.items()}  # as nothing is sent here
     for phase, measured in peaks.items():
         _tensors(report, name, phase, memory, measured)
-    reserved, allocated = torch.cuda.max_memory_reserved(setting.device), max(peaks.values())
+    reserved, allocated = torch.cuda.max_memory_reserved(setting.device) + memory.sending, max(peaks.values())
     spare, places = allocated * (1 + estimates.FRAGMENTATION), constant(estimates, "FRAGMENTATION")
     report.estimate(f"{name}, reserved", spare / 1e9, reserved / 1e9, "GB", places, low=CACHED[0], high=CACHED[1])
     both = constant(estimates, "CONTEXT"), places

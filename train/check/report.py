@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -70,9 +71,9 @@ class Report:
         self.part, self.started = part, time.monotonic()
         self.lines: list[dict[str, Any]] = []
 
-    def note(self, name: str, value: str) -> None:
-        """Say something that is neither right nor wrong."""
-        self._write("NOTE", name, value)
+    def note(self, name: str, value: str, **more: Any) -> None:
+        """Say something that is neither right nor wrong; ``more`` goes into the line of JSON."""
+        self._write("NOTE", name, value, **more)
 
     def check(self, right: bool, name: str, value: str, expected: str) -> None:
         """Say what was found, and whether it is as ``expected``."""
@@ -122,5 +123,10 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
             rows.append((f"{line['part']}: {line['name']}", *numbers, line["status"], ", ".join(line["constants"])))
     if len(rows) == 1:
         return ["no estimate was measured"]
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of equally many cells as lines whose columns stand below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

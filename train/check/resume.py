@@ -12,16 +12,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from nanodit.place import child_command, child_environment
-from train.check.made_up import small_run, trainer_of
+from train.check.made_up import known_data, preset, small_run, trainer_of
 from train.check.parity import apart
 from train.check.report import Report, Setting
-from train.check.timing import seconds_of
+from train.check.timing import seconds_of, wait
+from train.checkpoint import checkpoint, tensorfile
 from train.checkpoint.checkpoint import find_latest, load_checkpoint
 from train.checkpoint.run_folder import StopRequest
 from train.loop.microbatch import MicroBatch
@@ -29,10 +35,18 @@ from train.loop.trainer import Trainer
 
 STEPS, EVERY, KILLED_AT = 6, 2, 4  # steps, between checkpoints, and in which the run is killed
 WEIGHTS = 1e-2  # relative: sums on a GPU may come in another order
+PRESET = "production-24gb"
+# what saving consists of, and the functions that do it, where they are looked up
+STAGES = {
+    "copies to the host": ((tensorfile, "on_host"),),
+    "writes": ((tensorfile, "save_file"),),
+    "hashes": ((checkpoint, "sha256_file"),),
+    "fsync": ((checkpoint, "sync_file"), (checkpoint, "sync_folder")),
+}
 
 
 def check(setting: Setting, report: Report) -> None:
-    """Train straight through, and in two processes of which the first is killed."""
+    """Train straight through, and in two processes of which the first is killed; then time a real checkpoint."""
     small_run(setting)  # whose data is written before the others look for it
     kill = f"checkpoint.after_rename:kill:{KILLED_AT // EVERY}"
     first, straight = _process(setting, "straight")
@@ -52,6 +66,7 @@ def check(setting: Setting, report: Report) -> None:
     limit = WEIGHTS if setting.on_gpu else 0
     report.check(worst <= limit, f"weights after {STEPS} steps", f"{worst:.1e} {name}", f"<= {limit:g}")
     report.note("to the bit", "equal" if equal else "not equal, as sums on this device may come in another order")
+    _stages(setting, report)
 
 
 def _process(setting: Setting, name: str, **environment: str) -> tuple[int, dict[int, dict[str, str]]]:
@@ -103,6 +118,41 @@ def _watched(trainer: Trainer) -> dict[str, Any]:
 
     trainer.micro_step = micro_step  # type: ignore[method-assign]
     return digests
+
+
+def _stages(setting: Setting, report: Report) -> None:
+    """Split the seconds of a checkpoint of a preset's size, the second one: the first meets what is not warm."""
+    config = preset(setting, PRESET, perceptual__every=0)
+    trainer = trainer_of(config, known_data(setting, config, PRESET), setting.device)
+    saving(setting, trainer)
+    with staged(setting) as stages:
+        seconds, size = saving(setting, trainer)
+    parts = ", ".join(f"{name} {stages[name]:.3g} s" for name in STAGES)
+    all_there = all(stages[name] > 0 for name in STAGES) and stages.total() <= seconds
+    report.check(all_there, "a checkpoint", f"{size / 1e9:.3g} GB in {seconds:.3g} s: {parts}", "all four, within it")
+
+
+@contextmanager
+def staged(setting: Setting) -> Iterator[Counter[str]]:
+    """Yield the seconds that saving spends in each of ``STAGES`` from now on."""
+    seconds: Counter[str] = Counter()
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            wait(setting.device)
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                seconds[stage] += time.perf_counter() - started
+
+        return call
+
+    with ExitStack() as stack:
+        for stage, places in STAGES.items():
+            for module, name in places:
+                stack.enter_context(patch.object(module, name, timed(stage, getattr(module, name))))
+        yield seconds
 
 
 def saving(setting: Setting, trainer: Trainer) -> tuple[float, int]:

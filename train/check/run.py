@@ -1,7 +1,8 @@
 """``nanodit train gpu-check``: what only a GPU can confirm, in parts that cannot take each other down.
 
 Each part is a process with a limit of its own, which prints what it finds as it finds it. The last thing said is a
-table of the estimates that the code makes: what was measured in their place, and which constants to change.
+table of the estimates that the code makes: what was measured in their place, and which constants to change; and before
+it what the measured times come to on other cards.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import write_atomic
 from nanodit.place import PACKAGES, child_command, child_environment
 from train.check.report import Report, Setting, shown, verdicts
+from train.check.scaling import scaled
 from train.hardware import pick_device
 
 MINUTES = 10.0  # that the parts are shared out for
@@ -47,13 +49,13 @@ PARTS = (
     Part("card", "card:check", 15),
     Part("parity", "parity:check", 40),
     Part("syncs", "syncs:check", 20),
-    Part("resume", "resume:check", 40),
-    Part("memory", "memory:check", 90, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
+    Part("resume", "resume:check", 45),
+    Part("memory", "memory:check", 85, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
     Part("expandable", "memory:check_expandable", 30, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-    Part("speed", "speed:check", 150),
-    Part("shortage", "shortage:check", 40),
+    Part("speed", "speed:check", 140),
+    Part("shortage", "shortage:check", 45),
     Part("splitting", "splitting:check", 10),
-    Part("encoders", "encoders:check", 60),
+    Part("encoders", "encoders:check", 80),
     Part("sampling", "sampling:check", 45),
     Part("shapes", "shapes:check", 40),
 )
@@ -84,8 +86,8 @@ def gpu_check(
             if not only or part.name in only:
                 seconds = part.seconds * minutes / MINUTES
                 lines += _in_process(part, [*options, "--folder", folder, "--seconds", str(seconds)], seconds, kept)
-    table, failed = verdicts(lines), [line for line in lines if line["status"] == "FAIL"]
-    for line in table:
+    failed = [line for line in lines if line["status"] == "FAIL"]
+    for line in [*scaled(lines), "", *verdicts(lines)]:
         say(line)
     if file:
         write_atomic(file.with_suffix(".md"), summary(lines))
@@ -117,11 +119,12 @@ def run_part(name: str, setting: Setting, more: Mapping[str, Check]) -> None:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return all lines and the table of estimates as Markdown."""
+    """Return all lines, the table of estimates and that of other cards as Markdown."""
     columns = ("status", "part", "name", "value", "expected")
     rows = [f"| {' | '.join(str(line[column]).replace('|', '/') for column in columns)} |" for line in lines]
     head = ["| | part | what | found | expected |", "|---|---|---|---|---|"]
-    return "\n".join(["# nanodit train gpu-check", "", "```", *verdicts([*lines]), "```", "", *head, *rows, ""])
+    tables = [*verdicts([*lines]), "", *scaled(lines)]
+    return "\n".join(["# nanodit train gpu-check", "", "```", *tables, "```", "", *head, *rows, ""])
 
 
 def _in_process(part: Part, options: Sequence[str], seconds: float, kept: TextIO) -> list[dict[str, Any]]:

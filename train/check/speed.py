@@ -23,14 +23,15 @@ from train.check.resume import saving
 from train.check.timing import seconds_of
 from train.config import TrainConfig
 from train.data.prefetch import prefetch, thread_count
-from train.hardware import can_compile
+from train.hardware import can_compile, gpu_named
 from train.loop.flops import flop_counter
 from train.loop.microbatch import Accumulated, MicroBatch
 from train.loop.trainer import Trainer
-from train.plan import cost
-from train.plan.cost import phase_costs
+from train.plan import work as estimates
+from train.plan.cost import phase_costs, range_on
 from train.plan.memory import meta_trainer
 from train.plan.rehearsal import Shapes
+from train.plan.work import Work, count_work, seconds_on
 
 # preset -> what of it: its first phase is of half the size
 PRESETS = ("production-24gb", "baseline-24gb", "figures-256-24gb", "production-p16-24gb")
@@ -38,7 +39,6 @@ COMPILED = 3  # micro-batches that are compiled for
 BATCHES = 6  # micro-batches, in which the buckets and dropped conditions of a run come up
 THREADS = (1, 2, 4, 8, 16)
 SECONDS = 12.0  # that a preset may take
-MFU = (0.5, 2.0)  # measured / assumed: one number stands for all networks and cards
 KINDS = {
     "attention": ("attention", "flash", "cudnn_sdpa", "efficient"),
     "matrix products": ("mm", "conv", "linear", "matmul"),
@@ -80,12 +80,13 @@ def _preset(
     made = _threaded(trainer, numbers, os.cpu_count() or 1)
     images = sum(len(batch.keys) for batch in made)
 
-    trainer.flops = flop_counter(trainer.model, trainer.losses.values())
+    trainer.flops = flop_counter(trainer.model, trainer.losses.values(), count_work)
     there = [batch.to(setting.device) for batch in made]
     _steps(trainer, there)  # warm
     trainer.flops.take()
     alone = seconds_of(lambda: _steps(trainer, there), setting.device)
-    flops = trainer.flops.take() / alone
+    work = Work(*map(float, trainer.flops.take()))
+    flops = work.flops / alone
     update = seconds_of(lambda: trainer.update(_accumulated(trainer, made[-1])), setting.device)
     of_step = alone / images + update / trainer.images_per_step
     report.note(
@@ -93,10 +94,13 @@ def _preset(
         f"{images / alone:.4g} images/s, {alone / len(made) * 1e3:.4g} ms a micro-step, update {update * 1e3:.4g} ms",
     )
     share = f"{flops / 1e12:.4g} TFLOP/s, {flops / ceiling:.3f} of what a large product reached here"
-    report.note(f"{called}, work", share)
-    if trainer.peak_flops:
-        mfu, place = flops / trainer.peak_flops, constant(cost, "MFU")
-        report.estimate(f"{called}, MFU", cost.MFU, mfu, "", place, low=MFU[0], high=MFU[1])
+    report.note(f"{called}, work", share, preset=called, work=work, images=images, alone=alone)
+    gpu = gpu_named(torch.cuda.get_device_name(setting.device)) if setting.on_gpu else None
+    if gpu:
+        least, most = seconds_on(gpu, work)
+        middle, places = (least + most) / 2, (constant(estimates, "SLOW"), constant(estimates, "FAST"))
+        bounds = {"low": least / middle, "high": most / middle}
+        report.estimate(f"{called}, {len(made)} micro-steps", middle * 1e3, alone * 1e3, "ms", places, **bounds)
     packed = [_packed(trainer, number) for number in numbers]
     copied = seconds_of(lambda: _sent_steps(trainer, packed), setting.device)
     report.note(f"{called}, with copies", f"{images / copied:.4g} images/s")
@@ -109,10 +113,9 @@ def _preset(
     report.note(f"{called}, bound by", bound)
     steps, per_image = config.train.steps, of_step + max(0.0, 1 / loaded - alone / images)
     assumed = ""
-    if trainer.peak_flops:
+    if gpu:
         phases = phase_costs(meta_trainer(config, data), Shapes.of(data.info, data.rows("train")))
-        total = sum(phase.total for phase in phases)
-        assumed = f", {duration(total / (cost.MFU * trainer.peak_flops))} by plan"
+        assumed = f", {' to '.join(map(duration, range_on(gpu, phases)))} by plan"
     whole = duration(steps * trainer.images_per_step * per_image)
     report.note(f"{called}, {steps} steps", f"{whole} at this rate{assumed}")
     if thorough:

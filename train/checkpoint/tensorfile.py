@@ -21,7 +21,7 @@ def write_tensors(file: Path, tensors: Tensors, metadata: dict[str, str] | None 
     every time.
     """
     try:
-        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, file, metadata)
+        save_file(on_host(tensors), file, metadata)
     except SafetensorError as error:
         if "I/O error" not in str(error):
             raise
@@ -29,6 +29,11 @@ def write_tensors(file: Path, tensors: Tensors, metadata: dict[str, str] | None 
             f"{file}: cannot be written: {error}. Make room, or choose another `output`; the checkpoints before it are "
             "intact"
         ) from None
+
+
+def on_host(tensors: Tensors) -> Tensors:
+    """Return tensors of any device as contiguous ones on the CPU; those that are so already share their memory."""
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def read_tensors(file: Path) -> Tensors:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+GROWTH = 1.25  # of a buffer, times what it was too small for
 ALIGNMENT = 64  # bytes: of a cache line, and a multiple of what any dtype needs
 
 
@@ -25,7 +26,7 @@ class Buffer:
     def reset(self) -> Buffer:
         """Forget what was handed out."""
         if self.used > len(self.bytes):
-            self.bytes = self._fresh((self.used * 5 // 4,), torch.uint8)
+            self.bytes = self._fresh((int(self.used * GROWTH),), torch.uint8)
         self.used = 0
         return self
 

@@ -38,21 +38,26 @@ def count_flops(function: Callable[..., Tensor], *arguments: Argument) -> int:
 
 
 class ModelFlops:
-    """The FLOPs of NanoDiT, from three small ones: the dense blocks of a large one are alike, and the routed ones."""
+    """The FLOPs of NanoDiT, from three small ones: the dense blocks of a large one are alike, and the routed ones.
 
-    def __init__(self, config: ModelConfig, features: Features, route: range) -> None:
-        self.depth, self.routed = config.depth, len(route)
+    ``count`` may be another function than :func:`count_flops`, of whose results there are sums and multiples.
+    """
+
+    def __init__(
+        self, config: ModelConfig, features: Features, route: range, count: Callable[..., Any] = count_flops
+    ) -> None:
+        self.depth, self.routed, self.count = config.depth, len(route), count
         with META:
             one, two = (config.model_copy(update={"depth": depth}) for depth in (1, 2))
             self.one, self.two = NanoDiT(one, features), NanoDiT(two, features)
             self.one_of_each = NanoDiT(two, features, range(1, 2))
 
-    def __call__(self, z: Tensor, t: Tensor, conditions: Conditions, keep_ids: Tensor | None = None) -> int:
-        one, two = (count_flops(model, z, t, conditions) for model in (self.one, self.two))
+    def __call__(self, z: Tensor, t: Tensor, conditions: Conditions, keep_ids: Tensor | None = None) -> Any:
+        one, two = (self.count(model, z, t, conditions) for model in (self.one, self.two))
         dense = one + (self.depth - 1) * (two - one)
         if keep_ids is None:
             return dense
-        return dense + self.routed * (count_flops(self.one_of_each, z, t, conditions, keep_ids) - two)
+        return dense + self.routed * (self.count(self.one_of_each, z, t, conditions, keep_ids) - two)
 
 
 class FlopCounter:
@@ -91,12 +96,12 @@ class FlopCounter:
         return self._flops[shape]
 
 
-def flop_counter(model: NanoDiT, losses: Iterable[Loss]) -> FlopCounter:
-    """Return the counter of everything that a run computes forwards and backwards."""
-    counts: dict[str, Callable[..., int]] = {"model": ModelFlops(model.config, model.features, model.route)}
+def flop_counter(model: NanoDiT, losses: Iterable[Loss], count: Callable[..., Any] = count_flops) -> FlopCounter:
+    """Return the counter of everything that a run computes forwards and backwards; ``count`` as in ModelFlops."""
+    counts: dict[str, Callable[..., Any]] = {"model": ModelFlops(model.config, model.features, model.route, count)}
     for loss in losses:
         if function := loss.one_image():
-            counts[loss.name] = partial(count_flops, function)
+            counts[loss.name] = partial(count, function)
     return FlopCounter(counts)
 
 

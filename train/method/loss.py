@@ -182,8 +182,11 @@ class Loss:
         """Return a function of what is noted, on the meta device, that computes what one image takes; None: nothing."""
         return None
 
-    def expected_flops(self, stretch: Stretch, count: Callable[..., int]) -> float:
-        """Return the FLOPs of an image in the mean; ``count(name, *arguments)`` returns those of :meth:`one_image`."""
+    def expected_flops(self, stretch: Stretch, count: Callable[..., Any]) -> Any:
+        """Return the FLOPs of an image in the mean; ``count(name, *arguments)`` returns those of :meth:`one_image`.
+
+        They are sums and multiples of what ``count`` returns, which may also be an array of FLOPs and bytes.
+        """
         return 0.0
 
     # What it says and leaves behind

@@ -146,7 +146,7 @@ class ViewLoss(Loss):
         """Return the network with its parameters on the meta device."""
         raise NotImplementedError
 
-    def expected_flops(self, stretch: Stretch, count: Callable[..., int]) -> float:
+    def expected_flops(self, stretch: Stretch, count: Callable[..., Any]) -> Any:
         width, height = stretch.size
         image, s = torch.empty(1, 3, height, width, device="meta"), stretch.flow.shift_of(height, width)
         drawn = timesteps(stretch.flow, generator(0, "plan"), np.full(4096, s))

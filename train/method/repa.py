@@ -123,7 +123,7 @@ class RepaLoss(Loss):
 
         return project
 
-    def expected_flops(self, stretch: Stretch, count: Callable[..., int]) -> float:
+    def expected_flops(self, stretch: Stretch, count: Callable[..., Any]) -> Any:
         last = min(stretch.end, self.config.until * stretch.steps)
         seen = max(0.0, last - stretch.start) / (stretch.end - stretch.start)
         token = count("repa", torch.empty(1, 1, 1, device="meta"))

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from nanodit.errors import ResourceError
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import bucket_size
-from train.hardware import PEAK_TFLOPS
+from train.hardware import Gpu
 from train.loop.flops import META, flop_counter
 from train.loop.trainer import Trainer
 from train.method.ema import averaged
@@ -25,9 +27,9 @@ from train.model.conditions import Subset
 from train.model.modalities import MODALITIES
 from train.plan.memory import tensor_bytes
 from train.plan.rehearsal import Shapes
+from train.plan.work import Work, count_work, seconds_on
 
-MFU = 0.3  # assumed: of a GPU's peak, in model FLOPs (:mod:`train.loop.flops`), for blocks that are not compiled
-CARDS = ("GeForce RTX 3060", "GeForce RTX 4070", "GeForce RTX 4090", "H100 80GB HBM3")
+CARDS = ("GeForce RTX 3060", "GeForce RTX 4070", "GeForce RTX 4090", "H100 80GB HBM3")  # that ``plan`` speaks of
 PNG_BYTES = 1.8  # of a photograph's pixel, of 3
 RECORD_BYTES = 8e3  # of a logged step, metrics.jsonl and TensorBoard together
 READ_BYTES = 1 << 26  # for measuring a disk
@@ -45,11 +47,12 @@ class PhaseCost:
     scale: float
     flops: dict[str, float]  # of a step, by what they are for: the model, or a loss's name
     recomputed: float  # FLOPs of a step that activation checkpointing computes a second time
+    work: Work  # of a step, by kind, with what is computed twice
 
     @property
-    def total(self) -> float:
-        """FLOPs of all the steps, with what is computed twice."""
-        return (self.last_step - self.first_step + 1) * (sum(self.flops.values()) + self.recomputed)
+    def steps(self) -> int:
+        """How many steps there are."""
+        return self.last_step - self.first_step + 1
 
 
 def phase_costs(trainer: Trainer, shapes: Shapes) -> list[PhaseCost]:
@@ -58,7 +61,7 @@ def phase_costs(trainer: Trainer, shapes: Shapes) -> list[PhaseCost]:
     steps = config.train.steps
     ends = [min(phase.until_step, steps) for phase in config.train.phases]
     spans = [*zip([0, *ends], [*ends, steps], [*(phase.scale for phase in config.train.phases), 1.0])]
-    count = _StepFlops(trainer, shapes)
+    count = _StepWork(trainer, shapes)
     costs = []
     for start, end, scale in spans:
         if start >= end:
@@ -70,25 +73,28 @@ def phase_costs(trainer: Trainer, shapes: Shapes) -> list[PhaseCost]:
         few, many = (choose(tokens, key=tokens.get) for choose in (min, max))
         share = (mean - tokens[few]) / max(1, tokens[many] - tokens[few])
         ends_of = [count(bucket, scale, start, end) for bucket in (few, many)]
-        flops = {
+        work = {
             name: plan.images * ((1 - share) * value + share * ends_of[1][name]) for name, value in ends_of[0].items()
         }
         every = config.train.checkpoint_every
         blocks = math.ceil(config.model.depth / every) / config.model.depth if every else 0.0
+        again = work["model"] / 3 * blocks
+        flops = {name: Work(*map(float, value)).flops for name, value in work.items()}
         kept = {name: value for name, value in flops.items() if value}
-        costs.append(PhaseCost(start + 1, end, scale, kept, flops["model"] / 3 * blocks))
+        total = Work(*map(float, sum(work.values(), again)))
+        costs.append(PhaseCost(start + 1, end, scale, kept, Work(*map(float, again)).flops, total))
     return costs
 
 
-class _StepFlops:
-    """Counts the FLOPs of one image, in the mean over its conditions and over routed and dense micro-batches."""
+class _StepWork:
+    """Counts the work of one image, in the mean over its conditions and over routed and dense micro-batches."""
 
     def __init__(self, trainer: Trainer, shapes: Shapes) -> None:
         self.trainer, self.config, self.shapes = trainer, trainer.config, shapes
-        self.counter = flop_counter(trainer.model, trainer.losses.values())
+        self.counter = flop_counter(trainer.model, trainer.losses.values(), count_work)
 
-    def __call__(self, bucket: str, scale: float, start: int, end: int) -> dict[str, float]:
-        """Return FLOPs by name for an image of a bucket in the steps ``start`` to ``end`` (0-based, excluded)."""
+    def __call__(self, bucket: str, scale: float, start: int, end: int) -> dict[str, np.ndarray]:
+        """Return arrays by name for an image of a bucket in the steps ``start`` to ``end`` (0-based, excluded)."""
         config = self.config
         size = scaled_size(bucket, scale)
         tokens = self.trainer.batches.plan.tokens(size)
@@ -96,25 +102,26 @@ class _StepFlops:
         tail = steps - round(tread.dense_tail * steps)  # the first step of it
         dense = max(0, end - max(start, tail)) / (end - start) * (1 - tread.tail_routed) if tread.enabled else 1.0
         kept = tread.kept(tokens)
-        flops = {"model": dense * self._model(bucket, size, None) if dense else 0.0}
+        model = dense * self._model(bucket, size, None) if dense else np.zeros(len(Work._fields))
         if dense < 1:
-            flops["model"] += (1 - dense) * self._model(bucket, size, kept)
+            model = model + (1 - dense) * self._model(bucket, size, kept)
+        work = {"model": model}
         blocks = self.trainer.model.route
         tokens_after = lambda done: dense * tokens + (1 - dense) * (kept if done - 1 in blocks else tokens)  # noqa: E731
         stretch = Stretch(start, end, steps, size, config.flow, tokens_after)
         for loss in self.trainer.losses.values():
-            flops[loss.name] = loss.expected_flops(stretch, self.counter.of_one)
-        return flops
+            work[loss.name] = np.zeros(len(Work._fields)) + loss.expected_flops(stretch, self.counter.of_one)
+        return work
 
-    def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> float:
-        """Return FLOPs of the network: what a condition adds is linear in its tokens, so it adds up over those kept."""
+    def _model(self, bucket: str, size: tuple[int, int], kept: int | None) -> np.ndarray:
+        """Return the network's work: what a condition adds is linear in its tokens, so it adds up over those kept."""
         share = {name: sum(p for subset, p in self.trainer.table.items() if name in subset) for name in MODALITIES}
         nothing = self._counted(bucket, size, kept, frozenset())
         present = [name for name in self.shapes.features.modalities if share[name]]
         added = {name: self._counted(bucket, size, kept, frozenset({name})) - nothing for name in present}
         return nothing + sum(share[name] * value for name, value in added.items())
 
-    def _counted(self, bucket: str, size: tuple[int, int], kept: int | None, subset: Subset) -> float:
+    def _counted(self, bucket: str, size: tuple[int, int], kept: int | None, subset: Subset) -> Any:
         width, height = size
         conditions = self.shapes.conditions(bucket, 1, self.shapes.mean_text, META).only(subset)
         keep_ids = None if kept is None else torch.empty(1, kept, dtype=torch.int64, device=META)
@@ -122,9 +129,10 @@ class _StepFlops:
         return self.counter.of_one("model", z, t, conditions, keep_ids)
 
 
-def seconds_on(card: str, costs: Iterable[PhaseCost]) -> float:
-    """Return how long a run takes on a GPU of ``PEAK_TFLOPS`` at the assumed MFU."""
-    return sum(cost.total for cost in costs) / (MFU * PEAK_TFLOPS[card] * 1e12)
+def range_on(gpu: Gpu, costs: Iterable[PhaseCost]) -> tuple[float, float]:
+    """Return the least and the most seconds that a run is expected to take on a GPU."""
+    spans = [[cost.steps * seconds for seconds in seconds_on(gpu, cost.work)] for cost in costs]
+    return sum(fast for fast, _ in spans), sum(slow for _, slow in spans)
 
 
 # Disk

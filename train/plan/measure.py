@@ -1,4 +1,4 @@
-"""What two steps of a run take on this machine, measured: memory, seconds, and the bytes of a checkpoint."""
+"""What a run takes on this machine, measured: memory, seconds with its data, and the bytes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanodit.errors import ConfigError
-from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
+from train.data.prefetch import prefetch, thread_count
 from train.loop.flops import flop_counter
+from train.loop.microbatch import Accumulated, MicroBatch
 from train.loop.trainer import Trainer
 from train.method.sampling import sample, trajectory_keep_ids
 from train.plan.cost import folder_bytes
+from train.plan.feed import SAMPLES, made_up_like
 from train.plan.memory import CONTEXT, meta_trainer
-from train.plan.rehearsal import Shapes, changed, drawing_request, largest_batch
+from train.plan.rehearsal import Shapes, StandIn, changed, drawing_request, largest_batch
+
+LEAST, SECONDS = 2, 3.0  # micro-batches that are timed at least, and for how long they are
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Two optimiser steps of two of the largest micro-batches each, without data, a drawing and a checkpoint.
+    """A step of the largest micro-batch, micro-steps of the run's first ones with their data, a drawing, a checkpoint.
 
     ``peak`` is in bytes: of the GPU what torch held of it and what is assumed for CUDA, or on a CPU of the whole
-    process. ``flop_rate`` is in model FLOPs a second of the second step's micro-batches, ``update_seconds`` its
-    optimiser's.
+    process. ``flop_rate`` is in model FLOPs a second of the micro-steps with the loader's micro-batches, ``samples``
+    what these were; ``update_seconds`` are the optimiser's.
     """
 
     peak: int
     what: str
     batch: str
+    samples: str
     flop_rate: float
     update_seconds: float
     save_seconds: float
@@ -45,7 +49,10 @@ class Measured:
 
 
 def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.device) -> Measured:
-    """Run it on ``device`` and leave nothing behind; a torch.OutOfMemoryError is the caller's."""
+    """Run it on ``device`` and leave nothing behind; a torch.OutOfMemoryError is the caller's.
+
+    Of a dataset that does not exist yet the samples are made up.
+    """
     batch = largest_batch(meta_trainer(config, dataset), shapes, device)
     folder = config.run_folder.absolute()
     parent = next(path for path in (folder.parent, *folder.parents) if path.exists())
@@ -56,15 +63,22 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with temporary as output:
-        two = {"train.batch_size": len(batch.keys), "train.grad_accumulation_steps": 2, "train.token_budget": None}
-        trainer = Trainer(changed(config, {**two, "output": output}), dataset, device)
+        changes, kind = {"output": output}, "of the dataset"
+        if isinstance(dataset, StandIn):  # as few as they are, they would all be in memory
+            dataset, kind = made_up_like(dataset, Path(output) / "made-up", SAMPLES), "made up"
+            changes["data.cache_gb"] = 0.0
+        trainer = Trainer(changed(config, changes), dataset, device)
         trainer.flops = flop_counter(trainer.model, trainer.losses.values())
-        for _ in range(2):
-            with _timed(device) as forward:
-                accumulated = trainer.accumulate(repeat(batch), StopRequest())
-            flops = trainer.flops.take()
-            with _timed(device) as update:
-                trainer.update(accumulated)
+        for _ in range(2):  # the second time the gradients are there already
+            values = trainer.micro_step(batch)
+        what = f"{len(batch.keys)} images of {batch.x.shape[3]}x{batch.x.shape[2]}"
+        done = Accumulated(batch.keys, batch.subsets, batch.t, values, 0.0, 0, 0)
+        del batch, values
+        trainer.update(done)
+        count, images, seconds = _with_data(trainer, device)
+        flops = trainer.flops.take()
+        with _timed(device) as update:
+            trainer.update(done)
         if config.visual_debug.every_steps:
             draw_largest(trainer, shapes, device)
         with _timed(device) as saving:
@@ -72,12 +86,39 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
     return Measured(
         peak=_peak(device),
         what="GPU" if device.type == "cuda" else "process",
-        batch=f"{len(batch.keys)} images of {batch.x.shape[3]}x{batch.x.shape[2]}",
-        flop_rate=flops / forward[0],
+        batch=what,
+        samples=f"{count} micro-batches of {images} images {kind}",
+        flop_rate=flops / seconds,
         update_seconds=update[0],
         save_seconds=saving[0],
         checkpoint=checkpoint,
     )
+
+
+def _with_data(trainer: Trainer, device: torch.device) -> tuple[int, int, float]:
+    """Take micro-batches as a run does, for a few seconds; returns how many, of how many images, and the seconds.
+
+    The first one does not count: its data is waited for, and libraries begin to work. The next few lie ready.
+    """
+    data, ahead = trainer.config.data, trainer.config.data.prefetch
+    threads = thread_count(data.workers) if ahead else 0
+    least = LEAST if device.type == "cpu" else LEAST * (ahead + threads)
+    count = images = 0
+    with closing(prefetch(trainer._make_batch, trainer.batches.numbers(0), ahead, threads)) as batches:
+        _step(trainer, next(batches))
+        trainer.flops.take()
+        with _timed(device) as seconds:
+            started = time.perf_counter()
+            while count < least or time.perf_counter() - started < SECONDS:
+                images += _step(trainer, next(batches))
+                count += 1
+    return count, images, seconds[0]
+
+
+def _step(trainer: Trainer, batch: MicroBatch) -> int:
+    with trainer.sender.sent(batch) as sent:
+        trainer.micro_step(sent)
+    return len(batch.keys)
 
 
 def draw_largest(trainer: Trainer, shapes: Shapes, device: torch.device) -> None:

@@ -9,9 +9,11 @@ measured.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,8 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train.config import TrainConfig
+from train.data.batch_plan import scaled_size
+from train.data.buffers import GROWTH
 from train.loop.flops import META
+from train.loop.sending import SLOTS
 from train.loop.trainer import Trainer
+from train.model.modalities import MODALITIES
 from train.plan.rehearsal import Shapes, drawing_request, largest_batch
 
 CONTEXT = 0.7e9  # bytes: CUDA's context, kernels, cuBLAS's and attention's workspaces; assumed
@@ -148,6 +154,7 @@ class Memory:
     optimizer: int
     averages: int  # EMA and power averages
     frozen: int  # networks of losses
+    sending: int  # the slots in which micro-batches arrive, as they are stored
     gradients: int
     activations: int  # the most that lives in a micro-step beside gradients, its images and conditions included
     update: int  # the most that Muon's step needs beside gradients
@@ -157,7 +164,7 @@ class Memory:
     @property
     def standing(self) -> int:
         """Bytes that are there all the time."""
-        return self.weights + self.optimizer + self.averages + self.frozen
+        return self.weights + self.optimizer + self.averages + self.frozen + self.sending
 
     @property
     def phases(self) -> dict[str, int]:
@@ -214,12 +221,29 @@ def estimate_memory(trainer: Trainer, shapes: Shapes) -> Memory:
         optimizer=tensor_bytes(trainer.optimizer.tensors().values()),
         averages=tensor_bytes([*trainer.ema.state.values(), *trainer.power.tensors().values()]),
         frozen=tensor_bytes(parameter for network in frozen for parameter in network.parameters()),
+        sending=sending_bytes(trainer, shapes),
         gradients=tensor_bytes(model.parameters()),
         activations=activations,
         update=update,
         drawing=drawing,
         largest=f"{len(batch.keys)} images of {batch.x.shape[3]}x{batch.x.shape[2]}",
     )
+
+
+def sending_bytes(trainer: Trainer, shapes: Shapes) -> int:
+    """Return what the slots of a GPU take into which micro-batches are copied (:mod:`train.loop.sending`).
+
+    They grow to what the largest micro-batch takes as it is stored, with the longest captions.
+    """
+    plan, most = trainer.batches.plan, 0
+    for bucket, scale in product(plan.order.sizes, plan.scales):
+        size, row = scaled_size(bucket, scale), shapes.rows[bucket]
+        noise = 16 if trainer.noise["kind"] == "device" else 12 * math.prod(size)  # a key, or float32 for each value
+        features = shapes.features.widths.items()
+        stored = sum(MODALITIES[name].stored_bytes(row, width, shapes.longest_text) for name, width in features)
+        image = 3 * math.prod(size) + noise + stored + 8 * plan.tokens(size)  # which tokens are kept, at most all
+        most = max(most, plan.most_images(bucket, scale) * image)
+    return round(SLOTS * GROWTH * most)
 
 
 def meta_trainer(config: TrainConfig, dataset: Any) -> Trainer:

@@ -25,12 +25,11 @@ from nanodit.errors import PROBLEM_BREAK, ConfigError, ResourceError, gpu_is_ful
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan, scaled_size
-from train.hardware import PEAK_TFLOPS
+from train.hardware import GPUS
 from train.loop.trainer import Trainer
 from train.method.sampling import NO_GUIDANCE, SELF_GUIDANCE, Guidance
 from train.plan.cost import (
     CARDS,
-    MFU,
     Disk,
     PhaseCost,
     disk_of,
@@ -39,14 +38,15 @@ from train.plan.cost import (
     gb,
     parameters_by_part,
     phase_costs,
+    range_on,
     read_rate,
-    seconds_on,
 )
 from train.plan.feed import Feed, measure_feed
 from train.plan.measure import Measured, measure
 from train.plan.memory import CONTEXT, FRAGMENTATION, Memory, estimate_memory, meta_trainer
 from train.plan.rehearsal import Shapes, StandIn, cache_bytes, open_dataset, sample_sizes
 from train.plan.remedies import NOTHING, Room, room_of, shortage
+from train.plan.work import FAST, SLOW
 
 MANY_TOKENS = 16_384  # 1024 x 1024 in patches of 8
 UNITS = {"GB": 1e9, "GiB": 1 << 30, "MB": 1e6, "MiB": 1 << 20}
@@ -75,9 +75,13 @@ class Estimate:
     feed: Feed | None = None  # None: not measured
     held: int = 0
 
+    def span(self, card: str) -> tuple[float, float]:
+        """Return the least and the most that a card of ``GPUS`` is expected to compute for the run, in seconds."""
+        return range_on(GPUS[card], self.phases)
+
     def seconds(self, card: str) -> float:
-        """Return what a card of ``PEAK_TFLOPS`` computes for the run; an estimate."""
-        return seconds_on(card, self.phases)
+        """Return the middle of that range."""
+        return sum(self.span(card)) / 2
 
     def expected(self, card: str) -> float:
         """Return the run's time on a card in this machine: that of the slower of card and loader."""
@@ -110,6 +114,7 @@ class Estimate:
         found["memory"] |= {"phases": self.memory.phases, "assumed": self.memory.assumed, "peak": self.memory.peak}
         found["seconds"] = {card: self.expected(card) for card in CARDS} | {"measured": self.measured_seconds}
         found["seconds"] |= {"loader": self.feed_seconds}
+        found["seconds_range"] = {card: self.span(card) for card in CARDS}  # of the card alone
         found["disk"] |= {"needed": self.disk.needed}
         return json.dumps(found, indent=1)
 
@@ -331,6 +336,7 @@ def _memory_lines(report: Estimate) -> list[str]:
     memory = report.memory
     steady = f"weights {gb(memory.weights)}, optimiser {gb(memory.optimizer)}, averages {gb(memory.averages)}"
     steady += f", perceptual networks {gb(memory.frozen)}" if memory.frozen else ""
+    steady += f", micro-batches on their way {gb(memory.sending)}"
     phases = ", ".join(f"{name} {gb(size)}" for name, size in memory.phases.items())
     found = [
         f"memory of a GPU (estimate): {gb(memory.peak)}",
@@ -362,11 +368,16 @@ def _time_lines(report: Estimate) -> list[str]:
     seconds = report.measured_seconds
     if seconds is not None:
         found.append(
-            f"time here (from two measured steps): {1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
+            f"time here (measured: {report.measured.samples}, with their data): "
+            f"{1000 * seconds / steps:.0f} ms a step, {duration(seconds)} in all, "
             f"if begun now until {datetime.now() + timedelta(seconds=seconds):%a %d %b %H:%M}; "
             f"a checkpoint takes {report.measured.save_seconds:.1f} s"
         )
-    found.append(f"time (estimate: {MFU:.0%} of the card's bfloat16 peak, assumed):")
+    shares = ", ".join(
+        f"{name} {slow:.0%} to {fast:.0%}" for name, slow, fast in zip(("matrix products", "attention"), SLOW, FAST)
+    )
+    memory = f"all else {SLOW.bandwidth:.0%} to {FAST.bandwidth:.0%} of its bandwidth"
+    found.append(f"time (estimate: {shares} of the card's bfloat16 peak, {memory}, assumed):")
     feed, images = report.feed, report.samples["images_per_step"] * steps
     if feed:
         found.append(
@@ -375,17 +386,26 @@ def _time_lines(report: Estimate) -> list[str]:
         )
     for card in CARDS:
         seconds = report.expected(card)
+        least, most = (max(one, report.feed_seconds) for one in report.span(card))
         waits = f", waiting for the loader ({images / report.seconds(card):.0f} images/s without)"
-        line = f"  {card}: {seconds / steps:.2f} s a step, {images / seconds:.0f} images/s, {duration(seconds)} in all"
+        each = _range(f"{least / steps:.2f}", f"{most / steps:.2f}")
+        rate = _range(f"{images / most:.0f}", f"{images / least:.0f}")
+        whole = _range(duration(least), duration(most))
+        line = f"  {card}: {each} s a step, {rate} images/s, {duration(seconds)} in all"
+        line += f" ({whole})" if " to " in whole else ""
         found.append(line + (waits if seconds > report.seconds(card) else ""))
     return found
+
+
+def _range(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
 
 
 def _disk_lines(report: Estimate) -> list[str]:
     reading, steps = report.reading, report.phases[-1].last_step
     sample = sum(reading["sample"].values())
     layers = ", ".join(f"{layer} {gb(size)}" for layer, size in reading["sample"].items())
-    fastest = max(CARDS, key=PEAK_TFLOPS.get)
+    fastest = max(CARDS, key=GPUS.get)
     seconds = report.measured_seconds or report.expected(fastest)
     where = "here" if report.measured_seconds else f"on the {fastest}"
     rate = sample * report.samples["images_per_step"] * steps / seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -11,16 +13,19 @@ import pytest
 import torch
 from transformers import DINOv3ViTModel, T5EncoderModel
 
-import train.plan.cost as cost
 import train.plan.memory as memory
+import train.plan.work as work
 from prep.config import PrepConfig
 from prep.dataset.layers import PX_MB
+from prep.encoders.halving import Halving
 from train.__main__ import main
-from train.check import parity, run, syncs
+from train.check import encoders, parity, resume, run, scaling, shortage, syncs
 from train.check.encoders import dino_config, t5_config
-from train.check.made_up import dataset, trainer_of
+from train.check.made_up import trainer_of
 from train.check.report import Report, Setting, constant, shown, verdicts
+from train.hardware import GPUS
 from train.model.layers import TimestepEmbedding
+from train.plan.made_up import write_made_up
 
 ABSENT = (
     "ray", "lpips", "torchvision", "tensorboard", "rich", "onnxruntime", "scipy", "jinja2", "httpx", "ollama", "fsspec",
@@ -58,12 +63,16 @@ def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
     assert {line["part"] for line in lines} == {*(part.name for part in run.PARTS), "evaluation"}
     assert [shown(line) for line in lines if line["status"] == "FAIL"] == []
     left_out = {line["name"] for line in lines if line["value"].startswith("left out")}
-    assert left_out <= {"pose", "tiny, compiled"}, "files of DWPose or a compiler may be missing here, nothing else"
+    assert left_out <= {"tiny, compiled"}, "a compiler may be missing here, nothing else"
     (ratio,) = [line["ratio"] for line in lines if "ratio" in line]
     assert ratio == pytest.approx(1, abs=0.002), "tensors of the meta device and of a CPU"
     said = capfd.readouterr().out
     assert "constants to change\nmemory: tiny, micro-step" in said
-    assert "constants to change" in (tmp_path / "out" / "cpu.md").read_text()
+    summary = (tmp_path / "out" / "cpu.md").read_text()
+    assert "constants to change" in summary
+    for text in (said, summary):  # two ceilings measured on this CPU, and the cards of the table
+        assert re.search(r"^images/s, scaled from .* TFLOP/s.* tiny$", text, re.MULTILINE)
+        assert re.search(r"^GeForce RTX 4090 +[0-9.e+]+$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -177,25 +186,106 @@ def test_wrong_usage(options, says, capsys):
 
 
 def test_constants_are_found_where_they_stand():
-    found = constant(cost, "MFU")
+    found = constant(work, "SLOW")
     file, _, line = found.place.partition(":")
-    assert file == "train/plan/cost.py"
-    assert Path(file).read_text().splitlines()[int(line) - 1].startswith("MFU = ")
+    assert file == "train/plan/work.py"
+    assert Path(file).read_text().splitlines()[int(line) - 1].startswith("SLOW = ")
     with pytest.raises(ValueError, match="has no constant GONE"):
-        constant(cost, "GONE")
+        constant(work, "GONE")
 
 
 def test_an_estimate_is_judged_by_its_ratio(capsys):
     report = Report("speed")
     for measured in (0.14, 0.15, 0.6, 0.61):
-        report.estimate("MFU", 0.3, measured, "", constant(cost, "MFU"), low=0.5, high=2.0)
+        report.estimate("rate", 0.3, measured, "", constant(work, "SLOW"), low=0.5, high=2.0)
     assert [line["status"] for line in report.lines] == ["FAIL", "PASS", "PASS", "FAIL"]
-    assert verdicts(report.lines)[1].split() == ["speed:", "MFU", "0.3", "0.14", "0.47", "FAIL", *found_words()]
+    assert verdicts(report.lines)[1].split() == ["speed:", "rate", "0.3", "0.14", "0.47", "FAIL", *found_words()]
     assert verdicts([]) == ["no estimate was measured"]
 
 
 def found_words() -> list[str]:
-    return str(constant(cost, "MFU")).split()
+    return str(constant(work, "SLOW")).split()
+
+
+def test_the_stages_of_a_checkpoint_are_those_of_the_code_that_writes_it(setting, monkeypatch, capsys):
+    usual = resume.checkpoint.sync_file
+    monkeypatch.setattr(resume.checkpoint, "sync_file", lambda file: (time.sleep(0.1), usual(file)))
+    report = Report("resume")
+    resume._stages(setting, report)
+    (line,) = report.lines
+    found = re.findall(r"([a-z ]+) ([0-9.e-]+) s", line["value"].split(":")[1])
+    seconds = {name.strip(): float(value) for name, value in found}
+    assert line["status"] == "PASS"
+    assert list(seconds) == [*resume.STAGES]
+    assert seconds["fsync"] >= 0.4 > sum(seconds.values()) - seconds["fsync"], "five files, late by a tenth each"
+    monkeypatch.setitem(resume.STAGES, "hashes", ())  # as if the code hashed by another function
+    resume._stages(setting, report)
+    assert report.lines[-1]["status"] == "FAIL"
+
+
+def test_what_stays_after_a_lack_of_memory_fails(setting, monkeypatch, capsys):
+    kept = []
+    usual = shortage._held
+    monkeypatch.setattr(shortage, "_held", lambda setting: (kept.append(torch.ones(1 << 16)), usual(setting))[1])
+    report = Report("shortage")
+    shortage._in_a_step(setting, report)
+    status = {line["name"]: line["status"] for line in report.lines}
+    assert status.pop("tensors again") == "FAIL"
+    assert set(status.values()) == {"PASS"}
+
+
+@pytest.mark.slow
+def test_another_size_of_halves_fails(setting, monkeypatch, capsys):
+    monkeypatch.setattr(Halving, "_halve", lambda self, tried: setattr(self, "limit", 3))
+    report = Report("shortage")
+    shortage._halving(setting, report)
+    assert [line["status"] for line in report.lines if line["name"].endswith(", halving")] == ["FAIL", "FAIL"]
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_share_the_card_fails(setting, monkeypatch, capsys):
+    encoders.made_up_encoder(setting, "dino")
+    started = time.monotonic()
+    monkeypatch.setattr(encoders, "child_command", lambda module: [sys.executable, "-c", "raise SystemExit(1)"])
+    report = Report("encoders")
+    encoders._together(setting, report, "dino", 1.0)
+    (line,) = report.lines
+    assert (line["status"], line["value"]) == ("FAIL", "exit codes [1, 1]")
+    assert time.monotonic() - started < 60
+
+
+def measured_on(name: str, kinds: str = "") -> list[dict]:
+    """Lines of a card and of a preset of which a step took a second for ten images."""
+    lines = [{"part": "card", "name": "card", "value": f"NVIDIA {name}, capability 9.0, 80 GB"}]
+    one = work.Work(matrix=1e14, moved=1e11, attention=2e13, elementwise=1e12)
+    lines += [{"part": "speed", "name": "a, work", "value": "", "preset": "a", "work": one, "images": 10, "alone": 1.0}]
+    return lines + ([{"part": "speed", "name": "time by kind", "value": kinds}] if kinds else [])
+
+
+def test_a_card_scales_to_itself_and_each_kind_by_what_bounds_it():
+    here, there = GPUS["H100 80GB HBM3"], GPUS["GeForce RTX 4090"]
+    rows = dict(line.rsplit(None, 1) for line in scaling.scaled(measured_on("H100 80GB HBM3"))[1:])
+    assert len(rows) == len(GPUS)
+    assert rows["H100 80GB HBM3"] == "10"
+    one = work.Work(matrix=1e14, moved=1e11, attention=2e13, elementwise=1e12)
+    flops, size = here.tflops / there.tflops, here.bandwidth / there.bandwidth
+    for kind, expected in (("matrix products", flops), ("attention", flops), ("elementwise", size)):
+        assert scaling.factor(one, here, there, {kind: 0.4}) == pytest.approx(expected)
+    moves = one._replace(moved=1e13)
+    assert scaling.factor(moves, here, there, {"matrix products": 1.0}) == pytest.approx(size), "bound by its bytes"
+    mixed = measured_on("H100 80GB HBM3", "elementwise 50%, matrix products 25%, attention 25%")
+    rate = float(re.search(r"^GeForce RTX 4090 +([0-9.]+)$", "\n".join(scaling.scaled(mixed)), re.MULTILINE)[1])
+    assert rate == pytest.approx(10 / (0.5 * size + 0.5 * flops), rel=1e-3)
+
+
+def test_an_unknown_card_is_known_by_its_ceilings():
+    lines = measured_on("RTX 9999")
+    assert scaling.scaled(lines) == ["no time to scale to other cards: it takes the parts card and speed"]
+    card = GPUS["L40S"]
+    values = {"copy": f"{card.bandwidth} GB/s", "torch.bfloat16 products": f"{card.tflops} TFLOP/s"}
+    lines += [{"part": "card", "name": name, "value": value} for name, value in values.items()]
+    rows = dict(line.rsplit(None, 1) for line in scaling.scaled(lines)[1:])
+    assert rows["L40S"] == "10"
 
 
 def test_the_encoders_are_of_real_size():
@@ -206,8 +296,10 @@ def test_the_encoders_are_of_real_size():
 
 
 def test_made_up_pixels_take_the_bytes_of_photographs(setting):
-    data = dataset(setting, PrepConfig(source=".", output="none", base=256, encoders="demo"))
-    row = next(row for row in data.rows("train") if row["bucket"] == "256x256")
-    photograph = PX_MB["webp"] * 1e6 * (256 / 1024) ** 2
-    assert row["px/webp/length"] == pytest.approx(photograph, rel=0.1)
-    assert data.pixels(row).shape == (256, 256, 3)
+    for base in (256, 1024):
+        prep = PrepConfig(source=".", output="none", base=base, encoders="demo", layers=["pose"])
+        bucket = f"{base}x{base}"
+        data = write_made_up(prep, setting.folder / f"photographs-{base}", {bucket: (2, 0)})
+        for row in data.rows("train"):
+            assert row["px/webp/length"] == pytest.approx(PX_MB["webp"] * 1e6 * (base / 1024) ** 2, rel=0.1)
+            assert data.pixels(row).shape == (base, base, 3)

@@ -128,11 +128,9 @@ def test_new_conditions_begin_afresh_and_absent_ones_are_left_out(config, tmp_pa
 
 def test_another_resolution_and_encoder_are_said(config, parent, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tiny, "BUCKETS", {"128x128": (6, 2)})
-    monkeypatch.setattr(tiny, "GRID", {"128x128": (8, 8)})
     monkeypatch.setattr(tiny, "TEXT_ENCODER", {"encoder": "t5", "content": "another"})
+    monkeypatch.setattr(tiny, "BASE", 128)
     dataset = write_dataset(tmp_path / "dataset")
-    info = dataset / "dataset.json"
-    info.write_text(info.read_text().replace('"base": 64', '"base": 128'))
     assert begin(config, tmp_path / "run", f"dataset={dataset}", "--init-from", str(parent), "train.steps=1") == 0
     printed = capsys.readouterr().out
     assert "trained at base 64, now 128 pixels" in printed

@@ -44,7 +44,7 @@ def test_tensorboard_has_scalars_pictures_captions_and_config(experiments):
     config = yaml.safe_load(re.sub("^    ", "", text("config")[-1], flags=re.MULTILINE))
     assert config["train"]["steps"] == 4
     assert "1. " in text("visual_debug/captions")[0]
-    assert "A square of colour" in text("visual_debug/captions")[0]
+    assert "Picture " in text("visual_debug/captions")[0]
 
 
 def test_a_real_server_shows_all_runs_of_a_folder(experiments):

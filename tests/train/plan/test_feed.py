@@ -14,7 +14,7 @@ from prep.verify.units import check_unit
 from tests.train.tiny import write_config
 from train.config import TrainConfig
 from train.data.samples import TrainingSet
-from train.plan.feed import Feed, measure_feed, write_made_up
+from train.plan.feed import Feed, made_up_like, measure_feed
 from train.plan.plan import lines, look_ahead
 from train.plan.rehearsal import StandIn
 
@@ -22,8 +22,8 @@ from train.plan.rehearsal import StandIn
 @pytest.mark.parametrize("format_", ["webp", "jpeg"])
 def test_a_made_up_dataset_is_one_of_the_configs_size(tmp_path, format_):
     prep = load_config(PrepConfig, "configs/prep/figures-256.yaml", [f"image.format={format_}"])
-    dataset = write_made_up(prep, tmp_path / "dataset", 3)
-    row = StandIn(prep).rows("train")[1]
+    dataset = made_up_like(StandIn(prep), tmp_path / "dataset", 3)
+    row = dataset.rows("train")[0]
     for layer in dataset.layers:
         assert not check_unit(dataset.storage, Unit(row["bucket"], 0, layer)).findings
     data = TrainingSet(dataset, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,11 @@ from torch.profiler import profile
 
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
+from train.data.buffers import GROWTH, Buffer
 from train.loop.flops import META
+from train.loop.sending import SLOTS
 from train.loop.trainer import Trainer
-from train.plan.memory import LikeGpu, LiveBytes, Memory, estimate_memory, meta_trainer, tensor_bytes
+from train.plan.memory import LikeGpu, LiveBytes, Memory, estimate_memory, meta_trainer, sending_bytes, tensor_bytes
 from train.plan.rehearsal import Shapes, changed, largest_batch
 
 CPU = torch.device("cpu")
@@ -158,6 +162,20 @@ def test_what_always_stays_is_the_trainers_tensors(dataset, tiny_dataset, tmp_pa
     assert memory.averages == 3 * tensor_bytes(trainer.ema.state.values())
     assert memory.averages < 3 * memory.weights, "the head is in no average"
     assert memory.peak > max(memory.phases.values()) > memory.standing > 0
+
+
+@pytest.mark.parametrize("noise", ["host", "device"])
+def test_the_slots_hold_micro_batches_as_they_are_stored(dataset, tiny_dataset, tmp_path, noise):
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path / "run", f"data.noise={noise}"), dataset, CPU)
+    buffer, used = Buffer(), []
+    for number in islice(trainer.batches.numbers(0), 60):
+        trainer.batches.pack(number, buffer.reset())
+        used.append(buffer.used)
+    counted = sending_bytes(trainer, shapes_of(dataset))
+    assert max(used) <= counted / (SLOTS * GROWTH) < 1.15 * max(used)
+    assert len(buffer.bytes) * SLOTS <= counted
+    on_gpu = meta_trainer(trainer.config, dataset)
+    assert estimate_memory(on_gpu, shapes_of(dataset)).sending == counted
 
 
 def test_the_micro_batch_itself_takes_memory(dataset, tiny_dataset, tmp_path):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanodit.config import load_config_with_origins
+from nanodit.config import load_config, load_config_with_origins
 from nanodit.console import say
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import sha256_file
+from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from tests.train.loop.test_trainer import CPU, make, weights_of
 from tests.train.tiny import tiny_config, write_config
@@ -22,11 +25,12 @@ from train.__main__ import main
 from train.config import TrainConfig
 from train.loop.flops import META, flop_counter
 from train.loop.trainer import Trainer
-from train.plan.cost import check_disk, disk_of, folder_bytes, most_checkpoints, phase_costs
+from train.plan.cost import CARDS, check_disk, disk_of, folder_bytes, most_checkpoints, phase_costs
 from train.plan.memory import CONTEXT, meta_trainer
 from train.plan.plan import lines, look_ahead, parse_size
 from train.plan.rehearsal import Shapes, StandIn, changed, open_dataset, probe
 from train.plan.remedies import explained, room_of
+from train.plan.work import Work
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -127,7 +131,7 @@ def test_phases_checkpointing_and_routing_change_the_flops(tiny_dataset, tmp_pat
     assert whole.flops == plain.flops
     (again,) = costs("train.gradient_checkpointing=all")
     assert again.recomputed == pytest.approx(plain.flops["model"] / 3)
-    assert again.total == pytest.approx(plain.total * 4 / 3)
+    assert again.work == pytest.approx([value * 4 / 3 for value in plain.work])
     (routed,) = costs("tread.enabled=true", "tread.start=0", "tread.end=-1", "tread.dense_tail=0")
     assert routed.flops["model"] < 0.8 * plain.flops["model"]
 
@@ -297,8 +301,46 @@ def test_measured_here_and_nothing_left(config, capsys):
     assert report.disk.checkpoint < measured.checkpoint < 1.5 * report.disk.checkpoint
     assert 0 < report.measured_seconds < 60
     assert any(re.search(r" in all, if begun now until \w{3} \d\d \w{3} \d\d:\d\d; ", line) for line in lines(report))
+    assert re.fullmatch(r"\d+ micro-batches of \d+ images of the dataset", measured.samples)
     assert report.limit is None
     assert report.peak == report.memory.peak, "a process on a CPU says nothing about a GPU"
+
+
+def test_measured_with_the_data_that_a_run_waits_for(config, tiny_dataset, monkeypatch):
+    monkeypatch.setattr("train.plan.measure.SECONDS", 0.5)
+
+    def rate(*overrides):
+        found = look_ahead(config, ["train.compile=false", "data.workers=1", *overrides], memory=None, measured=True)
+        return found.measured.flop_rate
+
+    usual, read = rate("data.cache_gb=0"), Dataset.pixels
+    monkeypatch.setattr(Dataset, "pixels", lambda self, row: (time.sleep(0.05), read(self, row))[1])
+    assert rate("data.cache_gb=0") < 0.7 * usual
+
+
+def test_measured_on_made_up_samples_where_there_is_no_dataset(config, monkeypatch):
+    monkeypatch.setattr("train.plan.measure.SECONDS", 0.1)
+    prep = load_config(PrepConfig, None, ["source=.", "output=none", "base=64", "encoders=demo"])
+    monkeypatch.setattr("train.plan.plan.open_dataset", lambda *_: (StandIn(prep), "made up"))
+    before = sorted(path.name for path in config.parent.iterdir())
+    measured = look_ahead(config, ["data.flip=0.5"], memory=None, measured=True).measured
+    assert measured.samples.endswith("images made up")
+    assert measured.flop_rate > 0
+    assert sorted(path.name for path in config.parent.iterdir()) == before
+
+
+def test_times_are_ranges(config):
+    report = look_ahead(config, ["train.steps=1000"], memory="8GB")
+    (phase,) = report.phases
+    large = replace(phase, work=Work(*(1e4 * value for value in phase.work)))  # of a network whose steps take long
+    report = replace(report, phases=[large])
+    for card in CARDS:
+        least, most = report.span(card)
+        assert 0 < least < report.seconds(card) < most
+        assert report.seconds(card) == pytest.approx((least + most) / 2)
+        (line,) = [line for line in lines(report) if line.startswith(f"  {card}: ")]
+        assert re.search(r": [\d.]+ to [\d.]+ s a step, \d+ to \d+ images/s, .+ in all \(.+ to .+\)$", line)
+        assert json.loads(report.as_json())["seconds_range"][card] == [least, most]
 
 
 # On a GPU
