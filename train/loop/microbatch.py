@@ -262,10 +262,3 @@ def split(subsets: Sequence[Subset]) -> list[slice]:
             groups.append(slice(start, stop))
         mixed = small
     return groups
-
-
-def group_sizes(images: int, subsets: int) -> set[int]:
-    """Return every number of images that a group of a micro-batch, dealt from a table of so many subsets, may have."""
-    if subsets == 1 or images <= MIN_GROUP:
-        return {images}
-    return {*range(1, images - MIN_GROUP + 1), *range(MIN_GROUP, images + 1)}

@@ -94,7 +94,7 @@ class Trainer:
         self.batches.losses = losses
         self.sender, self.waits = Sender(device), DataWait(device)
         self.model.checkpoint_every = config.train.checkpoint_every
-        compile_if_asked(self.model, self.batches, device)
+        compile_if_asked(self.model, config.train.compile, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = EMA(self.model, self._ema_decay)
         self.power = PowerAverages(self.model, config.ema)

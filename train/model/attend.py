@@ -122,27 +122,27 @@ def _(image: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nanodit::separate", mutates_args=())
-def separate(packed: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def separate(packed: Tensor, lengths: Tensor, images: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Undo :func:`interleave`: return the image tokens (b, n, h, k) and the context tokens (M, h, k)."""
     sizes = [size for length in lengths.tolist() for size in (tokens, length)]
     parts = packed.split(sizes)
-    return torch.cat(parts[::2]).unflatten(0, (-1, tokens)), torch.cat(parts[1::2])
+    return torch.cat(parts[::2]).unflatten(0, (images, tokens)), torch.cat(parts[1::2])
 
 
 @separate.register_fake
-def _(packed: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    images, shape = lengths.shape[0], packed.shape[1:]
+def _(packed: Tensor, lengths: Tensor, images: int, tokens: int) -> tuple[Tensor, Tensor]:
+    shape = packed.shape[1:]
     return packed.new_empty(images, tokens, *shape), packed.new_empty(packed.shape[0] - images * tokens, *shape)
 
 
 def _interleave_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     image, _, lengths = inputs
-    ctx.tokens = image.shape[1]
+    ctx.sizes = image.shape[:2]
     ctx.save_for_backward(lengths)
 
 
 def _interleave_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *separate(gradient, *ctx.saved_tensors, ctx.tokens), None
+    return *separate(gradient, *ctx.saved_tensors, *ctx.sizes), None
 
 
 interleave.register_autograd(_interleave_backward, setup_context=_interleave_setup)

@@ -262,6 +262,6 @@ def test_trap_21_compiling_keeps_the_names_and_the_result():
     names = [name for name, _ in model.named_parameters()]
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
     expected = model(z, t, conditions())
-    model.compile_blocks(dynamic=True)
+    model.compile_blocks()
     assert [name for name, _ in model.named_parameters()] == names
     torch.testing.assert_close(model(z, t, conditions()), expected, atol=1e-4, rtol=1e-4)

@@ -187,8 +187,7 @@ def test_gradients_reach_everything_and_a_recomputed_block_is_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_blocks_route_as_well(dynamic):
+def test_compiled_blocks_route_as_well():
     model, ids = make_model(depth=3, start=1, end=1), some_ids()
 
     def results():
@@ -199,7 +198,7 @@ def test_compiled_blocks_route_as_well(dynamic):
             yield output, [parameter.grad for parameter in model.parameters()]
 
     expected = list(results())
-    model.compile_blocks(dynamic=dynamic)
+    model.compile_blocks()
     torch.testing.assert_close(list(results()), expected, atol=1e-4, rtol=1e-3)
 
 
