@@ -106,18 +106,18 @@ class Attention(nn.Module):
         """Keys and values of the context, (M, h, k) each; they depend on neither t nor z."""
         tokens_md = for_matmul(tokens_md)
         k = _qk_norm(self._heads(self.context_k(tokens_md)), self.context_k_norm)
-        return for_matmul(rotate(k, cos, sin)), self._heads(self.context_v(tokens_md))
+        return rotate(k, cos, sin), self._heads(self.context_v(tokens_md))
 
     def forward(self, x_bnd: Tensor, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
         """Read the image tokens (b, n, d) and the context's kv, of which each image sees its own."""
-        q = for_matmul(rotate(_qk_norm(self._heads(self.q(x_bnd)), self.q_norm), cos, sin))
-        k = for_matmul(rotate(_qk_norm(self._heads(self.k(x_bnd)), self.k_norm), cos, sin))
+        q = rotate(_qk_norm(self._heads(self.q(x_bnd)), self.q_norm), cos, sin)
+        k = rotate(_qk_norm(self._heads(self.k(x_bnd)), self.k_norm), cos, sin)
         v = self._heads(self.v(x_bnd))
         return self.out(attend(q, k, v, (kv[0].to(k.dtype), kv[1].to(v.dtype)), seen).flatten(2))
 
 
 def _qk_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype))
+    return for_matmul(F.rms_norm(x, x.shape[-1:], weight.to(x.dtype)))
 
 
 class SwiGLU(nn.Module):
