@@ -1,11 +1,11 @@
-"""Bytes that elementwise operations move in a micro-step, and the peak of memory, as `train plan` counts it: on the meta
-device, where nothing is computed.
+"""Bytes that elementwise operations move in a micro-step, and the peak of memory as `train plan` counts it.
 
     python -m tests.benchmarks.traffic [configs/train/production.yaml]
 
-The largest micro-batch of the config, forwards and backwards, in bfloat16 as a GPU would compute it. Elementwise is
-everything but products of matrices, convolutions, attention and views; each operation reads its inputs and writes its
-outputs once, as uncompiled blocks do. The rms_norm of a GPU is one kernel here as well.
+On the meta device, where nothing is computed: the largest micro-batch of the config, forwards and backwards, in
+bfloat16 as a GPU would compute it, without the perceptual loss. Elementwise is everything but products of matrices,
+convolutions, attention and views; each operation reads its inputs and writes its outputs once, as in blocks that are
+not compiled. rms_norm is one kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
