@@ -65,17 +65,18 @@ class NanoDiT(nn.Module):
                 if isinstance(layer, nn.Linear):
                     layer.weight.optimizer_group = "muon"
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, dynamic: bool = True) -> None:
         """Compile each block's forward in place, for all shapes from the first; parameter names stay as they are.
 
         Never torch's default, which decides about dynamic shapes from the shapes seen before, so that a resumed run
-        would compute with other kernels than an uninterrupted one.
+        would compute with other kernels than an uninterrupted one. ``dynamic=False`` is for measurements: a graph for
+        every shape.
         """
         # after 8 graphs torch would run new shapes uncompiled: what computes a shape would depend on its turn
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
         self.compiled = True
         for block in self.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=dynamic)
 
     def encode_context(self, conditions: Conditions, height: int, width: int, *, cache: bool = False) -> Context:
         """Encode conditions for images of this size; with ``cache`` (sampling) also every block's keys and values."""
