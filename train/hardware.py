@@ -59,6 +59,19 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def matmul_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which matrices of ``dtype`` multiply now; the meta device stands for a GPU."""
+    kind = "cuda" if device.type == "meta" else device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def for_matmul(x: torch.Tensor) -> torch.Tensor:
+    """Cast what several layers multiply to the dtype that each of them would cast it to."""
+    return x.to(matmul_dtype(x.device, x.dtype))
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return bfloat16 where ``precision`` asks for autocast, or is "auto" on hardware that multiplies it; else None."""
     if precision == "auto":

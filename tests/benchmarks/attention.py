@@ -1,7 +1,7 @@
-"""Forward and backward of attention on a CPU: PyTorch's fused kernel against the explicit form of
-train/model/network.py.
+"""Forward and backward of attention on a CPU: PyTorch's fused kernel, with and without a mask, against the explicit
+form of train/model/attend.py; and for contexts of unequal length a mask against one call an image.
 
-    python tests/benchmarks/attention.py
+    python -m tests.benchmarks.attention
 
 Interleaved in one process, one thread, process time, medians; the ratio is what counts.
 """
@@ -14,7 +14,17 @@ import time
 import torch
 import torch.nn.functional as F
 
+from train.model.attend import Seen, attend
+from train.model.spans import Spans
+
 REPEATS = 7
+
+
+# images, heads, queries, size, context tokens of each image
+UNEQUAL = (
+    (4, 6, 256, 64, (283, 391, 136, 670)), (4, 6, 128, 64, (283, 391, 136, 670)),
+    (32, 3, 64, 64, tuple(4 + i * 37 % 120 for i in range(32))),
+)  # fmt: skip
 
 
 def fused(q, k, v, mask):
@@ -23,7 +33,8 @@ def fused(q, k, v, mask):
 
 def explicit(q, k, v, mask):
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def seconds(attend, *tensors) -> float:
@@ -46,7 +57,31 @@ def main() -> None:
             a, b = (1e3 * statistics.median(column) for column in zip(*pairs))
             ratio = statistics.median(one / other for one, other in pairs)
             name = " x ".join(map(str, shape))
-            print(f"{name:<42}{str(dtype).removeprefix('torch.'):<10}{a:>9.1f}{b:>13.1f}{ratio:>7.2f}")
+            plain = statistics.median(seconds(fused, q, k, v, None) for _ in range(REPEATS)) * 1e3
+            unmasked = statistics.median(seconds(explicit, q, k, v, None) for _ in range(REPEATS)) * 1e3
+            print(
+                f"{name:<42}{str(dtype).removeprefix('torch.'):<10}{a:>9.1f}{b:>13.1f}{ratio:>7.2f}"
+                f"  without a mask {plain:.1f} and {unmasked:.1f}"
+            )
+    unequal()
+
+
+def unequal() -> None:
+    """Compare a mask over padding with one call an image, in float32."""
+    for images, heads, tokens, size, lengths in UNEQUAL:
+        spans = Spans.of(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+        shown = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        mask = F.pad(shown, (tokens, 0), value=True)[:, None, None]
+        q, k, v = (torch.randn(images, tokens, heads, size, requires_grad=True) for _ in range(3))
+        context = [torch.randn(sum(lengths), heads, size, requires_grad=True) for _ in range(2)]
+        forms = Seen(slots=spans.slots, mask=mask), Seen(torch.tensor(lengths))
+        pairs = [tuple(seconds(attend, q, k, v, context, form) for form in forms) for _ in range(REPEATS + 1)][1:]
+        masked, each = (1e3 * statistics.median(column) for column in zip(*pairs))
+        ratio = statistics.median(b / a for a, b in pairs)
+        print(
+            f"{images} x {heads} x {tokens} x {size}, {sum(lengths)} context tokens, {max(lengths)} at most: "
+            f"mask {masked:.1f} ms, each {each:.1f} ms, ratio {ratio:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from train.checkpoint.run_folder import StopRequest
 from train.loop.microbatch import MicroBatch
 from train.loop.trainer import Trainer
 from train.method.sampling import DRAWING, sample
+from train.model.attend import Seen, attend
+from train.model.attend import seen as choose
+from train.model.spans import Spans
 
 CPU = torch.device("cpu")
 # relative Frobenius norms of what must be equal but for the order of sums
@@ -23,6 +26,8 @@ LOSS, GRADIENT, SAMPLE = 1e-4, 1e-3, 1e-3
 STEPS, AFTER_STEPS = 4, 2e-2  # of training; AdamW's first steps are signs, which a rounding can turn
 MUON_FP32, MUON_BF16 = 1e-3, 0.25  # of the update of one step, by what Newton-Schulz computes in
 BF16_LOSS, BF16_COSINE = 1e-2, 0.999
+PACKED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # attention to contexts side by side, and its gradients
+LENGTHS, TINY_LENGTHS = (650, 4, 137, 393), (9, 1, 4)  # context tokens of each image
 
 
 def check(setting: Setting, report: Report) -> None:
@@ -33,6 +38,7 @@ def check(setting: Setting, report: Report) -> None:
     ours, theirs = (trainer_of(config, data, device) for device in (setting.device, CPU))
     seen = kinds(theirs)
     report.note("micro-batches", f"{len(seen)}: {', '.join(sorted(_parts(seen)))}")
+    _packed(setting, report)
     _losses_and_gradients(ours, theirs, seen, report)
     _bf16(ours, theirs, seen, report)
     _muon(ours, theirs, seen[0], report)
@@ -111,6 +117,37 @@ def _bf16(ours: Trainer, theirs: Trainer, seen: list[MicroBatch], report: Report
     ours.autocast_dtype = None
     report.check(loss <= BF16_LOSS, "losses in bf16", f"{loss:.1e}", f"<= {BF16_LOSS:g}")
     report.check(cosine > BF16_COSINE, "gradients in bf16", f"cosine {cosine:.6f}", f"> {BF16_COSINE:g}")
+
+
+def _packed(setting: Setting, report: Report) -> None:
+    """Compare attention to contexts of unequal length with one mask over padding, both on the device.
+
+    On a GPU in bf16, where it is torch's varlen attention, beside fp32 of the same numbers; on a CPU in fp32.
+    """
+    dtype = torch.bfloat16 if setting.on_gpu else torch.float32
+    lengths, n, h, k = (TINY_LENGTHS, 6, 2, 16) if setting.tiny else (LENGTHS, 256, 12, 64)
+    shown = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    spans = Spans.of(shown).map(lambda tensor: tensor.to(setting.device))
+    each = Seen(torch.tensor(lengths))
+    packed = choose(spans, n, h, dtype, compiled=False) if setting.on_gpu else each
+    if packed.mask is not None:
+        report.note("attention side by side", "left out: this torch has no varlen attention")
+        return
+    mask = torch.nn.functional.pad(shown, (n, 0), value=True)[:, None, None].to(setting.device)
+    rng = generator("check", "attention")
+    shapes = [(len(lengths), n, h, k)] * 4 + [(sum(lengths), h, k)] * 2
+    drawn = [torch.from_numpy(rng.standard_normal(shape)).to(setting.device, dtype) for shape in shapes]
+    found = []
+    for form, exact in ((packed, dtype), (Seen(slots=spans.slots, mask=mask), torch.float32)):
+        weight, *tensors = [one.to(exact).requires_grad_() for one in drawn]
+        q, own_k, own_v, *context = tensors
+        output = attend(q, own_k, own_v, (context[0], context[1]), form)
+        (output * weight.detach()).sum().backward()
+        named = zip(("q", "k", "v", "context k", "context v"), tensors)
+        found.append({"output": output.detach().cpu()} | {name: one.grad.cpu() for name, one in named})
+    worst, name = apart(*found, floor=1e-3)
+    kind = "varlen" if packed.keys is not None else "image by image"
+    report.check(worst <= PACKED[dtype], f"attention {kind} in {dtype}", f"{worst:.1e} {name}", f"<= {PACKED[dtype]:g}")
 
 
 def _step(trainer: Trainer, batch: MicroBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

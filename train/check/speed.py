@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -220,23 +221,29 @@ def kind_of(operator: str) -> str:
 def _compiled(
     setting: Setting, report: Report, called: str, config: TrainConfig, data: Any, there: list[MicroBatch], eager: float
 ) -> None:
-    """Compile the blocks as ``train.compile`` does, and say what it costs and brings."""
+    """Compile the blocks as ``train.compile`` does, and for a few static shapes; say what each costs and brings."""
     if not can_compile(setting.device.type) or setting.left < SECONDS:
         report.note(f"{called}, compiled", "left out: no compiler here, or no time left")
         return
     from torch._dynamo.utils import counters
 
-    counters.clear()
-    train = config.train.model_copy(update={"compile": True})
-    trainer = trainer_of(config.model_copy(update={"train": train}), data, setting.device)
     simple = sorted(there, key=lambda batch: (len(batch.groups), batch.keep_ids is not None))
-    batches = simple[:1] if setting.tiny else there  # a graph takes a CPU as long as all else of a rehearsal
-    first = seconds_of(lambda: _steps(trainer, batches), setting.device)
-    graphs = counters["stats"]["unique_graphs"]
-    later = seconds_of(lambda: _steps(trainer, batches), setting.device)
-    rate = sum(len(batch.keys) for batch in batches) / later
-    report.note(
-        f"{called}, compiled",
-        f"{rate:.4g} images/s, {rate / eager:.3g} times eager; {graphs} graphs of {len(batches)} micro-batches took "
-        f"{first - later:.3g} s",
-    )
+    for dynamic in (True, False):
+        if setting.left < SECONDS:
+            report.note(f"{called}, compiled, dynamic={dynamic}", "left out for want of time")
+            continue
+        counters.clear()
+        torch._dynamo.reset()
+        trainer = trainer_of(config, data, setting.device)
+        trainer.model.compile_blocks(dynamic=dynamic)
+        # a graph takes a CPU as long as all else of a rehearsal
+        batches = simple[:1] if setting.tiny else there
+        first = seconds_of(partial(_steps, trainer, batches), setting.device)
+        graphs = counters["stats"]["unique_graphs"]
+        later = seconds_of(partial(_steps, trainer, batches), setting.device)
+        rate = sum(len(batch.keys) for batch in batches) / later
+        report.note(
+            f"{called}, compiled, dynamic={dynamic}",
+            f"{rate:.4g} images/s, {later / len(batches) * 1e3:.4g} ms a micro-step, {rate / eager:.3g} times eager; "
+            f"{graphs} graphs of {len(batches)} micro-batches took {(first - later) / max(1, graphs):.3g} s each",
+        )

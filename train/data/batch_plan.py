@@ -86,16 +86,6 @@ class BatchPlan:
             return self.order.batch_size
         return min(self.images, self.token_budget // self.tokens(scaled_size(bucket, scale)))
 
-    def batch_sizes(self, bucket: str, scale: float) -> set[int]:
-        """Return every number of images that a micro-batch of a bucket may have."""
-        if self.token_budget is None:
-            return {self.order.batch_size}
-        most, sizes = self.most_images(bucket, scale), set()
-        for images in range(self.order.batch_size, self.images + 1, self.order.batch_size):
-            pieces = -(-images // most)
-            sizes |= {images // pieces, -(-images // pieces)}
-        return sizes
-
     def describe(self, steps: int) -> list[str]:
         """Say in which micro-batches a run of so many steps sees its samples, as far as it is not plain."""
         sizes, lines = self.order.sizes, []

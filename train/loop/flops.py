@@ -3,12 +3,14 @@
 A multiply-add is two; a forward pass and its backward pass count together. Context tokens count; tokens that routing or
 a dropped condition leaves out do not. What activation checkpointing computes again counts once, as in model FLOPs
 utilisation (Chowdhery et al., arXiv 2204.02311, appendix B); neither the optimiser nor elementwise arithmetic counts.
+Of context tokens those count that an image has, not what it is padded with.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import Features
 from train.model.network import NanoDiT
+from train.model.spans import Spans
 
 META = torch.device("meta")
 Argument = Tensor | Conditions | None
@@ -66,21 +69,31 @@ class FlopCounter:
     def __init__(self, counts: Mapping[str, Callable[..., int]]) -> None:
         self._counts = counts
         self._noted: Counter[Any] = Counter()  # images by the shape of a call
+        self._context: Counter[Any] = Counter()  # context tokens of these images, where the call says which count
         self._calls: dict[Any, tuple[str, list[Argument]]] = {}  # an example of each shape, of one image
-        self._flops: dict[Any, int] = {}  # of one image: all that is counted grows with the images of a batch
+        self._flops: dict[
+            Any, tuple[int, int]
+        ] = {}  # of one image: all that is counted grows with the images of a batch
 
     def note(self, name: str, images: int, *arguments: Argument) -> None:
         """Remember a forward and backward pass of ``images`` images; cheap, and never waits for a device."""
-        self._noted[self._remember(name, arguments)] += images
+        shape = self._remember(name, arguments)
+        self._noted[shape] += images
+        for spans in _spans(arguments):
+            self._context[shape] += sum(spans.lengths)
 
     def of_one(self, name: str, *arguments: Argument) -> int:
         """Return the FLOPs of one image of such a call, which is not added up."""
-        return self._count(self._remember(name, arguments))
+        return self._count(self._remember(name, arguments))[0]
 
     def take(self) -> int:
         """Return the FLOPs of what was noted since the last call; a shape not seen before costs some milliseconds."""
-        total = sum(self._count(shape) * images for shape, images in self._noted.items())
+        total = 0
+        for shape, images in self._noted.items():
+            of_image, of_token = self._count(shape)
+            total += of_image * images + of_token * self._context[shape]
         self._noted.clear()
+        self._context.clear()
         return total
 
     def _remember(self, name: str, arguments: Sequence[Argument]) -> Any:
@@ -89,10 +102,15 @@ class FlopCounter:
             self._calls[shape] = name, [_on_meta(argument) for argument in arguments]
         return shape
 
-    def _count(self, shape: Any) -> int:
+    def _count(self, shape: Any) -> tuple[int, int]:
+        """Return the FLOPs of an image, and those of a context token where the call says which count."""
         if shape not in self._flops:
             name, arguments = self._calls[shape]
-            self._flops[shape] = self._counts[name](*arguments)
+            if any(_spans(arguments)):  # what a token adds is the same for each
+                none, one = (self._counts[name](*_with_context(arguments, tokens)) for tokens in (0, 1))
+                self._flops[shape] = none, one - none
+            else:
+                self._flops[shape] = self._counts[name](*arguments), 0
         return self._flops[shape]
 
 
@@ -105,15 +123,26 @@ def flop_counter(model: NanoDiT, losses: Iterable[Loss], count: Callable[..., An
     return FlopCounter(counts)
 
 
+def _spans(arguments: Sequence[Argument]) -> list[Spans]:
+    return [one.spans for one in arguments if isinstance(one, Conditions) and one.spans]
+
+
+def _with_context(arguments: Sequence[Argument], tokens: int) -> list[Argument]:
+    """Return the arguments with so many context tokens that count."""
+    spans = Spans.equal(1, tokens, META)
+    return [replace(one, spans=spans) if isinstance(one, Conditions) else one for one in arguments]
+
+
 def _shape(argument: Argument) -> Any:
     if isinstance(argument, Conditions):
-        return tuple((name, tensor.shape[1:]) for name, tensor in argument.tensors.items())
+        shapes = tuple((name, tensor.shape[1:]) for name, tensor in argument.tensors.items())
+        return shapes, argument.spans is not None
     return None if argument is None else argument.shape[1:]
 
 
 def _on_meta(argument: Argument) -> Argument:
     if isinstance(argument, Conditions):
-        return argument.map(_on_meta)
+        return replace(argument.map(_on_meta), spans=argument.spans and Spans.equal(1, 1, META))
     if argument is None:
         return None
     size = (1, *argument.shape[1:])

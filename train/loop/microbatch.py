@@ -30,6 +30,8 @@ from train.method.flow import timesteps
 from train.method.loss import Drawn, Later, Loss
 from train.method.schedule import Course
 from train.model.conditions import Conditions, Subset, pack
+from train.model.context import find_spans, token_counts
+from train.model.modalities import present
 from train.model.tread import draw_keep_ids
 
 MIN_GROUP = 8  # images of one condition subset that are worth a forward of their own
@@ -139,6 +141,7 @@ class MicroBatches:
         train = config.train
         self.course = Course((train.steps,))
         self.order = Order(data.sizes, train.batch_size, config.seed)
+        self.modalities = present(data.info["layers"])
         self.losses: Collection[Loss] = ()  # that have something to prepare
         self.noise: Kind = "host"  # who draws it
         self.plan = BatchPlan(
@@ -190,7 +193,8 @@ class MicroBatches:
                 shift=config.flow.shift_of(*size), t=t[group].tolist(), subsets=subsets[group], conditions=seen,
                 generator_of=lambda purpose, i, own=own: generator(config.seed, purpose, step, own[i]),
             )  # fmt: skip
-            groups.append(Group(group, seen.keeping(subsets[group]), self._prepared(drawn)))
+            given = self._with_spans(seen.keeping(subsets[group]), rows[0])
+            groups.append(Group(group, given, self._prepared(drawn)))
         keep_ids = self._keep_ids(index, images, *size)
         mirror = torch.tensor(flips) if any(flips) else None
         tensors = x, noise, torch.from_numpy(t), groups, keep_ids
@@ -203,6 +207,12 @@ class MicroBatches:
         if share == 0:
             return [False] * len(rows)
         return [draw_flip(seed, step, i, share) and self.data.flippable(row) for i, row in zip(images, rows)]
+
+    def _with_spans(self, conditions: Conditions, row: Row) -> Conditions:
+        """Say which context tokens count, so that no device is asked; ``row`` is of the bucket of the images."""
+        return replace(
+            conditions, spans=find_spans(conditions, self.modalities, token_counts(conditions, self.config.model, row))
+        )
 
     def _prepared(self, drawn: Drawn) -> dict[str, Any]:
         makers = {loss.needs: loss for loss in self.losses if loss.needs}
@@ -252,10 +262,3 @@ def split(subsets: Sequence[Subset]) -> list[slice]:
             groups.append(slice(start, stop))
         mixed = small
     return groups
-
-
-def group_sizes(images: int, subsets: int) -> set[int]:
-    """Return every number of images that a group of a micro-batch, dealt from a table of so many subsets, may have."""
-    if subsets == 1 or images <= MIN_GROUP:
-        return {images}
-    return {*range(1, images - MIN_GROUP + 1), *range(MIN_GROUP, images + 1)}

@@ -96,7 +96,7 @@ class Trainer:
         self.splitter = Splitter(self.model.parameters(), losses, device)
         self.sender, self.waits = Sender(device), DataWait(device)
         self.model.checkpoint_every = config.train.checkpoint_every
-        compile_if_asked(self.model, self.batches, device)
+        compile_if_asked(self.model, config.train.compile, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ema = EMA(self.model, self._ema_decay)
         self.power = PowerAverages(self.model, config.ema)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanodit.errors import ConfigError
 from prep.dataset.quantise import GROUP, Quantised
 from train.model.modalities import MODALITIES, Stored
+from train.model.spans import Spans
 
 TEXT_MULTIPLE = 32  # text is padded to a multiple of this within a micro-batch, so that few shapes occur
 
@@ -53,11 +54,13 @@ class Conditions:
     ``keep`` (B, modalities) says which of ``MODALITIES`` each image keeps. ``tensors`` holds their features by name:
     text (B, L, width) with text_mask (B, L), True at real tokens; cls (B, DINO width); patches (B, h, w, DINO width);
     pose (B, 133, 3) with x, y in [-1, 1] and confidence. Each is an attribute, too, and None where no image keeps it.
-    As :func:`pack` leaves them they have the dtypes that are stored, until they are :meth:`unpacked`.
+    As :func:`pack` leaves them they have the dtypes that are stored, until they are :meth:`unpacked`. ``spans`` says
+    which context tokens count, where that is known (:func:`train.model.context.find_spans`).
     """
 
     keep: Tensor
     tensors: Mapping[str, Tensor]
+    spans: Spans | None = None
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -83,7 +86,8 @@ class Conditions:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditions:
         """Apply ``function`` to every tensor."""
-        return Conditions(function(self.keep), {name: function(tensor) for name, tensor in self.tensors.items()})
+        tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        return Conditions(function(self.keep), tensors, self.spans and self.spans.map(function))
 
     def unpacked(self) -> Conditions:
         """Return these conditions with all features in float32, computed on the device where they lie."""
@@ -98,7 +102,7 @@ class Conditions:
                 tensors[name] = tensor.float() * scales[..., : tensor.shape[-1]]
             else:
                 tensors[name] = tensor.float()
-        return Conditions(self.keep, tensors)
+        return Conditions(self.keep, tensors, self.spans)
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move every tensor."""
@@ -106,7 +110,8 @@ class Conditions:
 
     def select(self, indices: Sequence[int] | slice | Tensor) -> Conditions:
         """Return the conditions of some of the images."""
-        return self.map(lambda tensor: tensor[indices])
+        select = lambda tensor: tensor[indices]  # noqa: E731
+        return Conditions(self.keep, self.tensors).map(select)
 
     def keeping(self, subset: Iterable[str] | Sequence[Subset]) -> Conditions:
         """Keep ``subset`` for all images, or the i-th of a list of subsets for image i; waits for a GPU it lies on.

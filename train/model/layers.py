@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.hardware import autocast
+from train.hardware import autocast, for_matmul
+from train.model.attend import Seen, attend
 
 ROPE_THETA = 100.0
 
@@ -29,7 +30,8 @@ def _rms_norm(x: Tensor) -> Tensor:
 
 
 def _modulate(x_bnd: Tensor, shift_bd: Tensor, scale_bd: Tensor) -> Tensor:
-    return torch.addcmul(shift_bd.unsqueeze(1), _rms_norm(x_bnd), 1 + scale_bd.unsqueeze(1))
+    """Normalise, scale and shift, in the dtype of the matrices that follow: each of them would cast by itself."""
+    return for_matmul(torch.addcmul(shift_bd.unsqueeze(1), _rms_norm(x_bnd), 1 + scale_bd.unsqueeze(1)))
 
 
 def grid_positions(rows: int, columns: int, base_grid: float, device: torch.device | str = "cpu") -> Tensor:
@@ -56,10 +58,10 @@ def rope(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x_bhnk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + k/2) by the angles of :func:`rope`; cos and sin broadcast over (b, h, n, k/2)."""
-    a, b = x_bhnk.chunk(2, dim=-1)
-    cos, sin = cos.to(x_bhnk.dtype), sin.to(x_bhnk.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + k/2) of x (..., h, k) by the angles of :func:`rope`; cos and sin broadcast."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -97,34 +99,25 @@ class Attention(nn.Module):
         head_size = hidden_size // num_heads
         self.q_norm, self.k_norm, self.context_k_norm = (nn.Parameter(torch.ones(head_size)) for _ in range(3))
 
-    def _heads(self, x_bnd: Tensor) -> Tensor:
-        return x_bnd.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
-    def context_kv(self, tokens_bmd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the context, (b, h, m, k) each; they depend on neither t nor z."""
-        k = _qk_norm(self._heads(self.context_k(tokens_bmd)), self.context_k_norm)
-        return rotate(k, cos, sin), self._heads(self.context_v(tokens_bmd))
+    def context_kv(self, tokens_md: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the context, (M, h, k) each; they depend on neither t nor z."""
+        tokens_md = for_matmul(tokens_md)
+        k = _qk_norm(self._heads(self.context_k(tokens_md)), self.context_k_norm)
+        return rotate(k, cos, sin), self._heads(self.context_v(tokens_md))
 
-    def forward(self, x_bnd: Tensor, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """Read the image tokens (b, n, d) and the context's kv; mask (b, 1, 1, n + m) is True where a key counts."""
+    def forward(self, x_bnd: Tensor, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+        """Read the image tokens (b, n, d) and the context's kv, of which each image sees its own."""
         q = rotate(_qk_norm(self._heads(self.q(x_bnd)), self.q_norm), cos, sin)
         k = rotate(_qk_norm(self._heads(self.k(x_bnd)), self.k_norm), cos, sin)
         v = self._heads(self.v(x_bnd))
-        k, v = torch.cat((k, kv[0].to(k.dtype)), dim=2), torch.cat((v, kv[1].to(v.dtype)), dim=2)
-        return self.out(_attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, (kv[0].to(k.dtype), kv[1].to(v.dtype)), seen).flatten(2))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # in bfloat16 on a CPU the fused kernel is the slower one, and torch.compile cannot fuse into it
-    # (tests/benchmarks/attention.py)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
-
-
-def _qk_norm(x_bhnk: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x_bhnk, x_bhnk.shape[-1:], weight.to(x_bhnk.dtype))
+def _qk_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return for_matmul(F.rms_norm(x, x.shape[-1:], weight.to(x.dtype)))
 
 
 class SwiGLU(nn.Module):
@@ -159,11 +152,11 @@ class Block(nn.Module):
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         context: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor,
+        seen: Seen,
         kv: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         kv = self.attention.context_kv(*context) if kv is None else kv
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.offset).chunk(6, dim=1)
-        attended = self.attention(_modulate(x_bnd, shift_a, scale_a), *rope, kv, mask)
+        attended = self.attention(_modulate(x_bnd, shift_a, scale_a), *rope, kv, seen)
         x_bnd = x_bnd + gate_a.unsqueeze(1) * attended
         return x_bnd + gate_m.unsqueeze(1) * self.mlp(_modulate(x_bnd, shift_m, scale_m))

@@ -44,12 +44,11 @@ class Grid(NamedTuple):
 class Tokens:
     """A modality's context tokens: x (b, m, d) without their role.
 
-    ``mask`` (b, m) or (b, 1) is True where a token counts (None: all), ``positions`` (b or 1, m, 2) are in grid units
-    (None: the centre), and ``nothing`` (d,) is the one token of an image whose features say that there is nothing.
+    ``positions`` (b or 1, m, 2) are in grid units (None: the centre), and ``nothing`` (d,) is the one token of an image
+    whose features say that there is nothing (:attr:`Modality.present`).
     """
 
     x: Tensor
-    mask: Tensor | None = None
     positions: Tensor | None = None
     nothing: Tensor | None = None
 
@@ -73,12 +72,13 @@ class Modality:
     count: Callable[[ModelConfig, Row, int], int]
     # the network's shape, width -> layers and parameters of the context encoder by name, in the order they are drawn in
     parts: Callable[[ModelConfig, int], dict[str, nn.Module | nn.Parameter]]
-    # the context encoder, features (b, ...), their mask if ragged, grid -> tokens
-    tokens: Callable[[Any, Tensor, Tensor | None, Grid], Tokens]
+    # the context encoder, features (b, ...), grid -> tokens
+    tokens: Callable[[Any, Tensor, Grid], Tokens]
     width: int | None = None  # of the features; None: what dataset.json says of the layer
     ragged: bool = False  # of another length in each image: padded in a batch, with a mask (b, L)
     value_bytes: int = 4  # of a feature as it is stored
     quantised: bool = False  # stored with a scale for every group of channels
+    present: Callable[[Tensor], Tensor] | None = None  # features -> (b,), False where they say that there is nothing
     mirror: Callable[[np.ndarray], np.ndarray] | None = None  # None: the dataset stores those of the mirrored crop
     guidance: str | None = None  # the scale of guidance that it belongs to; None: one of its own name
 
@@ -91,6 +91,12 @@ class Modality:
     def scale(self) -> str:
         """The name of its scales among the tensors of a batch, where it is quantised and not unpacked yet."""
         return f"{self.name}_scale"
+
+    def real(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Say which tokens count of an image that keeps it, (b, m) or (b, 1); None: all."""
+        if self.ragged:
+            return tensors[self.mask]
+        return None if self.present is None else self.present(tensors[self.name]).unsqueeze(1)
 
     def stored_bytes(self, row: Row, width: int, length: int) -> int:
         """Return what one image's features take in memory."""
@@ -123,8 +129,8 @@ def _text_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Par
     }
 
 
-def _text_tokens(net: Any, text: Tensor, mask: Tensor | None, grid: Grid) -> Tokens:
-    return Tokens(net.text(_layer_norm(text)) + net.text_order[: text.shape[1]], mask)
+def _text_tokens(net: Any, text: Tensor, grid: Grid) -> Tokens:
+    return Tokens(net.text(_layer_norm(text)) + net.text_order[: text.shape[1]])
 
 
 def _cls_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Parameter]:
@@ -136,7 +142,7 @@ def _cls_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Para
     }
 
 
-def _cls_tokens(net: Any, cls: Tensor, mask: Tensor | None, grid: Grid) -> Tokens:
+def _cls_tokens(net: Any, cls: Tensor, grid: Grid) -> Tokens:
     return Tokens(net.cls(_layer_norm(cls)).unsqueeze(1))
 
 
@@ -144,7 +150,7 @@ def _patches_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.
     return {"patches": _linear(width, config.hidden_size, bias=True)}
 
 
-def _patches_tokens(net: Any, patches: Tensor, mask: Tensor | None, grid: Grid) -> Tokens:
+def _patches_tokens(net: Any, patches: Tensor, grid: Grid) -> Tokens:
     pooled = _pool(patches, net.config.context_patches)
     x = net.patches(_layer_norm(pooled.flatten(1, 2)))
     return Tokens(x, positions=_cells(pooled.shape[1:3], *grid, x.device).unsqueeze(0))
@@ -184,8 +190,11 @@ def _pose_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Par
     }
 
 
-def _pose_tokens(net: Any, pose: Tensor, mask: Tensor | None, grid: Grid) -> Tokens:
-    person = (pose[..., 2] > 0).any(1, keepdim=True)
+def _pose_present(pose: Tensor) -> Tensor:
+    return (pose[..., 2] > 0).any(1)
+
+
+def _pose_tokens(net: Any, pose: Tensor, grid: Grid) -> Tokens:
     pose = pose[:, : net.config.context_joints]
     xy, confidence = pose[..., :2], pose[..., 2:].clamp(0, 1)
     found = confidence >= NULL_JOINT_CONFIDENCE
@@ -200,7 +209,7 @@ def _pose_tokens(net: Any, pose: Tensor, mask: Tensor | None, grid: Grid) -> Tok
     span = torch.stack((xy.new_full((), ratio), xy.new_full((), inverse))) * grid.base / 2
     x = x + net.pose_position(waves) + net.joint
     # "no person" is a statement about the image, a dropped pose is not
-    return Tokens(x, person, xy.flip(-1) * span, nothing=net.no_person)
+    return Tokens(x, xy.flip(-1) * span, nothing=net.no_person)
 
 
 # By name, in the order of the context tokens. A new one goes to the end: see ``SHARED_ROWS`` of the context encoder.
@@ -229,7 +238,7 @@ MODALITIES: dict[str, Modality] = {
             "pose", layer="pose", option="--pose", networks="DWPose", read=_stored("pose"), width=3, mirror=flip_pose,
             shape=lambda row, width, length: (JOINTS, width),
             count=lambda config, row, length: config.context_joints,
-            parts=_pose_parts, tokens=_pose_tokens,
+            parts=_pose_parts, tokens=_pose_tokens, present=_pose_present,
         ),
     )
 }  # fmt: skip

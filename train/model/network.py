@@ -1,6 +1,7 @@
 """NanoDiT: a diffusion transformer on pixel patches, conditioned on text, DINO features and pose.
 
-Shape letters: b images, n image tokens, m context tokens, d hidden size, h heads, k head size, p patch size.
+Shape letters: b images, n image tokens, m context tokens of an image with padding, M those of the batch that count, d
+hidden size, h heads, k head size, p patch size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from train.hardware import matmul_dtype
+from train.model.attend import Seen, seen
 from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.context import Context, ContextEncoder
@@ -26,11 +29,6 @@ def _tag(module: nn.Module, group: str) -> None:
         parameter.optimizer_group = group
 
 
-def _key_mask(context_mask: Tensor, tokens: int) -> Tensor:
-    """Return (b, 1, 1, n + m), True where a key counts: every image token, and the context tokens of the mask."""
-    return F.pad(context_mask, (tokens, 0), value=True)[:, None, None]
-
-
 class NanoDiT(nn.Module):
     """z (b, 3, H, W), t (b,) and conditions to x (or v), float32 (b, 3, H, W); H, W are multiples of the patch size.
 
@@ -43,6 +41,7 @@ class NanoDiT(nn.Module):
         self.config, self.features, self.route = config, features, route
         self.base_grid = features.base / p
         self.checkpoint_every = 0  # in training, blocks 0, k, 2 k, ... are recomputed in the backward pass
+        self.compiled = False
         self.repa_head: nn.Module | None = None  # the trainer's
         self._rope_cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -66,26 +65,26 @@ class NanoDiT(nn.Module):
                 if isinstance(layer, nn.Linear):
                     layer.weight.optimizer_group = "muon"
 
-    def compile_blocks(self, *, dynamic: bool) -> None:
-        """Compile each block's forward in place; parameter names stay as they are.
+    def compile_blocks(self, *, dynamic: bool = True) -> None:
+        """Compile each block's forward in place, for all shapes from the first; parameter names stay as they are.
 
         Never torch's default, which decides about dynamic shapes from the shapes seen before, so that a resumed run
-        would compute with other kernels than an uninterrupted one. Static shapes need room for a graph each
-        (:func:`train.loop.compiling.allow_graphs`).
+        would compute with other kernels than an uninterrupted one. ``dynamic=False`` is for measurements: a graph for
+        every shape.
         """
-        if dynamic:
-            # after 8 graphs torch would run new shapes uncompiled: what computes a shape would depend on its turn
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+        # after 8 graphs torch would run new shapes uncompiled: what computes a shape would depend on its turn
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+        self.compiled = True
         for block in self.blocks:
             block.compile(dynamic=dynamic)
 
     def encode_context(self, conditions: Conditions, height: int, width: int, *, cache: bool = False) -> Context:
         """Encode conditions for images of this size; with ``cache`` (sampling) also every block's keys and values."""
         rows, columns = height // self.config.patch_size, width // self.config.patch_size
-        tokens, mask, positions, cls = self.context(conditions, rows, columns, self.base_grid)
+        tokens, positions, spans, cls = self.context(conditions, rows, columns, self.base_grid)
         cos, sin = rope(positions.unsqueeze(1), self.config.hidden_size // self.config.num_heads)
         kv = tuple(block.attention.context_kv(tokens, cos, sin) for block in self.blocks) if cache else None
-        return Context(tokens, mask, cos, sin, cls, kv)
+        return Context(tokens, spans, cos, sin, cls, kv)
 
     def forward(
         self,
@@ -104,13 +103,13 @@ class NanoDiT(nn.Module):
         if isinstance(context, Conditions):
             context = self.encode_context(context, height, width)
         image_rope = self._image_rope(rows, columns, z.device)
-        everything = image_rope, _key_mask(context.mask, rows * columns)
+        everything = image_rope, self._seen(context, rows * columns)
         routed = range(0)
         if keep_ids is not None:
             if not self.route:
                 raise ValueError("keep_ids: this model was built without routed blocks")
             routed = self.route
-            kept = tuple(wave[keep_ids].unsqueeze(1) for wave in image_rope), _key_mask(context.mask, keep_ids.shape[1])
+            kept = tuple(wave[keep_ids] for wave in image_rope), self._seen(context, keep_ids.shape[1])
 
         x = F.pixel_unshuffle(z.float(), p).flatten(2).transpose(1, 2)  # (b, n, 3 p p)
         # the residual stream stays in float32; autocast would start it in bfloat16 and the first gate would end that
@@ -121,8 +120,8 @@ class NanoDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if routed and i == routed[0]:
                 passing, x = x, take(x, keep_ids)
-            token_rope, mask = kept if i in routed else everything
-            arguments = (x, modulation, token_rope, encoded, mask, context.kv[i] if context.kv else None)
+            token_rope, visible = kept if i in routed else everything
+            arguments = (x, modulation, token_rope, encoded, visible, context.kv[i] if context.kv else None)
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -138,11 +137,15 @@ class NanoDiT(nn.Module):
             x = x + self.output_conv(x).float()
         return (x, projected) if project else x
 
+    def _seen(self, context: Context, tokens: int) -> Seen:
+        dtype = matmul_dtype(context.tokens.device, self.patch_embedding.weight.dtype)
+        return seen(context.spans, tokens, self.config.num_heads, dtype, self.compiled)
+
     def _image_rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (rows, columns, device)
         if key not in self._rope_cache:
             positions = grid_positions(rows, columns, self.base_grid, device)
-            self._rope_cache[key] = rope(positions, self.config.hidden_size // self.config.num_heads)
+            self._rope_cache[key] = rope(positions.unsqueeze(1), self.config.hidden_size // self.config.num_heads)
         return self._rope_cache[key]
 
 

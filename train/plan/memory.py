@@ -68,9 +68,10 @@ def _storages(values: Any) -> Iterable[torch.UntypedStorage]:
 
 
 class _Attention(torch.autograd.Function):
-    """The memory of the memory-efficient kernel: it keeps its input, its output and a number for each query and head.
+    """The memory of a fused kernel: it keeps its input, its output and a number for each query and head.
 
-    Source: the entry of ``_scaled_dot_product_efficient_attention`` in torch's ``derivatives.yaml``.
+    Source: the entries of ``_scaled_dot_product_flash_attention`` and ``_efficient_attention`` in torch's
+    ``derivatives.yaml``; so does :mod:`torch.nn.attention.varlen`.
     """
 
     @staticmethod
@@ -116,6 +117,22 @@ class LikeGpu(TorchFunctionMode):
     def __init__(self, bf16: bool) -> None:
         super().__init__()
         self.bf16 = bf16
+        self._before: list[tuple[bool, torch.dtype]] = []
+
+    def __enter__(self) -> LikeGpu:
+        """Begin; matrices that several layers read are then cast once for all, as on a GPU."""
+        self._before.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")))
+        if self.bf16:
+            torch.set_autocast_enabled("cuda", True)
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        enabled, dtype = self._before.pop()
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+        super().__exit__(*error)
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
         keywords = keywords or {}

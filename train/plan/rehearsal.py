@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, product
 from operator import getitem
@@ -34,6 +34,7 @@ from train.loop.trainer import Trainer
 from train.model.conditions import Conditions, padded_length
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
+from train.model.spans import Spans
 
 
 class StandIn:
@@ -99,7 +100,7 @@ class Shapes:
     """What sizes of a micro-batch depend on: caption tokens, and of each bucket a row, whose features are as large."""
 
     longest_text: int  # padded
-    mean_text: int  # padded
+    mean_text: int
     rows: dict[str, Row]
     features: Features
 
@@ -109,7 +110,7 @@ class Shapes:
         features = Features.from_dataset(info)
         tokens = [row["t5_tokens"] for row in rows] if "text" in features.modalities else [0]
         one_of_each = {row["bucket"]: row for row in rows}
-        return cls(padded_length(max(tokens)), padded_length(sum(tokens) / len(tokens)), one_of_each, features)
+        return cls(padded_length(max(tokens)), round(sum(tokens) / len(tokens)), one_of_each, features)
 
     def conditions(self, bucket: str, images: int, text_tokens: int, device: torch.device) -> Conditions:
         """Return everything that images of a bucket can be conditioned on, without content."""
@@ -201,6 +202,7 @@ def full_batch(
     tread, keep_ids = config.tread, None
     if tread.enabled and (tread.tail_routed == 1 or round(tread.dense_tail * config.train.steps) == 0):
         keep_ids = torch.arange(tread.kept(rows * columns), device=device).repeat(images, 1)
+    conditions = replace(conditions, spans=Spans.equal(images, shapes.context_tokens(config.model, bucket), device))
     group = Group(slice(0, images), conditions, prepared)
     subset = frozenset(shapes.features.modalities)
     x, noise, t = zeros(3, height, width), zeros(3, height, width), zeros() + 0.5

@@ -1,125 +1,129 @@
-"""A graph for each static shape: which shapes a run has, and that none of them is left uncompiled."""
+"""Compiled blocks: a handful of graphs serve every shape of a long run, and where torch stops it is said."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from prep.dataset.reader import Dataset
-from tests.train.tiny import tiny_config
-from train.loop.compiling import (
-    MANY_GRAPHS,
-    allow_graphs,
-    coming_shapes,
-    compile_blocks,
-    describe,
-    possible_shapes,
-    unions,
-)
-from train.loop.microbatch import MIN_GROUP, group_sizes, split
+import nanodit
+from nanodit.config import load_config
+from nanodit.rng import generator
+from prep.config import PrepConfig
+from tests.train.loop.test_trainer import make
+from train.config import TrainConfig
+from train.loop.compiling import say_where_it_stops
+from train.loop.flops import META
+from train.loop.microbatch import deal_subsets, split
 from train.loop.trainer import Trainer
+from train.model.conditions import pack
+from train.model.context import Context
+from train.model.spans import Spans
+from train.plan.memory import meta_trainer
+from train.plan.rehearsal import StandIn
 
-OPTIONS = {
-    "plain": ("conditioning.preset=default",),
-    "everything": (
-        "conditioning.preset=default", "train.batch_size=2", "train.grad_accumulation_steps=9", "model.patch_size=4",
-        "train.token_budget=2500", "train.phases=[{until_step: 2, scale: 0.5}]", "data.flip=0.5",
-        "tread.enabled=true", "tread.start=0", "tread.end=0", "model.context_patches=16", "model.context_joints=23",
-    ),
-    "large": ("conditioning.preset=default", "train.batch_size=24", "train.grad_accumulation_steps=1"),
-    "one subset": ("conditioning.preset=null", "conditioning.table={text: 1.0}", "train.batch_size=12"),
-}  # fmt: skip
-
-
-def make(dataset, folder, *overrides) -> Trainer:
-    config = tiny_config(dataset, folder / "run", "data.prefetch=0", "train.steps=40", *overrides)
-    config.run_folder.mkdir(exist_ok=True)
-    return Trainer(config, Dataset(dataset), torch.device("cpu"))
+STEPS, GRAPHS = 100, 10
+CONFIGS = Path(nanodit.__file__).parent / "configs"
+NARROW = (
+    "model.hidden_size=32", "model.num_heads=2", "model.depth=2", "model.bottleneck=16", "tread.start=1",
+    "tread.end=1", "repa.enabled=false", "perceptual.every=0",
+)  # fmt: skip
 
 
-def seen_shapes(trainer: Trainer, steps: int) -> set[tuple[int, int, int]]:
-    """What the blocks really get in the first so many steps."""
-    shapes, meta = set(), torch.device("meta")
-    for block in trainer.model.to(meta).blocks:
-        block.register_forward_pre_hook(lambda _, inputs: shapes.add((*inputs[0].shape[:2], inputs[3][0].shape[1])))
-    for number in chain.from_iterable(map(trainer.batches.plan.numbers, range(steps))):
-        batch = trainer.batches.make(number).to(meta)
-        for part in batch.groups:
-            keep_ids = None if batch.keep_ids is None else batch.keep_ids[part.images]
-            trainer.model(batch.x[part.images], batch.t[part.images], part.conditions, keep_ids)
-    return shapes
+class Graphs:
+    """A backend of torch.compile that counts graphs; a block then gives back what it is given, and computes nothing."""
 
+    def __init__(self) -> None:
+        self.count = 0
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_every_shape_that_comes_was_foreseen(tiny_dataset, tmp_path, options):
-    trainer = make(tiny_dataset, tmp_path, *OPTIONS[options])
-    modalities = trainer.model.features.modalities
-    foreseen = coming_shapes(trainer.batches, modalities, 5)
-    assert foreseen <= possible_shapes(trainer.batches, modalities)
-    assert seen_shapes(trainer, 5) == foreseen
-
-
-def test_parts_of_every_size_and_no_other():
-    a, b, c = "abc"
-    for images in (1, MIN_GROUP, MIN_GROUP + 1, 20):
-        found = set()
-        for first in range(images + 1):
-            for second in range(images - first + 1):
-                subsets = [a] * first + [b] * second + [c] * (images - first - second)
-                found |= {part.stop - part.start for part in split(subsets)}
-        assert found == group_sizes(images, 3)
-        assert group_sizes(images, 1) == {images}
-
-
-def test_unions():
-    text, pose, both = frozenset({"text"}), frozenset({"pose"}), frozenset({"text", "pose"})
-    assert unions([text, pose]) == {text, pose, both}
-    assert unions([both]) == {both}
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., tuple[Tensor]]:
+        self.count += 1
+        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        (place,) = [i for i, name in enumerate(names) if name.lower() == "l_x_bnd_"]
+        return lambda *given: (given[place],)
 
 
 @pytest.fixture
-def dynamo(monkeypatch):
-    """Dynamo as it is, its graphs run by PyTorch itself: compiling them would take seconds each."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+def graphs(monkeypatch) -> Iterator[Graphs]:
+    counter = Graphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     # not monkeypatch, whose undoing hides the key from torch itself
-    with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=3):
-        yield torch._dynamo.utils.counters
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield counter
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
-def test_every_static_shape_is_compiled_and_its_number_said(tiny_dataset, tmp_path, dynamo, capsys):
-    options = (*OPTIONS["everything"], "train.gradient_checkpointing=2")
-    trainer = make(tiny_dataset, tmp_path, *options)
-    compile_blocks(trainer.model, trainer.batches, dynamic=False)
-    for number in chain.from_iterable(map(trainer.batches.plan.numbers, range(2))):
-        trainer.micro_step(trainer.batches.make(number))
-    coming = coming_shapes(trainer.batches, trainer.model.features.modalities, 2)
-    assert dynamo["stats"]["unique_graphs"] == len(coming) > 8
-    told = capsys.readouterr().out
-    assert re.search(r"compile: \d+ shapes of blocks in the first 40 steps.*\d+ at most", told)
-    assert "is reached" not in told
+class Captions(StandIn):
+    """The dataset of production, with captions of every length in each bucket."""
+
+    def rows(self, split: str) -> list[dict]:
+        rng, rows = generator("captions"), []
+        for row in super().rows(split):
+            lengths = rng.normal(220, 60, 200).clip(8, 512).astype(int).tolist()
+            rows += [row | {"key": f"{len(rows) + i:032x}", "t5_tokens": n} for i, n in enumerate(lengths)]
+        return rows
 
 
-def test_a_limit_that_is_reached_is_said(tiny_dataset, tmp_path, dynamo, capfd):
-    trainer = make(tiny_dataset, tmp_path, *OPTIONS["plain"])
-    allow_graphs(0)
-    assert torch._dynamo.config.recompile_limit == 3, "never lowered"
-    trainer.model.compile_blocks(dynamic=False)
-    for number in range(12):
-        trainer.micro_step(trainer.batches.make(number))
-    assert dynamo["stats"]["unique_graphs"] == 3
+def forwards(trainer: Trainer, steps: int) -> Iterator[tuple[tuple[int, int], int | None, Spans]]:
+    """Size, kept tokens and context tokens of every forward of a run's first so many steps; no sample is read."""
+    config, batches = trainer.config, trainer.batches
+    for step in range(steps):
+        cuts, rng = batches.plan.of_step(step), generator(config.seed, "conditions", step)
+        dealt = deal_subsets(batches.table, [len(cut.images) for cut in cuts], rng)
+        for index, cut, subsets in zip(batches.plan.numbers(step), cuts, dealt):
+            rows, kept = batches.data.select(cut), None
+            if config.tread.routes(*batches.course.within(step), generator(config.seed, "routed", index)):
+                kept = config.tread.kept(batches.plan.tokens(cut.size))
+            for part in split(subsets):
+                features = {
+                    "text": [np.empty((row["t5_tokens"], 1), np.float16) for row in rows[part]],
+                    "cls": [np.empty(1, np.float32)] * len(rows[part]),
+                    "patches": [np.empty((rows[0]["dino_h"], rows[0]["dino_w"], 1), np.int8)] * len(rows[part]),
+                    "pose": [np.ones((133, 3), np.float32)] * len(rows[part]),
+                }
+                given = pack(count=len(rows[part]), **features).keeping(subsets[part])
+                yield cut.size, kept, batches._with_spans(given, rows[0]).spans
+
+
+@pytest.mark.slow
+def test_ten_graphs_serve_a_hundred_steps_of_production(graphs):
+    config = load_config(TrainConfig, CONFIGS / "train/production.yaml", list(NARROW))
+    prep = load_config(PrepConfig, CONFIGS / "prep/production.yaml", ["source=."])
+    trainer = meta_trainer(config, Captions(prep))
+    model = trainer.model
+    model.compile_blocks()
+    shapes = set()
+    for (width, height), kept, spans in forwards(trainer, STEPS):
+        images, tokens = len(spans.lengths), sum(spans.lengths)
+        shape = width, height, kept, images, tokens, spans.are_equal
+        if shape in shapes:  # an equal one finds its graph
+            continue
+        shapes.add(shape)
+        with META:
+            x, waves = torch.empty(tokens, 32, requires_grad=True), torch.empty(tokens, 1, 8)
+            cls = torch.empty(images, 32, requires_grad=True)
+            context = Context(x, spans.map(lambda tensor: tensor.to(META)), waves, waves, cls)
+            keep_ids = None if kept is None else torch.empty(images, kept, dtype=torch.int64)
+            model(torch.empty(images, 3, height, width), torch.empty(images), context, keep_ids)
+    print(f"{len(shapes)} shapes, {graphs.count} graphs")
+    assert len(shapes) > 700, "static graphs would be as many"
+    assert 2 <= graphs.count <= GRAPHS
+
+
+def test_a_limit_that_is_reached_is_said(tiny_dataset, tmp_path, graphs, capfd):
+    trainer = make(tiny_dataset, tmp_path / "run", "conditioning.preset=default")
+    say_where_it_stops()
+    with torch._dynamo.config.patch(accumulated_recompile_limit=1):
+        trainer.model.compile_blocks()
+        for number in range(12):
+            trainer.micro_step(trainer.batches.make(number))
+    assert graphs.count == 1
     told = capfd.readouterr().out
     assert told.count("is reached, so new shapes now run uncompiled") == 1
     assert "torch._dynamo hit" not in told
-
-
-def test_many_graphs_are_warned_of():
-    assert "warning" in describe(MANY_GRAPHS + 1, 100, 9999)
-    assert describe(MANY_GRAPHS, 100, 9999).endswith("(9999 at most in a long run)")

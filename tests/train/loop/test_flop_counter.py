@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,7 @@ from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
 from train.model.network import NanoDiT
+from train.model.spans import Spans
 
 FEATURES = Features(64, {"text": 24, "cls": 16, "patches": 16, "pose": 3})
 CONFIG = ModelConfig(hidden_size=64, depth=5, num_heads=4, patch_size=8, bottleneck=16)
@@ -48,7 +50,7 @@ def test_a_block_costs_what_the_formula_says():
         models = [NanoDiT(CONFIG.model_copy(update={"depth": depth}), FEATURES) for depth in (1, 2)]
     block = count_flops(models[1], *arguments(1)) - count_flops(models[0], *arguments(1))
     n, d, inner = 48, 64, 192
-    m = 4 + 32 + 1 + 16 + 133  # a null token for each modality, and the tokens
+    m = 32 + 1 + 16 + 133
     projections = 4 * n * d * d + 2 * m * d * d  # q, k, v, out; keys and values of the context
     attention = 2 * n * (n + m) * d
     assert block == 3 * 2 * (projections + attention + 3 * n * d * inner)  # the backward pass costs twice the forward
@@ -84,6 +86,29 @@ def test_the_counter_multiplies_by_images_and_counts_a_shape_once():
         model = NanoDiT(CONFIG, FEATURES)
     expected = sum(count_flops(model, *arguments(images)) for images in (3, 5))
     assert counter.take() == expected + count_flops(model, *arguments(2, text=64))
+    assert len(counted) == 2
+    assert counter.take() == 0
+
+
+@pytest.mark.parametrize("kept", [None, 24])
+def test_context_tokens_that_count_are_added_up_without_counting_each_length(kept):
+    counted = []
+
+    def count(*call):
+        counted.append(call)
+        return ModelFlops(CONFIG, FEATURES, route)(*call)
+
+    route = range(1, 4) if kept else range(0)
+    with META:
+        model = NanoDiT(CONFIG, FEATURES, route)
+    counter, expected = FlopCounter({"model": count}), 0
+    for lengths in ((182, 182), (5, 182, 40), (0, 7, 30)):
+        z, t, given, keep_ids = arguments(len(lengths), kept=kept)
+        mask = torch.arange(182) < torch.tensor(lengths)[:, None]
+        call = z, t, replace(given, spans=Spans.of(mask).map(lambda tensor: tensor.to(META))), keep_ids
+        counter.note("model", len(lengths), *call)
+        expected += count_flops(model, *call)
+    assert counter.take() == expected
     assert len(counted) == 2
     assert counter.take() == 0
 

@@ -119,10 +119,9 @@ def test_trap_14_a_dropped_condition_is_one_null_token_and_leaks_nothing(subset)
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
     context = model.encode_context(conditions().keeping(subset), 32, 32)
     full = {"text": 32, "cls": 1, "patches": 16, "pose": 133}
-    assert context.tokens.shape[1] == 4 + sum(full[name] for name in subset)  # a slot for each null, masked when unused
-    kept = context.mask.sum(1)
-    real = {"text": torch.tensor([5, 9]), "cls": 1, "patches": 16, "pose": 133}
-    assert (kept == sum((real[name] if name in subset else 1) for name in full)).all()
+    lengths = [sum({**full, "text": text}[name] if name in subset else 1 for name in full) for text in (5, 9)]
+    assert context.spans.lengths == tuple(lengths)  # of a caption's tokens those that are real
+    assert context.tokens.shape[0] == sum(lengths)
     # other values of what is dropped make no difference, neither alone nor beside an image that keeps everything
     others = conditions(seed=7)
     everything = frozenset(full)
@@ -172,7 +171,7 @@ def test_trap_13_joints_carry_fourier_features_of_their_place():
     model = randomised(make_model(context_joints=17)).context
     torch.nn.init.zeros_(model.pose[-1].weight)  # what the MLP sees of x and y is left out
     pose = conditions().pose[:, :17]
-    tokens = _pose_tokens(model, pose, None, Grid(4, 4, 8.0)).x
+    tokens = _pose_tokens(model, pose, Grid(4, 4, 8.0)).x
     angles = pose[..., :2].unsqueeze(3) * torch.pi * torch.tensor([0.5, 1, 2, 4, 8, 16])
     features = torch.cat((angles.cos().flatten(2), angles.sin().flatten(2)), 2)  # x and then y, from slow to fast
     expected = features @ model.pose_position.weight.T + model.joint + model.pose[-1].bias
@@ -186,8 +185,8 @@ def test_trap_13_a_joint_lies_on_the_image_tokens_axes():
     pose = batch.pose.clone()
     pose[0, : rows * columns] = torch.stack((x, y, torch.ones_like(x)), -1).flatten(0, 1)  # one in each cell's centre
     encode = make_model(context_joints=rows * columns).context
-    _, _, positions, _ = encode(batch.replace(pose=pose), rows, columns, 8.0)
-    torch.testing.assert_close(positions[0, -rows * columns :], grid_positions(rows, columns, 8.0))
+    _, positions, _, _ = encode(batch.replace(pose=pose), rows, columns, 8.0)
+    torch.testing.assert_close(positions[-rows * columns :], grid_positions(rows, columns, 8.0))
 
 
 def test_context_grid_lies_on_the_image_tokens_axes():
@@ -254,7 +253,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_pooled_patch_context_is_bounded():
     model = make_model(context_patches=6)
     context = model.encode_context(conditions(grid=(4, 8)), 32, 32)
-    assert context.tokens.shape[1] == 4 + 32 + 1 + 133 + 3  # 1 x 3 cells: both sides rounded down
+    assert context.spans.lengths == (5 + 1 + 133 + 3, 9 + 1 + 133 + 3)  # 1 x 3 cells: both sides rounded down
 
 
 @pytest.mark.slow
@@ -263,6 +262,6 @@ def test_trap_21_compiling_keeps_the_names_and_the_result():
     names = [name for name, _ in model.named_parameters()]
     z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
     expected = model(z, t, conditions())
-    model.compile_blocks(dynamic=True)
+    model.compile_blocks()
     assert [name for name, _ in model.named_parameters()] == names
     torch.testing.assert_close(model(z, t, conditions()), expected, atol=1e-4, rtol=1e-4)

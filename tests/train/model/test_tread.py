@@ -20,6 +20,7 @@ from train.checkpoint.checkpoint import load_checkpoint
 from train.checkpoint.open import load_model
 from train.config import TrainConfig
 from train.loop.announce import announce
+from train.model.attend import Seen
 from train.model.config import ModelConfig
 from train.model.layers import grid_positions, rope
 from train.model.network import build_model
@@ -126,11 +127,10 @@ def test_routed_blocks_are_the_blocks_on_the_kept_tokens_alone():
         one = slice(image, image + 1)
         context = model.encode_context(given.select(one), 32, 48)
         x = before[one][:, ids[image]]
-        wave = rope(positions[ids[image]], 16)
-        mask = torch.cat((torch.ones(1, 12, dtype=torch.bool), context.mask), 1)[:, None, None]
+        wave = rope(positions[ids[image]].unsqueeze(1), 16)
         for block in model.blocks[1:3]:
             modulation = seen[1][0][1][one]
-            x = block(x, modulation, wave, (context.tokens, context.cos, context.sin), mask)
+            x = block(x, modulation, wave, (context.tokens, context.cos, context.sin), Seen())
         torch.testing.assert_close(seen[3][0][0][one][:, ids[image]], x, atol=1e-5, rtol=1e-5)
 
 
@@ -187,8 +187,7 @@ def test_gradients_reach_everything_and_a_recomputed_block_is_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_blocks_route_as_well(dynamic):
+def test_compiled_blocks_route_as_well():
     model, ids = make_model(depth=3, start=1, end=1), some_ids()
 
     def results():
@@ -199,7 +198,7 @@ def test_compiled_blocks_route_as_well(dynamic):
             yield output, [parameter.grad for parameter in model.parameters()]
 
     expected = list(results())
-    model.compile_blocks(dynamic=dynamic)
+    model.compile_blocks()
     torch.testing.assert_close(list(results()), expected, atol=1e-4, rtol=1e-3)
 
 

@@ -182,7 +182,8 @@ def test_the_micro_batch_itself_takes_memory(dataset, tiny_dataset, tmp_path):
     trainer = meta_trainer(tiny_config(tiny_dataset, tmp_path / "run", "repa.enabled=true"), dataset)
     batch = largest_batch(trainer, shapes_of(dataset), META)
     (part,) = batch.groups
-    given = [part.conditions.keep, *part.conditions.tensors.values()]
+    spans = part.conditions.spans  # whose slots are the indices: all lengths are equal
+    given = [part.conditions.keep, *part.conditions.tensors.values(), spans.index, spans.offsets]
     size = tensor_bytes([batch.x, batch.noise, batch.t, part.prepared["teacher"], *given])
     with LiveBytes() as live, LikeGpu(bf16=False):
         for _ in range(2):

@@ -196,7 +196,7 @@ def test_without_a_dataset_the_config_that_would_write_it_says_what_it_will_be(c
     shapes = shapes_of(dataset)
     assert shapes.conditions("1216x832", 1, 32, META).patches.shape == (1, 26, 38, 1024)
     assert shapes.features.widths == {"text": 1024, "cls": 1024, "patches": 1024, "pose": 3}
-    assert (shapes.longest_text, shapes.mean_text) == (512, 288)
+    assert (shapes.longest_text, shapes.mean_text) == (512, 262)
 
 
 def test_a_base_can_be_named(config, capsys):
