@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train import hardware
-from train.hardware import PEAK_TFLOPS, autocast_dtype, can_compile, peak_flops
+from train.hardware import PEAK_TFLOPS, autocast_dtype, can_compile, cpu_bf16, has_fast_bf16, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -15,8 +15,24 @@ CPU = torch.device("cpu")
 def test_precision_auto_follows_the_hardware(monkeypatch, fast, expected):
     monkeypatch.setattr(hardware, "has_fast_bf16", lambda: fast)
     assert autocast_dtype("auto", CPU) is expected
+    assert autocast_dtype("auto", CPU, fast_bf16=False) is None, "a run may have begun without"
     assert autocast_dtype("fp32", CPU) is None
     assert autocast_dtype("bf16", CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_tile": True, "amx_bf16": True, "avx512_bf16": True}, "amx"), ({"avx512_f": True}, "none"),
+     ({"avx512_f": True, "avx512_bf16": True}, "avx512_bf16"),
+     ({"architecture": "arm64", "neon": True, "bf16": True, "sve_bf16": True}, "none")],
+)  # fmt: skip
+def test_flags_decide_how_bfloat16_is_multiplied(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu_bf16.cache_clear()
+    assert cpu_bf16() == expected
+    assert has_fast_bf16() is (expected != "none")
+    monkeypatch.undo()
+    cpu_bf16.cache_clear()
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
