@@ -21,7 +21,8 @@ INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
     "nanodit": [
-        "errors keypoints", "files", "config console storage faults svg rng place", "lock pages", "cli", "__main__",
+        "errors keypoints", "files posix", "config console storage faults svg rng place", "lock pages", "cli",
+        "__main__",
     ],
     "prep": [
         "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify", "export",

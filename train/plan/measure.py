@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from nanodit.errors import ConfigError
+from nanodit.posix import peak_memory
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.loop.flops import flop_counter
@@ -105,5 +104,4 @@ def _peak(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         context = total - free - torch.cuda.memory_reserved(device)  # and other programs, whose room is not ours either
         return torch.cuda.max_memory_reserved(device) + context
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()
