@@ -12,9 +12,8 @@ Where what stands, in the order of the data:
 import os
 
 # Where another program runs, threads of OpenMP that spin while they wait for each other take the processor from the one
-# that they wait for, and two become slower than one (tests/benchmarks/busy.py). OpenMP reads this once, when torch loads
-# it (GNU's on Linux), so it stands before any import of torch: the packages import this one first. What a user has set
-# stays.
+# that they wait for, and two become slower than one (tests/benchmarks/busy.py). OpenMP reads this once, when torch is
+# imported and loads it (GNU's, on Linux), so the packages import this one first. What a user has set stays.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
