@@ -90,5 +90,8 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; install torch with CUDA, or set the device to cpu")
+        raise ConfigError(
+            "device cuda: torch sees no GPU here; install torch with CUDA or ROCm, or set the device to cpu "
+            "(Apple's GPUs are not used)"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

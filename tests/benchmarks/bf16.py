@@ -29,7 +29,7 @@ from train.model.network import NanoDiT, build_model
 TYPES = (torch.float32, torch.bfloat16)
 # hidden_size, depth, num_heads, patch_size; pixels of a side, images, tokens of text, DINO patches of a side, width of
 # features. Of production two of its 18 blocks, and half of its side, so that it takes seconds.
-SIZES = {"quickstart": (192, 6, 3, 8, 64, 32, 64, 8, 64), "production": (768, 2, 12, 32, 512, 4, 224, 32, 1024)}
+SIZES = {"quickstart": (192, 6, 3, 8, 64, 32, 64, 8, 64), "production": (768, 2, 12, 32, 512, 2, 224, 32, 1024)}
 
 
 def timed(step: Callable[[], object]) -> float:
