@@ -26,6 +26,7 @@ ROWS = {  # name -> threads (null: as many as torch takes), variables
 }
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPIN = "import os, sys\nif sys.argv[1:]: os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+PLACES = ("idle", "busy")
 WARM_UP = 2
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--pin", action="store_true")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--child", metavar="THREADS")
     options = parser.parse_args()
     if options.child:
@@ -87,7 +89,7 @@ def main() -> None:
             while workers[name].stdout.readline().strip() != "ready":
                 assert workers[name].poll() is None, f"{name} failed"
         for _ in range(options.rounds):
-            for place in ("idle", "busy"):
+            for place in options.places:
                 if place == "busy":
                     cpu = [str(max(os.sched_getaffinity(0)))] if options.pin else []
                     spinner = subprocess.Popen([sys.executable, "-c", SPIN, *cpu])
@@ -103,10 +105,11 @@ def main() -> None:
         for process in (*workers.values(), *([spinner] if spinner else [])):
             process.kill()
             process.wait()
-    print("| threads | idle | of the first | busy | of the first |\n|---|---|---|---|---|")
+    print(f"| threads |{''.join(f' {place} | of the first |' for place in options.places)}")
+    print(f"|---{'|---|---' * len(options.places)}|")
     for name in options.rows:
         cells = []
-        for place in ("idle", "busy"):
+        for place in options.places:
             ratio = statistics.median(a / b for a, b in zip(rates[name, place], rates[options.rows[0], place]))
             cells += [f"{statistics.median(rates[name, place]):.3g}", f"{ratio:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
