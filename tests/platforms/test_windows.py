@@ -89,6 +89,7 @@ def test_export_writes_the_folder(run, tmp_path):
     assert (tmp_path / "man" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_made_and_shown(run, tmp_path):
     made = on_windows("evaluate", "run", "--checkpoint", str(run), "--tests", "heldout_loss", "--output", str(tmp_path))
     assert made.returncode == 0, made.stderr
