@@ -148,6 +148,8 @@ def _report(error: NanoditError) -> int:
 
 def _unread(stream: TextIO) -> bool:
     """Return whether a stream is a pipe whose other end is closed, as by ``| head``."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     try:
         poll.register(stream, 0)

@@ -7,7 +7,6 @@ changes - no clocks of two machines are compared.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from nanodit.console import Progress, repeating, say
 from nanodit.errors import ConfigError, ResourceError
+from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, ObjectStore, Storage, open_storage
 
 LOCK = "runs/.lock"

@@ -121,7 +121,8 @@ class LocalFolder(Storage):
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         with open(self.root / name, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, offset)
+            file.seek(offset)  # Windows has no os.pread
+            return file.read(length)
 
     def size(self, name: str) -> int | None:
         try:

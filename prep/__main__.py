@@ -11,6 +11,7 @@ from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
 from nanodit.place import claim
+from nanodit.posix import require_posix
 from prep.config import PrepConfig
 
 CONFIG_HELP = "YAML, for example configs/prep/production.yaml"
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb, and return the exit code."""
     options = parser().parse_args(arguments)
     claim("prep")
+    if options.verb in ("run", "plan", "doctor") or getattr(options, "repair", False):
+        require_posix(f"nanodit prep {options.verb}{' --repair' if options.verb == 'verify' else ''}")
     return VERBS[options.verb](options) or 0
 
 

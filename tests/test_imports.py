@@ -21,7 +21,7 @@ INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
     "nanodit": [
-        "allocator errors keypoints", "files", "config console storage faults svg rng place", "lock pages", "cli",
+        "allocator errors keypoints", "files posix", "config console storage faults svg rng place", "lock pages", "cli",
         "__main__",
     ],
     "prep": [

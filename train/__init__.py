@@ -1,0 +1,1 @@
+import nanodit  # noqa: F401 - before torch: see there

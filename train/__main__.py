@@ -17,6 +17,7 @@ from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
 from nanodit.place import PACKAGES, claim
+from nanodit.posix import require_posix
 
 if TYPE_CHECKING:
     from prep.dataset.reader import Dataset
@@ -205,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    require_posix("nanodit train run")
     from train.config import TrainConfig
     from train.run import run
 
@@ -227,6 +229,8 @@ def _build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
 def _plan(options: argparse.Namespace) -> None:
     from train.plan.plan import plan
 
+    if options.measure:
+        require_posix("nanodit train plan --measure")
     plan(
         options.config, options.overrides,
         memory=options.memory, measured=options.measure, base=options.base, as_json=options.json,
@@ -299,6 +303,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    require_posix("nanodit train sweep")
     from train.sweep.process import end_with_parent
 
     if options.owned:
@@ -342,6 +347,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _gpu_check(options: argparse.Namespace) -> None:
+    require_posix("nanodit train gpu-check")
     from train.check.run import Setting, gpu_check, run_part
     from train.hardware import pick_device
 

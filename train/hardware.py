@@ -17,11 +17,22 @@ from nanodit.errors import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16"]  # of what draws and evaluates
 
+# Instructions that multiply bfloat16 on a CPU, by torch's question for their flag, fastest first. Only those are here
+# that tests/benchmarks/bf16.py found faster than float32 (docs/measurements.md). ARM's flag `bf16`, of Apple's chips
+# from the M2 on too, is not: nobody has run the benchmark there. Flags decide, and no probe, which would decide
+# differently on a busy machine.
+FAST_BF16 = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+
 
 @cache
+def cpu_bf16() -> str:
+    """Return with which instructions of ``FAST_BF16`` this CPU multiplies bfloat16 matrices, "none" without any."""
+    return next((name for name, asked in FAST_BF16.items() if getattr(torch.cpu, asked)()), "none")
+
+
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX), several times faster than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    """Whether this CPU multiplies bfloat16 matrices faster than float32."""
+    return cpu_bf16() != "none"
 
 
 @cache
@@ -72,11 +83,15 @@ def for_matmul(x: torch.Tensor) -> torch.Tensor:
     return x.to(matmul_dtype(x.device, x.dtype))
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 where ``precision`` asks for autocast, or is "auto" on hardware that multiplies it; else None."""
+def autocast_dtype(precision: str, device: torch.device, fast_bf16: bool | None = None) -> torch.dtype | None:
+    """Return bfloat16 where ``precision`` asks for autocast, or is "auto" on hardware that multiplies it; else None.
+
+    ``fast_bf16`` says whether a CPU counts as such hardware (default: what it can).
+    """
     if precision == "auto":
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if on_gpu or (device.type == "cpu" and has_fast_bf16()) else "fp32"
+        fast = has_fast_bf16() if fast_bf16 is None else fast_bf16
+        precision = "bf16" if on_gpu or (device.type == "cpu" and fast) else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
 
 
@@ -136,5 +151,8 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; install torch with CUDA, or set the device to cpu")
+        raise ConfigError(
+            "device cuda: torch sees no GPU here; install torch with CUDA or ROCm, or set the device to cpu "
+            "(Apple's GPUs are not used)"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

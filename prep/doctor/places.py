@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from nanodit import __version__
 from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
 from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
+from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanodit.errors import ConfigError
 from train import hardware
-from train.hardware import GPUS, autocast_dtype, can_compile, peak_flops
+from train.hardware import GPUS, autocast_dtype, can_compile, cpu_bf16, has_fast_bf16, peak_flops, pick_device
 
 CPU = torch.device("cpu")
 
@@ -15,8 +16,47 @@ CPU = torch.device("cpu")
 def test_precision_auto_follows_the_hardware(monkeypatch, fast, expected):
     monkeypatch.setattr(hardware, "has_fast_bf16", lambda: fast)
     assert autocast_dtype("auto", CPU) is expected
+    assert autocast_dtype("auto", CPU, fast_bf16=False) is None, "a run may have begun without"
     assert autocast_dtype("fp32", CPU) is None
     assert autocast_dtype("bf16", CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_tile": True, "amx_bf16": True, "avx512_bf16": True}, "amx"), ({"avx512_f": True}, "none"),
+     ({"avx512_f": True, "avx512_bf16": True}, "avx512_bf16"),
+     ({"architecture": "arm64", "neon": True, "bf16": True, "sve_bf16": True}, "none")],
+)  # fmt: skip
+def test_flags_decide_how_bfloat16_is_multiplied(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu_bf16.cache_clear()
+    assert cpu_bf16() == expected
+    assert has_fast_bf16() is (expected != "none")
+    monkeypatch.undo()
+    cpu_bf16.cache_clear()
+
+
+def test_rocm_is_a_gpu_of_torch_whose_peak_is_unknown(monkeypatch):
+    card = torch.device("cuda")  # the name that torch for ROCm gives to AMD's, too
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Radeon RX 7900 XTX")
+    assert pick_device("auto") == pick_device("cuda") == card
+    assert autocast_dtype("auto", card) is torch.bfloat16
+    assert peak_flops(card, torch.bfloat16) is None
+
+
+def test_a_mac_without_cuda_computes_on_its_processor_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "neon": True, "bf16": True})
+    cpu_bf16.cache_clear()
+    assert pick_device("auto") == CPU
+    assert autocast_dtype("auto", CPU) is None
+    with pytest.raises(ConfigError, match="Apple's GPUs are not used"):
+        pick_device("cuda")
+    monkeypatch.undo()
+    cpu_bf16.cache_clear()
 
 
 def test_compiling_needs_a_compiler(monkeypatch):

@@ -33,8 +33,8 @@ def check(setting: Setting, report: Report) -> None:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         report.note("bfloat16", "multiplied in hardware" if bf16 else "not multiplied in hardware: training is fp32")
     else:
-        fast = "with" if hardware.has_fast_bf16() else "without"
-        report.note("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {fast} AMX, {torch.get_num_threads()} threads")
+        bf16 = f"bfloat16: {hardware.cpu_bf16()}"
+        report.note("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {bf16}, {torch.get_num_threads()} threads")
     report.note("compiler", "found" if hardware.can_compile(device.type) else "none: train.compile has no effect")
     report.note("copy", f"{bandwidth(setting) / 1e9:.4g} GB/s read and written together")
     for dtype in (torch.bfloat16, torch.float32):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanodit.files import canonical_json, write_atomic
-from train.hardware import can_compile, has_fast_bf16
+from train.hardware import can_compile, cpu_bf16
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
 
@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fast_bf16": has_fast_bf16(),  # decides what Muon computes in, and "auto" precision
+        "cpu_bf16": cpu_bf16(),  # whose bits differ
         "can_compile": can_compile(device.type),  # decides "auto" compilation
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

@@ -19,6 +19,7 @@ from train.checkpoint.checkpoint import (
 )
 from train.config import TrainConfig
 from train.data.noise import noise_record
+from train.hardware import has_fast_bf16
 from train.method.ema import ema_decay
 from train.method.schedule import Course, learning_rate, snapshot_steps
 
@@ -94,14 +95,23 @@ def check_same_run(
             + "\n       Set these back, choose another `output`, or name them in --allow-change"
             + ("\n       train.steps may be raised only at a run's end, or before wsd decays" if more_steps else "")
         )
-    changes = [
-        f"{key}: {before!r} -> {after!r}" for key, before, after in differences(state["environment"], environment)
-    ]
+    saved = _with_cpu_bf16(state["environment"], environment["cpu_bf16"])
+    changes = [f"{key}: {before!r} -> {after!r}" for key, before, after in differences(saved, environment)]
     if changes and not allow_environment_change:
         raise ConfigError(
             f"{name} was computed in another environment ({'; '.join(changes)}), so the result would not be bit-equal. "
             "Restore it (train.threads sets the number of threads), or pass --allow-environment-change"
         )
+
+
+def goes_on_with_fast_bf16(state: Mapping[str, Any]) -> bool:
+    """Return whether a run that continues from a ``state`` takes this CPU's bfloat16 for fast, where it is on a CPU.
+
+    That is what it began with, so that it goes on in the types that it has computed in: a CPU whose instructions only a
+    later version knows of does not change them. On a CPU without any it cannot.
+    """
+    before = state.get("fast_bf16", state["environment"].get("fast_bf16", False))  # where versions before wrote it
+    return before and has_fast_bf16()
 
 
 def course_of(state: Mapping[str, Any], config: TrainConfig) -> Course:
@@ -141,6 +151,16 @@ def _may_grow(state: Mapping[str, Any], config: TrainConfig) -> bool:
 
 def _totals(state: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(state.get("totals", [state["config"]["train"]["steps"]]))
+
+
+def _with_cpu_bf16(environment: Mapping[str, Any], here: str) -> dict[str, Any]:
+    """Return an environment in today's words: before it named instructions it said whether there is AMX.
+
+    One without was computed in float32, for which other instructions make no difference, or with ``here``'s.
+    """
+    saved = dict(environment)
+    amx = saved.pop("fast_bf16", False)
+    return {"cpu_bf16": "amx" if amx else "none" if here == "amx" else here, **saved}
 
 
 def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from types import FrameType
 
 from nanodit.console import say
 from nanodit.errors import ConfigError, Interrupted, sigterm_came
+from nanodit.posix import fcntl
 
 RUN_LOCK = "run.lock"
 

@@ -46,5 +46,5 @@ def read_tensors(file: Path) -> Tensors:
 
 def sync_file(file: Path) -> None:
     """Make a file's content durable."""
-    with open(file, "rb") as opened:
+    with open(file, "r+b") as opened:  # to be written: Windows syncs no other
         os.fsync(opened.fileno())

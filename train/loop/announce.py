@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from nanodit.console import say
 from train.data.samples import bucket_size
+from train.hardware import cpu_bf16, has_fast_bf16
 from train.loop.trainer import Trainer
 from train.model.tread import MIN_TOKENS
 
@@ -32,6 +33,8 @@ def announce(trainer: Trainer) -> None:
         for line in loss.announce(trainer.course.totals[0], trainer.data.info["layers"]):
             say(line)
     say(trainer.optimizer.describe())
+    if trainer.device.type == "cpu" and has_fast_bf16() and not trainer.fast_bf16:
+        say(f"this CPU is fast at bfloat16 ({cpu_bf16()}), but the run began without and goes on as it was")
     if trainer.model.route:
         _warn_of_few_tokens([f"{width}x{height}" for width, height in plan.sizes], config.model.patch_size)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from nanodit.console import say
 from nanodit.errors import DataError
 from nanodit.files import write_atomic
+from nanodit.posix import peak_memory
 from train.data.prefetch import processors
 
 
@@ -217,8 +217,7 @@ def memory_shown(values: Mapping[str, float]) -> dict[str, str]:
         return {"memory": f"{values['memory/peak_vram_gb']:.1f} GB"}
     if torch.cuda.is_initialized():
         return {}  # a step that was not logged: what was said last stays
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"}
+    return {"memory": f"{peak_memory() / 1e9:.1f} GB"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

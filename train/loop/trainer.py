@@ -29,7 +29,7 @@ from train.checkpoint.checkpoint import Checkpoint, load_weights, save_checkpoin
 from train.checkpoint.initial import Parent, init_weights
 from train.checkpoint.posthoc import continue_snapshots, save_snapshot
 from train.checkpoint.provenance import dataset_summary, environment
-from train.checkpoint.resume import course_of
+from train.checkpoint.resume import course_of, goes_on_with_fast_bf16
 from train.checkpoint.run_folder import StopRequest
 from train.config import TrainConfig
 from train.data.batch_plan import scale_of
@@ -37,7 +37,7 @@ from train.data.flip import check_flips
 from train.data.noise import noise_record
 from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
-from train.hardware import autocast, autocast_dtype, peak_flops
+from train.hardware import autocast, autocast_dtype, has_fast_bf16, peak_flops
 from train.loop.compiling import compile_if_asked
 from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
@@ -101,7 +101,7 @@ class Trainer:
         self.ema = EMA(self.model, self._ema_decay)
         self.power = PowerAverages(self.model, config.ema)
         self._take_course(Course((config.train.steps,)))
-        self.autocast_dtype = autocast_dtype(config.train.precision, device)
+        self._take_fast_bf16(has_fast_bf16())
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
         self.flops = flop_counter(self.model, losses) if self.peak_flops else None
@@ -121,6 +121,7 @@ class Trainer:
         self.parent = checkpoint.state.get("parent")
         self._take_course(course_of(checkpoint.state, self.config))
         self._take_noise(noise_record(self.config.data.noise, self.device, checkpoint.state))
+        self._take_fast_bf16(goes_on_with_fast_bf16(checkpoint.state))
         set_aside_after(self.config.run_folder, self.step)
         continue_snapshots(self.config.run_folder, self.step, checkpoint.path.parent.parent)
 
@@ -348,6 +349,7 @@ class Trainer:
             "slots": self.step * self.batches.plan.slots,  # the position in the data
             "rng": "counter-based: every draw is named by (seed, purpose, step, image); there is no other state",
             "noise": self.noise,
+            "fast_bf16": self.fast_bf16,  # on a CPU it decides what Muon computes in, and "auto" precision
             "totals": list(self.course.totals),  # train.steps, and what it was before it grew
             "parent": self.parent,
             "config": self.config.model_dump(mode="json"),
@@ -375,6 +377,11 @@ class Trainer:
 
     def _take_noise(self, record: dict[str, Any]) -> None:
         self.noise, self.batches.noise = record, record["kind"]
+
+    def _take_fast_bf16(self, fast: bool) -> None:
+        self.fast_bf16 = fast
+        self.autocast_dtype = autocast_dtype(self.config.train.precision, self.device, fast)
+        self.optimizer.use_fast_bf16(fast)
 
     def _take_course(self, course: Course) -> None:
         self.course = self.batches.course = course

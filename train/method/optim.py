@@ -83,13 +83,18 @@ class Muon:
     """Muon, batched over matrices of equal shape; ``dtype`` is what Newton-Schulz computes in."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype) -> None:
-        self.parameters, self.config, self.dtype = parameters, config, dtype
+        self.parameters, self.config = parameters, config
         self.lr = 0.0
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self.compute_in(dtype)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let Newton-Schulz compute in ``dtype`` from now on."""
+        self.dtype = dtype
         shapes: dict[torch.Size, list[str]] = defaultdict(list)
-        for name, parameter in parameters.items():
+        for name, parameter in self.parameters.items():
             shapes[parameter.shape].append(name)
-        limit = BATCH_BYTES[next(iter(parameters.values())).device.type]
+        limit = BATCH_BYTES[next(iter(self.parameters.values())).device.type]
         self._batches: list[list[str]] = []
         for shape, names in shapes.items():
             size = max(2, limit // (shape.numel() * dtype.itemsize))
@@ -122,10 +127,8 @@ class Optimizer:
         groups = parameter_groups(model)
         adamw = groups["adamw"] if config.type == "muon" else {**groups["muon"], **groups["adamw"]}
         muon = groups["muon"] if config.type == "muon" else {}
-        first = next(iter(adamw.values()))
-        # float32 on CPUs without fast bfloat16; published Muon computes Newton-Schulz in bfloat16
-        dtype = torch.bfloat16 if first.device.type != "cpu" or has_fast_bf16() else torch.float32
-        self.muon = Muon(muon, config, dtype) if muon else None
+        self.muon = Muon(muon, config, torch.float32) if muon else None
+        self.use_fast_bf16(has_fast_bf16())
         self._adamw_names = list(adamw)
         self.adamw = torch.optim.AdamW(
             list(adamw.values()),
@@ -143,6 +146,12 @@ class Optimizer:
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
+
+    def use_fast_bf16(self, fast: bool) -> None:
+        """Let Muon compute in bfloat16, as published, on a GPU and on a CPU that is ``fast`` at it; else in float32."""
+        if self.muon:
+            on_cpu = next(iter(self.muon.parameters.values())).device.type == "cpu"
+            self.muon.compute_in(torch.float32 if on_cpu and not fast else torch.bfloat16)
 
     def describe(self) -> str:
         """Return one line: tensors and parameters of each group."""

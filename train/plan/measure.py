@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from nanodit.errors import ConfigError
+from nanodit.posix import peak_memory
 from train.config import TrainConfig
 from train.data.prefetch import prefetch, thread_count
 from train.loop.flops import flop_counter
@@ -145,5 +144,4 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) + round(CONTEXT)  # as what is free is counted: remedies.room_of
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()

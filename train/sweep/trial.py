@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from nanodit.console import waiting
 from nanodit.errors import DataError, Interrupted, ResourceError, gpu_is_full
 from nanodit.faults import fault
 from nanodit.files import sha256_file, write_atomic
+from nanodit.posix import fcntl, peak_memory
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig
 from train.sweep.process import secrets, without
@@ -119,12 +117,11 @@ def measured(trial: Path, config: TrainConfig) -> dict[str, Any]:
             seconds += (record["step"] - before) / rate
         before = record["step"]
     peaks = [record["memory/peak_vram_gb"] for record in records if "memory/peak_vram_gb" in record]
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "steps": steps,
         "images": steps * config.train.batch_size * config.train.grad_accumulation_steps,
         "seconds": seconds * steps / timed if timed else None,
-        "peak_memory_gb": max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9),
+        "peak_memory_gb": max(peaks, default=peak_memory() / 1e9),
     }
 
 

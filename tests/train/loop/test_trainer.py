@@ -415,7 +415,7 @@ def test_the_state_is_in_the_checkpoint_and_nowhere_else(straight):
         "torch",
         "threads",
         "cpu_capability",
-        "fast_bf16",
+        "cpu_bf16",
         "device",
         "can_compile",
     }

@@ -1,0 +1,120 @@
+"""What training loses where another program keeps a processor busy, by how many threads there are and how they wait.
+
+    make quickstart; python -m tests.benchmarks.busy [--config FILE] [--rounds N] [--seconds S] [--pin]
+
+A process for each row takes training steps of the config (default: the quickstart's) in turns with the others, on an
+idle machine and beside a process that spins (``--pin``: on the last processor). Images a second, medians of the rounds;
+ratios are medians of the rounds' ratios to the first row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS = {  # name -> threads (null: as many as torch takes), variables
+    "one": ("1", {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "passive": ("null", {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "spin-1000": ("null", {"GOMP_SPINCOUNT": "1000"}),
+    "default": ("null", {"KMP_BLOCKTIME": "200"}),  # LLVM's default, unknown to GNU's: it keeps nanodit's choice away
+}
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPIN = "import os, sys\nif sys.argv[1:]: os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+PLACES = ("idle", "busy")
+WARM_UP = 2
+
+
+def child(config_file: str, threads: str) -> None:
+    """Take steps for as many seconds as each line of stdin says, one at least, and print images a second."""
+    import torch
+
+    from nanodit.config import load_config
+    from prep.dataset.reader import Dataset
+    from train.checkpoint.run_folder import StopRequest
+    from train.config import TrainConfig
+    from train.loop.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as output:
+        config = load_config(TrainConfig, config_file, [f"output={output}", f"train.threads={threads}"])
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        trainer = Trainer(config, Dataset(config.dataset), torch.device("cpu"))
+        made = {i: trainer.batches.make(i) for i in range(WARM_UP)}
+        number = config.train.grad_accumulation_steps
+
+        def step(i: int) -> None:
+            trainer.update(trainer.accumulate(iter([made[i % WARM_UP]] * number), StopRequest()))
+
+        for i in range(WARM_UP):
+            step(i)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            start, done = time.perf_counter(), 0
+            while done < 1 or time.perf_counter() - start < float(line):
+                step(done)
+                done += 1
+            print(done * trainer.images_per_step / (time.perf_counter() - start), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/train/quickstart.yaml")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    parser.add_argument("--child", metavar="THREADS")
+    options = parser.parse_args()
+    if options.child:
+        child(options.config, options.child)
+        return
+    clean = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
+    workers, spinner = {}, None
+    rates: dict[tuple[str, str], list[float]] = {}
+    try:
+        for name in options.rows:  # one after another: they compile
+            threads, variables = ROWS[name]
+            command = [sys.executable, "-m", "tests.benchmarks.busy", "--config", options.config, "--child", threads]
+            environment = clean | variables
+            workers[name] = subprocess.Popen(
+                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            while workers[name].stdout.readline().strip() != "ready":
+                assert workers[name].poll() is None, f"{name} failed"
+        for _ in range(options.rounds):
+            for place in options.places:
+                if place == "busy":
+                    cpu = [str(max(os.sched_getaffinity(0)))] if options.pin else []
+                    spinner = subprocess.Popen([sys.executable, "-c", SPIN, *cpu])
+                for name, worker in workers.items():
+                    worker.stdin.write(f"{options.seconds}\n")
+                    worker.stdin.flush()
+                    rates.setdefault((name, place), []).append(float(worker.stdout.readline()))
+                    print(f"{name}, {place}: {rates[name, place][-1]:.3g}", file=sys.stderr, flush=True)
+                if spinner:
+                    spinner.kill()
+                    spinner.wait()
+    finally:
+        for process in (*workers.values(), *([spinner] if spinner else [])):
+            process.kill()
+            process.wait()
+    print(f"| threads |{''.join(f' {place} | of the first |' for place in options.places)}")
+    print(f"|---{'|---|---' * len(options.places)}|")
+    for name in options.rows:
+        cells = []
+        for place in options.places:
+            ratio = statistics.median(a / b for a, b in zip(rates[name, place], rates[options.rows[0], place]))
+            cells += [f"{statistics.median(rates[name, place]):.3g}", f"{ratio:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"({options.rounds} rounds of {options.seconds:g} s; load {Path('/proc/loadavg').read_text().split()[0]})")
+
+
+if __name__ == "__main__":
+    main()
