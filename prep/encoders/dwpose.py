@@ -32,6 +32,7 @@ BATCH = 4  # images per call of a network that takes any number
 DETECTOR_SIDE = 640
 STRIDES = (8, 16, 32)
 PADDING_GREY = 114
+RESIZE_ROWS = 32  # of the result at a time, so that what lies between stays in the processor's cache
 CANDIDATE_SCORE, NMS_IOU, PERSON_SCORE = 0.1, 0.45, 0.3
 PERSON_CLASS = 0
 
@@ -179,7 +180,7 @@ def letterbox(images: np.ndarray) -> tuple[np.ndarray, float]:
     size = (max(1, int(height * ratio)), max(1, int(width * ratio)))
     inputs = np.empty((batch, 3, DETECTOR_SIDE, DETECTOR_SIDE), np.float32)
     for image, canvas in zip(images, inputs):
-        canvas[:, : size[0], : size[1]] = resize(image, *size)[..., ::-1].transpose(2, 0, 1)
+        _resize_into(image, canvas[::-1, : size[0], : size[1]])
     inputs[:, :, size[0] :] = PADDING_GREY
     inputs[:, :, : size[0], size[1] :] = PADDING_GREY
     return inputs, ratio
@@ -191,12 +192,36 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     In OpenCV's fixed-point arithmetic (``modules/imgproc/src/resize.cpp``, INTER_LINEAR on 8 bits): rounding otherwise
     moves one pixel in fifty by a grey level, and that moves boxes by a tenth of a pixel.
     """
-    left, right, *weights = _fixed_point_taps(width, image.shape[1])
-    pixels = image.astype(np.int32)
-    rows = (pixels[:, left] * weights[0][:, None] + pixels[:, right] * weights[1][:, None]) >> 4
-    above, below, *weights = _fixed_point_taps(height, image.shape[0])
-    parts = [(rows[taken] * weight[:, None, None]) >> 16 for taken, weight in zip((above, below), weights)]
-    return ((parts[0] + parts[1] + 2) >> 2).astype(np.uint8)
+    resized = np.empty((height, width, image.shape[2]), np.uint8)
+    _resize_into(image, resized.transpose(2, 0, 1))
+    return resized
+
+
+def _resize_into(image: np.ndarray, planes: np.ndarray) -> None:
+    """Write :func:`resize` of ``image`` into ``planes`` (C, height, width), of any type."""
+    channels, height, width = planes.shape
+    # columns as one axis of (channel, column), so that all that follows is over long rows
+    *columns, across, across_other = _fixed_point_taps(width, image.shape[1])
+    left, right = ((taken * channels + np.arange(channels)[:, None]).ravel() for taken in columns)
+    across, across_other = (np.tile(weight, channels) for weight in (across, across_other))
+    above, below, down, down_other = _fixed_point_taps(height, image.shape[0])
+    pixels = image.reshape(len(image), -1)
+    for start in range(0, height, RESIZE_ROWS):
+        block = slice(start, start + RESIZE_ROWS)
+        first, last = above[start], below[block][-1]
+        taken = pixels[first : last + 1]
+        rows = np.multiply(taken.take(left, axis=1), across, dtype=np.int32)
+        rows += np.multiply(taken.take(right, axis=1), across_other, dtype=np.int32)
+        rows >>= 4
+        parts = [rows.take(places[block] - first, axis=0) for places in (above, below)]
+        for part, weight in zip(parts, (down, down_other)):
+            part *= weight[block, None]
+            part >>= 16
+        total = parts[0]
+        total += parts[1]
+        total += 2
+        total >>= 2
+        planes[:, block] = total.reshape(-1, channels, width).transpose(1, 0, 2)
 
 
 def _fixed_point_taps(count: int, limit: int) -> tuple[np.ndarray, ...]:
