@@ -29,6 +29,7 @@ CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
 TABLE_BATCH = 16  # of ``Encoder.activations_gb``
 
+ACTOR_CPUS = 4  # of a GPU's actor at most, for what is beside the GPU; a node that joins later must have them too
 JOINS = 4  # a pool may grow to so many times its size when nodes join
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 
@@ -72,6 +73,11 @@ class Pass:
     max_actors: int = 0
     memory_gb: float = 0.0
     excluded: tuple[str, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Threads of an actor that prepare batches beside its GPU: one per CPU, and one that waits for the GPU."""
+        return int(max(1.0, self.cpus)) + 1 if self.device == "cuda" else 0
 
     def demands(self) -> dict[str, Any]:
         """Return what one actor demands, in the names of Ray's options."""
@@ -261,7 +267,10 @@ def _gpu_pass(
         for offer in usable
     }
     # a host with fewer CPUs than places for actors shares them
-    cpus = min([1.0, *(math.floor(node.cpus / count * 100) / 100 for node, count in slots.items())])
+    shares = [node.cpus / count for node, count in slots.items()]
+    cpus = min(
+        [float(ACTOR_CPUS), *(math.floor(share) if share >= 1 else math.floor(share * 100) / 100 for share in shares)]
+    )
     actors = sum(slots.values())
     limit = config.workers or actors * JOINS
     used = {offer.node.id for offer in usable}
