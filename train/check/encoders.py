@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from nanodit.rng import generator
 from prep.config import PrepConfig
 from prep.encoders.registry import NETWORKS, build_encoder, pose_file
 from prep.encoders.weights import compute_dtype, quiet_transformers
+from prep.passes.crops import encode_beside
 from prep.passes.placement import vram_need
 from train.check.report import Constant, Report, Setting, constant
-from train.check.timing import median_seconds
+from train.check.timing import median_seconds, seconds_of
 
 BATCH = placement.TABLE_BATCH
+AHEAD = placement.ACTOR_CPUS + 1  # threads of a worker
 MEMORY, RATE = (0.4, 1.0), (0.5, math.inf)  # measured / estimate; a faster card than the one thought of is no error
 COSINE = 0.98  # of features in bf16 with those in fp32, worst of a few
 WORDS = ("a", "woman", "man", "in", "red", "blue", "coat", "stands", "before", "the", "wall")
@@ -91,6 +94,7 @@ def _dino(setting: Setting, report: Report, prep: PrepConfig) -> None:
     images = generator("check", "images").integers(0, 256, (BATCH, side, side, 3), np.uint8)
     build = lambda: DINOv3Encoder(folder, device=str(setting.device), input_scale=0.5)  # noqa: E731
     encoder = _measured(setting, report, prep, "dino", build, images)
+    _beside(setting, report, "dino", encoder, images)
     cls, patches = encoder.encode(images[:2])
     finite = bool(np.isfinite(cls).all() and np.isfinite(patches).all())
     report.check(finite, "dino, overflow", "finite" if finite else "not finite", "finite")
@@ -104,6 +108,8 @@ def _pose(setting: Setting, report: Report, prep: PrepConfig) -> None:
         return
     import onnxruntime
 
+    from prep.encoders.dwpose import providers
+
     report.note("onnxruntime", f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
     files = {name: pose_file(prep, name) for name in NETWORKS}
     if absent := [file for file in files.values() if not file or not Path(file).is_file()]:
@@ -112,8 +118,24 @@ def _pose(setting: Setting, report: Report, prep: PrepConfig) -> None:
     side = 256 if setting.tiny else prep.base
     images = generator("check", "images").integers(0, 256, (BATCH, side, side, 3), np.uint8)
     encoder = build_encoder(prep, "pose", setting.device.type)
+    first = seconds_of(lambda: list(encoder.samples(images)), setting.device)
+    report.note("pose, first call", f"{first:.2f} s with {providers(setting.device.type)}")
     seconds = median_seconds(lambda: list(encoder.samples(images)), setting.device, warm_up=1, repeats=3)
     _rate(setting, report, "pose", len(images) / seconds)
+    _beside(setting, report, "pose", encoder, images)
+
+
+def _beside(setting: Setting, report: Report, layer: str, encoder: Any, images: np.ndarray) -> None:
+    """Time the layer's work as a worker of ``prep`` does it: batches in threads beside the device."""
+    batches = [[(f"{number}", image) for number, image in enumerate(images)]] * AHEAD * 2
+
+    def compute() -> None:
+        for _ in encode_beside(batches, encoder.samples, pool, AHEAD, lambda keys: None):
+            pass
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        seconds = median_seconds(compute, setting.device, warm_up=1, repeats=1)
+    report.note(f"{layer}, rate beside", f"{len(batches) * len(images) / seconds:.4g} items/s, {AHEAD} threads prepare")
 
 
 def _write(setting: Setting, folder: Path, kind: Any, config: Any) -> None:
