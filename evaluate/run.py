@@ -57,6 +57,7 @@ class Evidence:
     metrics: list[Metric]
     skipped: list[Skipped]
     extras: dict[str, Any] = field(default_factory=dict)
+    judges: dict[str, str] = field(default_factory=dict)  # where joints, LPIPS and features were computed
 
 
 def run(
@@ -107,14 +108,17 @@ def evaluate(
     run_folder: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     step: int | None = None,
+    judges: str | None = None,
 ) -> Evidence:
     """Run the tests on ``subject``; pictures for the report go to ``folder/images``, everything else is returned.
 
     ``identity`` is all that the numbers depend on: with it, finished batches are kept in ``folder/parts``, and those of
-    an evaluation with the same identity are not computed again.
+    an evaluation with the same identity are not computed again. ``judges`` is the device of LPIPS and of the detector
+    of joints; None: the model's.
     """
-    parts = FinishedBatches(folder / "parts" if identity else None, identity)
-    context = build_context(subject, config, run_folder, step)
+    context = build_context(subject, config, run_folder, step, judges)
+    devices = context.examiner.devices
+    parts = FinishedBatches(folder / "parts" if identity else None, {**(identity or {}), "judges": devices})
     tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []
     for test, section in tests.items():
@@ -133,7 +137,7 @@ def evaluate(
         skipped += left_out
     show(context, pictures, rows, folder)
     metrics, without = with_bars(metrics, config.needed)
-    return Evidence(rows, context.heldout, metrics, list(dict.fromkeys(skipped + without)), context.extras)
+    return Evidence(rows, context.heldout, metrics, list(dict.fromkeys(skipped + without)), context.extras, devices)
 
 
 def perceptual_losses(config: TrainConfig) -> frozenset[str]:
@@ -143,11 +147,16 @@ def perceptual_losses(config: TrainConfig) -> frozenset[str]:
 
 
 def build_context(
-    subject: Subject, config: EvaluateConfig, run_folder: Path | None = None, step: int | None = None
+    subject: Subject,
+    config: EvaluateConfig,
+    run_folder: Path | None = None,
+    step: int | None = None,
+    judges: str | None = None,
 ) -> DrawingContext:
     """Open the judges and read the training images."""
-    lpips = Lpips() if lpips_unavailable() is None else None
-    detector, no_detector = open_detector(config.pose_models, subject.dataset)
+    device = judges or subject.device
+    lpips = Lpips(device=device) if lpips_unavailable() is None else None
+    detector, no_detector = open_detector(config.pose_models, subject.dataset, device)
     judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
     probe, no_probe = open_probe(config.probe, subject.device)
     buckets = {row["bucket"] for row in subject.rows}
@@ -222,7 +231,7 @@ def write(
         "schema": SCHEMA_VERSION,
         "metrics": [metric.to_dict() for metric in evidence.metrics],
         "skipped": [vars(skipped) for skipped in evidence.skipped],
-        "provenance": dict(provenance),
+        "provenance": {**provenance, "judges": evidence.judges},
     }
     write_atomic(folder / "report.json", canonical_json(report))
 

@@ -93,7 +93,8 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
     metrics = _known(folder / "report.json", facts)
     if metrics is None:
         (folder / "report.json").unlink(missing_ok=True)
-        evidence = evaluate(subject, tier, folder, config.run_folder, step=step)
+        # LPIPS and the detector stay on the CPU: training has filled the card
+        evidence = evaluate(subject, tier, folder, config.run_folder, step=step, judges="cpu")
         write(folder, tier, evidence, facts, curves_until(config.run_folder, step))
         metrics = [metric.to_dict() for metric in evidence.metrics]
     found = {metric["name"]: metric["value"] for metric in metrics if is_headline(metric["name"])}

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,14 @@ from prep.dataset.layout import Part, Unit, fingerprint_of, read_part
 from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.images.sources import Reject
 from prep.passes import cost
-from prep.passes.placement import Node, local_node, plan_passes
+from prep.passes.placement import Node, Pass, local_node, plan_passes
 from prep.passes.plan import Plan, check_folders, make_plan, remaining, write_manifest
 from prep.passes.preflight import preflight
 from prep.passes.publish import Published, gate, publish
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
 TAR_FILE = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d+)\.(?P<layer>\w+)\.tar")
+CARD_SECONDS = 3.0  # in which the last workers of a pass notice that it has ended, and CUDA gives back their memory
 UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
@@ -81,8 +82,9 @@ def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fa
         passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})
         storage = open_storage(config.output)
         free = cost.free_bytes(storage)
-        lines = cost.table(cost.estimate(plan, passes, storage), free if free is None else free / 1e9)
-        for line in [*remarks, *lines]:
+        lines = cost.estimate(plan, passes, storage)
+        table = cost.table(lines, free if free is None else free / 1e9)
+        for line in [*remarks, *table, *cost.pass_times(lines, passes)]:
             say(line)
         cost.check_room(plan)
 
@@ -183,12 +185,15 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
     for line in other_networks(config):
         say(line)
     with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
-        passes, remarks = plan_passes(config, cluster_nodes(), {unit.layer for unit in plan.missing})
-        for line in [*remarks, *cost.table(cost.estimate(plan, passes, folder.storage))]:
+        passes, remarks = place(config, cluster_nodes(), {unit.layer for unit in plan.missing})
+        lines = cost.estimate(plan, passes, folder.storage)
+        for line in [*remarks, *cost.table(lines), *cost.pass_times(lines, passes)]:
             say(line)
         preflight(config, plan, on_every_node)
         computed: list[str] = []
-        for step in passes:
+        on_gpus = False
+        while passes:
+            step = passes.pop(0)
             tasks = plan.tasks(step.layers)
             if not tasks:
                 continue
@@ -199,6 +204,8 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
                 if asked:
                     from prep.passes.captions import caption_units
 
+                    if on_gpus:  # a server looks for room on its card once, when it loads the model
+                        time.sleep(CARD_SECONDS)
                     results = caption_units(
                         config, tasks, lambda counts: progress.update(counts.pop("samples"), **counts)
                     )
@@ -216,9 +223,26 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
                     if not asked:  # the captions say for each sample when it is through
                         rejected += sum(unit["rejected"] for unit in units)
                         progress.advance(sum(unit["samples"] for unit in units), rejected=rejected)
-            if step is not passes[-1]:
+            on_gpus |= step.device == "cuda"
+            if asked and passes:  # which may use the cards of the caption servers now
+                passes, remarks = place(config, cluster_nodes(), {layer for one in passes for layer in one.layers})
+                for line in remarks:
+                    say(line)
+            if passes:
                 computed += layers
                 gate(config, known_rejects(plan, computed), plan.seen, folder.rejects)
+
+
+def place(config: PrepConfig, nodes: list[Node], layers: Collection[str]) -> tuple[list[Pass], list[str]]:
+    """Return :func:`plan_passes` for cards that the caption servers have been asked to leave, where that comes next."""
+    passes, remarks = plan_passes(config, nodes, layers)
+    beyond_cpus = [step.device for step in passes if step.device != "cpu"]
+    if beyond_cpus[:1] == ["cuda"] and config.captions.generated:
+        from prep.passes.captions import free_cards
+
+        if not free_cards(config, nodes):
+            return plan_passes(config, nodes, layers, loaded=True)
+    return passes, remarks
 
 
 def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:

@@ -16,6 +16,8 @@ from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
 from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
 from evaluate.subject import Batch, Row
 from nanodit.config import Config
+from nanodit.console import say
+from nanodit.errors import ResourceError
 from nanodit.keypoints import JOINTS
 from prep.dataset.reader import Dataset
 
@@ -49,6 +51,13 @@ class Examiner:
         self._truth = dataset.truth()
         self.figures = self._truth is not None
         self.box = TRUE_BOX if self.figures else JOINTS_BOX
+
+    @property
+    def devices(self) -> dict[str, str]:
+        """Where joints, LPIPS and features are computed, as far as they are."""
+        encoder = self._judge and self._judge.encoder
+        judges = {"joints": self._detector, "lpips": self._lpips, "features": encoder}
+        return {name: str(judge.device) for name, judge in judges.items() if judge is not None}
 
     @property
     def lpips_label(self) -> str | None:
@@ -211,18 +220,32 @@ class PoseModelsConfig(Config):
         return Path(self.detector), Path(self.pose)
 
 
-def open_detector(models: PoseModelsConfig | None, dataset: Dataset) -> tuple[DWPose | None, str | None]:
-    """Open the detector that judges joints; returns None and the reason where there is none."""
-    from prep.encoders.dwpose import DWPose
+def open_detector(
+    models: PoseModelsConfig | None, dataset: Dataset, device: str = "cpu"
+) -> tuple[DWPose | None, str | None]:
+    """Open the detector that judges joints; returns None and the reason where there is none.
 
+    It computes on ``device``, or on the CPU, which a line says, where onnxruntime cannot use that.
+    """
     if models is not None:
-        return DWPose(*models.files), None
-    if dataset.info["encoders"] == "demo":
+        files = models.files
+    elif dataset.info["encoders"] == "demo":
         from prep.encoders.demo import build_demo_encoders, demo_folder  # imports transformers, which takes seconds
 
         demo = build_demo_encoders(demo_folder())
-        return DWPose(demo.detector, demo.pose), None
-    return None, "no detector: name DWPose's files in pose_models"
+        files = demo.detector, demo.pose
+    else:
+        return None, "no detector: name DWPose's files in pose_models"
+    import torch
+
+    from prep.encoders.dwpose import DWPose
+
+    if device != "cpu":
+        try:
+            return DWPose(*files, device=device), None
+        except ResourceError as error:
+            say(f"warning: joints are found on the CPU, which takes long on large pictures: {error}")
+    return DWPose(*files, threads=torch.get_num_threads()), None
 
 
 def detector_label(models: PoseModelsConfig | None) -> str:

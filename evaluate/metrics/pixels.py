@@ -15,6 +15,7 @@ import torch
 
 from nanodit.files import sha256_file
 from prep.encoders.backbones import ALEXNET, CACHE
+from prep.encoders.halving import Halving
 
 PSNR_CEILING = 10 * np.log10(12 * 255**2)  # 58.9 dB: the error that rounding to 8 bits leaves of a perfect picture
 SSIM_SIGMA = 1.5
@@ -87,7 +88,7 @@ def degenerate(image: np.ndarray) -> str | None:
 
 
 class Lpips:
-    """LPIPS v0.1 with the AlexNet backbone (Zhang et al. 2018); lower is closer, 0 is identical.
+    """LPIPS v0.1 with the AlexNet backbone (Zhang et al. 2018) on a device; lower is closer, 0 is identical.
 
     The backbone is read from torch.hub's cache and never downloaded; without the file the constructor raises
     ``FileNotFoundError``, for which :func:`lpips_unavailable` gives the reason beforehand. The file is read with
@@ -95,7 +96,7 @@ class Lpips:
     mean nothing.
     """
 
-    def __init__(self, backbone: Path | None = None):
+    def __init__(self, backbone: Path | None = None, device: str = "cpu"):
         import lpips  # pulls in torchvision: seconds that a run without the weights need not spend
 
         backbone = backbone or ALEXNET.path
@@ -111,16 +112,25 @@ class Lpips:
             for index, layer in layers.named_children():  # the children keep AlexNet's own indices
                 own = {name: weights[f"features.{index}.{name}"] for name in layer.state_dict()}
                 layer.load_state_dict(own)
+        self.device = device
+        self._network.to(device)
+        self._memory = Halving("LPIPS", device)
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return LPIPS per image of uint8 (B, H, W, 3) against uint8 (B, H, W, 3): float64 (B,), at least 0."""
         _check_pair(images, references)
+        if not len(images):
+            return np.zeros(0)
+        return np.concatenate(list(self._memory.run(self._distances, np.stack([images, references], axis=1))))
+
+    @torch.inference_mode()
+    def _distances(self, pairs: np.ndarray) -> np.ndarray:
+        """LPIPS of pairs, uint8 (B, 2, H, W, 3)."""
         pair = [
-            torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
-            for array in (images, references)
+            torch.from_numpy(pairs[:, side]).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+            for side in (0, 1)
         ]
-        return self._network(*pair).flatten().double().numpy()
+        return self._network(*pair).flatten().double().cpu().numpy()
 
 
 def lpips_unavailable() -> str | None:

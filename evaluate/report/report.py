@@ -148,7 +148,9 @@ def facts(run: Run) -> dict[str, Any]:
         "state": state,
         "packages": given.get("packages") or {},
         "python": given.get("python", UNKNOWN),
-        "machine": given.get("machine", UNKNOWN),
+        "machine": ", ".join(
+            [given.get("machine", UNKNOWN), *(f"{name} on {on}" for name, on in given.get("judges", {}).items())]
+        ),
         "doubts": doubts,
         "checkout": commit if commit != UNKNOWN else None,
         "command": shlex.join(command),

@@ -38,6 +38,10 @@ class HostTimeout(HostFault):
     """A host that accepted a question and did not answer in time."""
 
 
+class HostUnreachable(HostFault):
+    """A host where nobody listens."""
+
+
 class SampleFault(Exception):
     """A server that failed on this image (HTTP 500)."""
 
@@ -67,6 +71,7 @@ class CaptionServer(ABC):
     default_path: ClassVar[str] = ""  # of a URL without a path
     ignored_options: ClassVar[frozenset[str]] = frozenset()  # keys of captions.options that it has no counterpart of
     start: ClassVar[str] = "start it"  # what the doctor advises where it does not answer; {model} may stand in it
+    unloads: ClassVar[bool] = False  # whether it can take its model off the GPU, and loads it again when it is asked
     reload: ClassVar[str] = "load the same files on each"  # and where hosts have different builds of a model
 
     def __init__(self, url: str, model: str, timeout: float, key: str | None) -> None:
@@ -99,6 +104,10 @@ class CaptionServer(ABC):
     @abstractmethod
     async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
         """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
+
+    async def unload(self) -> None:
+        """Take the model off the GPU, and return when it has gone; errors as those of :meth:`digest`."""
+        raise NotImplementedError(f"{type(self).__name__} does not unload models")
 
     async def examine(self) -> ServerFacts:
         """Ask what ``prep doctor`` shows of a server; errors as those of :meth:`digest`."""
@@ -152,7 +161,8 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
     except (ConnectionError, httpx.HTTPError) as error:
         # the Ollama client's own words for a refused connection say nothing about the cause
         cause = error.__context__ if isinstance(error, ConnectionError) else error
-        raise HostFault(f"cannot be reached: {cause or type(error).__name__}") from error
+        kind = HostUnreachable if isinstance(error, ConnectionError | httpx.ConnectError) else HostFault
+        raise kind(f"cannot be reached: {cause or type(error).__name__}") from error
     except ValueError as error:  # of JSON, or of the client's models
         raise HostFault("answers with something that is not a reply of such a server") from error
 

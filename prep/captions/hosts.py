@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
-from prep.captions.base import CaptionServer, HostFault, HostTimeout, SampleFault
+from prep.captions.base import CaptionServer, HostFault, HostTimeout, HostUnreachable, SampleFault
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.quality import Answer
 from prep.captions.servers import SERVERS
@@ -235,6 +235,26 @@ async def agreed_digest(config: CaptionConfig) -> str:
     for url, fault in silent.items():
         say(f"warning: caption host {url} {fault}; the others do its work until it answers")
     return next(iter(digests.values()))
+
+
+async def unload_models(config: CaptionConfig, urls: Collection[str]) -> dict[str, str]:
+    """Let the hosts of some URLs take the model off their GPUs; returns what is wrong with those that did not.
+
+    Where nobody listens, no model is loaded.
+    """
+    servers = [open_server(host, config) for host in config.servers if host.url in urls]
+    try:
+        answers = await asyncio.gather(*(server.unload() for server in servers), return_exceptions=True)
+    finally:
+        await asyncio.gather(*(server.close() for server in servers))
+    faults: dict[str, str] = {}
+    for server, answer in zip(servers, answers):
+        if isinstance(answer, HostFault | SampleFault | ConfigError):
+            if not isinstance(answer, HostUnreachable):
+                faults[server.url] = str(answer)
+        elif answer is not None:
+            raise answer
+    return faults
 
 
 def list_faults(faults: Iterable[tuple[str, str]]) -> str:

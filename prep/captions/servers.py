@@ -5,6 +5,7 @@ Wire formats: https://github.com/ollama/ollama/blob/main/docs/api.md, https://pl
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -27,6 +28,7 @@ from prep.captions.quality import Answer, tidy
 if TYPE_CHECKING:
     import httpx
 
+UNLOAD_TIMEOUT, UNLOAD_TICK = 30.0, 0.25  # seconds
 # gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
 OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
 
@@ -37,6 +39,7 @@ class OllamaServer(CaptionServer):
     program = "Ollama"
     example_url = "http://127.0.0.1:11434"
     default_port = 11434
+    unloads = True
     start = "start it there (`ollama serve`, then `ollama pull {model}`)"
     reload = "ollama pull {model} on each of them"
 
@@ -71,10 +74,13 @@ class OllamaServer(CaptionServer):
         async with self._asking(min(LISTING_TIMEOUT, self.timeout)):
             listing = await self._ollama.list()
         digests = {model.model: model.digest for model in listing.models if model.model}
-        wanted = self.model if ":" in self.model else f"{self.model}:latest"
-        if wanted not in digests:
+        if self._tagged not in digests:
             raise self.lacks_model(digests, f"Run on it: ollama pull {self.model}")
-        return digests[wanted] or UNKNOWN
+        return digests[self._tagged] or UNKNOWN
+
+    @property
+    def _tagged(self) -> str:
+        return self.model if ":" in self.model else f"{self.model}:latest"
 
     async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
         """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
@@ -83,6 +89,13 @@ class OllamaServer(CaptionServer):
             # a model that thinks would spend its tokens before it writes
             reply = await self._ollama.chat(self.model, [message], think=False, options=dict(options))
         return Answer(tidy(reply.message.content or ""), reply.done_reason, options)
+
+    async def unload(self) -> None:
+        """Ask for no prompt with ``keep_alive`` 0, which unloads; the memory is free when /api/ps lists it no more."""
+        async with self._asking(min(UNLOAD_TIMEOUT, self.timeout)):
+            await self._ollama.generate(self.model, keep_alive=0)
+            while any(model.model == self._tagged for model in (await self._ollama.ps()).models):
+                await asyncio.sleep(UNLOAD_TICK)
 
     async def examine(self) -> ServerFacts:
         """Ask for the digest, and, as far as the host says, for its version and the memory that models hold."""

@@ -53,6 +53,7 @@ class Encoder:
     (a ``Halving``), ``fingerprint()`` and the attributes ``facts``, which dataset.json records; one of images has
     ``samples(images, flips)``, which yields the members and columns of each of uint8 (B, H, W, 3).
 
+    ``beside_ms`` are milliseconds of a CPU per sample of 1024 pixels beside a GPU: decoding, preparing, writing.
     ``weights_gb`` are GB of the weights on a GPU, ``activations_gb`` those of the activations of a batch of 16, both
     estimates; the latter grow with the batch and with ``growth``. On a CPU all is ``on_cpu`` times as much.
     """
@@ -62,6 +63,7 @@ class Encoder:
     activations_gb: float
     growth: Callable[[Config], float] = lambda config: 1.0
     on_cpu: int = 2  # fp32 instead of bf16
+    beside_ms: float = 0.0
     model: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -230,6 +232,7 @@ DINO = Layer(
         options={"input_scale": {"production": 0.5, "demo": 1.0}},
         facts=("width", "registers", "patch_size", "input_scale"),
         width={"production": 1024, "demo": 96},
+        beside_ms=31.0,
         weights_gb=0.61,
         activations_gb=0.5,
         growth=lambda config: (config.base * option(config, "dino", "input_scale") / TABLE_SIDE) ** 2,
@@ -255,6 +258,7 @@ POSE = Layer(
         files={"detector": "yzd-v/DWPose:yolox_l.onnx", "pose": "yzd-v/DWPose:dw-ll_ucoco_384.onnx"},
         weights_gb=0.35,
         activations_gb=1.3,
+        beside_ms=21.0,
         on_cpu=1,  # the ONNX files are fp32 anyway
     ),
     flat=("pose.npy",),

@@ -11,7 +11,7 @@ Parquet.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,13 +148,19 @@ def read_part(root: Path | str | Storage, unit: Unit) -> Part | None:
     return Part(unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table)
 
 
-def read_members(root: Path | str | Storage, part: Part, member: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (key, data) of one member for every sample of a committed unit, in key order, each checked by its hash."""
+def read_members(
+    root: Path | str | Storage, part: Part, member: str, known: Container[str] = ()
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (key, data) of one member for every sample of a committed unit, in key order, each checked by its hash.
+
+    Those of ``known`` keys are not read: their data is empty.
+    """
     column = f"{part.unit.layer}/{member}"
     names = ["key", *(f"{column}/{name}" for name in ("offset", "length", "sha256"))]
     storage = open_storage(root)
     for key, offset, length, sha256 in zip(*(part.table[name].to_pylist() for name in names)):
-        yield key, read_range(storage, part.unit, key, member, offset, length, sha256)
+        known_already = key in known
+        yield key, b"" if known_already else read_range(storage, part.unit, key, member, offset, length, sha256)
 
 
 def read_range(

@@ -13,13 +13,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from nanodit.console import say
-from nanodit.errors import NanoditError
+from nanodit.errors import NanoditError, ResourceError
 from prep.captions.base import ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
@@ -49,7 +49,10 @@ from prep.doctor.node import GCS_PORT, examine_node, first_line
 from prep.doctor.places import cache_check, place_checks, project_check, store_checks
 from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
 from prep.encoders.registry import NETWORKS
+from prep.passes.cost import foreseen_times
+from prep.passes.placement import Node, local_node, plan_passes
 
+SAMPLES = 1000  # of which the times of the passes are
 LIMIT = 14.0  # seconds for everything
 CONNECT_SECONDS = 3.0
 JOIN_SECONDS = 7.0  # to import Ray and be let in
@@ -125,8 +128,9 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     """Return everything to check, in the order in which it is shown."""
     needs = needs_of(config)
     machines = CheckTask(
-        "node", lambda: cluster(needs, address) if address else node_checks(examine_node(), needs, False)
+        "node", lambda: cluster(needs, address, config) if address else node_checks(examine_node(), needs, False)
     )
+    placed = [] if address else [CheckTask("passes", lambda: [pass_check(config, [local_node()])])]
     models, names = [], encoder_names(config)
     for part, name in names.items():
         check = check_network if part in NETWORKS else check_model
@@ -135,7 +139,14 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
     if any(names.values()):
         models.append(CheckTask("model_cache", lambda: [cache_check()]))
     models.append(CheckTask("lpips", lpips_checks))
-    return [CheckTask("nanodit", lambda: [project_check()]), machines, *models, *caption_tasks(config), *places]
+    return [
+        CheckTask("nanodit", lambda: [project_check()]),
+        machines,
+        *placed,
+        *models,
+        *caption_tasks(config),
+        *places,
+    ]
 
 
 def caption_tasks(config: PrepConfig) -> list[CheckTask]:
@@ -162,7 +173,22 @@ def caption_servers(captions: CaptionConfig) -> Checks:
     return server_checks({host.url: answers.get(host.url, silent) for host in captions.servers}, captions)
 
 
-def cluster(needs: Needs, address: str) -> Iterator[Check]:
+def pass_check(config: PrepConfig, nodes: Sequence[Node]) -> Check:
+    """Say how long each pass takes on the devices that it is placed on."""
+    try:
+        passes, remarks = plan_passes(config, nodes)
+    except ResourceError as error:
+        found, _, fix = str(error).partition(". ")
+        return fail("passes", RESOURCE, found, fix)
+    found = f"{SAMPLES:,} images: {', then '.join(foreseen_times(config, passes, SAMPLES))} (estimates)"
+    slow = [remark for remark in remarks if "runs on CPUs" in remark]
+    if not slow:
+        return ok("passes", found)
+    fix = "lower its batch_size, or free the card; `nanodit prep plan` has the times for all images"
+    return warn("passes", f"{found}; {'; '.join(slow)}", fix)
+
+
+def cluster(needs: Needs, address: str, config: PrepConfig) -> Iterator[Check]:
     """Examine every node of the running Ray, or this machine alone where there is none; checks name the node."""
     refusal, examination = _unreachable(address), ClusterExamination()
     if refusal is None:
@@ -183,6 +209,7 @@ def cluster(needs: Needs, address: str) -> Iterator[Check]:
     machines = examination.machines
     yield ok("ray", f"{counted(examination.nodes, 'node')} on {counted(len(machines), 'machine')}")
     yield from cluster_checks(machines, needs, examination.before, examination.after)
+    yield pass_check(config, examination.placed)
     for name, facts in machines.items():
         if not isinstance(facts, BaseException):
             yield from (replace(check, node=name) for check in node_checks(facts, needs, True))
@@ -201,6 +228,7 @@ class ClusterExamination(threading.Thread):
         self.error: Exception | None = None
         self.machines: dict[str, Any] = {}
         self.nodes, self.before, self.after = 0, 0.0, 0.0
+        self.placed: list[Node] = []
 
     def run(self) -> None:
         """Join Ray and examine its nodes."""
@@ -213,7 +241,8 @@ class ClusterExamination(threading.Thread):
                 self.before = time.time()
                 answers = on_every_node(examine_node, True, timeout=NODE_SECONDS)
                 self.after = time.time()
-                addresses = {node.id: node.address for node in cluster_nodes()}
+                self.placed = cluster_nodes()
+                addresses = {node.id: node.address for node in self.placed}
             # a host with several GPUs may be several nodes of Ray, and counts once
             machines = {addresses.get(node, node[:8]): answer for node, answer in answers.items()}
             self.nodes, self.machines = len(answers), named(machines)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
 from prep.doctor.check import RESOURCE, SETUP, Check, fail, ok, warn
@@ -33,7 +34,8 @@ class Needs:
     """The demands of a run on a machine: ``vram_gb`` by layer, ``memory_gb`` per worker on a CPU (0: not counted).
 
     ``workers`` is the number of actors, None for one per CPU; ``device`` is ``placement.device``. On CPUs ``slow``
-    encoders take seconds an image.
+    encoders take seconds an image. ``unloads``: the run asks the caption server to unload its model before encoders use
+    its card.
     """
 
     vram_gb: dict[str, float]
@@ -41,6 +43,7 @@ class Needs:
     workers: int | None
     device: str
     slow: bool = True
+    unloads: bool = False
 
 
 def needs_of(config: PrepConfig) -> Needs:
@@ -52,6 +55,7 @@ def needs_of(config: PrepConfig) -> Needs:
         config.workers,
         config.placement.device,
         slow=bool(encoders) and config.encoders != "demo",
+        unloads=config.captions.generated and SERVERS[config.captions.backend].unloads,
     )
 
 
@@ -161,6 +165,8 @@ def _vram(gpu: dict[str, Any], facts: dict[str, Any], needs: Needs) -> Check:
         return ok("vram", "shared with the CPU's memory")
     total = "" if gpu["memory"] is None else f" of {gpu['memory'] / GB:.1f}"
     found = f"{free / GB:.1f}{total} GB free" + (f"; Ollama holds {held / GB:.1f} GB" if held else "")
+    if held and needs.unloads:
+        found, free = f"{found}, and is asked to unload before encoders run", free + held
     large = {layer: need for layer, need in needs.vram_gb.items() if need * GB > free}
     if not large:
         return ok("vram", found)

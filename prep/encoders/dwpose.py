@@ -23,15 +23,20 @@ from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import canonical_json, sha256_file
 from nanodit.keypoints import JOINTS
 from prep.dataset.codecs import npy_bytes
+from prep.dataset.layers import LAYERS
 from prep.encoders.halving import Halving
 from prep.encoders.hub import Reference, check_bytes, download_file, is_hub_file
 
 CODE_VERSION = 2
+ENCODER = LAYERS["pose"].encoder
+assert ENCODER is not None
 BATCH = 4  # images per call of a network that takes any number
+GPU_GB = ENCODER.weights_gb + ENCODER.activations_gb
 
 DETECTOR_SIDE = 640
 STRIDES = (8, 16, 32)
 PADDING_GREY = 114
+RESIZE_ROWS = 32  # of the result at a time, so that what lies between stays in the processor's cache
 CANDIDATE_SCORE, NMS_IOU, PERSON_SCORE = 0.1, 0.45, 0.3
 PERSON_CLASS = 0
 
@@ -104,14 +109,25 @@ class DWPose:
     ``(B, 3, 384, 288)`` and gives ``simcc_x (B, 133, 576)`` and ``simcc_y (B, 133, 768)``. Networks exported for a
     single image run one by one. What does not fit into a GPU is halved, as ``memory`` remembers.
 
+    ``memory_gb`` bounds what each network's arena may take of a GPU (None: what the placement counts with for both),
+    ``threads`` are onnxruntime's on the CPU (None: ``OMP_NUM_THREADS``, else one, because actors share the cores; equal
+    bytes need equal numbers).
+
     Raises :class:`ConfigError` for a file that is no such network, :class:`ResourceError` when CUDA was asked for and
     onnxruntime would silently have used the CPU.
     """
 
-    def __init__(self, detector: Path, pose: Path, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        detector: Path,
+        pose: Path,
+        device: str = "cpu",
+        memory_gb: float | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.device = device
         self._files = (Path(detector), Path(pose))
-        self._detector = _Network(self._files[0], device)
-        self._pose = _Network(self._files[1], device)
+        self._detector, self._pose = (_Network(file, device, memory_gb, threads) for file in self._files)
         self.memory = Halving("DWPose", device)
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -149,10 +165,16 @@ class DWPose:
             yield {"pose.npy": npy_bytes(joints), "json": people}, {"persons": pose.persons}
 
 
-def build(detector: Path | str, pose: Path | str, sha256: Mapping[str, str] | None, device: str = "cpu") -> DWPose:
+def build(
+    detector: Path | str,
+    pose: Path | str,
+    sha256: Mapping[str, str] | None,
+    device: str = "cpu",
+    memory_gb: float | None = None,
+) -> DWPose:
     """Load the two networks, from files or from the hub."""
     known = sha256 or {}
-    return DWPose(_onnx_file(detector, known.get("detector")), _onnx_file(pose, known.get("pose")), device)
+    return DWPose(_onnx_file(detector, known.get("detector")), _onnx_file(pose, known.get("pose")), device, memory_gb)
 
 
 def _onnx_file(value: str | Path, sha256: str | None) -> Path:
@@ -179,7 +201,7 @@ def letterbox(images: np.ndarray) -> tuple[np.ndarray, float]:
     size = (max(1, int(height * ratio)), max(1, int(width * ratio)))
     inputs = np.empty((batch, 3, DETECTOR_SIDE, DETECTOR_SIDE), np.float32)
     for image, canvas in zip(images, inputs):
-        canvas[:, : size[0], : size[1]] = resize(image, *size)[..., ::-1].transpose(2, 0, 1)
+        _resize_into(image, canvas[::-1, : size[0], : size[1]])
     inputs[:, :, size[0] :] = PADDING_GREY
     inputs[:, :, : size[0], size[1] :] = PADDING_GREY
     return inputs, ratio
@@ -191,12 +213,36 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     In OpenCV's fixed-point arithmetic (``modules/imgproc/src/resize.cpp``, INTER_LINEAR on 8 bits): rounding otherwise
     moves one pixel in fifty by a grey level, and that moves boxes by a tenth of a pixel.
     """
-    left, right, *weights = _fixed_point_taps(width, image.shape[1])
-    pixels = image.astype(np.int32)
-    rows = (pixels[:, left] * weights[0][:, None] + pixels[:, right] * weights[1][:, None]) >> 4
-    above, below, *weights = _fixed_point_taps(height, image.shape[0])
-    parts = [(rows[taken] * weight[:, None, None]) >> 16 for taken, weight in zip((above, below), weights)]
-    return ((parts[0] + parts[1] + 2) >> 2).astype(np.uint8)
+    resized = np.empty((height, width, image.shape[2]), np.uint8)
+    _resize_into(image, resized.transpose(2, 0, 1))
+    return resized
+
+
+def _resize_into(image: np.ndarray, planes: np.ndarray) -> None:
+    """Write :func:`resize` of ``image`` into ``planes`` (C, height, width), of any type."""
+    channels, height, width = planes.shape
+    # columns as one axis of (channel, column), so that all that follows is over long rows
+    *columns, across, across_other = _fixed_point_taps(width, image.shape[1])
+    left, right = ((taken * channels + np.arange(channels)[:, None]).ravel() for taken in columns)
+    across, across_other = (np.tile(weight, channels) for weight in (across, across_other))
+    above, below, down, down_other = _fixed_point_taps(height, image.shape[0])
+    pixels = image.reshape(len(image), -1)
+    for start in range(0, height, RESIZE_ROWS):
+        block = slice(start, start + RESIZE_ROWS)
+        first, last = above[start], below[block][-1]
+        taken = pixels[first : last + 1]
+        rows = np.multiply(taken.take(left, axis=1), across, dtype=np.int32)
+        rows += np.multiply(taken.take(right, axis=1), across_other, dtype=np.int32)
+        rows >>= 4
+        parts = [rows.take(places[block] - first, axis=0) for places in (above, below)]
+        for part, weight in zip(parts, (down, down_other)):
+            part *= weight[block, None]
+            part >>= 16
+        total = parts[0]
+        total += parts[1]
+        total += 2
+        total >>= 2
+        planes[:, block] = total.reshape(-1, channels, width).transpose(1, 0, 2)
 
 
 def _fixed_point_taps(count: int, limit: int) -> tuple[np.ndarray, ...]:
@@ -333,22 +379,48 @@ def to_image(joints: np.ndarray, centre: np.ndarray, size: np.ndarray) -> np.nda
 _UNLOADABLE = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf)
 
 
+def session_options(device: str, threads: int | None = None) -> ort.SessionOptions:
+    """Return the options of a session on a device; see :class:`DWPose`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
+    options.log_severity_level = 3
+    # beside a GPU only inputs and outputs lie in main memory, where an arena would keep the largest for ever
+    options.enable_cpu_mem_arena = not device.startswith("cuda")
+    return options
+
+
+def providers(device: str, memory_gb: float | None = None) -> list[str | tuple[str, dict[str, str]]]:
+    """Return what computes a session on a device, with its options.
+
+    Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html, "Configuration Options".
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return ["CPUExecutionProvider"]
+    options = {
+        "device_id": index or "0",
+        # just what is asked for, and no more than was booked, leaves room for the other workers of a GPU; beyond the
+        # limit an allocation fails, and batches are halved
+        "arena_extend_strategy": "kSameAsRequested",
+        "gpu_mem_limit": str(int((memory_gb or GPU_GB) * 1e9)),
+        # the default, EXHAUSTIVE, times all kernels with their workspaces for every shape: that takes memory and the
+        # first seconds, and what wins, and so the last bits, may differ from one process to the next
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",  # which would move joints
+    }
+    return [("CUDAExecutionProvider", options)]
+
+
 class _Network:
     """One ONNX file on one device."""
 
-    def __init__(self, path: Path, device: str) -> None:
-        options = ort.SessionOptions()
-        # Equal bytes need an equal number of threads, and actors share the cores: one, unless the user says otherwise.
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-        options.log_severity_level = 3
-        kind, _, index = device.partition(":")
+    def __init__(self, path: Path, device: str, memory_gb: float | None, threads: int | None) -> None:
+        kind = device.partition(":")[0]
         if kind == "cuda":
             import torch  # noqa: F401 - brings the CUDA libraries into the process that onnxruntime looks for
-        # taking just what is asked for leaves room for the other workers of a GPU; TF32 would move joints
-        options_cuda = {"device_id": index or "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-        providers = [("CUDAExecutionProvider", options_cuda)] if kind == "cuda" else ["CPUExecutionProvider"]
+        options = session_options(device, threads)
         try:
-            self._session = ort.InferenceSession(str(_existing(path)), options, providers=providers)
+            self._session = ort.InferenceSession(str(_existing(path)), options, providers=providers(device, memory_gb))
         except _UNLOADABLE as error:
             raise ConfigError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
         if kind == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
@@ -359,7 +431,7 @@ class _Network:
             )
         (self._input,) = self._session.get_inputs()
         self._path = path
-        # cuDNN searches for its fastest kernels once per shape, so the short last batch of a shard is filled up
+        # cuDNN chooses kernels, and the arena grows, once per shape: the short last batch is filled up
         self._fill, self._largest = kind == "cuda" and self._input.shape[0] != 1, 0
 
     def run(self, inputs: np.ndarray) -> Sequence[np.ndarray]:

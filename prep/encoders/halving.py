@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from nanodit.errors import MemoryShortage, gpu_is_full
@@ -16,11 +17,15 @@ class Halving:
     The size that fitted is kept for later batches: a failed attempt costs as much as a batch. Results are those of
     the whole batch up to the last bits, which depend on a batch's shape. Main memory is not watched here: there is
     no telling what else needs it.
+
+    Several threads may run batches. A GPU computes one at a time, in one thread: memory is that of one batch, and
+    onnxruntime keeps handles and workspaces for each thread that calls it.
     """
 
     def __init__(self, what: str, device: str) -> None:
         self.what, self.device = what, str(device)
         self.limit: int | None = None  # the largest batch, once one did not fit
+        self._turn = ThreadPoolExecutor(1, thread_name_prefix="gpu") if self.device.startswith("cuda") else None
         self._note = ""
 
     def run(self, compute: Callable[[Any], T], batch: Sequence[Any]) -> Iterator[T]:
@@ -45,7 +50,7 @@ class Halving:
 
     def _attempt(self, compute: Callable[[Any], T], part: Sequence[Any]) -> tuple[bool, T | None]:
         try:
-            return True, compute(part)
+            return True, self._turn.submit(compute, part).result() if self._turn else compute(part)
         except Exception as error:
             if not gpu_is_full(error, self.device):
                 raise
@@ -57,7 +62,7 @@ class Halving:
             ) from error
 
     def _halve(self, tried: int) -> None:
-        self.limit = tried // 2
+        self.limit = min(tried // 2, self.limit or tried)  # another thread may have halved it already
         self._note = (
             f"{self.what}: batches of {tried} do not fit into the free memory of {self.device}; continuing with "
             f"{self.limit}. Set batch_size to {self.limit} to avoid the failed attempts"

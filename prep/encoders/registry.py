@@ -76,4 +76,7 @@ def model_name(config: PrepConfig, layer: str, encoder: dict[str, Any]) -> str:
 
 def build_encoder(config: PrepConfig, layer: str, device: str) -> Any:
     """Return the encoder of a layer, loaded onto a device."""
-    return import_module(encoder_of(layer).module).build(**encoder_arguments(config, layer), device=device)
+    arguments = encoder_arguments(config, layer)
+    if encoder_of(layer).files:  # onnxruntime, whose memory has a limit: the user's word, else that of the record
+        arguments["memory_gb"] = config.placement.vram_gb.get(layer)
+    return import_module(encoder_of(layer).module).build(**arguments, device=device)

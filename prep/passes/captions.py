@@ -11,7 +11,7 @@ import asyncio
 import io
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from nanodit.storage import Storage, open_storage
 from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
-from prep.captions.hosts import HostPool, agreed_digest
+from prep.captions.hosts import HostPool, agreed_digest, list_faults, unload_models
 from prep.captions.quality import Accepted, Answer, Ask, CaptionRules, Flaw, next_step, next_steps
 from prep.captions.servers import SERVERS
 from prep.captions.sidecar import Caption, text_sample
@@ -36,6 +36,7 @@ from prep.dataset.codecs import decode_pixels
 from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_part, read_range
 from prep.dataset.writer import LayerWriter
 from prep.passes.layers import ShardTask
+from prep.passes.placement import Node, caption_hosts
 
 PROMPT = Path(__file__).parents[1] / "captions" / "caption_prompt.txt"
 JPEG_QUALITY = 90
@@ -86,6 +87,21 @@ def read_prompt(captions: CaptionConfig) -> str:
     if not text:
         raise ConfigError(f"captions.prompt {path} is empty. Write into it what the model should do, or set it to null")
     return text
+
+
+def free_cards(config: PrepConfig, nodes: Sequence[Node]) -> bool:
+    """Let caption servers unload their model from cards that passes are going to use; whether all of them have.
+
+    Servers that cannot, and those elsewhere, are left alone. Of one that does not do it a line tells the user.
+    """
+    machines = {node.address for node in nodes if node.gpus}  # where the driver may be a node of its own
+    urls = caption_hosts(config, [node for node in nodes if node.address in machines])
+    if not urls or not SERVERS[config.captions.backend].unloads:
+        return True
+    faults = asyncio.run(unload_models(config.captions, urls))
+    if faults:
+        say(f"warning: {config.captions.model} may still be on a GPU that is needed now: {list_faults(faults.items())}")
+    return not faults
 
 
 def caption_units(

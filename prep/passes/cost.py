@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from nanodit.storage import Storage, open_storage
 from prep.captions.cache import FOLDER, CaptionCache
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
-from prep.dataset.layers import LAYERS
+from prep.dataset.layers import FULL_SIDE, LAYERS
 from prep.dataset.layout import Unit
 from prep.passes.placement import Pass
 from prep.passes.plan import Plan
 
 DEMO_RATE = 20.0
+DEVICES = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}
 CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
@@ -91,7 +92,7 @@ def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
         return ["nothing to compute: every layer of every shard is current"]
     rows = [("layer", "shards", "samples", "on", "time", "size", "why")]
     for line in lines:
-        where = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}[line.device]
+        where = DEVICES[line.device]
         time = duration(line.seconds) + _label("seconds" in line.measured)
         size = _size(line.gb) + _label("gb" in line.measured)
         rows.append((line.layer, str(line.shards), str(line.samples), f"{line.actors} x {where}", time, size, line.why))
@@ -102,6 +103,36 @@ def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
     rows.append(("total", "", "", "", total, size, room))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def pass_times(lines: Sequence[CostLine], passes: Sequence[Pass]) -> list[str]:
+    """Say of each pass on what it runs and how long it takes, layer by layer; no line where there is only one pass."""
+    by_layer = {line.layer: line for line in lines}
+    found = []
+    for step in passes:
+        if parts := [by_layer[layer] for layer in step.layers if layer in by_layer]:
+            times = {line.layer: line.seconds for line in parts}
+            guessed = _label(all("seconds" in line.measured for line in parts))
+            found.append(f"{_times(times)}{guessed} on {_workers(step)}")
+    return [f"pass {number} of {len(found)}: {text}" for number, text in enumerate(found, 1)] if len(found) > 1 else []
+
+
+def foreseen_times(config: PrepConfig, passes: Sequence[Pass], samples: int) -> list[str]:
+    """Say of each pass on what it runs and how long so many samples take, by the built-in rates."""
+    return [
+        f"{_times({layer: samples / estimated_rate(config, layer, step) / step.actors for layer in step.layers})} on "
+        f"{_workers(step)}"
+        for step in passes
+    ]
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    parts = " + ".join(f"{layer} {duration(taken)}" for layer, taken in seconds.items())
+    return parts if len(seconds) == 1 else f"{parts} = {duration(sum(seconds.values()))}"
+
+
+def _workers(step: Pass) -> str:
+    return f"{step.actors} x {DEVICES[step.device]}"
 
 
 def _label(measured: bool) -> str:
@@ -162,17 +193,23 @@ def measured_sizes(plan: Plan) -> dict[str, float]:
 
 
 def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
-    """Return samples a second of one worker; on a GPU of its fraction of a card."""
+    """Return samples a second of one worker; on a GPU of its fraction of a card, as far as its CPUs prepare so many."""
     record = LAYERS[layer]
     rate = record.rates[step.device]
-    if record.encoder and record.flip and config.flips:  # the mirrored crop is another sample to it
-        rate /= 2
-    rate /= record.work(config)
+    rate /= record.work(config) * _views(config, layer)
     if not record.encoder:
         return rate
     if config.encoders == "demo":
         return DEMO_RATE
-    return rate * (step.gpus if step.device == "cuda" else 1)
+    if step.device != "cuda":
+        return rate
+    beside = record.encoder.beside_ms * _views(config, layer) * (config.base / FULL_SIDE) ** 2 / 1000
+    return min(rate * step.gpus, step.cpus / beside) if beside else rate * step.gpus
+
+
+def _views(config: PrepConfig, layer: str) -> int:
+    """How many samples one is to an encoder: the mirrored crop is another."""
+    return 2 if config.flips and LAYERS[layer].encoder and LAYERS[layer].flip else 1
 
 
 def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:

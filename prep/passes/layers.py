@@ -2,14 +2,15 @@
 
 No Ray here: a :class:`LayerWorker` lives in the child process of a ``prep/passes/supervisor.py``, or in a test.
 Encoders are built when the first shard needs them. Batches have a fixed size and never span shards, so the bytes of a
-unit depend on its members alone and not on who computes it when.
+unit depend on its members alone and not on who computes it when, nor on how many threads prepare batches beside a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,13 +27,14 @@ from nanodit.storage import open_storage
 from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
-from prep.dataset.codecs import decode_pixels, encode_pixels, npy_bytes
+from prep.dataset.codecs import encode_pixels, npy_bytes
 from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
 from prep.encoders.registry import build_encoder, encoder_of
 from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import blur_problem, persons_problem, sharpness
 from prep.images.sources import BadImage, Source, load_canonical
+from prep.passes.crops import Batch, CropCache, Sample, decode_batch, encode_beside
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,20 @@ class Job:
 class LayerWorker:
     """Computes and commits the units of shard tasks on one device.
 
-    ``watch`` is told the keys of every batch before work on it begins, and ``[]`` after the last.
+    ``watch`` is told the keys of every batch before work on it begins, and ``[]`` after the last. ``threads`` prepare
+    batches beside the device; 0 where the device is the CPU, which would only be shared.
     """
 
     def __init__(
-        self, config: PrepConfig, device: str = "cpu", watch: Callable[[list[str]], None] = lambda keys: None
+        self,
+        config: PrepConfig,
+        device: str = "cpu",
+        watch: Callable[[list[str]], None] = lambda keys: None,
+        threads: int = 0,
     ) -> None:
-        self.config, self.device, self.watch = config, device, watch
+        self.config, self.device, self.watch, self.threads = config, device, watch, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare") if threads else None
+        self._crops = CropCache()
         self.root, self.source = open_storage(config.output), Path(config.source)
         self._encoders: dict[str, Any] = {}
         self._rejected = 0  # by the unit computed last
@@ -138,6 +147,8 @@ class LayerWorker:
     def px(self, job: Job) -> None:
         """Source files -> crops, lossless unless ``image.format`` is JPEG. The only place where a source is decoded."""
         bucket, (member,) = Bucket.parse(job.task.bucket), members_of("px", job.recipe)
+        lossless, wanted_again = member == "webp", self._wanted_again(job)
+        self._crops.open(fingerprint_of(job.recipe))
         with self._writing(job, facts={}) as writer:
             for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
                 begin = partial(self._begin_decoding, source.key)
@@ -153,6 +164,8 @@ class LayerWorker:
                     continue
                 columns = {"phash": perceptual_hash(pixels), "sharpness": sharp, "thumbnail": thumbnail(pixels)}
                 members = {member: encode_pixels(pixels, member)}
+                if lossless and wanted_again:
+                    self._crops.keep(source.key, pixels)
                 self.watch([])  # waiting for storage, here and before decoding, is nobody's fault
                 writer.add(source.key, members, **columns)
 
@@ -212,8 +225,8 @@ class LayerWorker:
         """Crops -> what the layer's encoder makes of them."""
         encoder, batch_size = self._encoder(job), getattr(self.config, job.layer).batch_size
         with self._writing(job, self._facts(job)) as writer:
-            for keys, images in self._images(job, writer, batch_size):
-                for key, (members, columns) in zip(keys, encoder.samples(images, "flip" in job.recipe), strict=True):
+            for keys, samples in self._encoded(job, encoder, self._batches(job, writer, batch_size)):
+                for key, (members, columns) in zip(keys, samples, strict=True):
                     problem = "persons" in columns and persons_problem(columns["persons"], self.config.filters)
                     if problem:
                         writer.reject(key, *problem)
@@ -230,14 +243,44 @@ class LayerWorker:
             )
         return part
 
-    def _images(self, job: Job, writer: LayerWriter, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Batches of the shard's crops: keys, and pixels as uint8 (B, H, W, 3)."""
+    def _wanted_again(self, job: Job) -> bool:
+        """Whether a later layer of the task is made from the same crops."""
+        layers = list(job.task.recipes)
+        later = layers[layers.index(job.layer) + 1 :]
+        return not job.only and any(layer != "text" and self.config.upstream(layer) == "px" for layer in later)
+
+    def _batches(self, job: Job, writer: LayerWriter, size: int) -> Iterator[Batch]:
+        """Batches of the shard's crops, as files or as the pixels that an earlier layer decoded."""
         part = self._upstream(job)
-        crops = read_members(self.root, part, *members_of("px", part.recipe))
-        for batch in batched(self._wanted(job, writer, crops, itemgetter(0)), batch_size):
+        self._crops.open(part.fingerprint)
+        known = {} if job.only else self._crops.known()  # a probe does all by itself
+        files = read_members(self.root, part, *members_of("px", part.recipe), known)
+        for batch in batched(self._wanted(job, writer, files, itemgetter(0)), size):
+            yield [(key, known.get(key, data)) for key, data in batch]
+
+    def _encoded(
+        self, job: Job, encoder: Any, batches: Iterator[Batch]
+    ) -> Iterator[tuple[list[str], Iterable[Sample] | Sequence[Sample]]]:
+        """Keys and samples of each batch, computed here or, a few batches at a time, in threads beside a GPU."""
+        encode, again = partial(encoder.samples, flips="flip" in job.recipe), self._wanted_again(job)
+
+        def keep(keys: list[str], images: np.ndarray) -> None:
+            for key, pixels in zip(keys, images):
+                self._crops.keep(key, pixels)
+
+        if self._pool and not job.only:
+            for keys, images, samples in encode_beside(batches, encode, self._pool, self.threads, self.watch):
+                if again:
+                    keep(keys, images)
+                yield keys, samples
+            return
+        for batch in batches:
             keys = [key for key, _ in batch]
             self.watch(keys)
-            yield keys, np.stack([decode_pixels(data) for _, data in batch])
+            images = decode_batch(batch)
+            if again:
+                keep(keys, images)
+            yield keys, encode(images)
             self.watch([])  # while the next batch is read
 
     def _encoder(self, job: Job) -> Any:

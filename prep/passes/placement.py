@@ -5,6 +5,9 @@ are met nowhere, so every demand is checked here against the nodes that exist. E
 its layers need (the custom resource ``vram_gb``, a node's sum over its cards) and for a fraction of a card, chosen so
 that no card is overbooked. Ray cannot tell the cards of one node apart: with several per host, start one Ray node for
 each (``cluster.yaml`` does), and ``vram_gb`` is exact. Where nodes register none, an actor takes a whole card.
+
+A caption model on the same card is in nobody's way: passes never run beside the captions, and a server that can unload
+its model is asked to before a pass on its card (``prep/passes/captions.py``). Other servers keep their memory always.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
 from prep.encoders.registry import encoder_of
+from prep.passes.crops import CACHE_BYTES
 
 DEMO_VRAM_GB = 0.2
 DEMO_WORKER_GB = 1.6  # of main memory: an actor and its worker with all demo encoders (docs/measurements.md)
@@ -30,6 +34,7 @@ CONTEXT_GB = 0.5  # what CUDA takes for every process
 PROCESS_GB = 1.0  # Python, torch and Ray in main memory
 TABLE_BATCH = 16  # of ``Encoder.activations_gb``
 
+ACTOR_CPUS = 4  # of a GPU's actor at most, for what is beside the GPU; a node that joins later must have them too
 JOINS = 4  # a pool may grow to so many times its size when nodes join
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 
@@ -73,6 +78,11 @@ class Pass:
     max_actors: int = 0
     memory_gb: float = 0.0
     excluded: tuple[str, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Threads of an actor that prepare batches beside its GPU: one per CPU, and one that waits for the GPU."""
+        return int(max(1.0, self.cpus)) + 1 if self.device == "cuda" else 0
 
     def demands(self) -> dict[str, Any]:
         """Return what one actor demands, in the names of Ray's options."""
@@ -157,7 +167,8 @@ def memory_need(config: PrepConfig, layers: Collection[str]) -> float:
         return 0.0
     if config.encoders == "demo":
         return DEMO_WORKER_GB
-    total = PROCESS_GB + sum(encoder_of(layer).on_cpu * _encoder_gb(config, layer) for layer in encoders)
+    crops = CACHE_BYTES / 1e9 if sum(config.upstream(layer) == "px" for layer in encoders) > 1 else 0.0
+    total = PROCESS_GB + crops + sum(encoder_of(layer).on_cpu * _encoder_gb(config, layer) for layer in encoders)
     return math.ceil(total * 10) / 10
 
 
@@ -172,18 +183,19 @@ def _encoder_gb(config: PrepConfig, layer: str) -> float:
 
 
 def plan_passes(
-    config: PrepConfig, nodes: Sequence[Node], layers: Collection[str] | None = None
+    config: PrepConfig, nodes: Sequence[Node], layers: Collection[str] | None = None, loaded: bool = False
 ) -> tuple[list[Pass], list[str]]:
     """Return the passes in order, and remarks for the user.
 
     ``layers`` are those with something missing (None: all). All encoders that are ready share one actor where every
     card that can hold one of them can hold them all; otherwise each has a pass on every card that fits. What fits no
-    card runs on CPUs, which a remark says. Raises ResourceError, with what is there and what to do, where
+    card runs on CPUs, which a remark says. ``loaded``: a caption server keeps its model on the card, although it was
+    asked to unload it. Raises ResourceError, with what is there and what to do, where
     ``placement.device: cuda`` or a cluster without CPUs can never be satisfied.
     """
     wanted = [layer for layer in config.active_layers if layers is None or layer in layers]
     remarks: list[str] = []
-    offers = gpu_offers(config, nodes, remarks)
+    offers = gpu_offers(config, nodes, remarks, loaded)
     devices = {layer: _device(config, layer, offers, nodes, remarks) for layer in wanted}
     steps = []
     for group, device in in_order(config, devices):
@@ -257,14 +269,16 @@ def _gpu_pass(
     need = vram_need(config, layers)
     usable = [offer for offer in offers if offer.holds(need)]
     # a second process keeps a large card busy while the first one reads and writes
-    per_card = min([config.placement.actors_per_gpu, *(offer.holds(need) for offer in usable if not offer.guarded)])
+    most = max(offer.holds(need) for offer in usable)
+    per_card = min([config.placement.actors_per_gpu, most, *(o.holds(need) for o in usable if not o.guarded)])
     vram_gb = need if all(offer.node.vram_gb for offer in usable) else 0.0
     slots = {
         offer.node: int(offer.node.gpus) * (min(per_card, offer.holds(need)) if vram_gb else per_card)
         for offer in usable
     }
     # a host with fewer CPUs than places for actors shares them
-    cpus = min([1.0, *(math.floor(node.cpus / count * 100) / 100 for node, count in slots.items())])
+    share = min([float(ACTOR_CPUS), *(node.cpus / count for node, count in slots.items())])
+    cpus = float(math.floor(share)) if share >= 1 else math.floor(share * 100) / 100
     actors = sum(slots.values())
     limit = config.workers or actors * JOINS
     used = {offer.node.id for offer in usable}
@@ -303,8 +317,8 @@ def _cpu_pass(config: PrepConfig, layers: tuple[str, ...], nodes: Sequence[Node]
     return Pass(layers, "cpu", min(actors, limit), max_actors=limit, memory_gb=need)
 
 
-def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) -> list[Offer]:
-    """Return what is free on the GPUs of every node after what the caption servers there take."""
+def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str], loaded: bool = False) -> list[Offer]:
+    """Return what is free on the GPUs of every node after what the caption servers there keep."""
     if config.placement.device == "cpu":
         return []
     cards: dict[str, list[float]] = {}
@@ -320,7 +334,8 @@ def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str]) ->
                     "Ray with --resources='{\"vram_gb\": GB}'"
                 )
     before = {name: list(free) for name, free in cards.items()}
-    book_captions(config, nodes, cards, remarks)
+    if loaded or not (config.captions.generated and SERVERS[config.captions.backend].unloads):
+        book_captions(config, nodes, cards, remarks)
     return [
         Offer(
             node,
@@ -337,12 +352,10 @@ def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, li
 
     Ollama loads a model onto the card with the most room, and spreads one that fits no card over all of them.
     """
-    if "text" not in config.active_layers or not config.captions.generated:
-        return
     need = captions_vram(config)
     for address in sorted({node.address for node in nodes if node.id in cards and need}):
         here = [node for node in nodes if node.address == address]
-        if not any(serves(host.url, node) for host in config.captions.servers for node in here):
+        if not caption_hosts(config, here):
             continue
         places = [(name, index) for name in cards for index in range(len(cards[name])) if name in {n.id for n in here}]
         places.sort(key=lambda place: -cards[place[0]][place[1]])
@@ -358,10 +371,23 @@ def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, li
 
 
 def captions_vram(config: PrepConfig) -> float:
-    """Return the GB that the caption model takes on each of its hosts: as configured, else as its server says."""
+    """Return the GB that the caption model takes on each of its hosts: as configured, else as its server says.
+
+    0 for sidecars, which no model writes.
+    """
+    if "text" not in config.active_layers or not config.captions.generated:
+        return 0.0
     if "captions" in config.placement.vram_gb:
         return config.placement.vram_gb["captions"]
     return SERVERS[config.captions.backend].vram_gb(config.captions.model)
+
+
+def caption_hosts(config: PrepConfig, nodes: Sequence[Node]) -> list[str]:
+    """Return the URLs of the caption hosts that are on some of these nodes; none for sidecars."""
+    if "text" not in config.active_layers:
+        return []
+    urls = [host.url for host in config.captions.servers]
+    return [url for url in urls if any(serves(url, node) for node in nodes)]
 
 
 def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | None = None) -> bool:

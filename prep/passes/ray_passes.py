@@ -195,7 +195,7 @@ def actor_class(config: PrepConfig, step: Pass) -> type:
 
     class LayerActor:
         def __init__(self) -> None:
-            self.supervisor = Supervisor(config, step.device, memory_limit(config, step))
+            self.supervisor = Supervisor(config, step.device, memory_limit(config, step), step.threads)
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
             task = ShardTask.from_json(str(batch["task"][0]))

@@ -49,11 +49,12 @@ class Death:
 class Supervisor:
     """Computes shard tasks like :class:`prep.passes.layers.LayerWorker`, in a child process that may end in any way.
 
-    ``memory_limit`` bounds the child's memory in bytes (0: not at all; CUDA needs that). Close it at the end.
+    ``memory_limit`` bounds the child's memory in bytes (0: not at all; CUDA needs that), ``threads`` prepare batches
+    beside the device. Close it at the end.
     """
 
-    def __init__(self, config: PrepConfig, device: str = "cpu", memory_limit: int = 0) -> None:
-        self.config, self.device, self.memory_limit = config, device, memory_limit
+    def __init__(self, config: PrepConfig, device: str = "cpu", memory_limit: int = 0, threads: int = 0) -> None:
+        self.config, self.device, self.memory_limit, self.threads = config, device, memory_limit, threads
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
 
@@ -173,6 +174,7 @@ class Supervisor:
         )
         theirs.close()
         setup = {"config": self.config.model_dump_json(), "device": self.device, "memory_limit": self.memory_limit}
+        setup["threads"] = self.threads
         self._connection.send_bytes(json.dumps(setup).encode())
 
 

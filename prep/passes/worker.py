@@ -46,7 +46,7 @@ def main() -> None:
             set_alarm(config.sample_timeout * len(keys))
             send({"keys": keys})
 
-        worker = LayerWorker(config, setup["device"], watch)
+        worker = LayerWorker(config, setup["device"], watch, setup["threads"])
         while True:
             request = json.loads(connection.recv_bytes())
             guilty = {key: tuple(guilt) for key, guilt in request["guilty"].items()}

@@ -203,6 +203,7 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
     assert provenance["step"] == 24
     assert provenance["git"] == git_state(Path("evaluate"))
     assert provenance["dataset"]["fingerprint"] == Dataset(figures_dataset).fingerprint
+    assert provenance["judges"]["joints"] == "cpu"
 
     samples = pq.read_table(evaluated / "samples.parquet")
     assert samples.schema.names == SAMPLES_SCHEMA.names

@@ -72,6 +72,9 @@ STATUSES["500"] = "model runner has unexpectedly stopped, this may be due to res
 class CaptionServer:
     """The server, in threads of this process; ``log`` holds one dict per request in the order of their arrival.
 
+    ``loaded``: as Ollama, it keeps its model on the GPU from the first question until it is asked to unload it, unless
+    it is ``stubborn``.
+
     ``slots`` requests are answered at a time, each in ``seconds``; others wait, as with Ollama's OLLAMA_NUM_PARALLEL.
     """
 
@@ -91,6 +94,7 @@ class CaptionServer:
         self.poison: dict[str, str] = {}
         self.always: tuple[int, str] | None = None  # from the Nth request on
         self.redirect_to = ""
+        self.loaded = self.stubborn = False
         self.as_process = False
         self._slots = threading.Semaphore(slots)
         self._lock = threading.Lock()
@@ -178,6 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
         entry = self._entry()
         if self.path == "/api/version":
             self._send(entry, 200, {"version": "0.12.0"})
+        elif self.path == "/api/ps":
+            held = [{"name": server.model, "model": server.model, "size_vram": 20_000_000_000}]
+            self._send(entry, 200, {"models": held if server.loaded else []})
         elif self.path == "/api/tags":
             details = {"format": "gguf", "family": "gemma3", "parameter_size": "27.4B", "quantization_level": "Q4_K_M"}
             model = {"name": server.model, "model": server.model, "modified_at": "2026-01-01T00:00:00Z"}
@@ -195,6 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server_of_tests
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         openai = self.path == "/v1/chat/completions"
+        if self.path == "/api/generate" and not body.get("prompt") and body.get("keep_alive") == 0:
+            server.loaded = server.stubborn
+            answer = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", "response": "", "done": True}
+            return self._send(self._entry(), 200, answer | {"done_reason": "unload"})
         if not openai and self.path != "/api/chat":
             return self._send(self._entry(), 404, {"error": "404 page not found"})
         if openai:
@@ -228,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         with server._slots:
+            server.loaded = True
             if server.seconds:
                 time.sleep(server.seconds)
             text, end = server.answer(picture, fault, options)

@@ -15,7 +15,7 @@ from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.images.sources import Reject
 from prep.passes.layers import LayerWorker, ShardTask
-from prep.passes.placement import Pass, local_node
+from prep.passes.placement import Node, Pass, local_node
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import gate, publish
 from prep.run import current_parts, print_plan, run
@@ -276,6 +276,25 @@ def test_p17_only_who_asks_for_it_has_refused_pictures_captioned_again(folder, p
         assert sources_of(settings) == ALL[1:]
         again = [request for request in server.log[asked:] if request.get("image") == picture]
         assert bool(again) == retry
+
+
+def test_a_caption_server_on_the_card_leaves_it_to_the_passes(folder, pipeline, monkeypatch, capsys):
+    """Its model is loaded for the captions alone: neither while crops are encoded before, nor for T5 afterwards."""
+    card = Node("id", "127.0.0.1", "here", 2, 1, 8, memory_gb=8, driver=True)
+    pipeline.cluster_nodes = lambda: [card]
+    monkeypatch.setattr("prep.run.CARD_SECONDS", 0.0)
+    loaded: dict[tuple[str, ...], bool] = {}
+    with CaptionServer() as server:
+        server.loaded = True  # by whoever used it last
+        pipeline.before = lambda layers: loaded.update({layers: server.loaded})
+        captions = {"backend": "ollama", "hosts": [server.url]} | FAST
+        run(config(folder.parent, layers=["text", "dino"], captions=captions))
+        assert loaded == {("px",): False, ("dino",): False, ("t5",): False}
+        assert len(server.captioned) == 3
+        paths = [request["path"] for request in server.log]
+        assert paths.count("/api/generate") == 2
+        assert paths.index("/api/generate") < paths.index("/api/chat")
+    assert "pass 2 of 4: dino" in capsys.readouterr().out
 
 
 def test_p11_a_tar_of_an_abandoned_base_does_not_stay_for_ever(folder, pipeline, monkeypatch):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from nanodit.rng import generator
 from prep.config import PrepConfig
 from prep.encoders.registry import NETWORKS, build_encoder, pose_file
 from prep.encoders.weights import compute_dtype, quiet_transformers
+from prep.passes.crops import encode_beside
 from prep.passes.placement import vram_need
 from train.check.report import Constant, Report, Setting, constant
 from train.check.timing import median_seconds, seconds_of
 
 BATCH = placement.TABLE_BATCH
+AHEAD = placement.ACTOR_CPUS + 1  # threads of a worker
 MEMORY, RATE = (0.4, 1.0), (0.5, math.inf)  # measured / estimate; a faster card than the one thought of is no error
 COSINE = 0.98  # of features in bf16 with those in fp32, worst of a few
 HALF = torch.finfo(torch.float16).max
@@ -112,6 +115,7 @@ def _t5(setting: Setting, report: Report) -> None:
 
 def _dino(setting: Setting, report: Report) -> None:
     encoder, images = _measured(setting, report, "dino")
+    _beside(setting, report, "dino", encoder, images)
     cls, patches = encoder.encode(images[:2])
     finite = bool(np.isfinite(cls).all() and np.isfinite(patches).all())
     report.check(finite, "dino, features", "finite" if finite else "not finite", "finite")
@@ -153,6 +157,8 @@ def _pose(setting: Setting, report: Report) -> None:
         from prep.encoders.demo import ASSETS, DETECTOR, POSE
 
         prep = _prep(f"pose.detector={ASSETS / DETECTOR}", f"pose.pose={ASSETS / POSE}")
+    from prep.encoders.dwpose import providers
+
     files = {name: pose_file(prep, name) for name in NETWORKS}
     if absent := [file for file in files.values() if not file or not Path(file).is_file()]:
         report.note("pose", f"left out: {' and '.join(map(str, absent))} not in models/")
@@ -162,8 +168,9 @@ def _pose(setting: Setting, report: Report) -> None:
     encoder = build_encoder(prep, "pose", setting.device.type)
     first = seconds_of(lambda: list(encoder.samples(images)), setting.device)
     seconds = median_seconds(lambda: list(encoder.samples(images)), setting.device, warm_up=0, repeats=3)
-    report.note("pose, first batch", f"{first:.3g} s, later ones {seconds:.3g} s")
+    report.note("pose, first batch", f"{first:.3g} s, later ones {seconds:.3g} s with {providers(setting.device.type)}")
     _rate(setting, report, "pose", len(images) / seconds)
+    _beside(setting, report, "pose", encoder, images)
     for search in SEARCHES if setting.on_gpu else SEARCHES[:1]:
         _session(setting, report, str(files["detector"]), search)
 
@@ -190,6 +197,19 @@ def _session(setting: Setting, report: Report, file: str, search: str) -> None:
 
 def _prep(*overrides: str) -> PrepConfig:
     return load_config(PrepConfig, None, ["source=.", "output=none", *overrides])
+
+
+def _beside(setting: Setting, report: Report, layer: str, encoder: Any, images: np.ndarray) -> None:
+    """Time the layer's work as a worker of ``prep`` does it: batches in threads beside the device."""
+    batches = [[(f"{number}", image) for number, image in enumerate(images)]] * AHEAD * 2
+
+    def compute() -> None:
+        for _ in encode_beside(batches, encoder.samples, pool, AHEAD, lambda keys: None):
+            pass
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        seconds = median_seconds(compute, setting.device, warm_up=1, repeats=1)
+    report.note(f"{layer}, rate beside", f"{len(batches) * len(images) / seconds:.4g} items/s, {AHEAD} threads prepare")
 
 
 def _write(setting: Setting, folder: Path, kind: Any, config: Any) -> None:

@@ -95,6 +95,18 @@ def test_lpips_equals_the_package_on_the_same_weights(random_backbone):
     assert (ours(noisy, clean) > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lpips_that_does_not_fit_a_gpu_is_computed_in_parts(random_backbone):
+    clean, noisy = pictures((5, 64, 64, 3))
+    ours = metrics.Lpips()
+    whole = ours(noisy, clean)
+    ours._memory.limit, distances, sizes = 2, ours._distances, []
+    ours._distances = lambda pairs: sizes.append(len(pairs)) or distances(pairs)
+    assert ours(noisy, clean) == pytest.approx(whole, abs=1e-6)
+    assert sizes == [2, 2, 1]
+    assert len(ours(noisy[:0], clean[:0])) == 0
+
+
 def test_lpips_says_that_random_weights_are_not_the_published_ones(random_backbone):
     ours = metrics.Lpips()
     assert not ours.published

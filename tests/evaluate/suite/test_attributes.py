@@ -1,8 +1,13 @@
 """The judge of colours: right on real figures through the real detector, and fooled by nothing simple."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
+from evaluate import run
+from evaluate.config import EvaluateConfig
 from evaluate.metrics.colours import PALETTES, judge_colours, nearest_colour, score_colours
 from evaluate.metrics.examiner import open_detector
 from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL
@@ -128,3 +133,43 @@ def test_the_demo_networks_are_named():
     detector, reason = open_detector(None, Photographs())
     assert detector is None
     assert "pose_models" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_joints_are_judged_on_the_models_device_or_on_the_cpu_aloud(capsys):
+    class Figures:
+        def __init__(self):
+            self.info = {"encoders": "demo"}
+
+    detector, reason = open_detector(None, Figures(), "cuda")
+    assert reason is None
+    assert detector.device == "cpu"
+    said = capsys.readouterr().out
+    assert "warning: joints are found on the CPU" in said
+    assert "onnxruntime cannot use cuda" in said
+    open_detector(None, Figures(), "cpu")
+    assert capsys.readouterr().out == ""
+
+
+def test_judges_are_opened_on_the_models_device(monkeypatch):
+    """But for the CPU in a run's own validation: training has filled the card."""
+    opened = []
+
+    def opens(name, result):
+        return lambda *arguments, **more: opened.append((name, more.get("device", arguments[-1:]))) or result
+
+    monkeypatch.setattr(run, "Lpips", opens("lpips", None))
+    monkeypatch.setattr(run, "lpips_unavailable", lambda: None)
+    monkeypatch.setattr(run, "open_detector", opens("joints", (None, "none")))
+    monkeypatch.setattr(run, "open_judge", opens("features", (None, "none")))
+    monkeypatch.setattr(run, "open_probe", opens("probe", (None, "none")))
+    monkeypatch.setattr(run, "load_training_images", lambda *arguments: None)
+    monkeypatch.setattr(run, "Examiner", lambda *arguments: None)
+    subject = SimpleNamespace(device="cuda:1", dataset=None, rows=[])
+    run.build_context(subject, EvaluateConfig())
+    assert opened == [
+        ("lpips", "cuda:1"), ("joints", ("cuda:1",)), ("features", ("cuda:1",)), ("probe", ("cuda:1",))
+    ]  # fmt: skip
+    opened.clear()
+    run.build_context(subject, EvaluateConfig(), judges="cpu")
+    assert dict(opened) == {"lpips": "cpu", "joints": ("cpu",), "features": ("cuda:1",), "probe": ("cuda:1",)}

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,13 +31,13 @@ from prep.config import PrepConfig
 from prep.doctor import doctor as doctor_module
 from prep.doctor import models as models_module
 from prep.doctor.check import Check, exit_code, fail, ok, show, to_json, warn, without_secrets
-from prep.doctor.doctor import CheckTask, caption_servers, cluster, doctor
+from prep.doctor.doctor import CheckTask, caption_servers, cluster, doctor, pass_check
 from prep.doctor.models import check_model, check_network, lpips_checks
 from prep.doctor.node import examine_node, read_gpus, read_ollama_memory
 from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_check
 from prep.doctor.rules import Needs, clock_difference, cluster_checks, named, needs_of, node_checks
 from prep.encoders.backbones import ALEXNET, VGG16
-from prep.passes.placement import DEMO_WORKER_GB
+from prep.passes.placement import DEMO_WORKER_GB, Node
 from tests.local_cluster import LocalCluster
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -290,7 +291,7 @@ def test_machines_have_the_names_people_know() -> None:
 def test_no_cluster_at_the_address_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_module, "examine_node", lambda: HEALTHY)
     start = time.monotonic()
-    checks = list(cluster(FULL_SIZE, f"127.0.0.1:{dead_port()}"))
+    checks = list(cluster(FULL_SIZE, f"127.0.0.1:{dead_port()}", config()))
     assert time.monotonic() - start < 50  # Ray itself tries for a minute
     assert find(checks, "ray").code == 4
     assert "RAY_ADDRESS" in find(checks, "ray").found
@@ -741,12 +742,36 @@ def test_the_doctor_judges_the_shipped_configs(
     expected = (
         "packages gpu onnxruntime memory shared_memory open_files ports dashboard token_files model_t5 model_dino "
     )
-    expected += "dwpose_detector dwpose_pose lpips_metric lpips_loss captions source output disk lock"
+    expected += "passes dwpose_detector dwpose_pose lpips_metric lpips_loss captions source output disk lock"
     assert [name for name in expected.split() if name not in names] == []
     assert all(check["fix"] for check in report["checks"] if check["status"] != "OK")
     assert (code == 0) is (example == "quickstart")
     dino = next(check for check in report["checks"] if check["name"] == "model_dino")
     assert ("licence" in dino["fix"]) is (example == "production")
+
+
+def test_a_caption_model_that_the_run_unloads_is_no_shortage() -> None:
+    facts = HEALTHY | {"gpus": [GPU | {"free": 1e9}], "ollama_memory": 17e9}
+    assert find(judge(facts, FULL_SIZE), "vram").status == "WARN"
+    unloaded = find(judge(facts, replace(FULL_SIZE, unloads=True)), "vram")
+    assert unloaded.status == "OK"
+    assert "Ollama holds 17.0 GB, and is asked to unload" in unloaded.found
+    assert not needs_of(config()).unloads
+    assert needs_of(config(captions={"backend": "ollama"})).unloads
+
+
+def test_the_time_of_each_pass_is_told_on_its_device() -> None:
+    card = Node("id", "127.0.0.1", "here", 8, 1, 12, memory_gb=64, driver=True)
+    check = pass_check(config(), [card])
+    assert check.status == "OK"
+    assert check.found.startswith("1,000 images: px 12s + text 0s = 13s on 8 x CPU, then t5 17s + dino ")
+    assert check.found.endswith("on 2 x GPU (estimates)")
+    small = pass_check(config(), [replace(card, vram_gb=2)])
+    assert small.status == "WARN"
+    assert "pose needs 2.2 GB of GPU memory and fits no GPU" in small.found
+    assert re.search(r"pose 6m 57s.* on 8 x CPU, then", small.found)
+    never = pass_check(config(placement={"device": "cuda"}), [replace(card, gpus=0, vram_gb=0)])
+    assert (never.status, never.code) == ("FAIL", 4)
 
 
 def test_needs_follow_the_config() -> None:

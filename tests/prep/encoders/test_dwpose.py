@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,8 +15,11 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 from nanodit.errors import ConfigError, DataError, ResourceError
+from prep.config import PrepConfig
+from prep.dataset.layers import LAYERS
 from prep.encoders import dwpose
 from prep.encoders.dwpose import DWPose, Pose, denormalise, normalise
+from prep.encoders.registry import build_encoder
 
 BOX = 128  # side of the analytic detector's boxes, in pixels of its input
 
@@ -331,6 +335,60 @@ def test_cuda_is_not_silently_replaced_by_the_cpu(tmp_path: Path) -> None:
     detector, pose = red_detector(tmp_path / "a.onnx"), bright_pose(tmp_path / "b.onnx", 1)
     with pytest.raises(ResourceError, match="onnxruntime-gpu"):
         DWPose(detector, pose, device="cuda")
+
+
+def test_a_gpu_is_asked_for_with_options_chosen_on_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sessions get the device, a limit of memory, and kernels that are chosen without timing them."""
+    files = red_detector(tmp_path / "a.onnx"), bright_pose(tmp_path / "b.onnx", 1)
+    asked, session = [], dwpose.ort.InferenceSession
+
+    class Gpu(session):
+        """A session on the CPU that says it is on the GPU that was asked for."""
+
+        def __init__(self, path: str, options: Any, providers: list) -> None:
+            asked.append((options, providers))
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return [asked[-1][1][0][0]]
+
+    monkeypatch.setattr(dwpose.ort, "InferenceSession", Gpu)
+    encoder = DWPose(*files, device="cuda:1", memory_gb=1.5)
+    assert len(asked) == 2
+    for options, ((provider, chosen),) in asked:
+        assert provider == "CUDAExecutionProvider"
+        assert chosen == {
+            "device_id": "1", "arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": "1500000000",
+            "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0",
+        }  # fmt: skip
+        assert not options.enable_cpu_mem_arena
+    assert encoder.device == encoder.memory.device == "cuda:1"
+    images = np.stack([picture(64, 64, (0.5, 0.5), (x, 30)) for x in (25, 30, 35)])
+    for one, other in zip(encoder.detect(images), DWPose(*files).detect(images)):  # the GPU's thread, batches filled up
+        np.testing.assert_array_equal(one.keypoints, other.keypoints)
+    DWPose(*files, device="cuda")
+    record = LAYERS["pose"].encoder
+    ((_, chosen),) = asked[-1][1]
+    assert float(chosen["gpu_mem_limit"]) == pytest.approx((record.weights_gb + record.activations_gb) * 1e9)
+
+
+def test_the_cpu_is_given_as_many_threads_as_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert dwpose.session_options("cpu").intra_op_num_threads == 3
+    assert dwpose.session_options("cpu", threads=5).intra_op_num_threads == 5
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert dwpose.session_options("cpu").intra_op_num_threads == 1  # actors share the cores
+    assert dwpose.session_options("cpu").enable_cpu_mem_arena
+    assert dwpose.providers("cpu") == ["CPUExecutionProvider"]
+
+
+def test_the_users_word_about_memory_limits_the_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(dwpose, "_Network", lambda path, device, memory_gb, threads: given.append(memory_gb))
+    fields = {"source": "a", "output": "b", "encoders": "demo"}
+    build_encoder(PrepConfig(**fields), "pose", "cpu")
+    build_encoder(PrepConfig(**fields, placement={"vram_gb": {"pose": 3.0}}), "pose", "cpu")
+    assert given == [None, None, 3.0, 3.0]
 
 
 def test_persons_counts_boxes() -> None:

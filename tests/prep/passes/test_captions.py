@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from prep.captions.hosts import HostPool
 from prep.dataset.codecs import webp_bytes
 from prep.dataset.layout import Unit, fingerprint_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
-from prep.passes.captions import PROMPT, caption_recipe, caption_units, picture_bytes, read_prompt
+from prep.passes.captions import PROMPT, caption_recipe, caption_units, free_cards, picture_bytes, read_prompt
 from prep.passes.layers import ShardTask
+from prep.passes.placement import Node
 from prep.passes.plan import make_plan
+from prep.run import place
 from tests.prep.caption_server import DIGEST, MODEL, CaptionServer, caption
 from tests.prep.captioning import (
     caption_config,
@@ -412,6 +415,59 @@ def test_a_live_ollama(tmp_path):
     run_captions(config, tasks)
     assert len(captions_of(config, tasks)) + len(rejects_of(config, tasks)) == 2
     assert len(caption_recipe(config)["digest"]) == 64
+
+
+def test_a_server_on_a_card_of_the_run_is_asked_to_unload(tmp_path, server, capsys):
+    config = caption_config(tmp_path, [server.url])
+    card = Node("id", "127.0.0.1", "here", 4, 1, 12, driver=True)
+    run_captions(config, commit_crops(config, 1, 2))
+    assert server.loaded
+    assert free_cards(config, [Node("id", "127.0.0.1", "here", 4, driver=True)])  # no card, nobody is asked
+    assert server.loaded
+    assert free_cards(config, [card])
+    assert not server.loaded
+    assert [entry["path"] for entry in server.log[-2:]] == ["/api/generate", "/api/ps"]
+    server.loaded = server.stubborn = True
+    assert not free_cards(
+        config.model_copy(update={"captions": config.captions.model_copy(update={"timeout": 0.5})}), [card]
+    )
+    assert (
+        f"{server.model} may still be on a GPU that is needed now: {server.url} no answer within 0.5 s"
+        in capsys.readouterr().out
+    )
+    server.stubborn = False
+    driver, other = replace(card, id="driver", gpus=0), replace(card, driver=False)  # a node of Ray for each card
+    assert free_cards(config, [driver, other])
+    assert not server.loaded
+    server.die()
+    assert free_cards(config, [card])  # where nobody listens, nothing is loaded
+
+
+def test_passes_are_placed_on_cards_that_the_servers_have_left(tmp_path, server, capsys):
+    """Before the captions, and for T5 after them; beside a server that keeps its model, on what is left."""
+    config = caption_config(tmp_path, [server.url], timeout=0.5)
+    full = config.model_copy(update={"encoders": "production", "layers": ["text", "dino"]})
+    card = Node("id", "127.0.0.1", "here", 4, 1, 12, memory_gb=32, driver=True)
+    for layers in (full.active_layers, {"t5"}):
+        server.loaded = True
+        passes, remarks = place(full, [card], layers)
+        assert not server.loaded
+        assert {layer: one.device for one in passes for layer in one.layers}["t5"] == "cuda"
+        assert remarks == []
+    server.loaded = True
+    place(full, [card], {"text", "t5"})
+    assert server.loaded  # which captions are going to need
+    server.stubborn = True
+    passes, remarks = place(full, [card], {"t5"})
+    assert [one.device for one in passes] == ["cpu"]
+    assert any("20 GB of its GPU memory are kept" in remark for remark in remarks)
+    assert "may still be on a GPU" in capsys.readouterr().out
+
+
+def test_an_openai_server_is_not_asked_to_unload(tmp_path, server):
+    config = caption_config(tmp_path, [f"{server.url}/v1"], backend="openai")
+    assert free_cards(config, [Node("id", "127.0.0.1", "here", 4, 1, 12, driver=True)])
+    assert server.log == []
 
 
 def test_hosts_can_be_asked_directly(tmp_path, server):

@@ -12,8 +12,19 @@ from nanodit.errors import ResourceError
 from nanodit.storage import open_storage
 from prep.captions.cache import CaptionCache
 from prep.config import PrepConfig
+from prep.dataset.layers import LAYERS
 from prep.passes import cost
-from prep.passes.cost import bytes_needed, check_room, estimate, estimated_rate, measured_rates, sample_bytes, table
+from prep.passes.cost import (
+    bytes_needed,
+    check_room,
+    estimate,
+    estimated_rate,
+    foreseen_times,
+    measured_rates,
+    pass_times,
+    sample_bytes,
+    table,
+)
 from prep.passes.layers import LayerWorker
 from prep.passes.placement import Node, Pass, plan_passes
 from prep.passes.plan import make_plan, write_manifest
@@ -126,6 +137,42 @@ def test_rates_follow_the_size_the_scale_and_the_share_of_a_card():
     full = full_size(dino={"input_scale": 1.0})
     assert estimated_rate(full, "dino", whole) == estimated_rate(full_size(), "dino", whole) / 4
     assert estimated_rate(full_size(), "dino", half) == estimated_rate(full_size(), "dino", whole) / 2
+
+
+def test_a_gpu_is_no_faster_than_the_cpus_beside_it():
+    record = LAYERS["pose"].encoder
+    assert record.beside_ms > 0
+    assert LAYERS["dino"].encoder.beside_ms > 0
+    few, many = (Pass(("pose",), "cuda", 1, cpus=cpus, gpus=1.0) for cpus in (0.1, 8.0))
+    assert estimated_rate(full_size(), "pose", few) == pytest.approx(0.1 * 1000 / record.beside_ms)
+    assert estimated_rate(full_size(base=512), "pose", few) == pytest.approx(
+        min(25.0, 4 * 0.1 * 1000 / record.beside_ms)
+    )
+    assert estimated_rate(full_size(), "pose", many) == LAYERS["pose"].rates["cuda"]
+
+
+def test_each_pass_says_its_device_and_its_time(tmp_path):
+    """A layer that fits no card is on CPUs, and the line of its pass says how long that takes."""
+    write_images(tmp_path / "source", 6)
+    settings = config(tmp_path, layers=["text", "dino"], captions={"backend": "ollama", "digest": "d" * 64})
+    plan = make_plan(settings)
+    card = Node("id", "127.0.0.1", "laptop", 2, 1, 8, driver=True, memory_gb=16)
+    steps, _ = plan_passes(settings, [card])
+    lines = estimate(plan, steps, settings.output)
+    assert pass_times(lines, steps) == [
+        "pass 1 of 4: px 0s (estimate) on 2 x CPU",
+        "pass 2 of 4: dino 0s (estimate) on 2 x GPU",
+        "pass 3 of 4: text 45s (estimate) on 1 x caption slot",
+        "pass 4 of 4: t5 0s (estimate) on 2 x GPU",
+    ]
+    assert pass_times(lines[:1], steps[:1]) == []  # the table's total says it
+    full, small = full_size(layers=["dino", "pose"]), Node("id", "127.0.0.1", "laptop", 8, 1, 2, memory_gb=64)
+    steps, remarks = plan_passes(full, [small])
+    cpus, gpu = foreseen_times(full, steps, 10_000)
+    assert [step.device for step in steps] == ["cpu", "cuda"]
+    assert any("pose needs" in remark and "runs on CPUs" in remark for remark in remarks)
+    assert cpus == "px 2m 05s + pose 1h 09m = 1h 11m on 8 x CPU"
+    assert gpu == "dino 6m 40s on 1 x GPU"
 
 
 def test_cached_captions_are_not_waited_for(tmp_path):

@@ -14,6 +14,7 @@ from prep.config import PrepConfig
 from prep.passes.placement import (
     DEMO_WORKER_GB,
     Node,
+    caption_hosts,
     captions_vram,
     gpu_offers,
     in_order,
@@ -114,6 +115,9 @@ def test_needs_follow_the_batch_the_input_and_the_users_word():
     assert vram_need(config(encoders="demo"), ["t5", "dino", "pose"]) < 1.5
     assert memory_need(config(), ["px", "text"]) == memory_need(config(encoders="demo"), ["px", "text"]) == 0
     assert memory_need(config(encoders="demo"), ["t5"]) == DEMO_WORKER_GB
+    assert (
+        memory_need(config(), ["dino", "pose"]) > memory_need(config(), ["dino"]) + memory_need(config(), ["pose"]) - 1
+    )
     assert memory_need(config(), ["dino"]) > vram_need(config(), ["dino"])  # fp32 on CPUs
 
 
@@ -177,6 +181,12 @@ def test_a_gpu_that_ray_would_take_but_is_too_small_is_excluded():
 
 
 def test_fractions_of_three_and_a_host_with_few_cpus():
+    rich = node("1", 16, 24)
+    step = plan_passes(config(), [rich, BOX])[0][1]
+    assert (step.actors, step.cpus, step.threads) == (2, 4, 5)  # more would keep out nodes that join with fewer
+    step = plan_passes(config(), [node("1", 6, 24), BOX])[0][1]
+    assert (step.cpus, step.threads) == (3, 4)
+    assert plan_passes(config(), [BOX])[0][0].threads == 0  # on CPUs there is no device to work beside
     poor = node("1", 2, 24)
     step = plan_passes(config(placement={"actors_per_gpu": 3}), [poor, BOX])[0][1]
     assert (step.gpus, step.actors) == (0.3333, 3)
@@ -240,13 +250,39 @@ def places(step, place) -> int:
 
 
 def test_ollamas_memory_is_booked_on_the_node_that_serves():
+    """Where the server was asked to unload and did not: else the card is free whenever a pass uses it."""
     alone = node("1", 16, 24, driver=True)
-    steps, remarks = plan_passes(captioned(), [alone])
+    steps, remarks = plan_passes(captioned(), [alone], loaded=True)
     assert any("20 GB of its GPU memory are kept for gemma3:27b" in remark for remark in remarks)
     assert shape(steps)[1] == (("dino", "pose"), "cuda")
     assert (steps[1].actors, steps[1].gpus) == (1, 1.0)  # 4 GB are left, and one worker takes 3.3
-    steps, _ = plan_passes(captioned(placement={"vram_gb": {"captions": 0.0}}), [alone])
+    steps, _ = plan_passes(captioned(placement={"vram_gb": {"captions": 0.0}}), [alone], loaded=True)
     assert steps[1].actors == 2
+    steps, remarks = plan_passes(captioned(), [alone])
+    assert steps[1].actors == 2
+    assert remarks == []
+
+
+@pytest.mark.parametrize("gb", [8, 12, 16])
+def test_small_cards_encode_before_and_after_the_captions(gb):
+    """Passes follow each other: what a caption model of 20 GB needs later is no reason to encode on CPUs now."""
+    steps, remarks = plan_passes(captioned(), [node("1", 16, gb, driver=True)])
+    assert shape(steps) == [
+        (("px",), "cpu"), (("dino", "pose"), "cuda"), (("text",), "captions"), (("t5",), "cuda")
+    ]  # fmt: skip
+    assert remarks == []
+    held, remarks = plan_passes(captioned(), [node("1", 16, gb, driver=True)], loaded=True)
+    assert {step.device for step in held} == {"cpu", "captions"}
+    assert any("runs on CPUs" in remark for remark in remarks)
+
+
+def test_a_server_that_cannot_unload_keeps_its_memory_in_all_passes():
+    openai = {"backend": "openai", "model": "m", "hosts": ["http://127.0.0.1:8000/v1"]}
+    served = config(captions=openai, placement={"vram_gb": {"captions": 20.0}})
+    steps, remarks = plan_passes(served, [node("1", 16, 24, driver=True)])
+    assert steps[1].actors == 1
+    assert any("20 GB of its GPU memory are kept for m" in remark for remark in remarks)
+    assert plan_passes(config(captions=openai), [node("1", 16, 24, driver=True)])[0][1].actors == 2
 
 
 def test_ollama_elsewhere_books_nothing_here():
@@ -257,7 +293,7 @@ def test_ollama_elsewhere_books_nothing_here():
 def test_ollama_takes_the_roomiest_card_of_a_host_with_one_node_per_card():
     small = node("1", 8, 12, address="10.0.0.1", driver=True)
     large = node("2", 8, 24, address="10.0.0.1")
-    steps, remarks = plan_passes(captioned(hosts=("http://10.0.0.1:11434",)), [small, large])
+    steps, remarks = plan_passes(captioned(hosts=("http://10.0.0.1:11434",)), [small, large], loaded=True)
     assert steps[1].actors == 2  # one beside Ollama, one on the other card
     assert len([remark for remark in remarks if "are kept" in remark]) == 1
 
@@ -267,6 +303,16 @@ def test_the_caption_models_memory_comes_from_its_name():
     assert captions_vram(captioned("gemma3:12b-it-qat")) == pytest.approx(10.6)
     assert captions_vram(captioned("somebody/thing:latest")) == 20
     assert captions_vram(captioned(placement={"vram_gb": {"captions": 7.0}})) == 7
+    assert captions_vram(config()) == 0  # sidecars
+    assert captions_vram(config(placement={"vram_gb": {"captions": 7.0}})) == 0
+    assert caption_hosts(config(), MIXED) == []
+
+
+def test_only_hosts_on_nodes_of_the_run_are_asked_to_unload():
+    hosts = ("http://localhost:11434", "http://10.0.0.2:11434", "http://192.0.2.7:11434")
+    here = [node("1", 8, 12, driver=True), node("2", 8, 12)]
+    assert caption_hosts(captioned(hosts=hosts), here) == list(hosts[:2])
+    assert caption_hosts(captioned(hosts=hosts), here[1:]) == [hosts[1]]
 
 
 def test_caption_hosts_are_recognised_by_name_and_address():
