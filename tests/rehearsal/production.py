@@ -36,10 +36,15 @@ from train.check.backbones import write_random_vgg
 from train.check.encoders import dino_config, t5_config
 
 MODEL = "rehearsal:latest"
-WORDS = "a the of in red blue green white black woman man coat shirt stands sits wall table holds shows covers".split()
+WORDS = ("a", "the", "in", "red", "blue", "white", "woman", "man", "coat", "shirt", "stands", "wall", "holds", "shows")
 PROMPT = "A woman in a red coat stands before a white wall."
-PICTURE = "import sys; from diffusers import DiffusionPipeline; " \
-    "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"  # fmt: skip
+DRAWN = """
+import sys
+from diffusers import DiffusionPipeline
+folder, prompt, output = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+pipeline(prompt, seed=0, num_inference_steps=4).images[0].save(output)
+"""
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def stages(output: Path, photos: Path) -> dict[str, list[str]]:
         "train run": [*tool, "train", "run", *train],
         "train sample": [*tool, "train", "sample", "--checkpoint", str(experiment), *draw, str(output / "picture.png")],
         "train export": [*tool, "train", "export", "--checkpoint", str(experiment), "--output", str(output / "export")],
-        "diffusers": [sys.executable, "-c", PICTURE, str(output / "export")],
+        "diffusers": [sys.executable, "-c", DRAWN, str(output / "export"), PROMPT, str(output / "diffusers.png")],
         "evaluate run": [*tool, "evaluate", "run", "--checkpoint", str(experiment), "--tier", "pulse"],
         "evaluate report": [*tool, "evaluate", "report", str(experiment), "--output", str(output / "report.html")],
     }
