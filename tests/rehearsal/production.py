@@ -28,7 +28,7 @@ from prep.dataset.layers import LAYERS
 from prep.encoders.demo import pieces
 from prep.encoders.hub import Reference
 from prep.encoders.weights import quiet_transformers
-from tests.prep.caption_server import CaptionServer
+from tests.prep.caption_server import THINGS, VERBS, WORDS, CaptionServer
 from tests.prep.hub_server import HubServer, serve
 from tests.rehearsal.networks import write_detector, write_pose
 from tests.rehearsal.photographs import write_photographs
@@ -36,7 +36,6 @@ from train.check.backbones import write_random_vgg
 from train.check.encoders import dino_config, t5_config
 
 MODEL = "rehearsal:latest"
-WORDS = ("a", "the", "in", "red", "blue", "white", "woman", "man", "coat", "shirt", "stands", "wall", "holds", "shows")
 PROMPT = "A woman in a red coat stands before a white wall."
 DRAWN = """
 import sys
@@ -67,7 +66,8 @@ def write_models(folder: Path) -> None:
             torch.manual_seed(0)
             with quiet_transformers():
                 kind(config).save_pretrained(folder / layer)
-    T5Tokenizer(vocab=pieces(WORDS), extra_ids=0, model_max_length=512).save_pretrained(folder / "t5")
+    known = ["The", "a", *f"{WORDS} {THINGS} {VERBS}".split()]  # the words of the captions: a token each
+    T5Tokenizer(vocab=pieces(known), extra_ids=0, model_max_length=512).save_pretrained(folder / "t5")
     write_detector(folder / "pose" / "detector.onnx")
     write_pose(folder / "pose" / "pose.onnx")
     write_random_vgg(folder / "torch")
