@@ -7,13 +7,18 @@ Of the API there is what a snapshot asks for: ``/api/models/MODEL`` and its ``/r
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from nanodit.files import sha256_file
 
 API = re.compile(r"/api/models/(?P<model>[^/]+/[^/?]+)(/(?P<what>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
 RESOLVE = re.compile(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -21,21 +26,24 @@ RESOLVE = re.compile(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<f
 
 @dataclass
 class HubServer:
-    """Models by name; ``commits`` maps (model, commit) to files, ``branches`` maps (model, branch) to a commit."""
+    """Models by name; ``commits`` maps (model, commit) to files, ``branches`` maps (model, branch) to a commit.
+
+    A file is its bytes, or a path from which it is sent.
+    """
 
     url: str = ""
-    commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[tuple[str, str], dict[str, bytes | Path]] = field(default_factory=dict)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     gated: dict[str, set[str]] = field(default_factory=dict)  # model -> tokens that may read it
     broken: set[str] = field(default_factory=set)  # files that are answered with 503
     after: dict[str, Callable[[], object]] = field(default_factory=dict)  # what happens once a file has been sent
     requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
-    def push(self, model: str, files: dict[str, bytes] | Path) -> str:
+    def push(self, model: str, files: Mapping[str, bytes | Path] | Path) -> str:
         """A new commit on ``main``; returns its hash."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
-        content = "".join(f"{name}{hashlib.sha1(data).hexdigest()}" for name, data in sorted(files.items()))
+        content = "".join(f"{name}{_sha256(data)}" for name, data in sorted(files.items()))
         commit = hashlib.sha1(f"{model}{content}".encode()).hexdigest()
         self.commits[model, commit] = dict(files)
         self.branches[model, "main"] = commit
@@ -44,6 +52,15 @@ class HubServer:
     def downloads(self) -> list[str]:
         """The paths of files that were sent, not only asked about."""
         return [path for method, path in self.requests if method == "GET"]
+
+
+@cache
+def _sha256(data: bytes | Path) -> str:
+    return sha256_file(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest()
+
+
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,11 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound", commit)
         self.send_response(200)
         self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{_sha256(data)}"')
+        self.send_header("Content-Length", str(_size(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as stream:
+                shutil.copyfileobj(stream, self.wfile)
             if happens := hub.after.pop(match["file"], None):
                 happens()
         return None
@@ -90,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.hub.branches.get((model, revision), revision)
         files = self.hub.commits[model, commit]
         entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            {"type": "file", "path": name, "size": _size(data), "oid": _sha256(data)[:40]}
             for name, data in files.items()
         ]
         info = {"id": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
