@@ -76,7 +76,7 @@ def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fa
     config = pin_config(config, read_pins(config.output))
     plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
     gate(config, plan.rejects + plan.expected, plan.seen, report=None)
-    for line in [*plan.explain(), *other_networks(config)]:
+    for line in [*plan.explain(), *cost.kept_line(plan), *other_networks(config)]:
         say(line)
     if plan.missing:
         passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})

@@ -24,8 +24,8 @@ FLOORS = {
         "errors keypoints", "files", "config console storage faults svg rng place", "lock pages", "cli", "__main__",
     ],
     "prep": [
-        "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify", "export",
-        "__main__",
+        "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify versions",
+        "export", "__main__",
     ],
     "train": [
         "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",
