@@ -279,7 +279,7 @@ def remove_leftovers(storage: Storage, plan: Plan) -> None:
                 keep_unit(storage, Unit(match["bucket"], int(match["shard"]), match["layer"]))
             storage.delete(tar)
     storage.remove_empty_folders()
-    collect_garbage(storage)
+    collect_garbage(storage, complete=True)
 
 
 def summarise(plan: Plan, published: Published, work: dict[str, LayerWork], seconds: float) -> None:

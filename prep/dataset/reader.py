@@ -148,12 +148,12 @@ class Dataset:
                 data = memoryview(self._spans[layer][1])[offset - start : offset - start + length]
             return checked(data, unit, row["key"], name, length, sha256)
 
-        if unit in self._moved:
-            return read(self._moved[unit])
         try:
-            return read(unit.tar)
-        except DataError as error:  # it was replaced since, or it is damaged
-            kept = self._kept(unit, error)
+            return read(self._moved.get(unit, unit.tar))
+        except DataError as error:
+            if self._moved.pop(unit, None):  # the version is the newest again, or was dropped
+                return self._member(row, member)
+            kept = self._kept(unit, error)  # the unit was replaced since, or it is damaged
         data = read(kept)
         self._moved[unit] = kept
         return data

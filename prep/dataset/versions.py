@@ -168,8 +168,13 @@ def files_of(storage: Storage, fingerprint: str, info: Mapping[str, Any]) -> set
     return tables | tars | {kept_description(fingerprint), kept_tars(fingerprint)}
 
 
-def collect_garbage(storage: Storage) -> None:
-    """Delete what is kept and no version names, for the holder of the dataset's lock; nothing where one is damaged."""
+def collect_garbage(storage: Storage, complete: bool = False) -> None:
+    """Delete what is kept and no version names, for the holder of the dataset's lock; nothing where one is damaged.
+
+    ``complete`` says that the newest version has all its units in place, so that nothing need be kept of it.
+    """
+    if complete and (info := published(storage)):
+        storage.delete(kept_description(info["fingerprint"]))
     names = storage.names(FOLDER)
     versions = kept_versions(storage, names)
     if None in versions.values():

@@ -21,13 +21,20 @@ def check_kept(storage: Storage, current: Mapping[str, str]) -> list[Finding]:
     """
     names = set(storage.names(versions.FOLDER))
     files = sorted(name for name in names if name.endswith((".tar", ".parquet")))
-    findings = []
+    findings: list[Finding] = []
+    if not names:
+        return findings
+
+    def hashed(name: str) -> str:
+        data = storage.read_if_there(name)  # a run may have dropped it meanwhile
+        return "" if data is None else sha256_bytes(data)
+
     with (
         Progress("verify", len(files), "kept files") as progress,
         ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool,
     ):
-        for name, sha256 in zip(files, pool.map(lambda name: sha256_bytes(storage.read(name)), files)):
-            if name not in (versions.kept_tar(sha256), versions.kept_table(sha256)):
+        for name, sha256 in zip(files, pool.map(hashed, files)):
+            if sha256 and name not in (versions.kept_tar(sha256), versions.kept_table(sha256)):
                 findings.append(_bad(name, "the bytes are not those that were kept (SHA-256 differs)"))
             progress.advance()
     for fingerprint in versions.kept_versions(storage, names):
