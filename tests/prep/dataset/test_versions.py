@@ -262,7 +262,7 @@ def test_versions_are_listed_with_their_bytes_and_readers_and_dropped_when_asked
     out = capsys.readouterr().out
     newest = Dataset(settings.output).fingerprint
     assert re.search(rf"^{newest[:16]}  20\d\d-\d\d-\d\d \d\d:\d\d UTC  12 .*the newest$", out, re.MULTILINE)
-    assert re.search(rf"^{fingerprint[:16]}  20\d\d.* UTC  10 .*kB +[\d.]+ kB$", out, re.MULTILINE)
+    assert re.search(rf"^{fingerprint[:16]}  20\d\d.* UTC  10 .*[kM]B +[\d.]+ [kM]B$", out, re.MULTILINE)
     assert f"reader /runs/a (process 7 on elsewhere): version {fingerprint[:16]}; silent, last seen 2h 00m ago" in out
     with pytest.raises(ConfigError, match=r"nothing was dropped. Add --yes"):  # nobody can be asked here
         main(["versions", settings.output, "--drop", fingerprint])
