@@ -101,6 +101,8 @@ def _version_of(newest: Dataset, began: str | None, wanted: bool, checkpoint: Ch
             say(f"{newest.root}: version {began} is not kept; beginning anew with version {before.fingerprint}")
         return before, before.fingerprint
     if wanted:
+        for earlier in checkpoint.state.get("earlier_datasets", []) if checkpoint else []:  # it was trained on, too
+            changed_versions(open_version(newest.storage, earlier["fingerprint"]), newest)
         say(f"{newest.root}: {changed_versions(before, newest)}")
         return newest, began
     say(f"{newest.root}: going on with version {began}; --dataset-version new takes {newest.fingerprint}")

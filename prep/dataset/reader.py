@@ -58,7 +58,11 @@ class Dataset:
         self._earlier = version is not None
         described = versions.kept_description(version) if version else "dataset.json"
         manifest, index = (self.storage.where(name) for name in (described, "index.parquet"))
-        for name in (described,) if version else (described, "index.parquet"):
+        if version and not versions.is_kept(self.storage, version):
+            raise DataError(
+                f"{self.root}: no version {version} is kept there; nanodit prep versions lists those that are"
+            )
+        for name in () if version else (described, "index.parquet"):
             if not self.storage.exists(name):
                 raise DataError(
                     f"{self.storage.where(name)} does not exist: {self.root} is not a finished dataset. "

@@ -123,7 +123,7 @@ def changed_versions(before: Dataset, after: Dataset) -> str:
 
     Raises :class:`DataError` where the newer one holds out images that the older one trained on.
     """
-    old, new = (dict(zip(*(one.table[name].to_pylist() for name in ("key", "split")))) for one in (before, after))
+    old, new = _splits(before), _splits(after)
     if leaks := sorted(key for key, split in new.items() if split == "holdout" and old.get(key) == "train"):
         raise DataError(
             f"{after.root}: {len(leaks)} images that the run was trained on are in the holdout of the newest version, "
@@ -139,6 +139,10 @@ def changed_versions(before: Dataset, after: Dataset) -> str:
     if other := sorted(name for name in layers if before.info["layers"].get(name) != after.info["layers"].get(name)):
         said.append(f"made otherwise: {', '.join(other)}")
     return f"version {before.fingerprint} -> {after.fingerprint}: {', '.join(said)}"
+
+
+def _splits(dataset: Dataset) -> dict[str, str]:
+    return dict(zip(*(dataset.table[name].to_pylist() for name in ("key", "split"))))
 
 
 def course_of(state: Mapping[str, Any], config: TrainConfig) -> Course:
