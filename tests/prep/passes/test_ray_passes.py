@@ -125,7 +125,7 @@ def test_published_files_hold_no_path_time_or_host(figures_dataset, figures_conf
         assert text
         for word in words:
             assert word not in text, path.name
-    assert {path.name for path in figures_dataset.iterdir() if path.is_file()} == set(FINISHED)
+    assert {path.name for path in figures_dataset.iterdir() if path.is_file()} == {*FINISHED, "readers"}
     (run_folder,) = (path for path in (figures_dataset / "runs").iterdir() if path.is_dir())
     assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "log.jsonl"}
 
