@@ -33,7 +33,7 @@ PATIENCE = 240.0  # seconds
 
 
 @pytest.fixture
-def folder(tmp_path, ray_session) -> Path:
+def figures(tmp_path, ray_session) -> Path:
     """Eighty figures and their dataset of pixels and captions, and a hundred figures beside them."""
     write_figures(tmp_path / "all", BEFORE + ADDED, size=96, seed=3, short_captions=True, workers=1)
     (tmp_path / "source").mkdir()
@@ -106,19 +106,19 @@ def logged(run_folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_d1_a_training_sees_one_version_while_prep_adds_mends_and_prunes(folder, capsys):
-    began, run_folder = Dataset(folder / "out").fingerprint, folder / "disturbed" / "run"
+def test_d1_a_training_sees_one_version_while_prep_adds_mends_and_prunes(figures, capsys):
+    began, run_folder = Dataset(figures / "out").fingerprint, figures / "disturbed" / "run"
     run_folder.parent.mkdir()
-    config = write_config(folder / "c.yaml", folder / "out", run_folder)
+    config = write_config(figures / "c.yaml", figures / "out", run_folder)
     first = training(config)
     wait_for(lambda: step_of(run_folder) >= EVERY, first)
-    change(folder)
-    preparing = subprocess.Popen(command(settings_of(folder), "--prune"), cwd=PROJECT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: [*(folder / "out" / "kept").glob("*.tar")], first, preparing)
+    change(figures)
+    preparing = subprocess.Popen(command(settings_of(figures), "--prune"), cwd=PROJECT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: [*(figures / "out" / "kept").glob("*.tar")], first, preparing)
     kill(first)  # while units are replaced
     second = training(config)
     assert preparing.wait(PATIENCE) == 0
-    newest = Dataset(folder / "out")
+    newest = Dataset(figures / "out")
     assert newest.fingerprint != began
     done = max(step_of(run_folder), EVERY)
     wait_for(lambda: step_of(run_folder) >= done + EVERY, second)  # it went on after all was replaced
@@ -127,17 +127,17 @@ def test_d1_a_training_sees_one_version_while_prep_adds_mends_and_prunes(folder,
     assert main(["run", "--config", str(config), *LONG]) == 0
     assert f"going on with version {began}" in capsys.readouterr().out
 
-    straight = write_config(folder / "s.yaml", folder / "untouched", folder / "straight" / "run")
+    straight = write_config(figures / "s.yaml", figures / "untouched", figures / "straight" / "run")
     assert main(["run", "--config", str(straight), *LONG]) == 0
-    assert step_of(run_folder) == step_of(folder / "straight" / "run") == STEPS
-    assert tensors(run_folder) == tensors(folder / "straight" / "run")
-    assert logged(run_folder) == logged(folder / "straight" / "run")
+    assert step_of(run_folder) == step_of(figures / "straight" / "run") == STEPS
+    assert tensors(run_folder) == tensors(figures / "straight" / "run")
+    assert logged(run_folder) == logged(figures / "straight" / "run")
 
     assert newest.info["counts"]["samples"] == BEFORE + ADDED - PRUNED
     mended = re.compile("A mended caption")
     assert sum(bool(mended.match(row["caption"])) for row in newest.rows()) == MENDED
-    following = write_config(folder / "n.yaml", folder / "out", folder / "next" / "run")
+    following = write_config(figures / "n.yaml", figures / "out", figures / "next" / "run")
     assert main(["run", "--config", str(following), "train.steps=2"]) == 0
-    state = load_checkpoint(find_latest(folder / "next" / "run")).state
+    state = load_checkpoint(find_latest(figures / "next" / "run")).state
     assert state["dataset"]["fingerprint"] == newest.fingerprint
-    verify(folder / "out")
+    verify(figures / "out")
