@@ -21,25 +21,28 @@ from prep.figures.figures import write_figures
 from prep.run import run
 from prep.verify.verify import verify
 from tests.prep.runs import PROJECT, command
+from tests.prep.test_run import LocalPipeline
 from tests.train.tiny import write_config
 from train.__main__ import main
 from train.checkpoint.checkpoint import find_latest, load_checkpoint
 from train.loop.tracking import read_metrics
 
 BEFORE, ADDED, MENDED, PRUNED = 80, 100, 20, 20
-STEPS, EVERY = 400, 10
+STEPS, EVERY = 600, 10
 SLOWLY = "train.step@run:delay"  # a tenth of a second a step, so that the change falls into the training
 PATIENCE = 240.0  # seconds
 
 
 @pytest.fixture
-def figures(tmp_path, ray_session) -> Path:
+def figures(tmp_path, monkeypatch) -> Path:
     """Eighty figures and their dataset of pixels and captions, and a hundred figures beside them."""
     write_figures(tmp_path / "all", BEFORE + ADDED, size=96, seed=3, short_captions=True, workers=1)
     (tmp_path / "source").mkdir()
     for image in sorted((tmp_path / "all").glob("*.png"))[:BEFORE]:
         take(tmp_path, image)
-    run(settings_of(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+        run(settings_of(tmp_path))
     shutil.copytree(tmp_path / "out", tmp_path / "untouched")
     return tmp_path
 
