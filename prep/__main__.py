@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "say what a run would compute, why, where, in what time and with how many GB; computes nothing",
     )
     for command in (run, plan):
-        command.add_argument("--prune", action="store_true", help="drop the samples whose source files are gone")
+        command.add_argument("--prune", action="store_true", help="leave the samples out whose source files are gone")
         command.add_argument("--retry-rejects", action="store_true", help="try again the samples that a layer refused")
     doctor = verb("doctor", "look for what would stop a run on this machine or cluster, with a fix for each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
