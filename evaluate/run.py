@@ -36,7 +36,8 @@ from nanodit.config import dump_config
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
-from prep.dataset.reader import Dataset
+from prep.dataset.reader import open_version
+from prep.dataset.readers import reading
 from train.checkpoint.checkpoint import resolve_checkpoint
 from train.checkpoint.open import load_model
 from train.checkpoint.provenance import git_state
@@ -72,11 +73,12 @@ def run(
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
     model, train_config, state = load_model(step_folder)
-    data = Dataset(dataset or train_config.dataset)
+    data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
     if data.fingerprint != state["dataset"]["fingerprint"]:
         raise DataError(
             f"{data.root}: its fingerprint is {data.fingerprint}, but the checkpoint {step_folder.name} was trained on "
-            f"{state['dataset']['fingerprint']}. Evaluate on the dataset of the run, or train again on this one"
+            f"{state['dataset']['fingerprint']}, which is not kept there. Evaluate on the dataset of the run, or train "
+            "again on this one"
         )
     subject = Subject(
         model=model.to(str(pick_device(config.device))),
@@ -95,7 +97,8 @@ def run(
     facts = provenance(subject, config, state, step_folder / "ema.safetensors")
     if not (folder / "parts").is_dir():  # nothing to go on from
         shutil.rmtree(folder / "images", ignore_errors=True)
-    evidence = evaluate(subject, config, folder, run_folder, facts, state["step"])
+    with reading(data, folder):
+        evidence = evaluate(subject, config, folder, run_folder, facts, state["step"])
     write(folder, config, evidence, facts, curves_until(run_folder, state["step"]))
     shutil.rmtree(folder / "parts", ignore_errors=True)  # what they held is in the files now
     return folder, evidence

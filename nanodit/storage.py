@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>[^?#]*)")
 HALF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/.*|pipe:.*")  # one slash is missing, or more is wrong; C:/x is a folder
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
-TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*")  # where killed writers leave ``.NAME.tmp-PID``
+# where killed writers leave ``.NAME.tmp-PID``
+TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers")
 
 
 class Storage(ABC):
@@ -87,6 +89,14 @@ class Storage(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove a file, durably; nothing happens where there is none."""
+
+    @abstractmethod
+    def link(self, name: str, other: str) -> None:
+        """Let a file's content stand under another name too, durable and atomic, whatever becomes of the first one.
+
+        Without a second copy where the place can do that. Nothing happens where the other name is taken. Raises
+        FileNotFoundError where there is no such file.
+        """
 
     @abstractmethod
     def draft(self, name: str) -> Path:
@@ -152,6 +162,24 @@ class LocalFolder(Storage):
             path.unlink()
         except (FileNotFoundError, NotADirectoryError):
             return
+        sync_folder(path.parent)
+
+    def link(self, name: str, other: str) -> None:
+        path = self.root / other
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(self.root / name, path)
+        except FileNotFoundError:
+            raise
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links, or a system that allows none of another user's files
+            draft = self.draft(other)
+            try:
+                shutil.copyfile(self.root / name, draft)
+                self.put_file(other, draft)
+            finally:
+                draft.unlink(missing_ok=True)
         sync_folder(path.parent)
 
     def draft(self, name: str) -> Path:
@@ -283,6 +311,12 @@ class ObjectStore(Storage):
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError), self._asking(name):
             self.client.rm_file(self._full(name))
+
+    def link(self, name: str, other: str) -> None:
+        if self.exists(other):
+            return
+        with self._asking(name):
+            self.client.cp_file(self._full(name), self._full(other))  # by the store itself; nothing travels
 
     def draft(self, name: str) -> Path:
         descriptor, path = tempfile.mkstemp(prefix=self._drafts, suffix=".tmp")

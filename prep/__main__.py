@@ -1,4 +1,4 @@
-"""Command line: ``nanodit prep run | plan | figures | doctor | report | verify | export``, or ``python -m prep``."""
+"""Command line: ``nanodit prep``, or ``python -m prep``, with the verbs of :data:`VERBS`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "say what a run would compute, why, where, in what time and with how many GB; computes nothing",
     )
     for command in (run, plan):
-        command.add_argument("--prune", action="store_true", help="drop the samples whose source files are gone")
+        command.add_argument("--prune", action="store_true", help="leave the samples out whose source files are gone")
         command.add_argument("--retry-rejects", action="store_true", help="try again the samples that a layer refused")
     doctor = verb("doctor", "look for what would stop a run on this machine or cluster, with a fix for each finding")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -48,6 +48,16 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--repair", action="store_true", help="discard damaged units; the next run computes them again")
     export = verb("export", "write a dataset in another layout")
     export.add_argument("--flat", type=Path, metavar="OUT", required=True, help="folder for one tar per shard")
+    kept = verbs.add_parser(
+        "versions", help="list the versions of a dataset that can be read, and drop some", allow_abbrev=False,
+        description="List the versions of a dataset with the bytes that are kept for them, and who reads them. What "
+        "prep run replaces or prunes stays readable for trainings that began on it, until its version is dropped here.",
+    )  # fmt: skip
+    kept.add_argument("dataset", metavar="DATASET", help="a folder, or the URL of an object store")
+    which = kept.add_mutually_exclusive_group()
+    which.add_argument("--drop", metavar="FINGERPRINT", help="drop this version; the first digits suffice")
+    which.add_argument("--older-than", metavar="30d", help="drop the versions published more days ago, not the newest")
+    kept.add_argument("--yes", action="store_true", help="do not ask before dropping")
     for command in (report, verify, export):
         command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: the output of the config")
     for command in (run, plan, doctor, report, verify, export):
@@ -107,6 +117,12 @@ def _verify(options: argparse.Namespace) -> None:
     verify(_dataset(options), repair=options.repair)
 
 
+def _versions(options: argparse.Namespace) -> None:
+    from prep.versions import show_versions
+
+    show_versions(options.dataset, options.drop, options.older_than, options.yes)
+
+
 def _export(options: argparse.Namespace) -> None:
     from prep.export import export_flat
 
@@ -134,6 +150,7 @@ VERBS = {
     "doctor": _doctor,
     "report": _report,
     "verify": _verify,
+    "versions": _versions,
     "export": _export,
 }
 

@@ -23,6 +23,7 @@ from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.captions.cache import forget_rejects
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, fingerprint_of, read_part
+from prep.dataset.versions import collect_garbage, keep_unit
 from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.images.sources import Reject
 from prep.passes import cost
@@ -76,7 +77,7 @@ def print_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fa
     config = pin_config(config, read_pins(config.output))
     plan = make_plan(config, prune=prune, retry_rejects=retry_rejects)
     gate(config, plan.rejects + plan.expected, plan.seen, report=None)
-    for line in [*plan.explain(), *other_networks(config)]:
+    for line in [*plan.explain(), *cost.kept_line(plan), *other_networks(config)]:
         say(line)
     if plan.missing:
         passes, remarks = plan_passes(config, known_nodes(), {unit.layer for unit in plan.missing})
@@ -138,7 +139,8 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
             folder.log("failed", error=str(error))
             raise
         seconds = time.monotonic() - start
-        folder.log("done", seconds=round(seconds, 1), counts=published.counts, changed=published.changed)
+        outcome = {"counts": published.counts, "changed": published.changed, "fingerprint": published.fingerprint}
+        folder.log("done", seconds=round(seconds, 1), **outcome)
     summarise(plan, published, work, seconds)
 
 
@@ -282,20 +284,26 @@ def current_parts(plan: Plan) -> dict[Unit, Part]:
 def remove_leftovers(storage: Storage, plan: Plan) -> None:
     """Delete the units of shards that the published index no longer knows, parts first, and tars without a part.
 
-    Such a tar is of a run that was killed between the two. Other files are not ours.
+    Such a tar is of a run that was killed between the two. Other files are not ours. What an earlier version names is
+    kept before, and what none names is not kept any longer.
     """
-    kept = set()
+    kept, gone = set(), set()
     for part in storage.names("parts/"):
         if match := PART_FILE.fullmatch(part):
             unit = Unit(match["bucket"], int(match["shard"]), match["layer"])
             if (unit.bucket, unit.shard) in plan.shards:
                 kept.add(unit.tar)
             else:
+                keep_unit(storage, unit)
+                gone.add(unit.tar)
                 storage.delete(part)
     for tar in storage.names("bucket_"):
-        if tar not in kept and TAR_FILE.fullmatch(tar):
+        if tar not in kept and (match := TAR_FILE.fullmatch(tar)):
+            if tar not in gone:
+                keep_unit(storage, Unit(match["bucket"], int(match["shard"]), match["layer"]))
             storage.delete(tar)
     storage.remove_empty_folders()
+    collect_garbage(storage, complete=True)
 
 
 def summarise(plan: Plan, published: Published, work: dict[str, LayerWork], seconds: float) -> None:

@@ -25,8 +25,8 @@ FLOORS = {
         "__main__",
     ],
     "prep": [
-        "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify", "export",
-        "__main__",
+        "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify versions",
+        "export", "__main__",
     ],
     "train": [
         "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",

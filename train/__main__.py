@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="continue although torch, threads or the processor differ",
     )
     run.add_argument(
+        "--dataset-version", choices=("begun", "new"), default="begun",
+        help="begun (default): a run goes on with the version of the dataset that it began on; new: with the newest, "
+        "from the same place in the order of the data",
+    )  # fmt: skip
+    run.add_argument(
         "--max-hours", type=float, default=math.inf, metavar="H",
         help="this many hours after the start of the process, save and exit with 75; the same command continues",
     )  # fmt: skip
@@ -215,7 +220,8 @@ def _run(options: argparse.Namespace) -> None:
     run(
         load_config(TrainConfig, options.config, options.overrides), _build_validation,
         resume=options.resume, init_from=options.init_from, allow_change=options.allow_change,
-        allow_environment_change=options.allow_environment_change, stop_at=STARTED + 3600 * options.max_hours,
+        allow_environment_change=options.allow_environment_change,
+        newest_version=options.dataset_version == "new", stop_at=STARTED + 3600 * options.max_hours,
     )  # fmt: skip
 
 

@@ -174,10 +174,12 @@ def read_range(
     return checked(fetch(root, unit, key, member, offset, length), unit, key, member, length, sha256)
 
 
-def fetch(root: Path | str | Storage, unit: Unit, key: str, member: str, offset: int, length: int) -> bytes:
-    """Read bytes of a unit's tar for the sake of a member; errors as :func:`read_range`."""
+def fetch(
+    root: Path | str | Storage, unit: Unit, key: str, member: str, offset: int, length: int, tar: str | None = None
+) -> bytes:
+    """Read bytes of a unit's tar, or of the one that ``tar`` names, for a member; errors as :func:`read_range`."""
     try:
-        return open_storage(root).read_range(unit.tar, offset, length)
+        return open_storage(root).read_range(tar or unit.tar, offset, length)
     except OSError as error:
         where = f"{unit.tar}, sample {key}, member {member}"
         raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
@@ -191,6 +193,6 @@ def checked(data: Bytes, unit: Unit, key: str, member: str, length: int, sha256:
     if sha256_bytes(data) != sha256:
         raise DataError(
             f"{where}: the bytes are not those that were committed (SHA-256 differs). "
-            f"Delete {unit.part} and run nanodit prep run again."
+            "Run nanodit prep verify --repair, then nanodit prep run."
         )
     return data

@@ -17,6 +17,7 @@ import pyarrow as pa
 from nanodit.errors import DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.dataset import versions
 from prep.dataset.buckets import buckets_for
 from prep.dataset.codecs import decode_pixels, load_npy
 from prep.dataset.layers import LAYERS
@@ -29,7 +30,6 @@ from prep.dataset.layout import (
     member_columns,
     members_of,
     read_parquet,
-    read_range,
 )
 from prep.dataset.members import Array
 from prep.dataset.quantise import Quantised, dequantise
@@ -43,24 +43,33 @@ class Dataset:
     ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key. Raises
     DataError when the folder is not a dataset, has another schema, or its index is not the one dataset.json names.
     ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
-    processes.
+    processes. What is read is of one version from the first read to the last, whatever ``prep run`` changes meanwhile:
+    the newest when it was opened, or an earlier one that is kept, by its fingerprint, ``version``.
     """
 
     # of a view: layer -> what was read last, and whence
-    _spans: dict[str, tuple[tuple[Unit, int], bytes]] | None = None
+    _spans: dict[str, tuple[tuple[Unit, int, str], bytes]] | None = None
 
-    def __init__(self, root: Path | str | Storage) -> None:
+    def __init__(self, root: Path | str | Storage, version: str | None = None) -> None:
         self.storage = open_storage(root)
         self.root: Path | str = Path(self.storage.place) if self.storage.is_local else self.storage.place
-        manifest, index = (self.storage.where(name) for name in ("dataset.json", "index.parquet"))
-        for name in ("dataset.json", "index.parquet"):
+        self._moved: dict[Unit, str] = {}  # the kept tars of units that were replaced since
+        self._tars: dict[str, str] = {}  # name -> hash of this version's, once one was replaced
+        self._earlier = version is not None
+        described = versions.kept_description(version) if version else "dataset.json"
+        manifest, index = (self.storage.where(name) for name in (described, "index.parquet"))
+        if version and not versions.is_kept(self.storage, version):
+            raise DataError(
+                f"{self.root}: no version {version} is kept there; nanodit prep versions lists those that are"
+            )
+        for name in () if version else (described, "index.parquet"):
             if not self.storage.exists(name):
                 raise DataError(
                     f"{self.storage.where(name)} does not exist: {self.root} is not a finished dataset. "
                     "Run: nanodit prep run"
                 )
         try:
-            self.info: dict[str, Any] = json.loads(self.storage.read("dataset.json"))
+            self.info: dict[str, Any] = json.loads(self.storage.read(described))
         except ValueError as error:
             raise DataError(f"{manifest} is damaged ({error}). Run nanodit prep run again.") from error
         check_info(self.info, manifest)
@@ -70,17 +79,23 @@ class Dataset:
         self.fingerprint: str = self.info["fingerprint"]
 
     def _published(self, name: str) -> bytes:
-        """Read a file that dataset.json names. Raises DataError when it is missing or another one."""
-        path = self.storage.where(name)
-        try:
-            data = self.storage.read(name)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}. Run nanodit prep run again to restore it.") from error
-        if sha256_bytes(data) != self.info["hashes"][name]:
-            raise DataError(
-                f"{path} is not the file that dataset.json names (SHA-256 differs). Run nanodit prep run again."
-            )
-        return data
+        """Read a file that dataset.json names, or what was kept of it; DataError when neither is the right one."""
+        path, sha256 = self.storage.where(name), self.info["hashes"][name]
+        kept = versions.kept_table(sha256) if versions.is_hash(sha256) else name
+        missing: OSError | None = None
+        for file in dict.fromkeys((kept, name) if self._earlier else (name, kept)):
+            try:
+                data = self.storage.read(file)
+            except OSError as error:
+                missing = error if file == name else missing
+                continue
+            if sha256_bytes(data) == sha256:
+                return data
+        if missing:
+            raise DataError(f"{path}: {missing.strerror}. Run nanodit prep run again to restore it.") from missing
+        raise DataError(
+            f"{path} is not the file that dataset.json names (SHA-256 differs). Run nanodit prep run again."
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -125,13 +140,41 @@ class Dataset:
             raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
         unit = Unit(row["bucket"], row["shard"], layer)
         offset, length, sha256 = (row[f"{member}/{column}"] for column in ("offset", "length", "sha256"))
-        if self._spans is None:
-            return read_range(self.storage, unit, row["key"], name, offset, length, sha256)
-        start, end = _span(row, layer, name)
-        if self._spans.get(layer, (None, b""))[0] != (unit, start):
-            self._spans[layer] = (unit, start), fetch(self.storage, unit, row["key"], name, start, end - start)
-        data = memoryview(self._spans[layer][1])[offset - start : offset - start + length]
-        return checked(data, unit, row["key"], name, length, sha256)
+        start, end = (offset, offset + length) if self._spans is None else _span(row, layer, name)
+
+        def read(tar: str) -> bytes | memoryview:
+            if self._spans is None:
+                data = fetch(self.storage, unit, row["key"], name, offset, length, tar)
+            else:
+                if self._spans.get(layer, (None, b""))[0] != (unit, start, tar):
+                    span = fetch(self.storage, unit, row["key"], name, start, end - start, tar)
+                    self._spans[layer] = (unit, start, tar), span
+                data = memoryview(self._spans[layer][1])[offset - start : offset - start + length]
+            return checked(data, unit, row["key"], name, length, sha256)
+
+        try:
+            return read(self._moved.get(unit, unit.tar))
+        except DataError as error:
+            if self._moved.pop(unit, None):  # the version is the newest again, or was dropped
+                return self._member(row, member)
+            kept = self._kept(unit, error)  # the unit was replaced since, or it is damaged
+        data = read(kept)
+        self._moved[unit] = kept
+        return data
+
+    def _kept(self, unit: Unit, error: DataError) -> str:
+        """Return where the tar of this version is kept; raises ``error`` for the newest, DataError for one dropped."""
+        if not self._tars:
+            self._tars.update(versions.tars_of(self.storage, self.fingerprint) or {})
+        if unit.tar in self._tars and self.storage.exists(kept := versions.kept_tar(self._tars[unit.tar])):
+            return kept
+        newest = versions.published(self.storage) or self.info
+        if newest["fingerprint"] == self.fingerprint or versions.is_kept(self.storage, self.fingerprint):
+            raise error
+        raise DataError(
+            f"{self.root}: {unit.tar} of version {self.fingerprint} is not there any more: the dataset has changed "
+            "since, and that version was dropped. Open the newest one"
+        ) from error
 
     def array(self, row: dict[str, Any], member: str) -> np.ndarray:
         """Return the array of a member as it is stored, for example ``array(row, "pose/pose.npy")``."""
@@ -197,6 +240,17 @@ class Dataset:
                 "Remove truth.parquet or these images from the source folder, and run nanodit prep run again."
             )
         return truth
+
+
+def open_version(root: Path | str | Storage, fingerprint: str) -> Dataset:
+    """Open a dataset at the version of a fingerprint; at the newest one where that is not kept, so compare the two."""
+    storage = open_storage(root)
+    if versions.is_kept(storage, fingerprint):
+        return Dataset(storage, fingerprint)
+    dataset = Dataset(storage)
+    if dataset.fingerprint != fingerprint and versions.is_kept(storage, fingerprint):  # which was just published
+        return Dataset(storage, fingerprint)
+    return dataset
 
 
 def _span(row: dict[str, Any], layer: str, name: str) -> tuple[int, int]:

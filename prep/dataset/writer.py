@@ -24,12 +24,14 @@ from prep.dataset.layout import (
     parquet_bytes,
     part_schema,
 )
+from prep.dataset.versions import keep_unit
 
 
 class LayerWriter:
     """Writes one unit: add samples in key order, then :meth:`commit`; leaving the ``with`` block without it undoes all.
 
-    The old index part goes before the new tar comes, so that no moment exists in which a part describes another tar.
+    A published tar is kept for its readers before that. The old index part goes before the new tar comes, so that no
+    moment exists in which a part describes another tar.
     """
 
     def __init__(self, root: Path | str | Storage, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -90,6 +92,7 @@ class LayerWriter:
             "tar_sha256": sha256_file(self._temporary),
             "rejects": [vars(reject) for reject in sorted(self._rejects, key=lambda reject: reject.key)],
         }
+        keep_unit(self.storage, self.unit, record["tar_sha256"])
         fault("shards.before_tar")
         self.storage.delete(self.unit.part)
         self.storage.put_file(self.unit.tar, self._temporary)

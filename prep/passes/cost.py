@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,14 @@ from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
 from prep.dataset.layers import FULL_SIDE, LAYERS
 from prep.dataset.layout import Unit
+from prep.dataset.versions import DATASET, REQUESTS
 from prep.passes.placement import Pass
 from prep.passes.plan import Plan
 
 DEMO_RATE = 20.0
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}
 CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
+TAR = re.compile(r"bucket_(\d+x\d+)/shard-(\d+)\.\w+\.tar")
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
 
@@ -222,15 +226,38 @@ def _members(*sizes: float) -> float:
 
 
 def bytes_needed(plan: Plan) -> dict[str, float]:
-    """Bytes by layer that computing what is missing adds to the output, less the tars that are replaced."""
+    """Bytes by layer that computing what is missing adds to the output, less replaced tars that are not kept."""
     sizes, storage = measured_sizes(plan), open_storage(plan.config.output)
+    replaced = storage.is_local and not storage.exists(DATASET)  # what was published stays for its readers
     needed: dict[str, float] = defaultdict(float)
     for unit in plan.missing:
         each = sizes.get(unit.layer) or sample_bytes(plan.config, unit.layer, unit.bucket)
         needed[unit.layer] += each * len(plan.shards[unit.bucket, unit.shard])
-        if storage.is_local:
+        if replaced:
             needed[unit.layer] -= storage.size(unit.tar) or 0
     return dict(needed)
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Bytes of published tars that a run replaces or prunes, and keeps for those who read the present version."""
+    storage = open_storage(plan.config.output)
+    if not storage.exists(DATASET):
+        return 0
+    there = set(storage.names("bucket_"))
+    tars = {unit.tar for unit in plan.missing}
+    tars |= {tar for tar in there if (match := TAR.fullmatch(tar)) and (match[1], int(match[2])) not in plan.shards}
+    with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+        return sum(size or 0 for size in pool.map(storage.size, tars & there))
+
+
+def kept_line(plan: Plan) -> list[str]:
+    """Say how much room what is kept takes; no line where nothing is."""
+    if not (kept := kept_bytes(plan)):
+        return []
+    return [
+        f"keeps {_size(kept / 1e9)} of the present version for those who read it; nanodit prep versions "
+        f"{plan.config.output} --drop frees them"
+    ]
 
 
 def free_bytes(storage: Storage) -> int | None:

@@ -27,6 +27,7 @@ from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
+from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
 from prep.images.filters import filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
@@ -405,7 +406,7 @@ def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
 
 
 def write_manifest(plan: Plan) -> None:
-    """Fix the membership of the shards, before the first unit is computed."""
+    """Fix the membership of the shards, before the first unit is computed; the published version is kept before."""
     rows = [
         vars(plan.sources[key]) | {"source": plan.sources[key].name, "bucket": bucket, "shard": shard}
         for (bucket, shard), keys in plan.shards.items()
@@ -414,5 +415,8 @@ def write_manifest(plan: Plan) -> None:
     rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
     data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
     storage = open_storage(plan.config.output)
-    if not storage.exists(MANIFEST) or storage.read(MANIFEST) != data:
+    changed = not storage.exists(MANIFEST) or storage.read(MANIFEST) != data
+    if changed or plan.missing:
+        keep_version(storage, plan.parts)
+    if changed:
         storage.write(MANIFEST, data)

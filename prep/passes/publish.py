@@ -36,6 +36,7 @@ from prep.dataset.layout import (
     read_parquet,
     read_range,
 )
+from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.sources import HIDDEN, TRUTH_NAME, Reject, Source
@@ -62,12 +63,13 @@ REJECT_SCHEMA = pa.schema(dict.fromkeys(("source", "stage", "reason", "detail"),
 
 @dataclass(frozen=True)
 class Published:
-    """What a dataset holds now; ``changed`` names the files that had to be written."""
+    """What a dataset holds now; ``changed`` names the files that had to be written, ``fingerprint`` the version."""
 
     counts: dict[str, int]
     reasons: Counter[str]
     warnings: list[str]
     changed: list[str]
+    fingerprint: str
 
 
 def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
@@ -85,19 +87,20 @@ def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
         REJECTS: parquet_bytes(reject_table(rejects)),
     }
     truth = map_truth(plan, set(table["key"].to_pylist()))
-    if truth is None:
-        storage.delete(TRUTH_NAME)
-    else:
+    if truth is not None:
         files[TRUTH_NAME] = parquet_bytes(truth)
     info = describe(plan, parts, table, len(rejects))
     info["hashes"] = {name: sha256_bytes(data) for name, data in files.items()}
     info["hashes"][MANIFEST] = sha256_bytes(storage.read(MANIFEST))
     info["fingerprint"] = fingerprint_of(info)
     files[DATASET] = canonical_json(info).encode()
+    if storage.read_if_there(DATASET) != files[DATASET]:
+        keep_version(storage, parts)
+    if truth is None:
+        storage.delete(TRUTH_NAME)
     changed = [name for name, data in files.items() if _write_if_changed(storage, name, data)]
-    return Published(
-        info["counts"], Counter(reject.reason for reject in rejects), warn(table, info["buckets"]), changed
-    )
+    reasons = Counter(reject.reason for reject in rejects)
+    return Published(info["counts"], reasons, warn(table, info["buckets"]), changed, info["fingerprint"])
 
 
 def _write_if_changed(storage: Storage, name: str, data: bytes) -> bool:

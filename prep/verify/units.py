@@ -24,6 +24,7 @@ from prep.dataset.layers import LAYERS
 from prep.dataset.layout import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
 
 KEY = re.compile(r"[0-9a-f]{32}")
+READERS = 4  # tars in memory at a time, half a gigabyte each at most
 BOMB = Image.DecompressionBombError
 NAMED = 3  # findings of one kind that a unit lists by name; a tar cut in half would otherwise fill the screen
 

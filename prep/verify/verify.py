@@ -27,17 +27,18 @@ from nanodit.errors import DataError
 from nanodit.files import sha256_bytes
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
+from prep.dataset import versions
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Part, Unit, fingerprint_of, member_columns, read_parquet
 from prep.dataset.reader import check_index, check_info
 from prep.images import duplicates
-from prep.verify.units import CheckedUnit, Finding, check_unit
+from prep.verify.kept import check_kept
+from prep.verify.units import READERS, CheckedUnit, Finding, check_unit
 
 PUBLISHED = ("index.parquet", "rejects.parquet", "manifest.parquet")
 PART_NAME = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d{6,})\.(?P<layer>\w+)\.parquet")
 TAR_NAME = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d{6,})\.(?P<layer>\w+)\.tar")
 TEMPORARY = re.compile(r"(.*/)?\.[^/]+\.tmp-\d+")
-READERS = 4  # tars in memory at a time, half a gigabyte each at most
 
 
 @dataclass
@@ -65,6 +66,7 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
         findings += [finding for item in checked for finding in item.findings]
         samples, published = check_published(storage, checked)
         findings += published
+        findings += check_kept(storage, {item.unit.tar: item.part.tar_sha256 for item in checked if item.part})
         for finding in findings:
             say(str(finding))
         counts = Counter(finding.kind for finding in findings)
@@ -82,7 +84,8 @@ def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
     """Return what to do about the findings; with ``repair``, do it as far as possible."""
     older = {finding.unit for finding in findings if finding.kind == "older"}
     units = {finding.unit for finding in findings if finding.unit} - older
-    others = [finding for finding in findings if not finding.unit]
+    kept = [finding for finding in findings if finding.file.startswith(versions.FOLDER)]
+    others = [finding for finding in findings if not finding.unit and finding not in kept]
     advice = []
     if older:
         advice.append(f"{len(older)} units were made by an older version. nanodit prep run upgrades them")
@@ -105,6 +108,11 @@ def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
         advice.append(
             "published files are damaged. Run nanodit prep run to write them again; where it cannot read "
             "index.parquet, restore that file, or delete it and accept another split"
+        )
+    if kept:
+        advice.append(
+            "what is kept of earlier versions is damaged. Whoever reads those versions is going to stop; drop them: "
+            f"nanodit prep versions {storage} --drop FINGERPRINT"
         )
     if any(finding.kind == "orphan" for finding in others):
         advice.append("files that belong to no unit can be deleted; nanodit prep run removes those of killed runs")

@@ -16,8 +16,9 @@ FINISHED = ("dataset.json", "index.parquet", "rejects.parquet", "manifest.parque
 
 
 def files_of(root: Path) -> dict[str, str]:
-    """Hash of every file of a dataset but those of ``runs/``, the only place for what differs between runs."""
-    paths = (path for path in root.rglob("*") if path.is_file() and "runs" not in path.relative_to(root).parts)
+    """Hash of every file of a dataset but those of the folders that the promise of equal bytes leaves out."""
+    outside = {"runs", "kept", "readers"}
+    paths = (path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] not in outside)
     return {path.relative_to(root).as_posix(): sha256_file(path) for path in paths}
 
 

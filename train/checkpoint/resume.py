@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from nanodit.errors import ConfigError, DataError
+from nanodit.files import read_json
+from prep.dataset.reader import Dataset
 from train.checkpoint.checkpoint import (
     Checkpoint,
     checkpoint_steps,
@@ -77,7 +79,8 @@ def check_same_run(
     if state["dataset"]["fingerprint"] != fingerprint:
         raise DataError(
             f"{config.dataset}: the dataset's fingerprint is {fingerprint}, but {name} was trained on "
-            f"{state['dataset']['fingerprint']}. Train on that dataset, or choose another `output`"
+            f"{state['dataset']['fingerprint']}, which is no version that is kept there: it was dropped, or this is "
+            "another dataset. Train on that one, or choose another `output` (--init-from takes the weights)"
         )
     noise_record(config.data.noise, torch.device("cpu"), state)  # refuses another, whatever is allowed
     safe = (*SAFE_TO_CHANGE, "data.noise", *allowed_changes, *(["train.steps"] if _may_grow(state, config) else []))
@@ -112,6 +115,44 @@ def goes_on_with_fast_bf16(state: Mapping[str, Any]) -> bool:
     """
     before = state.get("fast_bf16", state["environment"].get("fast_bf16", False))  # where versions before wrote it
     return before and has_fast_bf16()
+
+
+def began_on(run_folder: Path, checkpoint: Checkpoint | None) -> str | None:
+    """Return the version of the dataset that a run began on, also before its first checkpoint; None for a new run."""
+    if checkpoint is not None:
+        return checkpoint.state["dataset"]["fingerprint"]
+    path = run_folder / "provenance.json"
+    try:
+        return read_json(path)["dataset"]["fingerprint"] if path.exists() else None
+    except (DataError, KeyError, TypeError):  # of a start that trained nothing
+        return None
+
+
+def changed_versions(before: Dataset, after: Dataset) -> str:
+    """Say what differs between two versions of a dataset.
+
+    Raises :class:`DataError` where the newer one holds out images that the older one trained on.
+    """
+    old, new = _splits(before), _splits(after)
+    if leaks := sorted(key for key, split in new.items() if split == "holdout" and old.get(key) == "train"):
+        raise DataError(
+            f"{after.root}: {len(leaks)} images that the run was trained on are in the holdout of the newest version, "
+            f"for example {leaks[0]}. Continue on the version it began with, or begin a new run"
+        )
+    said = [f"{len(new.keys() - old.keys())} images added", f"{len(old.keys() - new.keys())} gone"]
+    if all("caption" in one.table.column_names for one in (before, after)):
+        captions, now = (
+            dict(zip(*(one.table[name].to_pylist() for name in ("key", "caption")))) for one in (before, after)
+        )
+        said.append(f"{sum(now[key] != caption for key, caption in captions.items() if key in now)} captions changed")
+    layers = before.info["layers"].keys() | after.info["layers"].keys()
+    if other := sorted(name for name in layers if before.info["layers"].get(name) != after.info["layers"].get(name)):
+        said.append(f"made otherwise: {', '.join(other)}")
+    return f"version {before.fingerprint} -> {after.fingerprint}: {', '.join(said)}"
+
+
+def _splits(dataset: Dataset) -> dict[str, str]:
+    return dict(zip(*(dataset.table[name].to_pylist() for name in ("key", "split"))))
 
 
 def course_of(state: Mapping[str, Any], config: TrainConfig) -> Course:

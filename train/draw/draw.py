@@ -18,7 +18,7 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, write_atomic
 from nanodit.rng import noise
 from prep.dataset.buckets import Bucket, buckets_for
-from prep.dataset.reader import Dataset
+from prep.dataset.reader import open_version
 from train.checkpoint.checkpoint import resolve_checkpoint
 from train.checkpoint.exported import WEIGHTS, is_exported
 from train.checkpoint.open import load_model
@@ -202,11 +202,11 @@ def stored_conditions(
     request: DrawRequest, config: TrainConfig, trained_on: dict[str, Any]
 ) -> tuple[Conditions, Bucket]:
     """Read the conditions of the holdout sample ``request.key`` and its bucket."""
-    dataset = Dataset(request.dataset or config.dataset)
+    dataset = open_version(request.dataset or config.dataset, trained_on["fingerprint"])
     if dataset.fingerprint != trained_on["fingerprint"]:
         raise DataError(
             f"{dataset.root}: its fingerprint is {dataset.fingerprint}, but the checkpoint was trained on "
-            f"{trained_on['fingerprint']}; give that dataset"
+            f"{trained_on['fingerprint']}, which is not kept there; give that dataset"
         )
     rows = [row for row in dataset.rows("holdout") if row["key"] == request.key]
     if not rows:

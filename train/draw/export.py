@@ -24,7 +24,7 @@ from nanodit.console import Progress, say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file, sync_folder
 from nanodit.rng import noise
-from prep.dataset.reader import Dataset
+from prep.dataset.reader import open_version
 from train.checkpoint.checkpoint import load_weights, resolve_checkpoint
 from train.checkpoint.exported import COMPONENT, CONFIG, INDEX, LOADER, PREFIX, SCHEMA, SECTIONS, WEIGHTS
 from train.checkpoint.open import load_model
@@ -206,7 +206,7 @@ def _probe(
 ) -> tuple[Conditions, tuple[int, int], str]:
     base = state["dataset"]["base"]
     try:
-        dataset = Dataset(config.dataset)
+        dataset = open_version(config.dataset, state["dataset"]["fingerprint"])
         at_hand = dataset.fingerprint == state["dataset"]["fingerprint"]
         rows = dataset.rows("holdout") if at_hand else []
     except DataError:

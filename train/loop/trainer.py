@@ -71,6 +71,7 @@ class Trainer:
         self.config, self.device, self.validate = config, device, validate
         self.step = 0  # completed optimiser steps
         self.parent: dict[str, Any] | None = None  # of whose weights it began with
+        self.earlier: list[dict[str, Any]] = []  # the versions of the dataset that steps before were trained on
         self.saver = Saver(config.checkpoint, self.save)
         features = Features.from_dataset(dataset.info)
         if not features.modalities:
@@ -119,6 +120,9 @@ class Trainer:
             raise DataError(f"{checkpoint.path}: {error}; it is the checkpoint of another model") from None
         self.step = self.saver.saved = checkpoint.state["step"]
         self.parent = checkpoint.state.get("parent")
+        before, self.earlier = checkpoint.state["dataset"]["fingerprint"], checkpoint.state.get("earlier_datasets", [])
+        if before != self.data.fingerprint:
+            self.earlier = [*self.earlier, {"fingerprint": before, "until_step": self.step}]
         self._take_course(course_of(checkpoint.state, self.config))
         self._take_noise(noise_record(self.config.data.noise, self.device, checkpoint.state))
         self._take_fast_bf16(goes_on_with_fast_bf16(checkpoint.state))
@@ -354,6 +358,7 @@ class Trainer:
             "parent": self.parent,
             "config": self.config.model_dump(mode="json"),
             "dataset": dataset_summary(self.data.info),
+            "earlier_datasets": self.earlier,
             "environment": environment(self.device),
             **{name: None for section in self.config.losses for name in section.hashes},
             **{name: value for loss in self.losses.values() for name, value in loss.state().items()},

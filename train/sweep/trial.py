@@ -23,7 +23,7 @@ from nanodit.errors import DataError, Interrupted, ResourceError, gpu_is_full
 from nanodit.faults import fault
 from nanodit.files import sha256_file, write_atomic
 from nanodit.posix import fcntl, peak_memory
-from prep.dataset.reader import Dataset
+from prep.dataset.reader import open_version
 from train.config import TrainConfig
 from train.sweep.process import secrets, without
 from train.sweep.record import FINISHED, PLAN, RUNNING, read_record, write_record
@@ -136,7 +136,8 @@ def cohort(config: TrainConfig, before: dict[str, Any] | None = None) -> dict[st
     device = torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
     now = {
         "code": code_hash(),
-        "dataset": Dataset(config.dataset).fingerprint,
+        # a trial that goes on reads the version that it began on
+        "dataset": open_version(config.dataset, (before or {}).get("dataset", "")).fingerprint,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": config.train.threads,

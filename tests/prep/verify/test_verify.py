@@ -118,7 +118,7 @@ def publish_again(root: Path, name: str, table: pa.Table) -> None:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    paths = (path for path in root.rglob("*") if path.is_file() and "runs" not in path.parts)
+    paths = (path for path in root.rglob("*") if path.is_file() and not {"runs", "kept", "readers"} & {*path.parts})
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
