@@ -364,7 +364,7 @@ def test_trap_30_stopped_and_continued_is_the_straight_run(tiny_dataset, straigh
 def test_a_broken_sample_stops_the_run_and_is_named(tmp_path):
     dataset = write_dataset(tmp_path / "dataset")
     shard = dataset / "bucket_64x64" / "shard-000000.t5.tar"
-    shard.write_bytes(shard.read_bytes()[:-20000])
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     trainer = make(dataset, tmp_path / "run")
     with pytest.raises(Exception, match=r"bucket_64x64/shard-000000\.t5\.tar.*[0-9a-f]{32}"):  # trap 35
         trainer.run()
