@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb, and return the exit code."""
     options = parser().parse_args(arguments)
     claim("prep")
-    if options.verb in ("run", "plan", "doctor") or getattr(options, "repair", False):
-        require_posix(f"nanodit prep {options.verb}{' --repair' if options.verb == 'verify' else ''}")
+    writes = next((name for name in ("repair", "drop", "older_than") if getattr(options, name, None)), None)
+    if options.verb in ("run", "plan", "doctor") or writes:
+        require_posix(f"nanodit prep {options.verb}{f' --{writes}'.replace('_', '-') if writes else ''}")
     return VERBS[options.verb](options) or 0
 
 

@@ -16,14 +16,15 @@ from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 
 VERBS = {
-    "prep": "run plan figures doctor report verify export", "train": "run plan sample sweep export gpu-check",
+    "prep": "run plan figures doctor report verify versions export", "train": "run plan sample sweep export gpu-check",
     "evaluate": "run report",
 }  # fmt: skip
 REFUSED = [
     "train run --config configs/train/quickstart.yaml", "train sweep --config configs/sweep/quick.yaml",
     "train gpu-check", "train plan --measure --config configs/train/quickstart.yaml",
     "prep run --config configs/prep/quickstart.yaml", "prep plan --config configs/prep/quickstart.yaml", "prep doctor",
-    "prep verify --repair --dataset nowhere",
+    "prep verify --repair --dataset nowhere", "prep versions nowhere --drop 0123 --yes",
+    "prep versions nowhere --older-than 0d --yes",
 ]  # fmt: skip
 
 
@@ -96,6 +97,12 @@ def test_an_evaluation_is_made_and_shown(run, tmp_path):
     shown = on_windows("nanodit", "evaluate", "report", str(tmp_path), "--output", str(tmp_path / "page.html"))
     assert shown.returncode == 0, shown.stderr
     assert "heldout" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_versions_are_listed(run):
+    listed = on_windows("prep", "versions", str(run.parent / "dataset"))
+    assert listed.returncode == 0, listed.stderr
+    assert Dataset(run.parent / "dataset").fingerprint[:16] in listed.stdout
 
 
 def test_figures_are_drawn(tmp_path):

@@ -129,9 +129,9 @@ def _packed(setting: Setting, report: Report) -> None:
     shown = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     spans = Spans.of(shown).map(lambda tensor: tensor.to(setting.device))
     each = Seen(torch.tensor(lengths))
-    packed = choose(spans, n, h, dtype, compiled=False) if setting.on_gpu else each
+    packed = choose(spans, n, h, k, dtype, compiled=False) if setting.on_gpu else each
     if packed.mask is not None:
-        report.note("attention side by side", "left out: this torch has no varlen attention")
+        report.note("attention side by side", "left out: this card or this torch has no varlen attention")
         return
     mask = torch.nn.functional.pad(shown, (n, 0), value=True)[:, None, None].to(setting.device)
     rng = generator("check", "attention")

@@ -31,6 +31,7 @@ from train.check.scaling import scaled
 from train.hardware import pick_device
 
 MINUTES = 10.0  # that the parts are shared out for
+OTHERS = 30.0  # of these seconds, for each part that a command hands in
 GRACE = 1.5  # times its seconds, after which a part that does not end is ended
 LEAST = 60.0  # seconds that any part has: to import torch on a busy machine alone takes ten
 
@@ -52,10 +53,10 @@ PARTS = (
     Part("resume", "resume:check", 45),
     Part("memory", "memory:check", 85, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
     Part("expandable", "memory:check_expandable", 30, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-    Part("speed", "speed:check", 140),
+    Part("speed", "speed:check", 125),
     Part("shortage", "shortage:check", 45),
     Part("splitting", "splitting:check", 10),
-    Part("encoders", "encoders:check", 80),
+    Part("encoders", "encoders:check", 70),
     Part("sampling", "sampling:check", 45),
     Part("shapes", "shapes:check", 40),
 )
@@ -70,7 +71,7 @@ def gpu_check(
     ``more`` are parts of others, by name, that the command hands in. Raises :class:`ConfigError` for an unknown part
     and where there is no GPU, and :class:`DataError` at the end where anything failed.
     """
-    parts = [*PARTS, *(Part(name, "", 30) for name in more)]
+    parts = [*PARTS, *(Part(name, "", OTHERS) for name in more)]
     if unknown := sorted({*only} - {part.name for part in parts}):
         raise ConfigError(f"--only {unknown[0]}: there are {', '.join(part.name for part in parts)}")
     if not minutes > 0:

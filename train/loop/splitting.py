@@ -115,9 +115,12 @@ def part_of(group: Group, start: int, stop: int, losses: Iterable[Loss]) -> Grou
     )
 
 
-def remedy(config: TrainConfig, limit: int) -> str:
-    """Say what spares a run the attempts that fail; ``limit`` is :attr:`Splitter.limit`."""
-    tokens = limit // config.model.patch_size**2
+def remedy(config: TrainConfig, limit: int, largest: int) -> str:
+    """Say what spares a run the attempts that fail; ``limit`` is :attr:`Splitter.limit`.
+
+    A micro-batch holds at least an image, of which the largest has ``largest`` tokens.
+    """
+    tokens = max(largest, limit // config.model.patch_size**2)
     blocks = "train.gradient_checkpointing=all when the run is continued, or "
     return (
         f"To avoid the attempts that fail: close other programs on the card (nvidia-smi), set "

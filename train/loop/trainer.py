@@ -366,7 +366,8 @@ class Trainer:
 
     def _say_split(self) -> None:
         if (note := self.splitter.take_note()) is not None:
-            reason = f"{note}. {remedy(self.config, self.splitter.limit)}"
+            largest = max(map(self.batches.plan.tokens, self.batches.plan.sizes))
+            reason = f"{note}. {remedy(self.config, self.splitter.limit, largest)}"
             say(f"warning: step {self.step + 1}: {reason}")
             keep_warning(self.config.run_folder, self.step + 1, "memory", reason)
 

@@ -43,7 +43,18 @@ class Seen(NamedTuple):
     mask: Tensor | None = None
 
 
-def seen(spans: Spans, tokens: int, heads: int, dtype: torch.dtype, compiled: bool) -> Seen:
+def reads_packed(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Return whether torch's varlen attention, which is FlashAttention, takes such queries: on a GPU, from Ampere on.
+
+    Source: the checks of ``mha_varlen_fwd`` in torch's ``flash_api.cpp``; ``scaled_dot_product_attention`` has other
+    kernels for what fails them, varlen attention has none.
+    """
+    if device.type != "cuda" or varlen_attn is None or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def seen(spans: Spans, tokens: int, heads: int, head_size: int, dtype: torch.dtype, compiled: bool) -> Seen:
     """Choose how images of so many tokens see their contexts: by lengths, device and dtype, never by what came before.
 
     A compiled block on a CPU, where a graph takes ten seconds, has one form for everything.
@@ -53,7 +64,7 @@ def seen(spans: Spans, tokens: int, heads: int, dtype: torch.dtype, compiled: bo
     if spans.are_equal and not one_graph:
         return Seen()
     half = dtype in (torch.float16, torch.bfloat16)
-    varlen = device.type == "cuda" and half and varlen_attn is not None
+    varlen = reads_packed(device, dtype, head_size)
     padding = spans.longest - sum(spans.lengths) / images
     each = device.type == "cpu" and not half and not one_graph and padding * tokens * heads >= WORTH_A_CALL
     if varlen or each or device.type == "meta":

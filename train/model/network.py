@@ -139,7 +139,8 @@ class NanoDiT(nn.Module):
 
     def _seen(self, context: Context, tokens: int) -> Seen:
         dtype = matmul_dtype(context.tokens.device, self.patch_embedding.weight.dtype)
-        return seen(context.spans, tokens, self.config.num_heads, dtype, self.compiled)
+        heads = self.config.num_heads
+        return seen(context.spans, tokens, heads, self.config.hidden_size // heads, dtype, self.compiled)
 
     def _image_rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (rows, columns, device)

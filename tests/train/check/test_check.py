@@ -56,6 +56,11 @@ def broken_in_children(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+def test_the_parts_share_out_ten_minutes():
+    evaluation = run.OTHERS
+    assert sum(part.seconds for part in run.PARTS) + evaluation == run.MINUTES * 60
+
+
 @pytest.mark.slow
 def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
     assert main([*REHEARSAL, "--json", str(tmp_path / "out" / "cpu.jsonl")]) == 0

@@ -151,6 +151,18 @@ def test_what_was_too_large_is_not_tried_again_in_this_process(tiny_dataset, tmp
     assert "train.token_budget=140 in a new run" in records[0]["reason"]
 
 
+def test_what_is_advised_is_a_config_that_loads(tiny_dataset, tmp_path):
+    """One image of a small bucket at a time has fewer tokens than one of a large bucket."""
+    trainer = make(tiny_dataset, tmp_path / "run", "train.steps=1", "train.batch_size=2")
+    most = max(map(trainer.batches.plan.tokens, trainer.batches.plan.sizes))
+    trainer.splitter.limit, trainer.splitter._note = 88 * 48, "one"
+    trainer._say_split()
+    (record,) = map(json.loads, (tmp_path / "run" / "warnings.jsonl").read_text().splitlines())
+    (advised,) = re.findall(r"train\.token_budget=(\d+)", record["reason"])
+    assert int(advised) == most > 88 * 48 // 64
+    make(tiny_dataset, tmp_path / "other" / "run", f"train.token_budget={advised}")
+
+
 def test_one_image_that_does_not_fit_ends_with_4_and_the_last_checkpoint(tiny_dataset, tmp_path, monkeypatch, capsys):
     file = write_config(tmp_path / "c.yaml", tiny_dataset, tmp_path / "run")
     assert main(["run", "--config", str(file), "train.steps=3"]) == 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.train.model.test_network import FEATURES, conditions, make_model, randomised
 from train.model import attend as attend_module
-from train.model.attend import Seen, attend, attend_each, attend_each_backward, interleave, seen, separate
+from train.model.attend import Seen, attend, attend_each, attend_each_backward, interleave, reads_packed, seen, separate
 from train.model.context import find_spans, token_counts
 from train.model.spans import Spans
 
@@ -109,7 +109,7 @@ def test_in_half_precision_on_a_cpu_the_explicit_form_is_the_masked_one():
 
 def test_what_is_seen_depends_on_lengths_device_and_dtype():
     few, many, equal = spans_of((4, 1)), spans_of((4000, 1)), spans_of((4, 4))
-    cpu = {"tokens": 64, "heads": 3, "dtype": torch.float32}
+    cpu = {"tokens": 64, "heads": 3, "head_size": 64, "dtype": torch.float32}
     assert seen(equal, **cpu, compiled=False) == Seen()
     assert seen(equal, **cpu, compiled=True).mask.shape == (2, 1, 1, 68), "one graph for all on a CPU"
     assert seen(few, **cpu, compiled=False).mask.shape == (2, 1, 1, 68)
@@ -118,6 +118,20 @@ def test_what_is_seen_depends_on_lengths_device_and_dtype():
     assert seen(many, **{**cpu, "dtype": torch.bfloat16}, compiled=False).lengths is None
     meta = few.map(lambda tensor: tensor.to("meta"))
     assert seen(meta, **cpu, compiled=False).lengths.tolist() == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "head_size", "expected"),
+    [
+        ((8, 0), torch.bfloat16, 64, True), ((9, 0), torch.float16, 256, True), ((12, 0), torch.bfloat16, 8, True),
+        ((7, 5), torch.bfloat16, 64, False), ((8, 0), torch.float32, 64, False), ((8, 0), torch.bfloat16, 36, False),
+        ((8, 0), torch.bfloat16, 264, False),
+    ],
+)  # fmt: skip
+def test_packed_contexts_are_read_where_flash_attention_can(card, dtype, head_size, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: card)
+    assert reads_packed(torch.device("cuda"), dtype, head_size) is expected
+    assert not reads_packed(torch.device("cpu"), dtype, head_size)
 
 
 def test_the_host_finds_the_spans_that_the_network_would():
