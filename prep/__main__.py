@@ -77,8 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb, and return the exit code."""
     options = parser().parse_args(arguments)
     claim("prep")
-    if options.verb in ("run", "plan", "doctor") or getattr(options, "repair", False):
-        require_posix(f"nanodit prep {options.verb}{' --repair' if options.verb == 'verify' else ''}")
+    switches = [
+        f" --{name.replace('_', '-')}" for name in ("repair", "drop", "older_than") if getattr(options, name, None)
+    ]
+    if options.verb in ("run", "plan", "doctor") or switches:
+        require_posix(f"nanodit prep {options.verb}{''.join(switches)}")
     return VERBS[options.verb](options) or 0
 
 

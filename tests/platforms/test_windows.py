@@ -16,14 +16,15 @@ from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 
 VERBS = {
-    "prep": "run plan figures doctor report verify export", "train": "run plan sample sweep export gpu-check",
+    "prep": "run plan figures doctor report verify versions export", "train": "run plan sample sweep export gpu-check",
     "evaluate": "run report",
 }  # fmt: skip
 REFUSED = [
     "train run --config configs/train/quickstart.yaml", "train sweep --config configs/sweep/quick.yaml",
     "train gpu-check", "train plan --measure --config configs/train/quickstart.yaml",
     "prep run --config configs/prep/quickstart.yaml", "prep plan --config configs/prep/quickstart.yaml", "prep doctor",
-    "prep verify --repair --dataset nowhere",
+    "prep verify --repair --dataset nowhere", "prep versions nowhere --older-than 30d",
+    "prep versions nowhere --drop 0",
 ]  # fmt: skip
 
 
@@ -102,6 +103,12 @@ def test_figures_are_drawn(tmp_path):
     drawn = on_windows("prep", "figures", str(tmp_path / "figures"), "--count", "2", "--size", "64")
     assert drawn.returncode == 0, drawn.stderr
     assert len([*(tmp_path / "figures").glob("*.txt")]) == 2
+
+
+def test_versions_are_listed(run):
+    listed = on_windows("prep", "versions", str(run.parent / "dataset"))
+    assert listed.returncode == 0, listed.stderr
+    assert "the newest" in listed.stdout
 
 
 def test_modules_of_posix_are_imported_where_it_is_known():
