@@ -123,9 +123,10 @@ def published_times(storage: Storage) -> dict[str, float]:
         if not name.endswith("/log.jsonl"):
             continue
         for line in storage.read(name).decode("utf-8", "replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # the last line of a killed run
+            with suppress(ValueError, TypeError, KeyError, OverflowError, OSError):  # the last line of a killed run
                 event = json.loads(line)
                 if event["event"] == "done" and "fingerprint" in event:
+                    datetime.fromtimestamp(event["time"], UTC)  # it is one
                     first.setdefault(event["fingerprint"], event["time"])  # of a run that was killed before it said so
                     if "dataset.json" in event["changed"]:
                         last[event["fingerprint"]] = event["time"]
