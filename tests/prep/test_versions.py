@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, DataError
 from nanodit.storage import LocalFolder
 from prep.__main__ import main
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.run import run
+from prep.verify.verify import verify
 from prep.versions import _size, list_versions
 from tests.prep.dataset.test_versions import change
 from tests.prep.passes.test_plan import config, write_images
@@ -86,3 +87,19 @@ def test_logs_and_records_that_are_none_are_left_out(changed, capsys):
     said = capsys.readouterr().out
     assert fingerprint[:16] in said
     assert "no reader has left a record" in said
+
+
+def test_verify_says_that_a_run_did_not_come_to_its_end(changed, monkeypatch):
+    """Otherwise its changes look like damage of the version that is still the newest."""
+    settings, _ = changed
+    newest = Dataset(settings.output)
+    write_images(Path(settings.source), 3, first=40)
+    monkeypatch.setattr(sys.modules["prep.passes.ray_passes"], "before", lambda layers: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(settings, prune=True)
+    with pytest.raises(DataError, match="a prep run is at work, or did not come to its end"):
+        verify(settings.output)
+    assert Dataset(settings.output).fingerprint == newest.fingerprint
+    monkeypatch.setattr(sys.modules["prep.passes.ray_passes"], "before", lambda layers: None)
+    run(settings, prune=True)
+    verify(settings.output)
