@@ -91,7 +91,7 @@ class Subject:
 
     @cached_property
     def _memory(self) -> Halving:
-        return Halving("evaluation", self.device)
+        return Halving("evaluation", self.device, own_thread=False)
 
     def as_fits(self, compute: Callable[[Batch], T], batch: Batch) -> Iterator[T]:
         """Yield ``compute`` of a batch, or of its parts in order where the GPU has no room for the whole; says so once.

@@ -110,7 +110,7 @@ def _bytes(storage: Storage, files: set[str]) -> dict[str, int]:
 def _only_of(storage: Storage, found: list[Version], chosen: list[Version]) -> set[str]:
     files: dict[bool, set[str]] = {True: set(), False: set()}
     for version in found:
-        if version.info:
+        if version.info and versions.is_kept(storage, version.fingerprint):  # of the newest nothing need be
             files[version in chosen] |= versions.files_of(storage, version.fingerprint, version.info)
     return files[True] - files[False]
 
@@ -123,9 +123,10 @@ def published_times(storage: Storage) -> dict[str, float]:
         if not name.endswith("/log.jsonl"):
             continue
         for line in storage.read(name).decode("utf-8", "replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # the last line of a killed run
+            with suppress(ValueError, TypeError, KeyError, OverflowError, OSError):  # the last line of a killed run
                 event = json.loads(line)
                 if event["event"] == "done" and "fingerprint" in event:
+                    datetime.fromtimestamp(event["time"], UTC)  # it is one
                     first.setdefault(event["fingerprint"], event["time"])  # of a run that was killed before it said so
                     if "dataset.json" in event["changed"]:
                         last[event["fingerprint"]] = event["time"]
@@ -186,7 +187,10 @@ def _days(text: str | None) -> int:
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
         return False
-    return input("drop? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("drop? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def _size(count: float) -> str:

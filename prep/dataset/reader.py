@@ -57,7 +57,6 @@ class Dataset:
         self._tars: dict[str, str] = {}  # name -> hash of this version's, once one was replaced
         self._earlier = version is not None
         described = versions.kept_description(version) if version else "dataset.json"
-        manifest, index = (self.storage.where(name) for name in (described, "index.parquet"))
         if version and not versions.is_kept(self.storage, version):
             raise DataError(
                 f"{self.root}: no version {version} is kept there; nanodit prep versions lists those that are"
@@ -69,6 +68,20 @@ class Dataset:
                     "Run: nanodit prep run"
                 )
         try:
+            self._open(described)
+        except DataError as error:
+            if version:
+                raise self._lost(version, error) from error
+            raise
+        self.fingerprint: str = self.info["fingerprint"]
+        if version and self.fingerprint != version:
+            other = DataError(f"{self.storage.where(described)} describes version {self.fingerprint}")
+            raise self._lost(version, other)
+
+    def _open(self, described: str) -> None:
+        """Read dataset.json, or what is kept of it, and the index that it names."""
+        manifest, index = (self.storage.where(name) for name in (described, "index.parquet"))
+        try:
             self.info: dict[str, Any] = json.loads(self.storage.read(described))
         except ValueError as error:
             raise DataError(f"{manifest} is damaged ({error}). Run nanodit prep run again.") from error
@@ -76,18 +89,27 @@ class Dataset:
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
         self.table: pa.Table = read_parquet(self._published("index.parquet"))
         check_index(self.table, self.info, index)
-        self.fingerprint: str = self.info["fingerprint"]
+
+    def _lost(self, version: str, error: DataError) -> DataError:
+        """Say of a version that is kept what became of it; no run makes that good, as it does of the newest one."""
+        return DataError(
+            f"{self.root}: what is kept of version {version} is damaged: {str(error).partition('. Run nanodit')[0]}. "
+            "No run restores that: go on with the newest version, and drop this one (nanodit prep versions "
+            f"{self.root} --drop {version[:16]})"
+        )
 
     def _published(self, name: str) -> bytes:
         """Read a file that dataset.json names, or what was kept of it; DataError when neither is the right one."""
-        path, sha256 = self.storage.where(name), self.info["hashes"][name]
+        sha256 = self.info["hashes"][name]
         kept = versions.kept_table(sha256) if versions.is_hash(sha256) else name
+        wanted = kept if self._earlier else name
+        path = self.storage.where(wanted)
         missing: OSError | None = None
         for file in dict.fromkeys((kept, name) if self._earlier else (name, kept)):
             try:
                 data = self.storage.read(file)
             except OSError as error:
-                missing = error if file == name else missing
+                missing = error if file == wanted else missing
                 continue
             if sha256_bytes(data) == sha256:
                 return data
@@ -157,24 +179,34 @@ class Dataset:
         except DataError as error:
             if self._moved.pop(unit, None):  # the version is the newest again, or was dropped
                 return self._member(row, member)
-            kept = self._kept(unit, error)  # the unit was replaced since, or it is damaged
-        data = read(kept)
+            kept = self._kept(unit)  # the unit was replaced since, or it is damaged
+            if kept is None:
+                raise self._unreadable(unit, error) from error
+        try:
+            data = read(kept)
+        except DataError as error:
+            raise self._unreadable(unit, error) from error
         self._moved[unit] = kept
         return data
 
-    def _kept(self, unit: Unit, error: DataError) -> str:
-        """Return where the tar of this version is kept; raises ``error`` for the newest, DataError for one dropped."""
+    def _kept(self, unit: Unit) -> str | None:
+        """Return where the tar of this version is kept; None where it is not."""
         if not self._tars:
             self._tars.update(versions.tars_of(self.storage, self.fingerprint) or {})
-        if unit.tar in self._tars and self.storage.exists(kept := versions.kept_tar(self._tars[unit.tar])):
-            return kept
+        kept = versions.kept_tar(self._tars[unit.tar]) if unit.tar in self._tars else None
+        return kept if kept and self.storage.exists(kept) else None
+
+    def _unreadable(self, unit: Unit, error: DataError) -> DataError:
+        """Return what to say of a unit: ``error`` of the newest version, that another one is damaged, or dropped."""
         newest = versions.published(self.storage) or self.info
-        if newest["fingerprint"] == self.fingerprint or versions.is_kept(self.storage, self.fingerprint):
-            raise error
-        raise DataError(
+        if newest["fingerprint"] == self.fingerprint:
+            return error
+        if versions.is_kept(self.storage, self.fingerprint):
+            return self._lost(self.fingerprint, error)
+        return DataError(
             f"{self.root}: {unit.tar} of version {self.fingerprint} is not there any more: the dataset has changed "
             "since, and that version was dropped. Open the newest one"
-        ) from error
+        )
 
     def array(self, row: dict[str, Any], member: str) -> np.ndarray:
         """Return the array of a member as it is stored, for example ``array(row, "pose/pose.npy")``."""

@@ -7,6 +7,7 @@ not write, there is none, and one of a killed reader stays until its version is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -74,8 +75,10 @@ def read_readers(storage: Storage) -> dict[str, Reader]:
     """Return all records by the name of their file; what is none is left out."""
     readers = {}
     for name in storage.names(FOLDER):
-        with suppress(ValueError, TypeError, KeyError, OSError, NanoditError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, OSError, NanoditError):
             fields = json.loads(storage.read(name))
             kinds = {"host": str, "pid": int, "run": str, "version": str, "seen": float}
-            readers[name] = Reader(**{field: kind(fields[field]) for field, kind in kinds.items()})
+            reader = Reader(**{field: kind(fields[field]) for field, kind in kinds.items()})
+            if math.isfinite(reader.seen):
+                readers[name] = reader
     return readers

@@ -19,13 +19,15 @@ class Halving:
     no telling what else needs it.
 
     Several threads may run batches. A GPU computes one at a time, in one thread: memory is that of one batch, and
-    onnxruntime keeps handles and workspaces for each thread that calls it.
+    onnxruntime keeps handles and workspaces for each thread that calls it. With ``own_thread`` False batches are
+    computed where they are run: for a caller of one thread, to which its modes of torch (inference, autocast) belong.
     """
 
-    def __init__(self, what: str, device: str) -> None:
+    def __init__(self, what: str, device: str, own_thread: bool = True) -> None:
         self.what, self.device = what, str(device)
         self.limit: int | None = None  # the largest batch, once one did not fit
-        self._turn = ThreadPoolExecutor(1, thread_name_prefix="gpu") if self.device.startswith("cuda") else None
+        elsewhere = own_thread and self.device.startswith("cuda")
+        self._turn = ThreadPoolExecutor(1, thread_name_prefix="gpu") if elsewhere else None
         self._note = ""
 
     def run(self, compute: Callable[[Any], T], batch: Sequence[Any]) -> Iterator[T]:

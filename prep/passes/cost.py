@@ -256,7 +256,7 @@ def kept_line(plan: Plan) -> list[str]:
         return []
     return [
         f"keeps {_size(kept / 1e9)} of the present version for those who read it; nanodit prep versions "
-        f"{plan.config.output} --drop frees them"
+        f"{plan.config.output} --drop FINGERPRINT frees them later"
     ]
 
 

@@ -87,6 +87,12 @@ def advise(storage: Storage, findings: list[Finding], repair: bool) -> str:
     kept = [finding for finding in findings if finding.file.startswith(versions.FOLDER)]
     others = [finding for finding in findings if not finding.unit and finding not in kept]
     advice = []
+    newest = versions.published(storage)
+    if newest and versions.is_kept(storage, newest["fingerprint"]):  # a run that ends takes that away
+        advice.append(
+            "a prep run is at work, or did not come to its end: what it has changed is found here, and readers of the "
+            "present version find in kept/ what it was. Wait for it, or run nanodit prep run again"
+        )
     if older:
         advice.append(f"{len(older)} units were made by an older version. nanodit prep run upgrades them")
     if units and not repair:

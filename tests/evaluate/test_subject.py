@@ -275,6 +275,13 @@ def test_a_single_picture_that_does_not_fit_ends_with_4(figures, make_subject):
     assert caught.value.exit_code == 4
 
 
+def test_a_gpu_computes_in_the_modes_of_its_caller(figures, make_subject):
+    """Inference mode belongs to a thread; without it a loss would keep all activations, and have no array."""
+    subject = replace(drawing_subject(figures, make_subject), device="cuda:0")
+    with torch.inference_mode():
+        assert list(subject.as_fits(lambda part: torch.is_inference_mode_enabled(), next(subject.batches()))) == [True]
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_numbers_of_another_precision_say_so_and_are_not_compared(precision, figures, make_subject, quick, tmp_path):
     few = quick.model_copy(update={"tests": ["reconstruction", "heldout_loss"]})

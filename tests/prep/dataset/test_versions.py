@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,9 @@ def test_the_plan_says_how_much_room_a_change_keeps(settings, capsys):
     change(Path(settings.source))
     expected = kept_bytes(make_plan(settings, prune=True))
     print_plan(settings, prune=True)
-    assert re.search(r"keeps [\d.]+ [kM]B of the present version .* --drop frees them", capsys.readouterr().out)
+    assert re.search(
+        r"keeps [\d.]+ [kM]B of the present version .* --drop FINGERPRINT frees them", capsys.readouterr().out
+    )
     run(settings, prune=True)
     tars = (Path(settings.output) / "kept").glob("*.tar")
     assert sum(path.stat().st_size for path in tars) == expected > 0
@@ -342,6 +345,43 @@ def test_a_read_only_dataset_is_read_at_any_version_and_leaves_no_record(changed
     finally:
         subprocess.run(["umount", place], check=True)
     assert not (Path(settings.output) / "readers").exists()
+
+
+def spoil(name: str, data: bytes | None) -> Callable[[Path, str], None]:
+    """Return what replaces, or deletes, files of ``kept/``; VERSION in the name is a fingerprint."""
+
+    def change(kept: Path, version: str) -> None:
+        for path in kept.glob(name.replace("VERSION", version)):
+            path.unlink() if data is None else path.write_bytes(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (spoil("*.tar", None), "kept of version {} is damaged: bucket_"),
+        (spoil("*.tar", b"short"), "kept of version {} is damaged: bucket_"),
+        (spoil("VERSION.tars.json", None), "kept of version {} is damaged: bucket_"),
+        (spoil("*.parquet", None), "kept of version {} is damaged: .*kept/[0-9a-f]{{64}}.parquet: No such file"),
+        (spoil("*.parquet", b"other"), "kept/[0-9a-f]{{64}}.parquet is not the file that dataset.json names"),
+        (spoil("VERSION.json", b"{"), "kept/{0}.json is damaged"),
+        (
+            lambda kept, version: shutil.copy(kept.parent / "dataset.json", kept / f"{version}.json"),
+            "describes version",
+        ),
+    ],
+)
+def test_a_damaged_version_says_that_no_run_restores_it(changed, damage, said):
+    settings, fingerprint, _ = changed
+    damage(Path(settings.output) / "kept", fingerprint)
+    with pytest.raises(DataError, match=said.format(fingerprint)) as caught:
+        content(open_version(settings.output, fingerprint))
+    advice, _, command = str(caught.value).partition("No run restores that: ")[2].partition(" (nanodit prep ")
+    assert advice == "go on with the newest version, and drop this one"
+    assert "Run nanodit" not in str(caught.value)
+    assert main([*command.removesuffix(")").split(), "--yes"]) == 0
+    verify(settings.output)
 
 
 def test_where_there_are_no_hard_links_tars_are_copied(settings, monkeypatch):
