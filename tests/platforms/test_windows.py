@@ -52,7 +52,7 @@ def test_the_view_lacks_what_it_says(tmp_path):
         (tmp_path / "prep" / "__main__.py").write_text(line)
         tried = subprocess.run(
             [sys.executable, str(Path("tests/platforms/windows.py").resolve()), "prep"],
-            cwd=tmp_path, capture_output=True, text=True,
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
         )  # fmt: skip
         assert tried.returncode == 1, line
         assert any(name in tried.stderr.splitlines()[-1] for name in ("No module named", "no attribute", "import name"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nanodit.errors import run_command
 from nanodit.place import child_command, child_environment
@@ -137,7 +138,8 @@ def _held(setting: Setting) -> int:
         return torch.cuda.memory_reserved(setting.device)
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":  # isinstance wakes up lazy modules
+        kind = type(found)  # isinstance wakes up lazy modules; the fake tensors of torch.compile hold nothing
+        if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor) and found.device.type == "cpu":
             storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     return sum(storages.values())
 

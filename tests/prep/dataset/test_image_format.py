@@ -49,6 +49,7 @@ def test_recipes_of_lossless_datasets_do_not_name_the_format(tmp_path):
 
 def test_encoders_read_jpegs(tmp_path):
     from prep.dataset.writer import LayerWriter
+    from prep.passes.crops import decode_batch
     from prep.passes.layers import Job, LayerWorker
 
     write_images(tmp_path / "source", 2)
@@ -57,8 +58,8 @@ def test_encoders_read_jpegs(tmp_path):
     worker = LayerWorker(settings)
     worker.compute(Job(task, "px"))
     with LayerWriter(Path(settings.output), Job(task, "dino").unit, {}, {}) as writer:
-        ((keys, pixels),) = worker._images(Job(task, "dino"), writer, 4)
-    assert len(keys) == 2
+        (batch,) = worker._batches(Job(task, "dino"), writer, 4)
+    pixels = decode_batch(batch)
     assert (pixels.shape, pixels.dtype) == ((2, 56, 80, 3), np.uint8)
 
 

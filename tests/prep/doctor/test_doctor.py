@@ -172,7 +172,7 @@ def test_every_illness_is_named_with_one_fix(illness: str) -> None:
 def test_a_gpu_that_must_be_there_is_a_failure_without_one() -> None:
     required = Needs(FULL_SIZE.vram_gb, 4.0, None, device="cuda")
     assert find(judge({"gpus": []}, required), "gpu").status == "FAIL"
-    assert find(judge({"gpus": []}, Needs({}, 0.0, None, "auto")), "gpu").status == "OK"
+    assert find(judge({"gpus": []}, Needs({}, 0.0, None, "auto", slow=False)), "gpu").status == "OK"
     # in a cluster any machine may have it
     assert find(judge({"gpus": []}, required, joined=True), "gpu").status == "OK"
 

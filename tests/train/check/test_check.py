@@ -62,6 +62,7 @@ def test_the_parts_share_out_ten_minutes():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
     assert main([*REHEARSAL, "--json", str(tmp_path / "out" / "cpu.jsonl")]) == 0
     lines = lines_of(tmp_path / "out" / "cpu.jsonl")

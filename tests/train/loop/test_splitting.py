@@ -69,6 +69,7 @@ class SmallCard:
 
 def trained(dataset: Path, output: Path, *overrides: str, card: Callable[[Trainer], object] = lambda _: None):
     trainer = make(dataset, output, *overrides)
+    trainer.optimizer.use_fast_bf16(False)  # Muon's rounding to bfloat16 would hide what is compared
     awaken(trainer.model)  # what begins at zero hides what comes before it
     card(trainer)
     trainer.run()
