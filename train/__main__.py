@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(verb=_plan)
     plan.add_argument("--config", type=Path, required=True, help=CONFIG_HELP)
     plan.add_argument("--memory", metavar="24GB", help="memory of the GPU to plan for (default: of the GPU here)")
-    plan.add_argument("--measure", action="store_true", help="measure two real steps here (default with a GPU)")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure memory and micro-steps with their data here (default with a GPU)",
+    )
     plan.add_argument("--base", type=int, metavar="PIXELS", help="plan for a future dataset of this base")
     plan.add_argument("--json", action="store_true", help="print one JSON document")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value")

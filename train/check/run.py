@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from nanodit.allocator import VARIABLES
 from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import write_atomic
@@ -128,12 +129,20 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["# nanodit train gpu-check", "", "```", *tables, "```", "", *head, *rows, ""])
 
 
+def environment_of(part: Part) -> dict[str, str]:
+    """Return the environment of a part's process: where it says how memory is taken, no older name says otherwise."""
+    given = child_environment()
+    if part.environment.keys() & {*VARIABLES}:
+        given = {name: value for name, value in given.items() if name not in VARIABLES}
+    return {**given, **part.environment}
+
+
 def _in_process(part: Part, options: Sequence[str], seconds: float, kept: TextIO) -> list[dict[str, Any]]:
     """Run a part in a process of its own, show and keep its lines; that one had to be ended is a line, too."""
     limit = max(LEAST, GRACE * seconds)
     command = [*child_command("train"), "gpu-check", "--part", part.name, *options]
     process = subprocess.Popen(
-        command, env=child_environment(**part.environment), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment_of(part), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     late = threading.Event()
 

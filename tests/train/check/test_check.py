@@ -15,6 +15,7 @@ from transformers import DINOv3ViTModel, T5EncoderModel
 
 import train.plan.memory as memory
 import train.plan.work as work
+from nanodit.allocator import VARIABLES
 from prep.config import PrepConfig
 from prep.dataset.layers import PX_MB
 from prep.encoders.halving import Halving
@@ -59,6 +60,14 @@ def broken_in_children(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_parts_share_out_ten_minutes():
     evaluation = run.OTHERS
     assert sum(part.seconds for part in run.PARTS) + evaluation == run.MINUTES * 60
+
+
+@pytest.mark.parametrize("part", [part for part in run.PARTS if part.environment], ids=lambda part: part.name)
+def test_the_allocator_of_a_part_is_not_the_users(part, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    seen = run.environment_of(part)
+    assert {name: seen[name] for name in VARIABLES if name in seen} == dict(part.environment)
 
 
 @pytest.mark.slow
