@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from nanodit.console import Progress
 from nanodit.errors import DataError
-from nanodit.files import write_atomic
+from nanodit.files import sha256_bytes, write_atomic
 from nanodit.pages import open_template
 from nanodit.storage import Storage, open_storage
+from prep.dataset import versions
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import read_parquet
 from prep.dataset.reader import Dataset
@@ -47,7 +48,7 @@ def render(storage: Storage) -> str:
     dataset = Dataset(storage)
     if not len(dataset):
         raise DataError(f"{storage}: the index holds no sample, so there is nothing to show")
-    info, table, rejects = dataset.info, dataset.table, read_rejects(storage)
+    info, table, rejects = dataset.info, dataset.table, read_rejects(dataset)
     thumbnails = SampleThumbnails(dataset)
     sections = {
         "buckets": lambda: views.buckets(dataset, thumbnails),
@@ -79,10 +80,13 @@ def render(storage: Storage) -> str:
     )
 
 
-def read_rejects(storage: Storage) -> pa.Table | None:
-    """Return the refused sources; None where the table is missing. Raises DataError when it is damaged."""
+def read_rejects(dataset: Dataset) -> pa.Table | None:
+    """Return the refused sources of a version; None where the table is missing. Raises DataError when it is damaged."""
+    storage, sha256 = dataset.storage, dataset.info["hashes"].get(REJECTS)
+    # what is kept goes first: a run that publishes writes its own table before dataset.json
+    kept = storage.read_if_there(versions.kept_table(sha256)) if versions.is_hash(sha256) else None
     try:
-        return read_parquet(storage.read(REJECTS))
+        return read_parquet(kept if kept and sha256_bytes(kept) == sha256 else storage.read(REJECTS))
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:

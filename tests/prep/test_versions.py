@@ -15,6 +15,7 @@ from nanodit.storage import LocalFolder
 from prep.__main__ import main
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
+from prep.report.report import render
 from prep.run import run
 from prep.verify.verify import verify
 from prep.versions import _size, list_versions
@@ -103,3 +104,15 @@ def test_verify_says_that_a_run_did_not_come_to_its_end(changed, monkeypatch):
     monkeypatch.setattr(sys.modules["prep.passes.ray_passes"], "before", lambda layers: None)
     run(settings, prune=True)
     verify(settings.output)
+
+
+def test_a_report_is_of_one_version_while_another_is_published(changed, monkeypatch):
+    settings, _ = changed
+    (Path(settings.source) / "image-500.png").write_bytes(b"no image")
+    monkeypatch.setenv("NANODIT_FAULT", "publish.after_rejects:raise")
+    with pytest.raises(RuntimeError, match="a fault was asked for"):
+        run(settings, prune=True)
+    monkeypatch.delenv("NANODIT_FAULT")
+    assert "image-500" not in render(LocalFolder(settings.output))
+    run(settings, prune=True)
+    assert "image-500" in render(LocalFolder(settings.output))
