@@ -111,12 +111,6 @@ def test_figures_are_drawn(tmp_path):
     assert len([*(tmp_path / "figures").glob("*.txt")]) == 2
 
 
-def test_versions_are_listed(run):
-    listed = on_windows("prep", "versions", str(run.parent / "dataset"))
-    assert listed.returncode == 0, listed.stderr
-    assert "the newest" in listed.stdout
-
-
 def test_modules_of_posix_are_imported_where_it_is_known():
     known = {"nanodit/posix.py", "prep/doctor/node.py", "prep/doctor/rules.py", "prep/passes/worker.py"}
     found = set()
