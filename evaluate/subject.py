@@ -96,10 +96,9 @@ class Subject:
     def as_fits(self, compute: Callable[[Batch], T], batch: Batch) -> Iterator[T]:
         """Yield ``compute`` of a batch, or of its parts in order where the GPU has no room for the whole; says so once.
 
-        Gradients are off, which the caller cannot see to: a GPU's batches are computed in a thread of their own. Raises
-        :class:`MemoryShortage` where a single sample does not fit.
+        Raises :class:`MemoryShortage` where a single sample does not fit.
         """
-        yield from self._memory.run(torch.inference_mode()(compute), batch)
+        yield from self._memory.run(compute, batch)
         if note := self._memory.take_note():
             say(f"warning: {note}")
 

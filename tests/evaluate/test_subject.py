@@ -1,6 +1,5 @@
 """The holdout is one, the noise belongs to the sample, and every bucket keeps its shape."""
 
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 
@@ -252,18 +251,6 @@ def test_what_does_not_fit_is_scored_in_halves_to_equal_losses(figures, make_sub
     assert [row["key"] for row in halves] == [row["key"] for row in whole]
     for name in ("mse", "loss"):
         assert [row[name] for row in halves] == pytest.approx([row[name] for row in whole], rel=1e-5)
-
-
-def test_the_thread_that_computes_on_a_gpu_keeps_no_gradients(figures, make_subject):
-    """Inference mode belongs to a thread, and batches of a GPU have one of their own."""
-    subject = drawing_subject(figures, make_subject)
-    config, text = HeldoutLossConfig(bins=3), [frozenset({"text"})]
-    usual = measure(subject, text, None, config)
-    with ThreadPoolExecutor(1) as thread:
-        subject._memory._turn = thread
-        assert measure(subject, text, None, config) == usual
-        batch = next(subject.batches())
-        assert [*subject.as_fits(lambda part: torch.is_inference_mode_enabled(), batch)] == [True]
 
 
 def test_a_single_picture_that_does_not_fit_ends_with_4(figures, make_subject):
