@@ -16,9 +16,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from train.check.backbones import write_random_vgg
 from train.check.encoders import dino_config, t5_config
 
 MODEL = "rehearsal:latest"
+SECONDS = 2.0  # between two looks at the memory of all processes, which take a twentieth of a second
 PROMPT = "A woman in a red coat stands before a white wall."
 DRAWN = """
 import sys
@@ -126,10 +127,10 @@ def run(name: str, command: Sequence[str], output: Path, environment: Mapping[st
     before, started, peak = disk_gb(output), time.monotonic(), 0.0
     with open(output / f"{name.replace(' ', '-')}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
-        ended = threading.Event()
         while process.poll() is None:
             peak = max(peak, memory_gb(process.pid))
-            ended.wait(0.5)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS)
     stage = Stage(name, time.monotonic() - started, peak, disk_gb(output) - before, process.returncode)
     print(f"{name}: {stage.seconds:.0f} s, {peak:.1f} GB, exit {stage.status}", flush=True)
     return stage
