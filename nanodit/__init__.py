@@ -9,12 +9,4 @@ Where what stands, in the order of the data:
 - ``nanodit``: what the three stand on, from errors and configs to storage and randomness, and the command (``cli.py``).
 """
 
-import os
-
-# Where another program runs, threads of OpenMP that spin while they wait for each other take the processor from the one
-# that they wait for, and two become slower than one (tests/benchmarks/busy.py). OpenMP reads this once, when torch is
-# imported and loads it (GNU's, on Linux), so the packages import this one first. What a user has set stays.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
 __version__ = "0.1.0"  # pyproject.toml reads it here

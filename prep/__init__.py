@@ -1,1 +1,0 @@
-import nanodit  # noqa: F401 - before torch: see there

@@ -21,8 +21,8 @@ from pathlib import Path
 ROWS = {  # name -> threads (null: as many as torch takes), variables
     "one": ("1", {"OMP_WAIT_POLICY": "PASSIVE"}),
     "passive": ("null", {"OMP_WAIT_POLICY": "PASSIVE"}),
-    "spin-1000": ("null", {"GOMP_SPINCOUNT": "1000"}),
-    "default": ("null", {"KMP_BLOCKTIME": "200"}),  # LLVM's default, unknown to GNU's: it keeps nanodit's choice away
+    **{f"spin-{count}": ("null", {"GOMP_SPINCOUNT": str(count)}) for count in (1000, 3000, 10000, 30000)},
+    "default": ("null", {}),
 }
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPIN = "import os, sys\nif sys.argv[1:]: os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
