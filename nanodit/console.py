@@ -72,6 +72,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400:,}d {whole % 86400 // 3600}h"
 
 
+def data_size(count: float) -> str:
+    """Format bytes as ``1.2 GB``, ``0.3 MB`` or ``12.0 kB``."""
+    for unit in ("GB", "MB", "kB"):
+        if count >= 1e8 or unit == "kB":
+            break
+        count *= 1000
+    return f"{count / 1e9:.1f} {unit}"
+
+
 class Progress:
     """Counts ``done`` of ``total`` and shows rate, time left and any extra fields.
 

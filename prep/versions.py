@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nanodit.console import duration, say
+from nanodit.console import data_size, duration, say
 from nanodit.errors import PROBLEM_BREAK, ConfigError, DataError
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
@@ -66,7 +66,7 @@ def show_versions(dataset: str, drop: str | None = None, older_than: str | None 
         return
     freed = sum(_bytes(storage, _only_of(storage, found, chosen)).values())
     names = ", ".join(version.name for version in chosen)
-    say(f"to be dropped: {names}, {_size(freed)}. Runs that read them end, and cannot be continued on them")
+    say(f"to be dropped: {names}, {data_size(freed)}. Runs that read them end, and cannot be continued on them")
     if not yes and not _confirmed():
         raise ConfigError(f"{storage}: nothing was dropped. Add --yes to drop {names}")
     with locked(storage):
@@ -139,7 +139,7 @@ def table(found: list[Version]) -> list[str]:
     for version in found:
         counts = (version.info or {}).get("counts", {})
         when = "unknown" if version.time is None else f"{datetime.fromtimestamp(version.time, UTC):%Y-%m-%d %H:%M} UTC"
-        held = ("the newest", "") if version.newest else (_size(version.kept), _size(version.alone))
+        held = ("the newest", "") if version.newest else (data_size(version.kept), data_size(version.alone))
         if version.info is None:
             held = ("damaged", "")
         rows.append((version.name, when, str(counts.get("samples", "?")), str(counts.get("train", "?")), *held))
@@ -191,11 +191,3 @@ def _confirmed() -> bool:
         return input("drop? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D
         return False
-
-
-def _size(count: float) -> str:
-    for unit in ("GB", "MB", "kB"):
-        if count >= 1e8 or unit == "kB":
-            break
-        count *= 1000
-    return f"{count / 1e9:.1f} {unit}"

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanodit.console import duration
+from nanodit.console import data_size, duration
 from nanodit.errors import ResourceError
 from nanodit.storage import Storage, open_storage
 from prep.captions.cache import FOLDER, CaptionCache
@@ -98,12 +98,12 @@ def table(lines: Sequence[CostLine], free_gb: float | None = None) -> list[str]:
     for line in lines:
         where = DEVICES[line.device]
         time = duration(line.seconds) + _label("seconds" in line.measured)
-        size = _size(line.gb) + _label("gb" in line.measured)
+        size = data_size(1e9 * line.gb) + _label("gb" in line.measured)
         rows.append((line.layer, str(line.shards), str(line.samples), f"{line.actors} x {where}", time, size, line.why))
     guessed = _label(all("seconds" in line.measured for line in lines))
     total = duration(sum(line.seconds for line in lines)) + guessed
-    size = _size(sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
-    room = "" if free_gb is None else f"{_size(free_gb)} free at the output"
+    size = data_size(1e9 * sum(line.gb for line in lines)) + _label(all("gb" in line.measured for line in lines))
+    room = "" if free_gb is None else f"{data_size(1e9 * free_gb)} free at the output"
     rows.append(("total", "", "", "", total, size, room))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -141,14 +141,6 @@ def _workers(step: Pass) -> str:
 
 def _label(measured: bool) -> str:
     return "" if measured else " (estimate)"
-
-
-def _size(gb: float) -> str:
-    for unit in ("GB", "MB", "kB"):
-        if gb >= 0.1 or unit == "kB":
-            break
-        gb *= 1000
-    return f"{gb:.1f} {unit}"
 
 
 def reasons(plan: Plan, layer: str) -> str:
@@ -255,7 +247,7 @@ def kept_line(plan: Plan) -> list[str]:
     if not (kept := kept_bytes(plan)):
         return []
     return [
-        f"keeps {_size(kept / 1e9)} of the present version for those who read it; nanodit prep versions "
+        f"keeps {data_size(kept)} of the present version for those who read it; nanodit prep versions "
         f"{plan.config.output} --drop FINGERPRINT frees them later"
     ]
 
@@ -274,8 +266,8 @@ def check_room(plan: Plan) -> None:
     free, total = free_bytes(storage), sum(needed.values())
     if free is None or total <= free:
         return
-    layers = ", ".join(f"{layer} {_size(size / 1e9)}" for layer, size in needed.items())
+    layers = ", ".join(f"{layer} {data_size(count)}" for layer, count in needed.items())
     raise ResourceError(
-        f"output {storage} has {_size(free / 1e9)} free, and what is missing takes about {_size(total / 1e9)} "
+        f"output {storage} has {data_size(free)} free, and what is missing takes about {data_size(total)} "
         f"({layers}). Make room, choose another output, or write less: image.format=jpeg, a smaller base, fewer layers"
     )

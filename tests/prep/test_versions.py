@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nanodit.console import data_size
 from nanodit.errors import ConfigError, DataError
 from nanodit.storage import LocalFolder
 from prep.__main__ import main
@@ -18,7 +19,7 @@ from prep.dataset.reader import Dataset
 from prep.report.report import render
 from prep.run import run
 from prep.verify.verify import verify
-from prep.versions import _size, list_versions
+from prep.versions import list_versions
 from tests.prep.dataset.test_versions import change
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.test_run import LocalPipeline
@@ -48,7 +49,7 @@ def test_dropping_frees_what_the_table_says(changed, capsys):
     capsys.readouterr()
     before = sum(path.stat().st_size for path in (Path(settings.output) / "kept").iterdir() if path.stat().st_nlink < 2)
     assert main(["versions", settings.output, "--drop", second, "--yes"]) == 0
-    assert f"to be dropped: {second[:16]}, {_size(before)}" in capsys.readouterr().out
+    assert f"to be dropped: {second[:16]}, {data_size(before)}" in capsys.readouterr().out
     assert version.alone == before
     assert not [*(Path(settings.output) / "kept").iterdir()]
 
