@@ -13,6 +13,7 @@ from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, SkippedError, run_command
+from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 
 TIERS = ("pulse", "table", "full")
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         claim(*PACKAGES)
         let_segments_grow()
+        if options.verb is _run:
+            let_threads_sleep()
         options.verb(options)
 
     return run_command(command)

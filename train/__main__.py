@@ -16,6 +16,7 @@ from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 from nanodit.posix import require_posix
 
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         claim(*PACKAGES)
         let_segments_grow()
+        if options.verb in (_run, _sample):
+            let_threads_sleep()
         options.verb(options)
 
     return run_command(command)
