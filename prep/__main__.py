@@ -10,6 +10,7 @@ from pathlib import Path
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.files import check_writable
 from nanodit.place import claim
 from nanodit.posix import require_posix
 from prep.config import PrepConfig
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _figures(options: argparse.Namespace) -> None:
     from prep.figures.figures import write_figures
 
+    check_writable(options.out, "folder", folder=True)
     write_figures(options.out, options.count, options.size, options.seed, options.short_captions)
     say(f"wrote {options.count} figures to {options.out}")
 
@@ -109,6 +111,8 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> None:
     from prep.report.report import write_report
 
+    if options.output:
+        check_writable(options.output)
     say(f"wrote {write_report(_dataset(options), options.output)}")
 
 
@@ -127,6 +131,7 @@ def _versions(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from prep.export import export_flat
 
+    check_writable(options.flat, "--flat", folder=True)
     export_flat(_dataset(options), options.flat)
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 
 from nanodit.console import say
 from nanodit.errors import ConfigError, Interrupted, sigterm_came
+from nanodit.files import no_link
 from nanodit.posix import fcntl
 
 RUN_LOCK = "run.lock"
@@ -24,7 +25,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     The kernel drops the lock when its owner ends, however it ends, so that a lock file left behind locks nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / RUN_LOCK, "a+", encoding="utf-8") as file:
+    with open(folder / RUN_LOCK, "a+", encoding="utf-8", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nanodit.config import Config, Place, dump_config, find_config, load_config, load_config_with_origins, section_model
+from nanodit.config import (
+    Config,
+    Place,
+    dump_config,
+    find_config,
+    load_config,
+    load_config_with_origins,
+    override_text,
+    section_model,
+)
 from nanodit.errors import ConfigError
 from train.checkpoint.resume import differences
 from train.config import TrainConfig
@@ -359,8 +368,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_arguments(values: Mapping[str, Any]) -> list[str]:
-    """Write overrides as a command line has them; JSON is YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    """Write overrides as a command line has them."""
+    return [override_text(key, value) for key, value in values.items()]
 
 
 def changes_on_resume(before: SweepConfig, after: SweepConfig) -> list[str]:

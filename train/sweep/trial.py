@@ -21,7 +21,7 @@ from nanodit.config import dump_config, load_config
 from nanodit.console import waiting
 from nanodit.errors import DataError, Interrupted, ResourceError, gpu_is_full
 from nanodit.faults import fault
-from nanodit.files import sha256_file, write_atomic
+from nanodit.files import no_link, sha256_file, write_atomic
 from nanodit.posix import fcntl, peak_memory
 from prep.dataset.reader import open_version
 from train.config import TrainConfig
@@ -202,7 +202,7 @@ def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callabl
 def _alone(trial: Path) -> Iterator[None]:
     """Hold the trial's lock; wait for a process that is just ending, because its driver was killed, say."""
     trial.mkdir(parents=True, exist_ok=True)
-    with open(trial / LOCK, "a+", encoding="utf-8") as file:
+    with open(trial / LOCK, "a+", encoding="utf-8", opener=no_link) as file:
         deadline = time.monotonic() + LOCK_WAIT
         if not _lock(file):
             file.seek(0)
