@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from nanodit.files import no_link
 from nanodit.posix import fcntl
 
 RUN_LOCK = "run.lock"
+OWN_CONFIGS = ("config.yaml", "sweep.yaml")  # that a run or a sweep writes into its folder
 
 
 @contextmanager
@@ -41,6 +42,20 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def check_still_there(file: Path, output: Path, overrides: Sequence[str]) -> None:
+    """Refuse the config in the folder of a run or sweep that was moved or copied: it names the place where it was.
+
+    Unless ``output`` is among the overrides. Raises :class:`ConfigError`.
+    """
+    here = file.parent
+    moved = (here / RUN_LOCK).exists() and file.name in OWN_CONFIGS and here.resolve() != output.resolve()
+    if moved and not any(override.startswith("output=") for override in overrides):
+        raise ConfigError(
+            f"{file}: belongs to what lies in {here}, but its output is {output}: it was moved or copied, or the path "
+            f"is relative to another folder. Say where to write: output={here}, for example"
+        )
 
 
 class StopRequest:

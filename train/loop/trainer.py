@@ -46,7 +46,7 @@ from train.loop.observers import finite, keep_warning, observe
 from train.loop.saving import Saver
 from train.loop.sending import Sender
 from train.loop.splitting import Splitter, remedy
-from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown
+from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown, quiet_event_writer
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
@@ -145,7 +145,7 @@ class Trainer:
         """
         if self.config.validation.every_steps and self.validate is None:
             raise ConfigError("validation.every_steps: this trainer was given nothing that validates; set it to 0")
-        with StopRequest() as stop:
+        with quiet_event_writer(), StopRequest() as stop:
             self._run(stop, stop_at)
 
     def _run(self, stop: StopRequest, stop_at: float) -> None:

@@ -274,15 +274,19 @@ def _differences(theirs: Trial, ours: Trial) -> dict[str, list[Any]]:
 def load_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep's YAML and resolve every trial. Raises :class:`ConfigError` that names the arm and the key."""
     config, origins = load_config_with_origins(SweepConfig, file, overrides)
-    places = {name: _place(file, getattr(config, name), origins[name]) for name in ("base", "evaluate")}
+    places = {name: _place(getattr(config, name), origins[name], file) for name in ("base", "evaluate")}
     return resolve(config.model_copy(update=places))
 
 
-def _place(file: Path, given: str, origin: str | None) -> str:
-    """Return where a config is: one of a command line may also be relative to the working directory."""
+def _place(given: str, origin: str | None, file: Path) -> str:
+    """Return where a config is: beside the file that names it, which ``file`` may extend.
+
+    One of a command line may also be relative to the working directory.
+    """
     if origin == "command line" and (here := find_config(given)).exists():
         return str(here)
-    return str(file.parent / given)
+    named_in = file if origin in ("command line", "default", None) else Path(origin)
+    return str(named_in.parent / given)
 
 
 def dump_sweep(sweep: Sweep) -> str:

@@ -62,7 +62,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
         before = read_record(trial)
         if before.get("status") == FINISHED:
             return
-        config = load_config(TrainConfig, trial / "config.yaml")
+        config = _config_of(trial)
         begun = {"arm": planned["arm"], "seed": planned["seed"], "attempts": 0, "failures": 0, "started": time.time()}
         record = begun | before | {"status": RUNNING, "reason": None, "ended": None}
         record |= {"attempts": record["attempts"] + 1}
@@ -77,7 +77,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
                 if (hours := plan["budget"].get("hours")) and "planned_steps" not in record:
                     record["planned_steps"] = _steps_within(hours, trial, config, work.train)
                     write_record(trial, record)
-                config = load_config(TrainConfig, trial / "config.yaml")
+                config = _config_of(trial)
                 work.train(config)
                 record |= measured(trial, config)
             fault("sweep.evaluate", name)
@@ -89,6 +89,11 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
             write_record(trial, record | {"reason": reason_of(error)})
             raise
         write_record(trial, record | {"status": FINISHED, "ended": time.time()})
+
+
+def _config_of(trial: Path) -> TrainConfig:
+    """Return the config of a trial, which trains where its folder lies now: a sweep may be moved, or copied."""
+    return load_config(TrainConfig, trial / "config.yaml").model_copy(update={"output": str(trial)})
 
 
 def reason_of(error: BaseException) -> str:
