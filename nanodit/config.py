@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from nanodit.errors import PROBLEM_BREAK, ConfigError
 
+MOST_SHOWN = 200  # letters of a wrong value
 MOST_VALUES = 100_000  # of a document with its aliases written out: ours have a hundred
 
 
@@ -265,7 +266,11 @@ def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: 
     if problem["type"] == "missing":
         return f"{origin}: `{dotted}` is required"
     given = problem.get("input")
-    return f"{origin}: `{dotted}`: {problem['msg']}, got {given!r} ({type(given).__name__})"
+    if isinstance(given, dict | Config) and problem["type"] in ("value_error", "assertion_error"):
+        return f"{origin}: {f'`{dotted}`: ' if dotted else ''}{problem['msg'].removeprefix('Value error, ')}"
+    shown = repr(given)
+    shown = f"{shown[:MOST_SHOWN]}..." if len(shown) > MOST_SHOWN else shown
+    return f"{origin}: `{dotted}`: {problem['msg']}, got {shown} ({type(given).__name__})"
 
 
 def _nearest(path: list[str], model: type[Config]) -> str:
