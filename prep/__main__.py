@@ -45,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     report = verb("report", "write one offline HTML page that shows what is in a dataset")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the dataset")
+    report.add_argument(
+        "--source", type=Path, metavar="FOLDER",
+        help="where the images come from, for pictures of those that were refused (with --config: that of the config)",
+    )  # fmt: skip
     verify = verb("verify", "prove that a dataset is whole: hashes, schema, no leaks, no orphans")
     verify.add_argument("--repair", action="store_true", help="discard damaged units; the next run computes them again")
     export = verb("export", "write a dataset in another layout")
@@ -113,7 +117,12 @@ def _report(options: argparse.Namespace) -> None:
 
     if options.output:
         check_writable(options.output)
-    say(f"wrote {write_report(_dataset(options), options.output)}")
+    source = options.source
+    if source is None and options.config:
+        source = Path(load_config(PrepConfig, options.config, options.overrides).source)
+    if source is not None and not source.is_dir():
+        raise ConfigError(f"--source {source}: is not a folder")
+    say(f"wrote {write_report(_dataset(options), options.output, source)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
