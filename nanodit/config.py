@@ -143,7 +143,8 @@ def find_config(file: Path | str) -> Path:
 
 def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged mapping of ``path`` and, for each dotted key, the file that set it."""
-    if path.resolve() in chain:
+    own = Path(os.path.realpath(path))  # resolve() of a link to itself raises
+    if own in chain:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
         text = path.read_text(encoding="utf-8")
@@ -161,7 +162,7 @@ def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) ->
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends must name one file")
-        values, origins = _read_file(path.parent / parent, model, (*chain, path.resolve()))
+        values, origins = _read_file(path.parent / parent, model, (*chain, own))
     _merge(values, data, origins, str(path), model)
     return values, origins
 

@@ -27,6 +27,7 @@ _NO_PLACE = frozenset(
     if hasattr(errno, name)
 )  # fmt: skip
 _DISK_FAILS = frozenset(getattr(errno, name) for name in ("EIO", "ESTALE", "EREMOTEIO") if hasattr(errno, name))
+_LOOP = "Symlink loop from"
 _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 
 # What CUDA's libraries and onnxruntime, whose errors have no class of their own for it, say where a GPU's memory does
@@ -116,6 +117,8 @@ def place_error(error: BaseException) -> ResourceError | None:
 
     Only where a command ends with it: what deals with an OSError itself knows more about it.
     """
+    if isinstance(error, RuntimeError) and str(error).startswith(_LOOP):  # of Path.resolve, before Python 3.13
+        return ResourceError(f"{str(error).removeprefix(_LOOP).strip()} is a symbolic link to itself. Remove it")
     if not isinstance(error, OSError):
         return None
     if error.errno in _NO_DESCRIPTORS:
