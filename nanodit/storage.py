@@ -145,7 +145,12 @@ class LocalFolder(Storage):
     def names(self, prefix: str = "") -> list[str]:
         start, _, beginning = prefix.rpartition("/")
         found = []
-        for folder, folders, files in os.walk(self.root / start):
+
+        def refuse(error: OSError) -> None:  # what cannot be listed is not empty
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise _cannot_read(str(error.filename), error) from error
+
+        for folder, folders, files in os.walk(self.root / start, onerror=refuse):
             here = Path(folder).relative_to(self.root)
             if here == Path(start):  # the only level at which a name can begin otherwise
                 folders[:] = [name for name in folders if name.startswith(beginning)]
