@@ -131,7 +131,7 @@ class Progress:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Show ``what`` is done meanwhile and for how long, where nothing is counted; rate and time left pass over it."""
+        """Show what is done meanwhile, and for how long, while nothing is counted; the rate passes over it."""
         since = time.monotonic()
         self._aside = what, since
         if self._bar is not None:
