@@ -50,7 +50,8 @@ from train.model.conditions import parse_subset
 ROOT = Path(__file__).parents[2]
 COMMON = (
     "model.hidden_size=128", "model.num_heads=2", "train.compile=false", "train.threads=1", "train.device=cpu",
-    "data.prefetch=0", "log_every=10", "checkpoint.every_steps=1000000", "visual_debug.every_steps=0",
+    "train.schedule=cosine", "train.lr=3e-3", "flow.t_min=0.05", "data.prefetch=0", "log_every=10",
+    "checkpoint.every_steps=1000000", "visual_debug.every_steps=0",
 )  # fmt: skip
 
 

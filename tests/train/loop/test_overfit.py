@@ -32,6 +32,8 @@ def test_trap_12_sixty_four_images_are_overfitted(figures_dataset, tmp_path):
             f"train.steps={STEPS}",
             "train.batch_size=16",
             "train.lr=5e-3",
+            "train.schedule=cosine",
+            "flow.t_min=0.05",
             "train.compile=false",
             "train.precision=fp32",
             "conditioning.preset=null",
