@@ -70,6 +70,10 @@ class Storage(ABC):
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends before. Raises OSError as :meth:`read`."""
 
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Return what :meth:`read_range` does for several offsets and lengths of one file."""
+        return [self.read_range(name, offset, length) for offset, length in ranges]
+
     @abstractmethod
     def size(self, name: str) -> int | None:
         """Return the bytes of a file as a number, None where there is no such file."""
@@ -133,6 +137,10 @@ class LocalFolder(Storage):
         with open(self.root / name, "rb", buffering=0) as file:
             file.seek(offset)  # Windows has no os.pread
             return file.read(length)
+
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        with open(self.root / name, "rb", buffering=0) as file:
+            return [file.read(length) for offset, length in ranges if file.seek(offset) is not None]
 
     def size(self, name: str) -> int | None:
         try:
