@@ -30,7 +30,7 @@ from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import LocalFolder, Storage
 from prep.dataset.class_tokens import class_tokens, reading_order
 from prep.dataset.codecs import npy_bytes
-from prep.dataset.layout import parquet_bytes, read_parquet
+from prep.dataset.layout import fingerprint_of, parquet_bytes, read_parquet
 from prep.images.cosine import TILE, Components, connect_near, count_pairs, regroup, unit_rows
 
 CODE_VERSION = 1  # of the relation: with another one everything is compared again
@@ -62,10 +62,10 @@ class Record:
     table: pa.Table = field(default_factory=SCHEMA.empty_table)
 
     def settings(self) -> dict[str, Any]:
-        """Return everything besides the table, with the hash of its content."""
-        columns = [_content(self.table[name]) for name in SCHEMA.names]
-        hashes = [sha256_bytes(column) for column in columns]
-        return {"cosine": self.cosine, "code": self.code, "files": [list(file) for file in self.files], "hash": hashes}
+        """Return everything besides the table, and the hash of both."""
+        made_with = {"cosine": self.cosine, "code": self.code, "files": [list(file) for file in self.files]}
+        columns = [sha256_bytes(_content(self.table[name])) for name in SCHEMA.names]
+        return made_with | {"hash": fingerprint_of(made_with | {"columns": columns})}
 
     def save(self, storage: Storage) -> None:
         """Write it down."""
@@ -75,11 +75,8 @@ class Record:
     @classmethod
     def load(cls, storage: Storage) -> Record | None:
         """Read it; None where there is none. Raises Damaged."""
-        data = storage.read_if_there(NAME)
-        if data is None:
-            return None
         try:
-            table = read_parquet(data)
+            table = read_parquet(storage.read(NAME))
             settings = json.loads((table.schema.metadata or {}).get(b"nanodit", b""))
             if table.schema.remove_metadata() != SCHEMA:
                 raise Damaged("it has other columns")
@@ -87,6 +84,8 @@ class Record:
             record = cls(settings["cosine"], settings["code"], files, table.replace_schema_metadata(None))
             if record.settings() != settings:
                 raise Damaged("its content is not what was written")
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise Damaged(f"it cannot be read ({error})") from error
         return record
@@ -177,9 +176,8 @@ class Tokens:
                     header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
                     np.lib.format.write_array_header_1_0(file, header)
                 if array.shape[1] != width:
-                    raise DataError(
-                        f"class tokens have {width} and {array.shape[1]} numbers. Run nanodit prep run again"
-                    )
+                    widths = f"{width} and {array.shape[1]}"
+                    raise DataError(f"class tokens have {widths} numbers. Run nanodit prep verify --repair")
                 file.write(memoryview(np.ascontiguousarray(array, "<f4")).cast("B"))
             file.flush()
             if draft:
