@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
@@ -102,12 +103,24 @@ def _content(column: pa.ChunkedArray) -> bytes:
     return column.to_numpy().tobytes()
 
 
+def _header(file: IO[bytes]) -> tuple[int, tuple[int, int]]:
+    """Return where the numbers of an NPY file of float32 (N, D) begin, and N and D. Raises ValueError for others."""
+    file.seek(0)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of NPY")
+    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    if len(shape) != 2 or kind != np.float32:
+        raise ValueError(f"numbers {shape} of {kind}")
+    return file.tell(), shape
+
+
 class Tokens:
     """The files of tokens, opened when they are asked for; to be closed."""
 
     def __init__(self, storage: Storage, files: list[tuple[str, int]]) -> None:
         self.storage, self.files = storage, list(files)
-        self._open: dict[str, IO[bytes]] = {}
+        self._open: dict[str, tuple[IO[bytes], int, tuple[int, int]]] = {}
+        self._lock = Lock()  # the next rows are read while some are compared
         self._stack = ExitStack()
 
     @property
@@ -125,11 +138,14 @@ class Tokens:
         for name, rows in self.files:
             here = np.flatnonzero((places >= first) & (places < first + rows))
             if len(here):
-                parts.append(self._array(name, rows)[places[here] - first])
+                # an array of its own, and no view of the file
+                parts.append(np.asarray(self._array(name, rows)[places[here] - first]))
                 order.append(here)
             first += rows
         if sum(map(len, order)) != len(places) or len({part.shape[1] for part in parts}) != 1:
             raise Damaged("it names tokens that are in no file")
+        if len(parts) == 1:
+            return parts[0]
         out = np.empty((len(places), parts[0].shape[1]), np.float32)
         for here, part in zip(order, parts):
             out[here] = part
@@ -137,17 +153,15 @@ class Tokens:
 
     def _array(self, name: str, rows: int) -> np.ndarray:
         """Map a file, for one read: what is mapped for longer counts as memory of this process."""
-        if name not in self._open:
-            self._open[name] = self._fetched(name)
-        file = self._open[name]
         try:
-            file.seek(0)
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of NPY")
-            shape, _, kind = np.lib.format.read_array_header_1_0(file)
-            if len(shape) != 2 or shape[0] != rows or kind != np.float32:
-                raise ValueError(f"{shape} numbers of {kind}")
-            return np.memmap(file, np.float32, "r", file.tell(), shape)
+            with self._lock:
+                if name not in self._open:
+                    file = self._fetched(name)
+                    self._open[name] = file, *_header(file)
+            file, start, shape = self._open[name]
+            if shape[0] != rows:
+                raise ValueError(f"{shape[0]} rows instead of {rows}")
+            return np.memmap(file, np.float32, "r", start, shape)
         except ValueError as error:
             raise Damaged(f"{name} is not what was written ({error})") from error
 
@@ -186,7 +200,7 @@ class Tokens:
             if draft:
                 draft.unlink(missing_ok=True)
         fault("tokens.after_file")
-        self._open[name] = file
+        self._open[name] = file, *_header(file)
         self.files.append((name, rows))
 
     def _next(self) -> str:
@@ -338,7 +352,9 @@ class _Comparison:
         if len(unsure):
             width = vectors.shape[1]
             start = hashlib.sha256(npy_bytes(vectors[0])[: -4 * width])
-            for vector, sha256 in zip(vectors[unsure], self.hashes.take(rows[unsure]).to_pylist()):
+            for vector, sha256 in zip(
+                vectors if len(unsure) == len(rows) else vectors[unsure], self.hashes.take(rows[unsure]).to_pylist()
+            ):
                 content = start.copy()
                 content.update(vector)
                 if content.hexdigest() != sha256:

@@ -10,6 +10,7 @@ threads of the matrix product, nor on which rows were there first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,9 @@ MEASURED = 1 << 12  # pairs measured in all dimensions at once: 64 MB at width 1
 DENSE = 200  # where more than one pair of so many is a candidate, a matrix product is cheaper than measuring each
 SAMPLE, SAMPLE_PAIRS = 8192, 512  # rows that directions are found from, and rows that are compared with the others
 FEW = 30  # times width squared: for fewer pairs than that, finding directions costs more than it saves
-# nanoseconds: a multiplication and addition in a matrix product, and one pair by scan, in some directions, and in all
-PRODUCT, SCAN, SOME, ALL = 0.05, 0.2, 150, 4000
+# nanoseconds of a core: a multiplication and addition in a matrix product, its result, looking at the results of a row
+# once more, and measuring one pair by itself in some directions and in all
+PRODUCT, RESULT, LOOK, SOME, ALL = 0.02, 0.6, 0.6, 150, 4000
 
 Rows = Callable[[np.ndarray], np.ndarray]  # unit vectors of some rows, float32 (n, width)
 
@@ -101,8 +103,8 @@ def connect_near(
         for other, columns in zip(table, tiles):
             search.compare(table[-1], rows, other, columns)
             done(len(rows) * len(columns) if columns is not rows else len(rows) * (len(rows) - 1) // 2)
-    for rows in _blocks(old, TILE):
-        projected = search.project(unit(rows))
+    for rows, vectors in _ahead(unit, old):
+        projected = search.project(vectors)
         for other, columns in zip(table, tiles):
             search.compare(other, columns, projected, rows)
             done(len(rows) * len(columns))
@@ -115,6 +117,16 @@ def count_pairs(new: int, old: int) -> int:
 
 def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _ahead(unit: Rows, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows and their vectors, tile by tile, the next one read while one is compared."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming: Future | None = None
+        for block in [*_blocks(rows, TILE), None]:
+            ready, coming = coming, None if block is None else pool.submit(lambda block=block: (block, unit(block)))
+            if ready is not None:
+                yield ready.result()
 
 
 @dataclass(frozen=True)
@@ -132,37 +144,52 @@ class _Directions:
 
 def _find_directions(unit: Rows, threshold: float, new: np.ndarray, old: np.ndarray) -> _Directions:
     rows = np.sort(np.concatenate([new, old]))
-    sample = unit(rows[:: 1 + len(rows) // SAMPLE]).astype(np.float64)
+    sample = unit(rows[:: 1 + len(rows) // SAMPLE])
     width = sample.shape[1]
     if count_pairs(len(new), len(old)) < FEW * width**2 or len(sample) < 2:
         return _Directions(width)
+    counts = [1 << power for power in range(3, 9) if 1 << power < min(width, len(sample))]
+    if not counts:
+        return _Directions(width)
     mean = sample.mean(axis=0)
-    sample -= mean
-    _, basis = np.linalg.eigh(sample.T @ sample)  # in the order of rising variance
-    basis = np.ascontiguousarray(basis[:, ::-1])
-    turned = (sample @ basis).astype(np.float32)
-    few, many = np.split(turned, [min(SAMPLE_PAIRS, len(turned) // 2)])
+    sample = sample - mean
+    basis = _leading(sample, counts[-1])
+    few, many = np.split(sample, [min(SAMPLE_PAIRS, len(sample) // 2)])
 
-    def close(count: int) -> float:
-        """Return the share of pairs that so many directions do not keep apart."""
-        a, b = few[:, :count], many[:, :count]
+    def close(a: np.ndarray, b: np.ndarray) -> float:
+        """Return the share of pairs that are not known to be further apart than the threshold."""
         halves = (a * a).sum(axis=1)[:, None] / 2 + (b * b).sum(axis=1) / 2
         return float(np.mean(a @ b.T - halves >= threshold - 1 - SLACK))
 
-    counts = [1 << power for power in range(3, 12) if 1 << power < width]
-    shares = {count: close(count) for count in [*counts, width]}
+    shares = {count: close(few @ basis[:, :count], many @ basis[:, :count]) for count in counts}
+    shares[width] = close(few, many)
 
     def cost(count: int) -> float:
         """Return the nanoseconds that a pair takes on average."""
-        dense = PRODUCT * width + SCAN
+        dense = PRODUCT * width + RESULT
+        again = LOOK * min(1, TILE * shares[count])
         if count == width:
-            return dense + min(shares[width] * ALL, dense)
-        return PRODUCT * count + SCAN + shares[count] * SOME + min(shares[_further(count, counts)] * ALL, dense)
+            return dense + again + min(shares[width] * ALL, dense)
+        further = shares[count] * SOME + min(shares[_further(count, counts)] * ALL, dense)
+        return PRODUCT * count + RESULT + again + further
 
     first = min([*counts, width], key=cost)
     if first == width:
         return _Directions(width)
-    return _Directions(first, mean.astype(np.float32), basis[:, : _further(first, counts)].astype(np.float32))
+    return _Directions(first, mean, basis[:, : _further(first, counts)])
+
+
+def _leading(centred: np.ndarray, count: int) -> np.ndarray:
+    """Return orthonormal directions of large variance, the largest first, float32 (D, count).
+
+    By subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), which is quick; pairs would be found in any
+    directions that are orthonormal.
+    """
+    basis = np.linalg.qr(centred[:count].T)[0]
+    for _ in range(2):
+        basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
+    turned = centred @ basis
+    return basis @ np.linalg.eigh(turned.T @ turned)[1][:, ::-1]  # which come in the order of rising variance
 
 
 def _further(count: int, counts: list[int]) -> int:
@@ -175,6 +202,7 @@ class _Search:
 
     def __init__(self, groups: Components, unit: Rows, threshold: float, directions: _Directions) -> None:
         self.groups, self.unit, self.threshold, self.directions = groups, unit, threshold, directions
+        self._product = np.empty(TILE**2, np.float32)
         self._limit = threshold - 1 - SLACK  # of minus half of a squared distance
 
     def project(self, unit: np.ndarray) -> np.ndarray:
@@ -189,7 +217,9 @@ class _Search:
         width = self.directions.first + 2
         turned = right[:, :width].copy()
         turned[:, :2] = right[:, 1::-1]
-        product = left[:, :width] @ turned.T  # minus half of the squared distance
+        # minus half of the squared distance, where that of the last tile stood: new pages would cost as much
+        product = self._product[: len(rows) * len(columns)].reshape(len(rows), len(columns))
+        np.matmul(left[:, :width], turned.T, out=product)
         if rows is columns:  # each pair once, and none with itself
             place = np.arange(len(rows))
             product[place[:, None] >= place] = -np.inf
