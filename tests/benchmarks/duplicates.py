@@ -4,9 +4,9 @@
         [--all 64000] [--folder FOLDER]
 
 Writes features of a falling spectrum to FOLDER (a temporary one), ``--shared`` of their squared length a mean that all
-have, with near copies among the new ones, and prints seconds and GB (the process's largest resident memory, its own
-0.2 GB included) of `prep/images/compared.py`: of everything that `prep run` does about class tokens but reading the new
-ones from their tars. All at once is measured for up to ``--all`` rows.
+have, with near copies among the new ones. Prints seconds, those that cores worked, and GB (the process's largest
+resident memory, all its own 0.2 GB and mapped files included) of `prep/images/compared.py`: of everything that `prep
+run` does about class tokens but reading the new ones from their tars. All at once is measured for up to ``--all`` rows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def know(folder: Path, known: int) -> None:
 
 
 def measure(folder: Path, groups: int, results: multiprocessing.Queue) -> None:
-    """Compare what is not known; reports seconds and the largest resident memory in GB."""
+    """Compare what is not known; reports seconds, those of its cores, and the largest resident memory in GB."""
     array = np.load(folder / "features.npy", mmap_mode="r")
     table = pq.read_table(folder / "rows.parquet")
     keys, hashes = (table[name].combine_chunks() for name in ("key", "sha256"))
@@ -83,15 +83,15 @@ def measure(folder: Path, groups: int, results: multiprocessing.Queue) -> None:
     def read(rows: np.ndarray) -> Iterator[np.ndarray]:
         return (array[rows[start : start + BLOCK]] for start in range(0, len(rows), BLOCK))
 
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.process_time()
     with compared(open_storage(folder / "out"), keys, hashes, read, THRESHOLD, write=True) as alike:
-        seconds = time.perf_counter() - start
+        seconds, cores = time.perf_counter() - start, time.process_time() - started
         found = len(np.unique(alike.labels))
     assert found == groups, f"{found} groups instead of {groups}"
-    results.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+    results.put((seconds, cores, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
 
 
-def in_a_process(work, *arguments) -> tuple[float, float]:
+def in_a_process(work, *arguments) -> tuple[float, float, float]:
     """Run ``measure`` on its own, so that memory is its own."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -124,9 +124,9 @@ def main() -> None:
                 print_case(rows, case, *in_a_process(measure, folder, rows - COPIES))
 
 
-def print_case(rows: int, case: str, seconds: float, memory: float) -> None:
+def print_case(rows: int, case: str, seconds: float, cores: float, memory: float) -> None:
     """Print one line."""
-    print(f"{rows:>9} rows, {case:<12}{seconds:>8.1f} s {memory:>6.2f} GB", flush=True)
+    print(f"{rows:>9} rows, {case:<12}{seconds:>8.1f} s {cores:>8.1f} s of cores {memory:>6.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def small(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with s3_server("bucket") as url:
+    with s3_server("compared") as url:
         yield url
 
 
@@ -82,7 +82,7 @@ def storage(request, tmp_path):
     if request.param == "folder":
         return open_storage(tmp_path / "out")
     request.getfixturevalue("endpoint")
-    return open_storage(f"s3://bucket/{tmp_path.name}")
+    return open_storage(f"s3://compared/{tmp_path.name}")
 
 
 def test_only_what_is_new_is_read(storage, small):
