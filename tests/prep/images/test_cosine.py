@@ -109,6 +109,17 @@ def test_many_equal_rows_are_one_group_and_zeros_are_like_nothing(way):
     assert len(as_sets(near_labels(np.zeros((3, 128), np.float32), 0.98))) == 3
 
 
+@pytest.mark.parametrize("width", [8, 384, 1024, 4096])
+def test_a_row_alone_has_the_numbers_that_it_has_among_others(width):
+    """Or groups would depend on which rows are compared at once."""
+    vectors = features(0, width)
+    unit = unit_rows(vectors)
+    products = (unit[:-1].astype(np.float64) * unit[1:]).sum(axis=1)
+    for row in range(len(vectors) - 1):
+        pair = unit_rows(vectors[row : row + 1]), unit_rows(vectors[[row + 1, 0]])[:1]
+        assert (pair[0].astype(np.float64) * pair[1]).sum(axis=1)[0] == products[row]
+
+
 @given(st.integers(1, 30), st.data())
 def test_components_are_named_after_their_smallest_member(count, data):
     items = st.lists(st.integers(0, count - 1), min_size=10, max_size=10)
