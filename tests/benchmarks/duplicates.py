@@ -12,12 +12,15 @@ run` does about class tokens but reading the new ones from their tars. All at on
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
+import os
 import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from prep.dataset.codecs import npy_bytes
 from prep.images.compared import FOLDER, SCHEMA, Record, compared
 
 BLOCK, COPIES, THRESHOLD = 4096, 100, 0.98
+FILES = ("known.npy", "new.npy")
 
 
 def features(rows: int, width: int, shared: float) -> Iterator[np.ndarray]:
@@ -49,25 +53,34 @@ def features(rows: int, width: int, shared: float) -> Iterator[np.ndarray]:
         yield block
 
 
-def write(folder: Path, rows: int, width: int, shared: float) -> None:
-    """Write an array of features, and a table of keys and hashes."""
+def write(folder: Path, rows: int, new: int, width: int, shared: float) -> None:
+    """Write arrays of the features that are known and new, and a table of keys and hashes."""
     folder.mkdir()
-    array = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (rows, width))
+    header = hashlib.sha256(npy_bytes(np.zeros(width, np.float32))[: -4 * width])
     hashes, start = [], 0
-    for block in features(rows, width, shared):
-        array[start : start + len(block)] = block
-        hashes += [sha256_bytes(npy_bytes(row)) for row in block]
-        start += len(block)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / name, "wb")) for name in FILES]
+        for file, count in zip(files, (rows - new, new)):
+            shape = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+            np.lib.format.write_array_header_1_0(file, shape)
+        for block in features(rows, width, shared):
+            known = max(0, min(len(block), rows - new - start))
+            files[0].write(block[:known])
+            files[1].write(block[known:])
+            for row in block:
+                content = header.copy()
+                content.update(row)
+                hashes.append(content.hexdigest())
+            start += len(block)
     keys = [sha256_bytes(str(row).encode())[:32] for row in range(rows)]
     pq.write_table(pa.table({"key": keys, "sha256": hashes}), folder / "rows.parquet")
 
 
 def know(folder: Path, known: int) -> None:
     """Write down what a run would have that found no duplicates among the first rows."""
-    array = np.load(folder / "features.npy", mmap_mode="r")
     (folder / "out" / FOLDER).mkdir(parents=True)
     name = f"{FOLDER}000001.npy"
-    np.save(folder / "out" / name, array[:known])
+    os.link(folder / FILES[0], folder / "out" / name)
     table = pq.read_table(folder / "rows.parquet").slice(0, known)
     for column in ("place", "group"):
         table = table.append_column(column, pa.array(np.arange(known)))
@@ -76,12 +89,14 @@ def know(folder: Path, known: int) -> None:
 
 def measure(folder: Path, groups: int, results: multiprocessing.Queue) -> None:
     """Compare what is not known; reports seconds, those of its cores, and the largest resident memory in GB."""
-    array = np.load(folder / "features.npy", mmap_mode="r")
+    known, new = (np.load(folder / name, mmap_mode="r") for name in FILES)
     table = pq.read_table(folder / "rows.parquet")
     keys, hashes = (table[name].combine_chunks() for name in ("key", "sha256"))
 
     def read(rows: np.ndarray) -> Iterator[np.ndarray]:
-        return (array[rows[start : start + BLOCK]] for start in range(0, len(rows), BLOCK))
+        for start in range(0, len(rows), BLOCK):
+            some = rows[start : start + BLOCK]
+            yield np.concatenate([known[some[some < len(known)]], new[some[some >= len(known)] - len(known)]])
 
     start, started = time.perf_counter(), time.process_time()
     with compared(open_storage(folder / "out"), keys, hashes, read, THRESHOLD, write=True) as alike:
@@ -115,7 +130,7 @@ def main() -> None:
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.folder) as place:
             folder = Path(place) / "data"
-            write(folder, rows, options.width, options.shared)
+            write(folder, rows, options.new, options.width, options.shared)
             if rows <= options.all:
                 print_case(rows, "all new", *in_a_process(measure, folder, rows - COPIES))
                 shutil.rmtree(folder / "out")
