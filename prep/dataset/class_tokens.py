@@ -68,6 +68,6 @@ def _tokens(storage: Storage, places: pa.Table) -> np.ndarray:
         checked(data, unit, key, "cls.npy", length, sha256)
     first = load_npy(members[0])
     header = members[0][: len(members[0]) - first.nbytes]
-    if all(len(data) == len(members[0]) and data.startswith(header) for data in members):
+    if first.dtype == np.float32 and all(len(data) == len(members[0]) and data.startswith(header) for data in members):
         return np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)[:, len(header) :].view("<f4")
     return np.stack([load_npy(data) for data in members])

@@ -134,41 +134,47 @@ class Tokens:
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """Return the tokens at some places, float32 (n, width). Raises Damaged."""
-        parts, order, first = [], [], 0
+        found, first = np.zeros(len(places), bool), 0
+        tokens: np.ndarray | None = None
         for name, rows in self.files:
             here = np.flatnonzero((places >= first) & (places < first + rows))
             if len(here):
-                # an array of its own, and no view of the file
-                parts.append(np.asarray(self._array(name, rows)[places[here] - first]))
-                order.append(here)
+                with self._lock:
+                    file, start, width = self._opened(name, rows)
+                    if tokens is None:
+                        tokens = np.empty((len(places), width), np.float32)
+                    if tokens.shape[1] != width:
+                        raise Damaged(f"{name} has tokens of another width")
+                    # runs of neighbours, each read at once; a mapped file would count as memory of this process
+                    steps = (np.diff(here) != 1) | (np.diff(places[here]) != 1)
+                    for run in np.split(here, np.flatnonzero(steps) + 1):
+                        file.seek(start + (int(places[run[0]]) - first) * 4 * width)
+                        block = memoryview(tokens[run[0] : run[-1] + 1]).cast("B")
+                        if file.readinto(block) != len(block):
+                            raise Damaged(f"{name} ends early")
+                found[here] = True
             first += rows
-        if sum(map(len, order)) != len(places) or len({part.shape[1] for part in parts}) != 1:
+        if tokens is None or not found.all():
             raise Damaged("it names tokens that are in no file")
-        if len(parts) == 1:
-            return parts[0]
-        out = np.empty((len(places), parts[0].shape[1]), np.float32)
-        for here, part in zip(order, parts):
-            out[here] = part
-        return out
+        return tokens
 
-    def _array(self, name: str, rows: int) -> np.ndarray:
-        """Map a file, for one read: what is mapped for longer counts as memory of this process."""
-        try:
-            with self._lock:
-                if name not in self._open:
-                    file = self._fetched(name)
-                    self._open[name] = file, *_header(file)
-            file, start, shape = self._open[name]
-            if shape[0] != rows:
-                raise ValueError(f"{shape[0]} rows instead of {rows}")
-            return np.memmap(file, np.float32, "r", start, shape)
-        except ValueError as error:
-            raise Damaged(f"{name} is not what was written ({error})") from error
+    def _opened(self, name: str, rows: int) -> tuple[IO[bytes], int, int]:
+        """Return a file that is open, where its numbers begin, and the width of its rows."""
+        if name not in self._open:
+            file = self._fetched(name)
+            try:
+                self._open[name] = file, *_header(file)
+            except ValueError as error:
+                raise Damaged(f"{name} is not what was written ({error})") from error
+        file, start, (count, width) = self._open[name]
+        if count != rows:
+            raise Damaged(f"{name} has {count} tokens instead of {rows}")
+        return file, start, width
 
     def _fetched(self, name: str) -> IO[bytes]:
         try:
             if isinstance(self.storage, LocalFolder):
-                return self._stack.enter_context(open(self.storage.root / name, "rb"))
+                return self._stack.enter_context(open(self.storage.root / name, "rb", buffering=0))
             file = self._stack.enter_context(TemporaryFile())  # noqa: SIM115 - closed with the others
             for offset in range(0, self.storage.size(name) or 0, DOWNLOAD):
                 file.write(self.storage.read_range(name, offset, DOWNLOAD))

@@ -144,10 +144,10 @@ class _Directions:
 
 def _find_directions(unit: Rows, threshold: float, new: np.ndarray, old: np.ndarray) -> _Directions:
     rows = np.sort(np.concatenate([new, old]))
-    sample = unit(rows[:: 1 + len(rows) // SAMPLE])
-    width = sample.shape[1]
-    if count_pairs(len(new), len(old)) < FEW * width**2 or len(sample) < 2:
+    width = unit(rows[:1]).shape[1]
+    if count_pairs(len(new), len(old)) < FEW * width**2:
         return _Directions(width)
+    sample = unit(rows[:: 1 + len(rows) // SAMPLE])
     counts = [1 << power for power in range(3, 9) if 1 << power < min(width, len(sample))]
     if not counts:
         return _Directions(width)

@@ -5,8 +5,9 @@
 
 Writes features of a falling spectrum to FOLDER (a temporary one), ``--shared`` of their squared length a mean that all
 have, with near copies among the new ones. Prints seconds, those that cores worked, and GB (the process's largest
-resident memory, all its own 0.2 GB and mapped files included) of `prep/images/compared.py`: of everything that `prep
-run` does about class tokens but reading the new ones from their tars. All at once is measured for up to ``--all`` rows.
+resident memory, its own 0.2 GB and what it maps of the features included) of `prep/images/compared.py`: of everything
+that `prep run` does about class tokens but reading the new ones from their tars. All at once is measured for up to
+``--all`` rows.
 """
 
 from __future__ import annotations
