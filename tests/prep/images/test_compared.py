@@ -24,7 +24,7 @@ from prep.dataset.reader import Dataset
 from prep.images import compared as module
 from prep.images.compared import FOLDER, NAME, Record, compared
 from prep.verify.verify import verify
-from tests.prep.images.test_cosine import as_sets, features, near_labels
+from tests.prep.images.test_cosine import as_sets, chains, features, near_labels
 from tests.prep.object_store import s3_server
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import prepare
@@ -107,20 +107,20 @@ def test_only_what_is_new_is_read(storage, small):
 
 
 @settings(deadline=None)  # a busy machine proves nothing
-@given(seed=st.integers(0, 1000), data=st.data())
-def test_whatever_comes_and_goes_groups_are_those_of_all_samples(tmp_path_factory, seed, data):
+@given(kind=st.sampled_from([features, chains]), seed=st.integers(0, 1000), data=st.data())
+def test_whatever_comes_and_goes_groups_are_those_of_all_samples(tmp_path_factory, kind, seed, data):
     """Samples come and go, some get another class token, the threshold changes, and what nobody needs is removed."""
     storage = open_storage(tmp_path_factory.mktemp("rounds") / "out")
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(module, "BATCH", 11)
     monkeypatch.setattr(module, "MANY_FILES", 3)
-    vectors = features(seed, 16, 60)
+    vectors = kind(seed, 16)
     try:
         known: dict[str, bytes] = {}
         for _ in range(4):
             now = data.draw(st.dictionaries(st.integers(0, 39), st.integers(0, 2), min_size=1))
             chosen = Samples({f"{key:032x}": vectors[(key + 20 * other) % 60] for key, other in now.items()})
-            chosen.groups(storage, data.draw(st.sampled_from([0.9, 0.98, 0.98])))
+            chosen.groups(storage, data.draw(st.sampled_from([0.9, 0.995, 0.995])))
             tokens = {key: vector.tobytes() for key, vector in chosen.vectors.items()}
             assert sorted(chosen.asked) == [key for key in tokens if known.get(key) != tokens[key]]
             known = tokens
