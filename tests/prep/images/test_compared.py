@@ -117,13 +117,17 @@ def test_whatever_comes_and_goes_groups_are_those_of_all_samples(tmp_path_factor
     vectors = kind(seed, 16)
     try:
         known: dict[str, bytes] = {}
+        now = dict.fromkeys(data.draw(st.sampled_from([range(40), range(0, 40, 2), range(3)])), 0)
         for _ in range(4):
-            now = data.draw(st.dictionaries(st.integers(0, 39), st.integers(0, 2), min_size=1))
             chosen = Samples({f"{key:032x}": vectors[(key + 20 * other) % 60] for key, other in now.items()})
             chosen.groups(storage, data.draw(st.sampled_from([0.9, 0.995, 0.995])))
             tokens = {key: vector.tobytes() for key, vector in chosen.vectors.items()}
             assert sorted(chosen.asked) == [key for key in tokens if known.get(key) != tokens[key]]
             known = tokens
+            for key in data.draw(st.lists(st.integers(0, 39), max_size=6)):
+                if now.pop(key, None) is None:
+                    now[key] = 0
+            now |= data.draw(st.dictionaries(st.integers(0, 39), st.integers(0, 1), min_size=not now, max_size=3))
             record = Record.load(storage)
             assert storage.names(FOLDER) == [name for name, _ in record.files]
             assert sum(rows for _, rows in record.files) <= 2 * len(record.table) + 1 or len(record.files) <= 3
