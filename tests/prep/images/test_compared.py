@@ -20,9 +20,10 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import LocalFolder, open_storage
 from prep.config import PrepConfig
 from prep.dataset.codecs import npy_bytes
+from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.images import compared as module
-from prep.images.compared import FOLDER, NAME, Record, compared
+from prep.images.compared import FOLDER, NAME, Record, compared, compared_tokens
 from prep.verify.verify import verify
 from tests.prep.images.test_cosine import as_sets, chains, features, near_labels
 from tests.prep.object_store import s3_server
@@ -307,6 +308,22 @@ def test_a_dataset_is_the_same_with_and_without_what_was_written_down(published,
     prepare(by_class_tokens(tmp_path))
     assert files_of(root) == with_it
     verify(root)
+
+
+def test_a_damaged_class_token_is_named(published, tmp_path):
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    storage, dataset = open_storage(tmp_path / "out"), Dataset(tmp_path / "out")
+    row = dataset.rows()[5]
+    unit = Unit(row["bucket"], row["shard"], "dino")
+    changed_byte(tmp_path / "out" / unit.tar, row["dino/cls.npy/offset"] + row["dino/cls.npy/length"] - 1)
+    with compared_tokens(storage, dataset.table, 0.98) as known:  # whose token is remembered, and not read
+        before = known.labels
+    with (
+        pytest.raises(DataError, match=rf"{unit.tar}, sample {row['key']}, member cls.npy.*not those"),
+        compared_tokens(storage, dataset.table, 0.98, anew=True),
+    ):
+        pass
+    assert len(before) == 8
 
 
 def test_verify_compares_anew_when_asked_to(published, tmp_path, capsys):
