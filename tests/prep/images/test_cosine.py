@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep.images import cosine
@@ -69,6 +69,7 @@ def way(request) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("width", [8, 96, 200])
+@settings(deadline=None)  # a busy machine proves nothing
 @given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]))
 def test_rows_are_connected_exactly_by_the_pairs_above_the_threshold(way, width, seed, threshold):
     vectors = features(seed, width)
@@ -80,6 +81,7 @@ def test_the_ways_are_those_that_are_meant(way):
     assert (found.basis is None) == (way == "as they are")
 
 
+@settings(deadline=None)  # a busy machine proves nothing
 @given(kind=st.sampled_from([features, chains]), seed=st.integers(0, 1000), data=st.data())
 def test_adding_and_removing_rows_gives_what_comparing_all_gives(way, kind, seed, data):
     """Several rounds; in each some rows are gone, others are new, and only these are compared."""
@@ -127,6 +129,7 @@ def test_a_row_alone_has_the_numbers_that_it_has_among_others(width):
         assert (pair[0].astype(np.float64) * pair[1]).sum(axis=1)[0] == products[row]
 
 
+@settings(deadline=None)  # a busy machine proves nothing
 @given(st.integers(1, 30), st.data())
 def test_components_are_named_after_their_smallest_member(count, data):
     items = st.lists(st.integers(0, count - 1), min_size=10, max_size=10)
