@@ -29,7 +29,7 @@ HALF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/.*|pipe:.*")  # one slash is missing,
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
 # where killed writers leave ``.NAME.tmp-RANDOM-PROCESS``
-TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers")
+TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers", "runs/tokens")
 
 
 class Storage(ABC):
@@ -69,6 +69,10 @@ class Storage(ABC):
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends before. Raises OSError as :meth:`read`."""
+
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Return what :meth:`read_range` does for several offsets and lengths of one file."""
+        return [self.read_range(name, offset, length) for offset, length in ranges]
 
     @abstractmethod
     def size(self, name: str) -> int | None:
@@ -133,6 +137,10 @@ class LocalFolder(Storage):
         with open(self.root / name, "rb", buffering=0) as file:
             file.seek(offset)  # Windows has no os.pread
             return file.read(length)
+
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        with open(self.root / name, "rb", buffering=0) as file:
+            return [file.read(length) for offset, length in ranges if file.seek(offset) is not None]
 
     def size(self, name: str) -> int | None:
         try:
@@ -281,9 +289,14 @@ class ObjectStore(Storage):
             try:
                 return self.client.cat_file(self._full(name), start=offset, end=offset + length)
             except Exception as error:
-                if "InvalidRange" in str(error) or "not satisfiable" in str(error):  # it starts after the end
-                    return b""
-                raise
+                return _behind_the_end(error)
+
+    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        paths, starts = [self._full(name)] * len(ranges), [offset for offset, _ in ranges]
+        ends = [offset + length for offset, length in ranges]
+        with self._asking(name):
+            found = self.client.cat_ranges(paths, starts, ends, on_error="return")  # at the same time
+            return [data if isinstance(data, bytes) else _behind_the_end(data) for data in found]
 
     def size(self, name: str) -> int | None:
         try:
@@ -366,6 +379,13 @@ def _cannot_read(where: str, error: OSError) -> ResourceError:
     return ResourceError(
         f"{where} cannot be read: {reason}. Check the disk, the network and the permissions; run again"
     )
+
+
+def _behind_the_end(error: Exception) -> bytes:
+    """Return the nothing that a range holds which starts after the end of an object; raise other errors."""
+    if "InvalidRange" in str(error) or "not satisfiable" in str(error):
+        return b""
+    raise error
 
 
 def _object_store(text: str, protocol: str, path: str) -> ObjectStore:

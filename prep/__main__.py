@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verify = verb("verify", "prove that a dataset is whole: hashes, schema, no leaks, no orphans")
     verify.add_argument("--repair", action="store_true", help="discard damaged units; the next run computes them again")
+    verify.add_argument("--full", action="store_true", help="compare all class tokens, also those that a run compared")
     export = verb("export", "write a dataset in another layout")
     export.add_argument("--flat", type=Path, metavar="OUT", required=True, help="folder for one tar per shard")
     kept = verbs.add_parser(
@@ -128,7 +129,7 @@ def _report(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from prep.verify.verify import verify
 
-    verify(_dataset(options), repair=options.repair)
+    verify(_dataset(options), repair=options.repair, full=options.full)
 
 
 def _versions(options: argparse.Namespace) -> None:

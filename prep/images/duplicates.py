@@ -3,8 +3,8 @@
 Exact duplicates never come this far (``prep/images/sources.py`` refuses them). Two samples are near duplicates when
 their perceptual hashes differ in at most ``MAX_DISTANCE`` bits *and* their thumbnails confirm it: drawings and product
 shots on one background share a hash by the dozen and are still different pictures. They are also when the cosine of
-their DINO class tokens is above a threshold, which sees crops, mirrored copies and the next frame of a series. Groups
-are what either kind connects.
+their DINO class tokens is above a threshold (``cosine.py``), which sees crops, mirrored copies and the next frame of a
+series. Groups are what either kind connects.
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits; se
 # fastdup, which compares features by cosine too, calls images above .98 nearly identical
 CLS_COSINE = {"production": 0.98, "demo": 1.0}
 OFF = 1.0  # no cosine is above it
-PROJECTED = 96  # dimensions in which pairs are looked for before they are measured in all
-TILE = (2048, 8192)  # rows and columns compared at once: 64 MB
-MEASURED = 1 << 14  # pairs measured at once: 128 MB of float32 at width 1024
-SLACK = 1e-3  # of squared distances, for the rounding of float32
 HOLDOUT_CAP = 5  # the minimum never takes more than a fifth of a small set
 
 _DCT = np.cos(np.pi * np.outer(np.arange(HASH_SIDE), np.arange(DCT_SIDE) + 0.5) / DCT_SIDE)  # DCT-II, unscaled
@@ -96,69 +92,24 @@ def near_pairs(hashes: Sequence[str], thumbnails: Sequence[bytes]) -> Iterator[t
                     yield from ((int(index), int(other)) for other in others[close])
 
 
-def join_by_cosine(groups: DisjointSets, vectors: np.ndarray, threshold: float) -> None:
-    """Connect in ``groups`` all rows of ``vectors``, float (N, D), whose cosine is above ``threshold``.
-
-    Exact and without an N x N matrix. Unit vectors with cosine c are at squared distance 2 - 2c, and no orthogonal
-    projection makes distances longer: so pairs are looked for, tile by tile, in the few dimensions that hold most of
-    the variance, and only those that are close there are measured in all. The last word is a sum of its own per pair,
-    so that the answer depends neither on the tiles nor on the threads of the matrix product.
-    """
-    if threshold >= OFF or len(vectors) < 2:
-        return
-    unit = np.asarray(vectors, np.float32)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    flat = _projection(unit)
-    half = (flat * flat).sum(axis=1, keepdims=True) / 2
-    one = np.ones_like(half)
-    # left @ right.T is minus half of the squared distance
-    left, right = np.hstack([flat, -half, one]), np.hstack([flat, one, -half])
-    limit = threshold - 1 - SLACK
-    rows, columns = TILE
-    for top in range(0, len(unit), rows):
-        for start in range(top, len(unit), columns):
-            above = np.argwhere(left[top : top + rows] @ right[start : start + columns].T >= limit)
-            pairs = above[above[:, 0] + top < above[:, 1] + start] + (top, start)
-            _join_measured(groups, unit, pairs, threshold)
-
-
-def _projection(unit: np.ndarray) -> np.ndarray:
-    """Return the rows in the directions of largest variance, float32 (N, at most PROJECTED), found from a sample."""
-    if unit.shape[1] <= PROJECTED:
-        return unit
-    sample = unit[:: 1 + len(unit) // 8192].astype(np.float64)
-    centred = sample - sample.mean(axis=0)
-    _, directions = np.linalg.eigh(centred.T @ centred)  # in the order of rising variance
-    return (unit - sample.mean(axis=0).astype(np.float32)) @ directions[:, -PROJECTED:].astype(np.float32)
-
-
-def _join_measured(groups: DisjointSets, unit: np.ndarray, pairs: np.ndarray, threshold: float) -> None:
-    while len(pairs):
-        now, pairs = pairs[:MEASURED], pairs[MEASURED:]
-        products = unit[now[:, 0]].astype(np.float64) * unit[now[:, 1]]
-        for a, b in now[products.sum(axis=1) > threshold].tolist():
-            groups.join(a, b)
-        if len(pairs):  # in a large group most of the others are connected by now
-            roots = groups.roots()
-            pairs = pairs[roots[pairs[:, 0]] != roots[pairs[:, 1]]]
-
-
 def duplicate_groups(
     keys: Sequence[str],
     hashes: Sequence[str],
     thumbnails: Sequence[bytes],
-    vectors: np.ndarray | None = None,
-    cosine: float = OFF,
+    alike: np.ndarray | None = None,
 ) -> dict[str, str]:
     """Map every key to its group's name, the smallest key that near duplicates connect it with (itself when alone).
 
-    ``vectors``, float (N, D), are the DINO class tokens in the order of the keys, where there are any.
+    ``alike``, int64 (N,) in the order of the keys, are the groups by DINO class tokens, where there are any.
     """
     groups = DisjointSets(len(keys))
     for a, b in near_pairs(hashes, thumbnails):
         groups.join(a, b)
-    if vectors is not None:
-        join_by_cosine(groups, vectors, cosine)
+    if alike is not None:
+        order = np.argsort(alike, kind="stable")
+        same = np.flatnonzero(alike[order][1:] == alike[order][:-1])
+        for a, b in zip(order[same].tolist(), order[same + 1].tolist()):
+            groups.join(a, b)
     members = defaultdict(list)
     for index, key in enumerate(keys):
         members[groups.root(index)].append(key)

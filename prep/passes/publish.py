@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanodit.console import Progress
 from nanodit.errors import DataError
 from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop
-from prep.dataset.codecs import load_npy
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -34,13 +31,13 @@ from prep.dataset.layout import (
     member_columns,
     parquet_bytes,
     read_parquet,
-    read_range,
 )
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
+from prep.images.compared import Alike, compared_tokens
 from prep.images.sources import HIDDEN, TRUTH_NAME, Reject, Source
-from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
+from prep.passes.plan import MANIFEST, NAMED, Plan
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
@@ -117,8 +114,12 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     for unit, part in parts.items():
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
     storage, table = open_storage(plan.config.output), join_layers(plan, parts)
-    tokens = class_tokens(storage, table) if cls_cosine(plan.config) < duplicates.OFF and len(table) else None
-    table, linking = add_split(plan, table, published_splits(storage, plan.config), tokens)
+    published = published_splits(storage, plan.config)
+    if len(table) and (cosine := cls_cosine(plan.config)) < duplicates.OFF:
+        with compared_tokens(storage, table, cosine, write=True) as alike:
+            table, linking = add_split(plan, table, published, alike)
+    else:
+        table, linking = add_split(plan, table, published)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
     told = {reject.source for reject in rejects}.union(table["source"].to_pylist())
@@ -233,20 +234,19 @@ def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
 
 
 def add_split(
-    plan: Plan, table: pa.Table, published: Mapping[str, str], tokens: np.ndarray | None = None
+    plan: Plan, table: pa.Table, published: Mapping[str, str], alike: Alike | None = None
 ) -> tuple[pa.Table, list[str]]:
     """Add ``duplicate_group`` and ``split``; also returns the keys that had to be left out (see ``assign_splits``).
 
-    ``tokens`` are the DINO class tokens of the rows, where they decide about duplicates.
+    ``alike`` are the groups of the rows by DINO class tokens, where they decide about duplicates.
     """
     config = plan.config
     keys, hashes, thumbnails = (table[name].to_pylist() for name in ("key", "phash", "thumbnail"))
-    groups = duplicates.duplicate_groups(keys, hashes, thumbnails, tokens, cls_cosine(config))
+    groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
     split = duplicates.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
     if split.linking:  # without them the rest falls into other groups
         kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
-        left = None if tokens is None else tokens[np.asarray(kept)]
-        table, more = add_split(plan, table.filter(kept), published, left)
+        table, more = add_split(plan, table.filter(kept), published, alike and alike.kept(np.asarray(kept)))
         return table, sorted(split.linking + more)
     columns = {"split": split.sides, "duplicate_group": groups}
     for name, values in columns.items():
@@ -260,22 +260,6 @@ def cls_cosine(config: PrepConfig) -> float:
     if "dino" not in config.layers:
         return duplicates.OFF
     return config.duplicates.cls_cosine or duplicates.CLS_COSINE[config.encoders]
-
-
-def class_tokens(storage: Storage, table: pa.Table) -> np.ndarray:
-    """Read the DINO class token of every row of an index, float32 (N, width)."""
-    columns = ["bucket", "shard", "key", *(f"dino/cls.npy/{name}" for name in ("offset", "length", "sha256"))]
-
-    def read(row: tuple) -> np.ndarray:
-        bucket, shard, key, *place = row
-        return load_npy(read_range(storage, Unit(bucket, shard, "dino"), key, "cls.npy", *place))
-
-    with Progress("class tokens", len(table)) as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
-        tokens = []
-        for token in pool.map(read, zip(*(table[name].to_pylist() for name in columns))):
-            tokens.append(token)
-            progress.advance()
-    return np.stack(tokens)
 
 
 def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:

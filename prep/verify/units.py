@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -50,7 +49,7 @@ class CheckedUnit:
     unit: Unit
     part: Part | None = None
     findings: list[Finding] = field(default_factory=list)
-    class_tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    class_tokens: set[str] = field(default_factory=set)  # of the samples whose one is whole
 
     def damaged(self, file: str, problem: str, key: str = "") -> None:
         """Add a finding of damage."""
@@ -192,13 +191,13 @@ def _check_members(data: memoryview, part: Part, checked: CheckedUnit) -> None:
             content = data[offset : offset + length] if None not in (offset, length) else b""
             if len(content) != length or sha256_bytes(content) != sha256:
                 raise DataError("the bytes are not those that were committed (SHA-256 differs)")
-            value = kinds[member].check(bytes(content), rows[key], part)
+            kinds[member].check(bytes(content), rows[key], part)
         except (ValueError, KeyError, TypeError, OSError, RecursionError, BOMB, NanoditError) as error:
             bad += 1
             if bad <= NAMED:
                 checked.damaged(part.unit.tar, f"{member}: {error}", key)
             continue
         if (part.unit.layer, member) == ("dino", "cls.npy"):
-            checked.class_tokens[key] = value
+            checked.class_tokens.add(key)
     if bad > NAMED:
         checked.damaged(part.unit.tar, f"{bad - NAMED} more members are damaged")

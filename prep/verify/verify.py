@@ -1,8 +1,10 @@
 """``prep verify``: proof that a dataset is whole, or a list of what is not.
 
 Everything is read once and compared with what was committed: tars and their members, index parts, the index, the files
-that dataset.json names. Near-duplicate groups are computed again from the stored hashes and thumbnails, because a leak
-between train and holdout is the one damage that makes every later number wrong without any sign.
+that dataset.json names. Near-duplicate groups are computed again from the stored hashes and thumbnails and from the
+class tokens, because a leak between train and holdout is the one damage that makes every later number wrong without any
+sign. Of the class tokens, what a run has written down (``prep/images/compared.py``) is believed where it is of the very
+bytes that were checked here; ``full`` compares all of them anew.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -32,6 +33,7 @@ from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Part, Unit, fingerprint_of, member_columns, read_parquet
 from prep.dataset.reader import check_index, check_info
 from prep.images import duplicates
+from prep.images.compared import compared_tokens
 from prep.verify.kept import check_kept
 from prep.verify.units import READERS, CheckedUnit, Finding, check_unit
 
@@ -49,11 +51,12 @@ class Inventory:
     orphans: list[Finding] = field(default_factory=list)
 
 
-def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
+def verify(dataset: Path | str | Storage, repair: bool = False, full: bool = False) -> None:
     """Check everything, print one line per finding and a last line as proof.
 
     ``repair`` removes the commit records of damaged units, so that the next ``prep run`` computes exactly those again,
-    and what killed writers left. Raises DataError (exit code 3) unless nothing was found.
+    and what killed writers left. ``full`` compares all class tokens, whatever runs found before. Raises DataError (exit
+    code 3) unless nothing was found.
     """
     storage = open_storage(dataset)
     if not storage.exists("dataset.json") and not storage.exists("index.parquet"):  # of a finished one either is left
@@ -64,7 +67,7 @@ def verify(dataset: Path | str | Storage, repair: bool = False) -> None:
         findings = list(inventory.orphans)
         checked = check_units(storage, inventory.units)
         findings += [finding for item in checked for finding in item.findings]
-        samples, published = check_published(storage, checked)
+        samples, published = check_published(storage, checked, full)
         findings += published
         findings += check_kept(storage, {item.unit.tar: item.part.tar_sha256 for item in checked if item.part})
         for finding in findings:
@@ -163,7 +166,7 @@ def check_units(storage: Storage, units: list[Unit]) -> list[CheckedUnit]:
 # --- what was published -----------------------------------------------------------------------------------------------
 
 
-def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, list[Finding]]:
+def check_published(storage: Storage, checked: list[CheckedUnit], full: bool = False) -> tuple[int, list[Finding]]:
     """Return the number of samples, and what is wrong with dataset.json and the files that it names."""
     findings: list[Finding] = []
 
@@ -195,7 +198,7 @@ def check_published(storage: Storage, checked: list[CheckedUnit]) -> tuple[int, 
         check_index(index, info, "index.parquet")
         findings += compare_index(index, info, checked, tables)
         findings += check_counts(index, info, tables)
-        findings += find_leaks(index, info, checked)
+        findings += find_leaks(storage, index, info, checked, full)
     except DataError as error:
         bad("index.parquet", str(error))
     except (TypeError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:  # whoever wrote them, not we
@@ -306,10 +309,12 @@ def check_counts(index: pa.Table, info: dict[str, Any], tables: dict[str, pa.Tab
 # --- leaks ------------------------------------------------------------------------------------------------------------
 
 
-def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit]) -> list[Finding]:
+def find_leaks(
+    storage: Storage, index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit], full: bool = False
+) -> list[Finding]:
     """Return groups of near duplicates, computed again, on both sides, and where the index names other groups."""
     stored: dict[str, tuple[str, bytes]] = {}
-    tokens: dict[str, np.ndarray] = {}
+    tokens: set[str] = set()
     for item in checked:
         tokens |= item.class_tokens
         if item.part and item.unit.layer == "px":
@@ -323,10 +328,15 @@ def find_leaks(index: pa.Table, info: dict[str, Any], checked: list[CheckedUnit]
     ]
     cosine = info.get("stages", {}).get("split", {}).get("cls_cosine", duplicates.OFF)
     keys = [key for key in sides if key in stored and (cosine >= duplicates.OFF or key in tokens)]
-    vectors = np.stack([tokens[key] for key in keys]) if cosine < duplicates.OFF and keys else None
+    alike = None
+    if cosine < duplicates.OFF and keys:
+        rows = _with_place(item.part for item in checked if item.part and item.unit.layer == "dino")
+        rows = rows.take(pc.index_in(pa.array(keys, pa.string()), value_set=rows["key"].combine_chunks()))
+        with compared_tokens(storage, rows, cosine, anew=full) as found:
+            alike = found.labels
     try:
         hashes, thumbnails = [stored[key][0] for key in keys], [stored[key][1] for key in keys]
-        groups = duplicates.duplicate_groups(keys, hashes, thumbnails, vectors, cosine)
+        groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike)
     except (ValueError, TypeError) as error:
         return [*findings, Finding("damaged", "parts", f"hashes or thumbnails cannot be compared ({error})")]
     members = defaultdict(list)

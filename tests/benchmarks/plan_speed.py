@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from PIL import Image
 from prep.config import PrepConfig
 from prep.dataset.layout import part_schema, read_part
 from prep.dataset.writer import LayerWriter
-from prep.images import duplicates, scan_cache
+from prep.images import cosine, duplicates, scan_cache
 from prep.passes.plan import Plan, make_plan, write_manifest
 
 WIDTH = 1024
@@ -87,9 +88,10 @@ def main() -> None:
     spectrum = np.sqrt(1 / np.arange(1, WIDTH + 1, dtype=np.float32))  # features are never equally wide everywhere
     tokens = generator.standard_normal((count, WIDTH), dtype=np.float32) * spectrum
     tokens[-100:] = tokens[:100] + 0.1 * generator.standard_normal((100, WIDTH), dtype=np.float32) * spectrum
-    groups = duplicates.DisjointSets(count)
-    timed("near duplicates by class tokens", lambda: duplicates.join_by_cosine(groups, tokens, 0.98))
-    assert len(np.unique(groups.roots())) == count - 100
+    groups, unit = cosine.Components(count), cosine.unit_rows(tokens)
+    compare = partial(cosine.connect_near, groups, lambda rows: unit[rows], 0.98, np.arange(count))
+    timed("near duplicates by class tokens", compare)
+    assert len(np.unique(groups.labels())) == count - 100
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_both_kinds_of_place_do_the_same(storage):
     assert storage.read("index.parquet").decode() == "täxt"
     ranges = [(0, 3), (7, 100), (10, 5), (99, 5)]
     assert [storage.read_range("parts/b.parquet", *place) for place in ranges] == [b"012", b"789", b"", b""]
+    assert storage.read_ranges("parts/b.parquet", ranges) == [b"012", b"789", b"", b""]
     assert [storage.size(name) for name in ("parts/b.parquet", "bucket_64x64/shard-000000.px.tar")] == [10, 0]
     assert storage.size("missing") is None
     assert not storage.exists("missing")
@@ -77,7 +78,8 @@ def test_both_kinds_of_place_do_the_same(storage):
     assert storage.read("parts/b.parquet") == b"new"
     for _ in range(2):
         storage.delete("parts/b.parquet")
-    for read in (storage.read, lambda name: storage.read_range(name, 0, 1)):
+    ranged = (lambda name: storage.read_range(name, 0, 1), lambda name: storage.read_ranges(name, [(0, 1)]))
+    for read in (storage.read, *ranged):
         with pytest.raises(FileNotFoundError) as error:
             read("parts/b.parquet")
         assert error.value.strerror

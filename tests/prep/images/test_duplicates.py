@@ -15,15 +15,12 @@ from prep.dataset.layout import Unit, read_part
 from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
 from prep.figures.figures import draw_figure
-from prep.images import duplicates
 from prep.images.duplicates import (
     CLS_COSINE,
     OFF,
-    DisjointSets,
     assign_splits,
     duplicate_groups,
     holdout_size,
-    join_by_cosine,
     near_pairs,
     perceptual_hash,
     thumbnail,
@@ -32,6 +29,7 @@ from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import cls_cosine, publish, warn
 from prep.run import current_parts
+from tests.prep.images.test_cosine import near_labels
 
 KEYS = st.lists(st.text("0123456789abcdef", min_size=4, max_size=4), min_size=1, max_size=60, unique=True)
 
@@ -88,58 +86,19 @@ def test_many_equal_pictures_are_one_group():
     assert len(set(groups_of([np.zeros((64, 64, 3), np.uint8)] * 300).values())) == 1
 
 
-# --- class tokens -----------------------------------------------------------------------------------------------------
-
-
-def grouped(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
-    groups = DisjointSets(len(vectors))
-    join_by_cosine(groups, vectors, threshold)
-    roots = groups.roots()
-    return {frozenset(np.flatnonzero(roots == root).tolist()) for root in roots}
-
-
-def grouped_plainly(vectors: np.ndarray, threshold: float) -> set[frozenset[int]]:
-    """The same by the definition: all pairs, and sets that are merged until nothing changes."""
-    unit = vectors.astype(np.float64) / np.linalg.norm(vectors, axis=1, keepdims=True)
-    sets = [{int(index), int(other)} for index, other in np.argwhere(unit @ unit.T > threshold)]
-    sets += [{index} for index in range(len(vectors))]
-    merged: list[set[int]] = []
-    for one in sets:
-        touching = [other for other in merged if other & one]
-        merged = [other for other in merged if not other & one] + [one.union(*touching)]
-    return {frozenset(one) for one in merged}
-
-
-@pytest.mark.parametrize("width", [8, 96, 200])
-@pytest.mark.parametrize("tile", [(2048, 8192), (7, 11)])
-@given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]))
-def test_class_tokens_connect_exactly_the_pairs_above_the_threshold(width, tile, seed, threshold):
-    generator = np.random.default_rng(seed)
-    centres = generator.standard_normal((12, width)) * np.linspace(3, 0.1, width)
-    noise = generator.uniform(0, 0.5, (60, 1)) * generator.standard_normal((60, width)) * np.linspace(3, 0.1, width)
-    vectors = (centres[generator.integers(0, 12, 60)] + noise).astype(np.float32)
-    before, duplicates.TILE = duplicates.TILE, tile
-    try:
-        assert grouped(vectors, threshold) == grouped_plainly(vectors, threshold)
-    finally:
-        duplicates.TILE = before
-
-
-def test_many_equal_class_tokens_are_one_group_and_none_is_off(monkeypatch):
-    monkeypatch.setattr(duplicates, "MEASURED", 256)
-    vectors = np.ones((400, 128), np.float32)
-    assert len(grouped(vectors, 0.98)) == 1
-    assert len(grouped(vectors, OFF)) == 400
-    assert len(grouped(np.zeros((3, 128), np.float32), 0.98)) == 3  # no direction is like no other
-
-
 def test_either_kind_of_likeness_makes_a_group():
     pictures = [photograph(0), photograph(0), photograph(1), photograph(2)]
     tokens = np.eye(4, 300, dtype=np.float32)
     tokens[2] = tokens[1]
     hashes, small = [perceptual_hash(p) for p in pictures], [thumbnail(p) for p in pictures]
-    assert duplicate_groups(list("abcd"), hashes, small, tokens, 0.98) == {"a": "a", "b": "a", "c": "a", "d": "d"}
-    assert duplicate_groups(list("abcd"), hashes, small, tokens) == {"a": "a", "b": "a", "c": "c", "d": "d"}
+    alike = near_labels(tokens, 0.98)
+    assert duplicate_groups(list("abcd"), hashes, small, alike) == {
+        "a": "a",
+        "b": "a",
+        "c": "a",
+        "d": "d",
+    }
+    assert duplicate_groups(list("abcd"), hashes, small) == {"a": "a", "b": "a", "c": "c", "d": "d"}
 
 
 def test_class_tokens_count_for_production_encoders_alone_unless_asked_for():
@@ -208,7 +167,9 @@ def test_groups_do_not_depend_on_the_order(keys, data):
 
     def groups(indices):
         hashes, small = ([kinds[index][part] for index in indices] for part in (0, 1))
-        return duplicate_groups([keys[index] for index in indices], hashes, small, tokens[list(indices)], 0.98)
+        return duplicate_groups(
+            [keys[index] for index in indices], hashes, small, near_labels(tokens[list(indices)], 0.98)
+        )
 
     first = groups(range(len(keys)))
     assert first == groups(order)
