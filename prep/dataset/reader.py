@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,17 +35,17 @@ from prep.dataset.layout import (
 )
 from prep.dataset.members import Array
 from prep.dataset.quantise import Quantised, dequantise
-from prep.dataset.rows import Rows, read_columns
+from prep.dataset.rows import Columns, Rows, column_names, read_columns
 
+TEXTS = LAYERS["text"].columns.keys() | LAYERS["text"].flip.columns.keys()  # long ones, read when they are asked for
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
 class Dataset:
     """A published dataset, read through its index; every member is checked by its hash as it is read.
 
-    ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key, as
-    :func:`prep.dataset.rows.read_columns` has it. Raises DataError when the folder is not a dataset, has another
-    schema, or its index is not the one dataset.json names.
+    ``info`` is dataset.json, ``fingerprint`` identifies the content. Raises DataError when the folder is not a dataset,
+    has another schema, or its index is not the one dataset.json names.
     ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
     processes. What is read is of one version from the first read to the last, whatever ``prep run`` changes meanwhile:
     the newest when it was opened, or an earlier one that is kept, by its fingerprint, ``version``.
@@ -92,8 +92,20 @@ class Dataset:
         check_info(self.info, manifest)
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
         with self._published("index.parquet") as file:
-            self.table: pa.Table = read_columns(file)
-        check_index(self.table, self.info, index)
+            names = column_names(file)
+            loaded = read_columns(file, [name for name in names if name not in TEXTS])
+        self._columns = Columns(names, loaded, self._load)
+        check_index(pa.table(loaded), self.info, index)
+
+    def _load(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """Read columns that were left out; the file may have been kept since, and be another one now."""
+        with self._published("index.parquet") as file:
+            return read_columns(file, names)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The index, sorted by key, as :func:`prep.dataset.rows.read_columns` has it."""
+        return self._columns.table()
 
     def _lost(self, version: str, error: DataError) -> DataError:
         """Say of a version that is kept what became of it; no run makes that good, as it does of the newest one."""
@@ -135,17 +147,17 @@ class Dataset:
         return members_of(layer, self.info["layers"][layer])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self._columns.rows
 
     @cached_property
     def _rows(self) -> Rows:
-        return Rows(self.table)
+        return Rows(self._columns)
 
     def rows(self, split: str | None = None) -> Rows:
         """Return the rows of the index in key order; ``split`` is "train", "holdout" or None for all."""
         if split not in (None, "train", "holdout"):
             raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
-        return self._rows if split is None else self._rows.take(pc.equal(self.table["split"], split))
+        return self._rows if split is None else self._rows.take(pc.equal(self._rows.column("split"), split))
 
     def together(self) -> Dataset:
         """Return a view that reads a sample's arrays of a layer at once, where one of them is asked for.

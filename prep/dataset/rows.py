@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import RLock
 from typing import Any, BinaryIO, overload
 
 import numpy as np
@@ -13,6 +14,38 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 DIGEST = 32  # bytes of a SHA-256
+BATCH = 1 << 16  # rows that are decoded at a time
+
+Load = Callable[[Sequence[str]], dict[str, pa.ChunkedArray]]
+
+
+class Columns(dict[str, Callable[[int], Any]]):
+    """What reads the values of each column, by name; ``names`` are all of them.
+
+    Those that are not ``loaded`` are read by ``load`` when the first of them is asked for, so that long texts take
+    memory only where somebody wants them.
+    """
+
+    def __init__(self, names: Sequence[str], loaded: dict[str, pa.ChunkedArray], load: Load | None = None) -> None:
+        super().__init__()
+        self.names = dict.fromkeys(names)
+        self.rows = len(next(iter(loaded.values()), ()))
+        self._loaded, self._load, self._lock = loaded, load, RLock()
+
+    def __missing__(self, name: str) -> Callable[[int], Any]:
+        reader = self[name] = _reader(self.column(name))
+        return reader
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a whole column. Raises KeyError where there is none of this name."""
+        with self._lock:
+            if self._load and name in self.names and name not in self._loaded:
+                self._loaded |= self._load([other for other in self.names if other not in self._loaded])
+            return self._loaded[name]
+
+    def table(self) -> pa.Table:
+        """Return them all."""
+        return pa.table({name: self.column(name) for name in self.names})
 
 
 class Row(Mapping[str, Any]):
@@ -21,22 +54,22 @@ class Row(Mapping[str, Any]):
     ``row | {...}`` and ``dict(row)`` are plain dicts.
     """
 
-    __slots__ = ("_place", "_read")
+    __slots__ = ("_columns", "_place")
 
-    def __init__(self, read: Mapping[str, Callable[[int], Any]], place: int) -> None:
-        self._read, self._place = read, place
+    def __init__(self, columns: Columns, place: int) -> None:
+        self._columns, self._place = columns, place
 
     def __getitem__(self, name: str) -> Any:
-        return self._read[name](self._place)
+        return self._columns[name](self._place)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._read
+        return name in self._columns.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
+        return iter(self._columns.names)
 
     def __len__(self) -> int:
-        return len(self._read)
+        return len(self._columns.names)
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self) | dict(other)
@@ -44,22 +77,21 @@ class Row(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        return dict, (dict(self),)
-
 
 class Rows(Sequence[Row]):
-    """Some rows of a table, by their places in it; slices and what is chosen of them share its columns."""
+    """Some rows, by their places in columns; slices and what is chosen of them share these."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._read = {name: _reader(table[name]) for name in table.column_names}
-        self._places, self._whole = np.arange(table.num_rows), True
+    def __init__(self, columns: Columns, places: np.ndarray | None = None) -> None:
+        self._columns, self._whole = columns, places is None
+        self._places = np.arange(columns.rows) if places is None else places
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Rows:
         """Return rows as they are, or plain mappings, which all have the first one's names, as such."""
-        return rows if isinstance(rows, Rows) else cls(pa.Table.from_pylist([dict(row) for row in rows]))
+        if isinstance(rows, Rows):
+            return rows
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+        return cls(Columns(table.column_names, {name: table[name] for name in table.column_names}))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -69,11 +101,11 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> Rows: ...
     def __getitem__(self, index: int | slice) -> Row | Rows:
-        return self.take(index) if isinstance(index, slice) else Row(self._read, self._places.item(index))
+        return self.take(index) if isinstance(index, slice) else Row(self._columns, self._places.item(index))
 
     def __iter__(self) -> Iterator[Row]:
-        read = self._read
-        return (Row(read, place) for place in self._places.tolist())
+        columns = self._columns
+        return (Row(columns, place) for place in self._places.tolist())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -82,20 +114,13 @@ class Rows(Sequence[Row]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type, tuple[pa.Table]]:
-        return Rows, (self._table.take(self._places),)
-
     def take(self, places: slice | np.ndarray | pa.Array) -> Rows:
         """Return those at some places among these, or those for which a mask is true."""
-        chosen = Rows.__new__(Rows)
-        chosen._table, chosen._read = self._table, self._read
-        chosen._places = self._places[places if isinstance(places, slice) else np.asarray(places)]
-        chosen._whole = False
-        return chosen
+        return Rows(self._columns, self._places[places if isinstance(places, slice) else np.asarray(places)])
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of these rows. Raises KeyError where there is none of this name."""
-        column = self._table[name]
+        column = self._columns.column(name)
         return column if self._whole else column.take(pa.array(self._places))
 
     def by(self, name: str) -> dict[Any, Rows]:
@@ -136,25 +161,33 @@ class _ByKey(Mapping[str, Row]):
         return len(self._rows)
 
 
-def read_columns(file: BinaryIO) -> pa.Table:
-    """Read an index from a Parquet file, one column after another, so that little of it is in memory twice.
+def column_names(file: BinaryIO) -> list[str]:
+    """Return the columns of a Parquet file."""
+    return pq.ParquetFile(file).schema_arrow.names
 
-    Columns named ``.../sha256`` become binary (32 bytes in place of 64 digits), those named ``.../fingerprint``
-    dictionaries; rows have both as text. Raises ArrowException for a damaged file. As for
-    :func:`prep.dataset.layout.read_parquet` without Arrow's threads.
+
+def read_columns(file: BinaryIO, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    """Read columns of an index from a Parquet file, one after another and in batches: little is in memory twice.
+
+    Those named ``.../sha256`` become binary (32 bytes in place of 64 digits) and those named ``.../fingerprint``
+    dictionaries; rows have both as text. Raises ArrowException for a damaged file. Without Arrow's threads, as
+    :func:`prep.dataset.layout.read_parquet`.
     """
-    names = pq.ParquetFile(file).schema_arrow.names
     few = [name for name in names if name.endswith("/fingerprint")]
-    parquet = pq.ParquetFile(file, read_dictionary=few, pre_buffer=False)
-    columns = {name: _compact(name, parquet.read([name], use_threads=False)[name]) for name in names}
-    return pa.table(columns, metadata=parquet.schema_arrow.metadata)
+    parquet = pq.ParquetFile(file, read_dictionary=few, pre_buffer=False, buffer_size=1 << 20)
+    found = {name: _read(parquet, name) for name in names}
+    pa.default_memory_pool().release_unused()
+    return found
 
 
-def _compact(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _read(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray:
+    kind = parquet.schema_arrow.field(name).type
+    chunks = [batch[name] for batch in parquet.iter_batches(BATCH, columns=[name], use_threads=False)]
     if name.endswith("/sha256"):
-        chunks = [_digests(chunk) for chunk in column.chunks]
-        column = pa.chunked_array(chunks) if chunks and None not in chunks else column
-    if column.num_chunks > 1 and column.nbytes < 1 << 31:  # the places of text in a chunk are 32 bits
+        digests = [_digests(chunk) for chunk in chunks]
+        chunks = digests if None not in digests else chunks
+    column = pa.chunked_array(chunks, chunks[0].type if chunks else kind)
+    if column.num_chunks > 1 and not pa.types.is_string(column.type):  # for which there might be too much of it
         column = pa.chunked_array([column.unify_dictionaries().combine_chunks()])
     return column
 
@@ -178,21 +211,28 @@ def _digests(column: pa.Array) -> pa.Array | None:
 
 
 def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
-    """Return what reads a value: the fastest there is for what training reads all the time."""
-    kind, array = column.type, column.chunk(0) if column.num_chunks == 1 else None
-    if array is None or array.null_count or array.offset:
+    """Return what reads a value of a column: the fastest there is for what training reads all the time."""
+    kind, chunks = column.type, column.chunks
+    lengths = {len(chunk) for chunk in chunks[:-1]}
+    regular = len(lengths) < 2 and not column.null_count and not any(chunk.offset for chunk in chunks)
+    if pa.types.is_string(kind) and chunks and regular:
+        size = len(chunks[0])
+        texts = [(memoryview(one.buffers()[1]).cast("i"), memoryview(one.buffers()[2] or b"")) for one in chunks]
+
+        def text(place: int) -> str:
+            chunk, place = divmod(place, size)
+            places, letters = texts[chunk]
+            return str(letters[places[place] : places[place + 1]], "utf-8")
+
+        return text
+    if len(chunks) == 1 and regular:
+        array = chunks[0]
         if pa.types.is_fixed_size_binary(kind):
-            return lambda place: column[place].as_py().hex()
-        return lambda place: column[place].as_py()
-    if pa.types.is_fixed_size_binary(kind):
-        digests = memoryview(array.buffers()[1])
-        return lambda place: digests[DIGEST * place : DIGEST * (place + 1)].hex()
-    if pa.types.is_string(kind):
-        places, text = memoryview(array.buffers()[1]).cast("i"), memoryview(array.buffers()[2] or b"")
-        return lambda place: str(text[places[place] : places[place + 1]], "utf-8")
-    if pa.types.is_dictionary(kind):
-        values, codes = array.dictionary.to_pylist(), array.indices.to_numpy()
-        return lambda place: values[codes.item(place)]
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return array.to_numpy().item
-    return lambda place: array[place].as_py()
+            digests = memoryview(array.buffers()[1])
+            return lambda place: digests[DIGEST * place : DIGEST * (place + 1)].hex()
+        if pa.types.is_dictionary(kind):
+            values, codes = array.dictionary.to_pylist(), array.indices.to_numpy()
+            return lambda place: values[codes.item(place)]
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            return array.to_numpy().item
+    return lambda place: column[place].as_py()

@@ -170,11 +170,12 @@ def _hex(rng: np.random.Generator, rows: int, digits: int) -> pa.Array:
     return pa.StringArray.from_buffers(rows, pa.py_buffer(places), pa.py_buffer(text))
 
 
-def _captions(rng: np.random.Generator, rows: int) -> pa.Array:
-    """Return captions of about 300 letters: what follows one of a few thousand places of a long text."""
-    text = " ".join(rng.choice(WORDS, 100_000))
-    starts = rng.integers(0, len(text) - 400, rows)
-    return pa.array([text[start : start + 200 + i % 200] for i, start in enumerate(starts.tolist())])
+def _captions(rng: np.random.Generator, rows: int) -> pa.ChunkedArray:
+    """Return captions of about 200 words, 1,200 letters: pieces of a long text."""
+    text = " ".join(rng.choice(WORDS, 1_000_000))
+    starts = rng.integers(0, len(text) - 1400, rows).tolist()
+    pieces = [starts[i : i + SHARD * SHARD] for i in range(0, rows, SHARD * SHARD)]
+    return pa.chunked_array([[text[at : at + 1000 + at % 400] for at in piece] for piece in pieces])
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
@@ -225,7 +226,7 @@ def main() -> None:
             for name, numbers in results(rows, folder, options.only.split(",")):
                 found.setdefault(name, {})[str(rows)] = numbers
                 say(
-                    f"{rows:>9,} rows  {name:<10} {numbers['seconds']:8.2f} s  {numbers['cpu_seconds']:8.2f} s of CPUs  "
+                    f"{rows:>9,} rows  {name:<10} {numbers['seconds']:8.2f} s  {numbers['cpu_seconds']:8.2f} s of CPU  "
                     f"{numbers['peak_gb']:6.2f} GB, {numbers['before_gb']:.2f} GB before it"
                 )
     if options.json:
