@@ -86,11 +86,11 @@ class Rows(Sequence[Row]):
         self._places = np.arange(columns.rows) if places is None else places
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Rows:
-        """Return rows as they are, or plain mappings, which all have the first one's names, as such."""
+    def of(cls, rows: Sequence[Mapping[str, Any]] | pa.Table) -> Rows:
+        """Return rows as they are, or as such a table or plain mappings, which all have the first one's names."""
         if isinstance(rows, Rows):
             return rows
-        table = pa.Table.from_pylist([dict(row) for row in rows])
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
         return cls(Columns(table.column_names, {name: table[name] for name in table.column_names}))
 
     def __len__(self) -> int:
@@ -235,4 +235,6 @@ def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
             return lambda place: values[codes.item(place)]
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             return array.to_numpy().item
+    if pa.types.is_fixed_size_binary(kind):
+        return lambda place: column[place].as_py().hex()
     return lambda place: column[place].as_py()
