@@ -103,6 +103,9 @@ def test_rows_are_chosen_and_sorted_as_plain_ones(tmp_path):
     assert dict(found) == {row["key"]: row for row in plain}
     assert "0" * 32 not in found
     assert "z" not in found
+    assert rows[::-1].column("key").to_pylist() == [row["key"] for row in plain[::-1]]
+    uneven = [["a"], ["b", "c"], ["d"]]
+    assert Rows.of(pa.table({"text": pa.chunked_array(uneven)})) == [{"text": text} for text in "abcd"]
     table = Dataset(tmp_path).table
     assert Rows.of(table.slice(3, 9)) == Rows.of(table.take(pa.array(range(3, 12)))) == plain[3:12]
     assert Rows.of(pa.concat_tables([table.slice(8, 2), table.slice(1, 3)])) == plain[8:10] + plain[1:4]
