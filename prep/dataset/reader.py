@@ -98,9 +98,12 @@ class Dataset:
         check_index(pa.table(loaded), self.info, index)
 
     def _load(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-        """Read columns that were left out; the file may have been kept since, and be another one now."""
-        with self._published("index.parquet") as file:
-            return read_columns(file, names)
+        """Read columns that were left out; the index may have been kept since, and another one be in its place."""
+        try:
+            with self._published("index.parquet") as file:
+                return read_columns(file, names)
+        except DataError as error:
+            raise self._unreadable("index.parquet", error) from error
 
     @cached_property
     def table(self) -> pa.Table:
@@ -199,11 +202,11 @@ class Dataset:
                 return self._member(row, member)
             kept = self._kept(unit)  # the unit was replaced since, or it is damaged
             if kept is None:
-                raise self._unreadable(unit, error) from error
+                raise self._unreadable(unit.tar, error) from error
         try:
             data = read(kept)
         except DataError as error:
-            raise self._unreadable(unit, error) from error
+            raise self._unreadable(unit.tar, error) from error
         self._moved[unit] = kept
         return data
 
@@ -214,15 +217,15 @@ class Dataset:
         kept = versions.kept_tar(self._tars[unit.tar]) if unit.tar in self._tars else None
         return kept if kept and self.storage.exists(kept) else None
 
-    def _unreadable(self, unit: Unit, error: DataError) -> DataError:
-        """Return what to say of a unit: ``error`` of the newest version, that another one is damaged, or dropped."""
+    def _unreadable(self, name: str, error: DataError) -> DataError:
+        """Return what to say of a file: ``error`` of the newest version, that another one is damaged, or dropped."""
         newest = versions.published(self.storage) or self.info
         if newest["fingerprint"] == self.fingerprint:
             return error
         if versions.is_kept(self.storage, self.fingerprint):
             return self._lost(self.fingerprint, error)
         return DataError(
-            f"{self.root}: {unit.tar} of version {self.fingerprint} is not there any more: the dataset has changed "
+            f"{self.root}: {name} of version {self.fingerprint} is not there any more: the dataset has changed "
             "since, and that version was dropped. Open the newest one"
         )
 
