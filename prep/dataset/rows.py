@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 DIGEST = 32  # bytes of a SHA-256
 BATCH = 1 << 16  # rows that are decoded at a time
+WHOLE = 1 << 28  # bytes of a column up to which it is made one piece, which takes them twice for a moment
 
 Load = Callable[[Sequence[str]], dict[str, pa.ChunkedArray]]
 
@@ -187,7 +188,7 @@ def _read(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray:
         digests = [_digests(chunk) for chunk in chunks]
         chunks = digests if None not in digests else chunks
     column = pa.chunked_array(chunks, chunks[0].type if chunks else kind)
-    if column.num_chunks > 1 and not pa.types.is_string(column.type):  # for which there might be too much of it
+    if column.num_chunks > 1 and column.nbytes < WHOLE:
         column = pa.chunked_array([column.unify_dictionaries().combine_chunks()])
     return column
 
@@ -210,6 +211,16 @@ def _digests(column: pa.Array) -> pa.Array | None:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(DIGEST), count, [None, pa.py_buffer(found)])
 
 
+def _equally_long(column: pa.Array) -> np.ndarray | None:
+    """Return texts as bytes, where all are of one length, as keys are; None otherwise."""
+    places = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1)
+    length = int(places[1]) if len(column) and not places[0] else 0
+    if not length or not (np.diff(places) == length).all():
+        return None
+    letters = np.frombuffer(column.buffers()[2], np.uint8, length * len(column))
+    return letters.view(f"S{length}") if letters.all() else None  # numpy would cut off zeros
+
+
 def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     """Return what reads a value of a column: the fastest there is for what training reads all the time."""
     kind, chunks = column.type, column.chunks
@@ -217,6 +228,8 @@ def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     regular = len(lengths) < 2 and not column.null_count and not any(chunk.offset for chunk in chunks)
     if pa.types.is_string(kind) and chunks and regular:
         size = len(chunks[0])
+        if len(chunks) == 1 and (keys := _equally_long(chunks[0])) is not None:
+            return lambda place: keys.item(place).decode()
         texts = [(memoryview(one.buffers()[1]).cast("i"), memoryview(one.buffers()[2] or b"")) for one in chunks]
 
         def text(place: int) -> str:
@@ -228,8 +241,8 @@ def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     if len(chunks) == 1 and regular:
         array = chunks[0]
         if pa.types.is_fixed_size_binary(kind):
-            digests = memoryview(array.buffers()[1])
-            return lambda place: digests[DIGEST * place : DIGEST * (place + 1)].hex()
+            digests = np.frombuffer(array.buffers()[1], f"V{kind.byte_width}", len(array))
+            return lambda place: digests.item(place).hex()
         if pa.types.is_dictionary(kind):
             values, codes = array.dictionary.to_pylist(), array.indices.to_numpy()
             return lambda place: values[codes.item(place)]

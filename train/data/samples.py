@@ -92,18 +92,19 @@ class TrainingSet:
         return self._cached(name, modality.layer, row, lambda: modality.read(dataset, row, flipped))
 
     def _cached(self, name: str, layer: str, row: Row, read: Callable[[], Stored]) -> Stored:
-        array = self._cache.get((row["key"], name))
+        place = row["key"], name
+        array = self._cache.get(place)
         if array is None:
-            what = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {row['key']}"
+            what = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {place[0]}"
             self.reading[threading.get_ident()] = what, time.monotonic()
             try:
                 array = read()
             finally:
                 del self.reading[threading.get_ident()]
             with self._lock:
-                if (row["key"], name) not in self._cache and array.nbytes <= self._budget:
+                if place not in self._cache and array.nbytes <= self._budget:
                     self._budget -= array.nbytes
-                    self._cache[row["key"], name] = array
+                    self._cache[place] = array
         return array
 
 

@@ -106,6 +106,8 @@ def test_rows_are_chosen_and_sorted_as_plain_ones(tmp_path):
     assert rows[::-1].column("key").to_pylist() == [row["key"] for row in plain[::-1]]
     uneven = [["a"], ["b", "c"], ["d"]]
     assert Rows.of(pa.table({"text": pa.chunked_array(uneven)})) == [{"text": text} for text in "abcd"]
+    for texts in (["ab", "cd"], ["a\0", "\0b"], ["ü", "ab"], ["", ""], ["ab", "c"]):
+        assert Rows.of([{"text": text} for text in texts]) == [{"text": text} for text in texts]
     table = Dataset(tmp_path).table
     assert Rows.of(table.slice(3, 9)) == Rows.of(table.take(pa.array(range(3, 12)))) == plain[3:12]
     assert Rows.of(pa.concat_tables([table.slice(8, 2), table.slice(1, 3)])) == plain[8:10] + plain[1:4]
