@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from nanodit.console import say
 from nanodit.errors import PROBLEM_BREAK, DataError
 from nanodit.rng import generator, noise
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Rows
 from prep.encoders.halving import Halving
 from train.data.samples import load_conditions
 from train.hardware import Precision
@@ -168,6 +171,10 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
 
 def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
     """Raise :class:`DataError` listing every pair of a holdout and a training sample that are duplicates."""
+    if not train or not holdout:
+        return
+    holdout = _twins(Rows.of(holdout), Rows.of(train))
+    train = _twins(Rows.of(train), holdout)
     by_key = {row["key"]: row for row in train}
     by_group = {row["duplicate_group"]: row for row in train if row["duplicate_group"] is not None}
     pairs = []
@@ -179,6 +186,15 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
         more = [f"... and {len(pairs) - 20} more"] if len(pairs) > 20 else []
         found = f"leak: {len(pairs)} holdout samples are also in the training split. Run nanodit prep run again"
         raise DataError(PROBLEM_BREAK.join([found, *pairs[:20], *more]))
+
+
+def _twins(rows: Rows, others: Rows) -> Rows:
+    """Return those that have the key or the duplicate group of one of the others."""
+    same = []
+    for name in ("key", "duplicate_group"):
+        ours, theirs = (one.column(name).cast(pa.string()) for one in (rows, others))  # null, where nobody has one
+        same.append(pc.is_in(ours, theirs, skip_nulls=True))
+    return rows.take(pc.or_(*same))
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
@@ -203,10 +219,11 @@ def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         buckets[row["bucket"]].append(row)
     pairs = {}
     for bucket, members in buckets.items():
-        ring = [members[index] for index in generator("random pair", bucket).permutation(len(members))]
-        for index, row in enumerate(ring):
-            others = ring[index + 1 :] + ring[:index]
-            foreign = [other for other in others if other["duplicate_group"] != row["duplicate_group"]]
-            if others:
-                pairs[row["key"]] = (foreign or others)[0]["key"]
+        order = generator("random pair", bucket).permutation(len(members))
+        ring = [(members[index]["key"], members[index]["duplicate_group"]) for index in order.tolist()]
+        for index, (key, group) in enumerate(ring):
+            others = (ring[place % len(ring)] for place in range(index + 1, index + len(ring)))
+            foreign = (other for other, its in others if its != group)
+            if len(ring) > 1:
+                pairs[key] = next(foreign, ring[(index + 1) % len(ring)][0])
     return pairs

@@ -11,6 +11,7 @@ Names are relative POSIX paths, ``parts/bucket_64x64-shard-000000.px.parquet`` f
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanodit.errors import ConfigError, NanoditError, ResourceError
 from nanodit.files import sha256_bytes, sync_folder, temporary_beside, write_atomic
@@ -56,6 +57,10 @@ class Storage(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes:
         """Return all of a file. Raises OSError (FileNotFoundError) when it cannot be read."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading, of which it is then the content that it had. Raises OSError as :meth:`read`."""
+        return io.BytesIO(self.read(name))
 
     def read_if_there(self, name: str) -> bytes | None:
         """Return all of a file, None where there is none; ResourceError for one that is there and cannot be read."""
@@ -132,6 +137,9 @@ class LocalFolder(Storage):
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        return open(self.root / name, "rb")
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         with open(self.root / name, "rb", buffering=0) as file:

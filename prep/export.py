@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,6 +37,7 @@ from prep.dataset.codecs import npy_bytes
 from prep.dataset.layers import LAYERS
 from prep.dataset.members import Array
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Row
 from prep.report.pictures import source_folder
 from prep.verify.verify import TEMPORARY
 
@@ -55,9 +54,9 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
     too little room, DataError for damaged samples.
     """
     data, storage = Dataset(dataset), open_storage(output)
-    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in data.rows():
-        shards[f"bucket_{row['bucket']}/shard-{row['shard']:06d}.tar"].append(row)
+    shards: dict[str, Sequence[Row]] = {}
+    for bucket, rows in data.rows().by("bucket").items():
+        shards |= {f"bucket_{bucket}/shard-{shard:06d}.tar": own for shard, own in rows.by("shard").items()}
     _check_place(data, storage)
     try:
         _mark(data, storage)
@@ -107,7 +106,7 @@ def _mark(data: Dataset, storage: Storage) -> None:
     storage.write(MARKER, canonical_json({"dataset": data.fingerprint}))
 
 
-def _check_room(data: Dataset, storage: Storage, missing: dict[str, list[dict[str, Any]]]) -> None:
+def _check_room(data: Dataset, storage: Storage, missing: dict[str, Sequence[Row]]) -> None:
     """Raise ResourceError when what is to be written does not fit on a local disk."""
     needed = sum(_bytes_of(data, row) for rows in missing.values() for row in rows)
     if isinstance(storage, LocalFolder) and needed > (free := shutil.disk_usage(storage.root).free):
@@ -116,7 +115,7 @@ def _check_room(data: Dataset, storage: Storage, missing: dict[str, list[dict[st
         )
 
 
-def _bytes_of(data: Dataset, row: dict[str, Any]) -> int:
+def _bytes_of(data: Dataset, row: Row) -> int:
     bucket, layers = Bucket.parse(row["bucket"]), data.info["layers"]
     size = 2 * 3 * bucket.width * bucket.height + HEADERS
     if "t5" in layers:
@@ -129,7 +128,7 @@ def _bytes_of(data: Dataset, row: dict[str, Any]) -> int:
     return size
 
 
-def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str, Any]], progress: Progress) -> None:
+def _write_shard(data: Dataset, storage: Storage, name: str, rows: Sequence[Row], progress: Progress) -> None:
     from webdataset import TarWriter  # here: it imports torch
 
     draft = storage.draft(name)
@@ -145,7 +144,7 @@ def _write_shard(data: Dataset, storage: Storage, name: str, rows: list[dict[str
         draft.unlink(missing_ok=True)
 
 
-def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
+def flat_members(data: Dataset, row: Row) -> dict[str, bytes]:
     """Return the members of one sample by name, as the table above has them. Raises DataError for damaged samples."""
     data, bucket, members = data.together(), Bucket.parse(row["bucket"]), {}
     for layer in [*CONVERTED, *(layer for layer in data.layers if layer not in CONVERTED)]:
@@ -157,24 +156,24 @@ def flat_members(data: Dataset, row: dict[str, Any]) -> dict[str, bytes]:
     return members | {"json": canonical_json(about).encode()}
 
 
-def stored_arrays(data: Dataset, row: dict[str, Any], layer: str) -> list[np.ndarray]:
+def stored_arrays(data: Dataset, row: Row, layer: str) -> list[np.ndarray]:
     """Return the arrays of a layer as they are stored, without those of the mirrored crop."""
     members = LAYERS[layer].members
     return [data.array(row, f"{layer}/{member.name}") for member in members if isinstance(member.kind, Array)]
 
 
-def flat_image(data: Dataset, row: dict[str, Any]) -> list[np.ndarray]:
+def flat_image(data: Dataset, row: Row) -> list[np.ndarray]:
     """Return the crop, float16 (3, H, W) in [0, 1]."""
     return [(data.pixels(row).astype(np.float32) / 255).astype(np.float16).transpose(2, 0, 1)]
 
 
-def flat_features(data: Dataset, row: dict[str, Any]) -> list[np.ndarray]:
+def flat_features(data: Dataset, row: Row) -> list[np.ndarray]:
     """Return DINO's class token, float32 (width,), and patches, float32 (h * w, width)."""
     patches = data.patches(row)
     return [data.cls(row), patches.reshape(-1, patches.shape[-1])]
 
 
-def pad_text(tokens: np.ndarray, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def pad_text(tokens: np.ndarray, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Return valid tokens (L, width) as float16 (512, width), zeros after them, and their mask, uint8 (512,)."""
     count, width = tokens.shape
     if count > TEXT_TOKENS:
@@ -190,7 +189,7 @@ def flat_pose(joints: np.ndarray, bucket: Bucket) -> np.ndarray:
     return np.where(joints[:, 2:] > 0, joints - shift, 0).astype(np.float16)
 
 
-CONVERTED: dict[str, Callable[[Dataset, dict[str, Any]], Sequence[np.ndarray]]] = {  # in the order of that layout
+CONVERTED: dict[str, Callable[[Dataset, Row], Sequence[np.ndarray]]] = {  # in the order of that layout
     "px": flat_image,
     "dino": flat_features,
     "t5": lambda data, row: pad_text(data.t5(row), row),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from nanodit.console import Progress
 from nanodit.errors import DataError
 from nanodit.rng import generator
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Rows
 
 
 def round_trip(images: np.ndarray) -> np.ndarray:
@@ -92,14 +94,12 @@ def load_training_images(dataset: Dataset, buckets: Collection[str], count: int)
 
     They are spread evenly over the keys.
     """
-    train = dataset.rows("train")
-    rows = [row for row in train if row["bucket"] in buckets] or train
-    if not rows:
+    train = Rows.of(dataset.rows("train"))
+    if not train:
         raise DataError(f"{dataset.root}: the training split is empty, and the baselines are made from it")
-    rows = sorted(rows, key=lambda row: (row["bucket"], row["key"]))[:: max(1, len(rows) // count)]
-    members: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        members[row["bucket"]].append(row)
+    rows = train.take(pc.is_in(train.column("bucket"), pa.array(buckets, pa.string()))) or train
+    rows = rows.sorted_by("bucket", "key")[:: max(1, len(rows) // count)]
+    members = rows.by("bucket")
     images = {}
     with Progress("training images", len(rows), "images") as progress:
         for bucket, own in members.items():

@@ -21,6 +21,7 @@ from evaluate.metrics.training_features import TrainFeatures, load_train_feature
 from evaluate.records import REAL, Skipped, select
 from evaluate.subject import Row, Subject
 from nanodit.config import Config
+from prep.dataset.rows import by_key
 from train.hardware import Precision
 from train.method.sampling import NO_GUIDANCE, Guidance, GuidanceValue, precision_setting
 from train.model.conditions import Subset
@@ -118,9 +119,9 @@ class DrawingContext:
         return [picture for arm in arms for picture in self.of_all(arm)], skipped
 
     @cached_property
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> Mapping[str, Row]:
         """Every row of the dataset's index by key: what donors are looked up in."""
-        return {row["key"]: row for row in self.subject.dataset.rows()}
+        return by_key(self.subject.dataset.rows())
 
     @cached_property
     def train_features(self) -> TrainFeatures:

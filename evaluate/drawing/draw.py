@@ -57,7 +57,7 @@ def draw_and_examine(
     context.texts.encode(picture.text for picture in pictures if picture.text is not None)
     _ = context.train_features  # read with a progress of its own
     album = Album(folder, set(context.keys[: config.grid_images]))
-    buckets = {key: row["bucket"] for key, row in context.rows.items()}
+    buckets = _buckets(context, pictures)
     size = subject.batch_size
     rows: list[dict[str, Any]] = []
     with Progress("pictures", len(subject.rows) + len(pictures), "pictures") as progress:
@@ -73,6 +73,10 @@ def draw_and_examine(
             rows += from_table(parts.get(asked.name, content, partial(_drawn, context, asked, album)))
             progress.advance(len(asked.pictures))
     return sorted(rows, key=lambda row: (row["key"], ORDER[row["kind"]], row["condition"], row["seed"] or 0))
+
+
+def _buckets(context: DrawingContext, pictures: Sequence[Picture]) -> dict[str, str]:
+    return {key: context.rows[key]["bucket"] for key in dict.fromkeys(picture.key for picture in pictures)}
 
 
 def _drawn(context: DrawingContext, asked: PictureBatch, album: Album) -> pa.Table:
@@ -138,7 +142,7 @@ def show(context: DrawingContext, pictures: Sequence[Picture], rows: Sequence[di
     album = Album(folder, ())
     names = {(row["condition"], row["key"], row["seed"]): row for row in wanted if row["kind"] == MODEL}
     again = [picture for picture in pictures if picture.name in names]
-    buckets = {key: row["bucket"] for key, row in context.rows.items()}
+    buckets = _buckets(context, again)
     with waiting("drawing pictures for the report", at_once=False):
         for asked in batches(again, buckets, context.subject.batch_size):
             _, images, _ = _draw(context, asked)

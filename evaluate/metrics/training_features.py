@@ -6,6 +6,7 @@ same data shares them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class TrainFeatures:
 
 def load_train_features(dataset: Dataset, judge: Judge | None, count: int) -> TrainFeatures:
     """Return features of the first ``count`` training images in key order, from the cache where it has them."""
-    rows = sorted(dataset.rows("train"), key=lambda row: row["key"])[:count]
+    rows = dataset.rows("train")[:count]  # which are in key order
     path = _cache(dataset, judge, rows)
     table = _read(path, len(rows), judge)
     if table is None:
@@ -51,7 +52,7 @@ def load_train_features(dataset: Dataset, judge: Judge | None, count: int) -> Tr
     )
 
 
-def _cache(dataset: Dataset, judge: Judge | None, rows: list[Row]) -> Path:
+def _cache(dataset: Dataset, judge: Judge | None, rows: Sequence[Row]) -> Path:
     from prep.encoders.demo import demo_folder  # imports transformers, which no config and no report needs
 
     keys = sha256_bytes("".join(row["key"] for row in rows).encode())[:16]
@@ -68,7 +69,7 @@ def _read(path: Path, count: int, judge: Judge | None) -> np.ndarray | None:
     return table if table.ndim == 2 and len(table) == count and np.isfinite(table).all() else None
 
 
-def _compute(dataset: Dataset, judge: Judge | None, rows: list[Row]) -> np.ndarray:
+def _compute(dataset: Dataset, judge: Judge | None, rows: Sequence[Row]) -> np.ndarray:
     """Compute both features of each image side by side, float32 (n, 768 + width)."""
     places: dict[str, list[int]] = {}
     for index, row in enumerate(rows):

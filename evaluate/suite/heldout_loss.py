@@ -152,7 +152,7 @@ def _errors(x_hat: Tensor, x: Tensor, t: Tensor, t_min: float) -> np.ndarray:
 def measure_all(context: DrawingContext, config: HeldoutLossConfig, parts: FinishedBatches) -> None:
     """Measure the samples, then as many training images for the gap: the rows of heldout_loss.parquet."""
     subject, subsets = context.subject, choose_subsets(config.conditions, context.subject)[0]
-    train = tuple(sorted(subject.dataset.rows("train"), key=lambda row: row["key"])[: len(subject.rows)])
+    train = tuple(subject.dataset.rows("train")[: len(subject.rows)])  # which are in key order
     gap = [subset for subset in choose_subsets(config.gap, subject)[0] if subset in subsets]
     work = [("holdout", subject.rows, subsets), ("train", train if gap else (), gap)]
     rows: list[dict[str, Any]] = []

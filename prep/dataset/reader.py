@@ -5,17 +5,19 @@ Arrays of a layer that lie side by side come with a single read where they are r
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanodit.errors import DataError
-from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.dataset import versions
 from prep.dataset.buckets import buckets_for
@@ -33,15 +35,17 @@ from prep.dataset.layout import (
 )
 from prep.dataset.members import Array
 from prep.dataset.quantise import Quantised, dequantise
+from prep.dataset.rows import Columns, Rows, column_names, read_columns
 
+TEXTS = LAYERS["text"].columns.keys() | LAYERS["text"].flip.columns.keys()  # long ones, read when they are asked for
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
 class Dataset:
     """A published dataset, read through its index; every member is checked by its hash as it is read.
 
-    ``info`` is dataset.json, ``fingerprint`` identifies the content, ``table`` is the index sorted by key. Raises
-    DataError when the folder is not a dataset, has another schema, or its index is not the one dataset.json names.
+    ``info`` is dataset.json, ``fingerprint`` identifies the content. Raises DataError when the folder is not a dataset,
+    has another schema, or its index is not the one dataset.json names.
     ``root`` is a folder or the URL of an object store. Holds no open files, so it may be shared by threads and forked
     processes. What is read is of one version from the first read to the last, whatever ``prep run`` changes meanwhile:
     the newest when it was opened, or an earlier one that is kept, by its fingerprint, ``version``.
@@ -87,8 +91,24 @@ class Dataset:
             raise DataError(f"{manifest} is damaged ({error}). Run nanodit prep run again.") from error
         check_info(self.info, manifest)
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
-        self.table: pa.Table = read_parquet(self._published("index.parquet"))
-        check_index(self.table, self.info, index)
+        with self._published("index.parquet") as file:
+            names = column_names(file)
+            loaded = read_columns(file, [name for name in names if name not in TEXTS])
+        self._columns = Columns(names, loaded, self._load)
+        check_index(pa.table(loaded), self.info, index)
+
+    def _load(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """Read columns that were left out; the index may have been kept since, and another one be in its place."""
+        try:
+            with self._published("index.parquet") as file:
+                return read_columns(file, names)
+        except DataError as error:
+            raise self._unreadable("index.parquet", error) from error
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The index, sorted by key, as :func:`prep.dataset.rows.read_columns` has it."""
+        return self._columns.table()
 
     def _lost(self, version: str, error: DataError) -> DataError:
         """Say of a version that is kept what became of it; no run makes that good, as it does of the newest one."""
@@ -98,8 +118,8 @@ class Dataset:
             f"{self.root} --drop {version[:16]})"
         )
 
-    def _published(self, name: str) -> bytes:
-        """Read a file that dataset.json names, or what was kept of it; DataError when neither is the right one."""
+    def _published(self, name: str) -> BinaryIO:
+        """Open a file that dataset.json names, or what was kept of it; DataError when neither is the right one."""
         sha256 = self.info["hashes"][name]
         kept = versions.kept_table(sha256) if versions.is_hash(sha256) else name
         wanted = kept if self._earlier else name
@@ -107,12 +127,13 @@ class Dataset:
         missing: OSError | None = None
         for file in dict.fromkeys((kept, name) if self._earlier else (name, kept)):
             try:
-                data = self.storage.read(file)
+                data = self.storage.open(file)
+                if hashlib.file_digest(data, "sha256").hexdigest() == sha256:
+                    data.seek(0)  # of the very file that was hashed, whatever is put in its place
+                    return data
+                data.close()
             except OSError as error:
                 missing = error if file == wanted else missing
-                continue
-            if sha256_bytes(data) == sha256:
-                return data
         if missing:
             raise DataError(f"{path}: {missing.strerror}. Run nanodit prep run again to restore it.") from missing
         raise DataError(
@@ -129,17 +150,17 @@ class Dataset:
         return members_of(layer, self.info["layers"][layer])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self._columns.rows
 
     @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
-        return self.table.to_pylist()
+    def _rows(self) -> Rows:
+        return Rows(self._columns)
 
-    def rows(self, split: str | None = None) -> list[dict[str, Any]]:
-        """Return the index as plain dicts in key order; ``split`` is "train", "holdout" or None for all."""
+    def rows(self, split: str | None = None) -> Rows:
+        """Return the rows of the index in key order; ``split`` is "train", "holdout" or None for all."""
         if split not in (None, "train", "holdout"):
             raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
-        return [dict(row) for row in self._rows if split in (None, row["split"])]
+        return self._rows if split is None else self._rows.take(pc.equal(self._rows.column("split"), split))
 
     def together(self) -> Dataset:
         """Return a view that reads a sample's arrays of a layer at once, where one of them is asked for.
@@ -152,11 +173,11 @@ class Dataset:
         view._spans = {}
         return view
 
-    def read(self, row: dict[str, Any], member: str) -> bytes:
+    def read(self, row: Mapping[str, Any], member: str) -> bytes:
         """Read one member of a row, for example ``read(row, "dino/cls.npy")``; errors as ``read_range``."""
         return bytes(self._member(row, member))
 
-    def _member(self, row: dict[str, Any], member: str) -> bytes | memoryview:
+    def _member(self, row: Mapping[str, Any], member: str) -> bytes | memoryview:
         layer, name = member.split("/", 1)
         if f"{member}/offset" not in row:
             raise DataError(f"{self.root} has no {member}: its layers are {', '.join(self.layers)}.")
@@ -181,11 +202,11 @@ class Dataset:
                 return self._member(row, member)
             kept = self._kept(unit)  # the unit was replaced since, or it is damaged
             if kept is None:
-                raise self._unreadable(unit, error) from error
+                raise self._unreadable(unit.tar, error) from error
         try:
             data = read(kept)
         except DataError as error:
-            raise self._unreadable(unit, error) from error
+            raise self._unreadable(unit.tar, error) from error
         self._moved[unit] = kept
         return data
 
@@ -196,19 +217,19 @@ class Dataset:
         kept = versions.kept_tar(self._tars[unit.tar]) if unit.tar in self._tars else None
         return kept if kept and self.storage.exists(kept) else None
 
-    def _unreadable(self, unit: Unit, error: DataError) -> DataError:
-        """Return what to say of a unit: ``error`` of the newest version, that another one is damaged, or dropped."""
+    def _unreadable(self, name: str, error: DataError) -> DataError:
+        """Return what to say of a file: ``error`` of the newest version, that another one is damaged, or dropped."""
         newest = versions.published(self.storage) or self.info
         if newest["fingerprint"] == self.fingerprint:
             return error
         if versions.is_kept(self.storage, self.fingerprint):
             return self._lost(self.fingerprint, error)
         return DataError(
-            f"{self.root}: {unit.tar} of version {self.fingerprint} is not there any more: the dataset has changed "
+            f"{self.root}: {name} of version {self.fingerprint} is not there any more: the dataset has changed "
             "since, and that version was dropped. Open the newest one"
         )
 
-    def array(self, row: dict[str, Any], member: str) -> np.ndarray:
+    def array(self, row: Mapping[str, Any], member: str) -> np.ndarray:
         """Return the array of a member as it is stored, for example ``array(row, "pose/pose.npy")``."""
         data = self._member(row, member)
         try:
@@ -219,7 +240,7 @@ class Dataset:
             )
             raise DataError(f"{where}: {error}. Run nanodit prep verify --repair, then nanodit prep run.") from error
 
-    def pixels(self, row: dict[str, Any]) -> np.ndarray:
+    def pixels(self, row: Mapping[str, Any]) -> np.ndarray:
         """Return the crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
         return decode_pixels(self.read(row, f"px/{self._pixels}"))
 
@@ -228,31 +249,31 @@ class Dataset:
         """Whether it stores what belongs to the mirrored crops."""
         return bool(self.info.get("flips"))
 
-    def flippable(self, row: dict[str, Any]) -> bool:
+    def flippable(self, row: Mapping[str, Any]) -> bool:
         """Whether the crop may be mirrored: its caption, if it has one, can be flipped safely."""
         return self.has_flips and ("text" not in self.info["layers"] or row["caption_flip"] is not None)
 
-    def t5(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+    def t5(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
         """Text features of the valid tokens, float16 (L, Wt); ``flipped``: of the mirrored crop's caption."""
         other = flipped and row["caption_flip"] != row["caption"]
         return self.array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
 
-    def cls(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+    def cls(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
         """Return the DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""
         return self.array(row, "dino/cls_flip.npy" if flipped else "dino/cls.npy")
 
-    def patches(self, row: dict[str, Any], flipped: bool = False) -> np.ndarray:
+    def patches(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
         """Return the DINOv3 patch tokens on their grid, float32 (h, w, Wd); ``flipped``: of the mirrored crop."""
         stored = self.stored_patches(row, flipped)
         return dequantise(stored.values, stored.scale)
 
-    def stored_patches(self, row: dict[str, Any], flipped: bool = False) -> Quantised:
+    def stored_patches(self, row: Mapping[str, Any], flipped: bool = False) -> Quantised:
         """Return what :meth:`patches` are stored as, on their grid."""
         name = "dino_flip" if flipped else "dino"
         arrays = map(partial(self.together().array, row), (f"dino/{name}.npy", f"dino/{name}_scale.npy"))
         return Quantised(*(array.reshape(row["dino_h"], row["dino_w"], -1) for array in arrays))
 
-    def pose(self, row: dict[str, Any]) -> np.ndarray:
+    def pose(self, row: Mapping[str, Any]) -> np.ndarray:
         """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
         return self.array(row, "pose/pose.npy")
 
@@ -263,7 +284,8 @@ class Dataset:
         """
         if "truth.parquet" not in self.info["hashes"]:
             return None
-        table = read_parquet(self._published("truth.parquet"))
+        with self._published("truth.parquet") as file:
+            table = read_parquet(file.read())
         truth = {row["key"]: row for row in table.to_pylist()}
         if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
             raise DataError(
@@ -285,7 +307,7 @@ def open_version(root: Path | str | Storage, fingerprint: str) -> Dataset:
     return dataset
 
 
-def _span(row: dict[str, Any], layer: str, name: str) -> tuple[int, int]:
+def _span(row: Mapping[str, Any], layer: str, name: str) -> tuple[int, int]:
     """Return where the arrays begin and end, in the tar, that lie side by side with a member of a sample.
 
     Those of the crop, or those of the mirrored one: who reads some of either reads most of it.
@@ -336,7 +358,7 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(f"{path} has no column {', '.join(missing)}. Run nanodit prep run again.")
     known = {str(bucket) for bucket in buckets_for(info["base"])}
-    if unknown := sorted(set(table["bucket"].to_pylist()) - known):
+    if unknown := sorted(set(pc.unique(table["bucket"]).to_pylist()) - known):
         raise DataError(
             f"{path} names bucket {', '.join(unknown)}, but base {info['base']} has {', '.join(sorted(known))}. "
             "Run nanodit prep run again."

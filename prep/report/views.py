@@ -18,6 +18,7 @@ from nanodit.keypoints import BODY_JOINTS
 from nanodit.svg import FOUND, SURE, histogram, skeleton
 from prep.dataset.buckets import Bucket
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Row, Rows
 from prep.report.pictures import LARGE, SMALL, RejectThumbnails, SampleThumbnails, in_parallel
 
 SHEET = 24  # pictures of a contact sheet
@@ -49,9 +50,14 @@ JOINT_GROUPS = {
 View = dict[str, Any]
 
 
-def rows_at(table: pa.Table, places: Sequence[int] | np.ndarray) -> list[View]:
-    """Return some rows of the index as plain dicts."""
-    return table.take(pa.array(places, pa.int64())).to_pylist()
+def rows_at(table: pa.Table, places: Sequence[int] | np.ndarray) -> Rows:
+    """Return some rows of the index."""
+    return Rows.of(table.take(pa.array(places, pa.int64())))
+
+
+def first_rows(table: pa.Table, name: str, value: str, count: int) -> Rows:
+    """Return the first rows with a value in a column."""
+    return Rows.of(table.filter(pc.equal(table[name], value)).slice(0, count))
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
@@ -132,7 +138,7 @@ def sharpness(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     }
 
 
-def equal_area_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, side: int = SMALL) -> list[View]:
+def equal_area_pictures(rows: Sequence[Row], thumbnails: SampleThumbnails, side: int = SMALL) -> list[View]:
     """Return the pictures of some rows, each with the stretch that makes all of them equal in area."""
     views = []
     for row, data in zip(rows, thumbnails.make(rows, side)):
@@ -151,7 +157,7 @@ def duplicates(dataset: Dataset, thumbnails: SampleThumbnails, rejects: pa.Table
     sizes = numbers(counted, "key_count")
     groups = []
     for name, size in zip(counted["duplicate_group"].to_pylist()[:GROUPS], sizes):
-        members = table.filter(pc.equal(table["duplicate_group"], name)).slice(0, GROUP_IMAGES).to_pylist()
+        members = first_rows(table, "duplicate_group", name, GROUP_IMAGES)
         groups.append(
             {"size": int(size), "split": members[0]["split"], "pictures": equal_area_pictures(members, thumbnails)}
         )
@@ -192,7 +198,7 @@ def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     texts = table["caption"]
     words = pc.count_substring_regex(texts, r"\S+").to_numpy()
     order = np.argsort(words, kind="stable")
-    shown = table.slice(0, CAPTIONS).to_pylist()
+    shown = Rows.of(table.slice(0, CAPTIONS))
     view: View = {
         "samples": len(table),
         "distinct": len(pc.unique(texts)),
@@ -225,7 +231,7 @@ def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
     return view
 
 
-def _with_pictures(rows: Sequence[View], thumbnails: SampleThumbnails, limit: int, words: Sequence[int]) -> list[View]:
+def _with_pictures(rows: Sequence[Row], thumbnails: SampleThumbnails, limit: int, words: Sequence[int]) -> list[View]:
     return [
         {"source": row["source"], "caption": shorten(row["caption"], limit), "data": data, "words": int(count)}
         for row, data, count in zip(rows, thumbnails.make(rows), words)
@@ -239,7 +245,7 @@ def repeated_captions(table: pa.Table, thumbnails: SampleThumbnails) -> View:
     counted = counted.sort_by([("key_count", "descending"), ("caption", "ascending")])
     listed = []
     for row in counted.slice(0, TEXTS).to_pylist():
-        same = table.filter(pc.equal(table["caption"], row["caption"])).slice(0, TEXT_IMAGES).to_pylist()
+        same = first_rows(table, "caption", row["caption"], TEXT_IMAGES)
         text = shorten(row["caption"], EXTREME_LIMIT)
         listed.append({"caption": text, "count": row["key_count"], "pictures": equal_area_pictures(same, thumbnails)})
     return {"listed": listed, "total": len(counted), "samples": int(numbers(counted, "key_count").sum())}

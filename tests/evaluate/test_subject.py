@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from evaluate.config import EvaluateConfig
@@ -14,7 +16,7 @@ from evaluate.report.compare import differing
 from evaluate.run import evaluate
 from evaluate.subject import check_leaks, dataset_modalities, read_batches, select_holdout, to_float, to_uint8
 from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
-from nanodit.errors import DataError, MemoryShortage
+from nanodit.errors import PROBLEM_BREAK, DataError, MemoryShortage
 from train.method.dropout import ConditioningConfig
 from train.method.sampling import Guidance, Sampling, sample, trajectory_keep_ids
 from train.model.config import ModelConfig
@@ -40,6 +42,25 @@ def test_a_leak_stops_the_evaluation_and_lists_the_pairs(holdout, pair):  # trap
 
 def test_samples_without_a_group_are_not_each_others_duplicates():
     check_leaks([row("a"), row("b")], [row("x"), row("y")])
+
+
+@given(
+    train=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([None, "g", "h", "i"])), max_size=5),
+    holdout=st.lists(st.tuples(st.sampled_from("efghij"), st.sampled_from([None, "g", "j", "k"])), max_size=5),
+)
+def test_leaks_are_those_that_comparing_all_pairs_finds(train, holdout):
+    train, holdout = ([row(key, group=group) for key, group in dict(rows).items()] for rows in (train, holdout))
+    leaks = {}
+    for one in holdout:
+        same_group = [other for other in train if one["duplicate_group"] in ({other["duplicate_group"]} - {None})]
+        twins = [other for other in train if other["key"] == one["key"]] or same_group[-1:]
+        leaks |= {f"{one['key']} ({one['source']}) ~ {other['key']} ({other['source']})": None for other in twins}
+    said: list[str] = []
+    try:
+        check_leaks(train, holdout)
+    except DataError as error:
+        said = str(error).split(PROBLEM_BREAK)[1:]
+    assert said == list(leaks)
 
 
 def test_the_holdout_is_taken_in_key_order_and_nothing_else(figures):

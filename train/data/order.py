@@ -38,6 +38,7 @@ class Order:
         self.batch_size, self.seed = batch_size, seed
         if not self.sizes:
             raise DataError("the training split is empty; prepare a dataset with more images")
+        self._names = list(self.sizes)
         # a pure function of its arguments; consecutive slots ask for the same few
         self._permutation = lru_cache(maxsize=2 * len(self.sizes))(self._permute)
         self._epoch_batches = lru_cache(maxsize=2)(self._shuffle)
@@ -45,10 +46,14 @@ class Order:
     def __getitem__(self, index: int) -> Slot:
         """Return the slot number ``index``, 0 or larger."""
         epoch = self.epoch_of(index)
-        bucket, batch = self._epoch_batches(epoch)[index - self._before(epoch)]
+        number, batch = self._epoch_batches(epoch)[:, index - self._before(epoch)].tolist()
+        bucket = self._names[number]
         size, first = self.sizes[bucket], batch * self.batch_size
-        stream = (divmod(position, size) for position in range(first, first + self.batch_size))
-        return Slot(bucket, tuple(int(self._permutation(bucket, lap)[item]) for lap, item in stream))
+        items: list[int] = []
+        while len(items) < self.batch_size:  # from as many laps as it takes
+            lap, item = divmod(first + len(items), size)
+            items += self._permutation(bucket, lap)[item : item + self.batch_size - len(items)].tolist()
+        return Slot(bucket, tuple(items))
 
     def epoch_of(self, index: int) -> int:
         """Return the epoch of slot ``index``; epochs too small for a single slot are passed over."""
@@ -61,10 +66,10 @@ class Order:
     def unseen(self, slots: int) -> int:
         """Count the samples that the first ``slots`` never show."""
         epoch = self.epoch_of(slots)
-        emitted = {bucket: self._emitted(bucket, epoch) for bucket in self.sizes}
-        for bucket, _ in self._epoch_batches(epoch)[: slots - self._before(epoch)]:
-            emitted[bucket] += 1
-        return sum(max(0, size - emitted[bucket] * self.batch_size) for bucket, size in self.sizes.items())
+        numbers, _ = self._epoch_batches(epoch)[:, : slots - self._before(epoch)]
+        further = np.bincount(numbers, minlength=len(self._names)).tolist()
+        emitted = (self._emitted(bucket, epoch) + more for bucket, more in zip(self._names, further))
+        return sum(max(0, size - slots * self.batch_size) for size, slots in zip(self.sizes.values(), emitted))
 
     def _emitted(self, bucket: str, epochs: int) -> int:
         return epochs * self.sizes[bucket] // self.batch_size
@@ -72,13 +77,13 @@ class Order:
     def _before(self, epoch: int) -> int:
         return sum(self._emitted(bucket, epoch) for bucket in self.sizes)
 
-    def _shuffle(self, epoch: int) -> list[tuple[str, int]]:
-        batches = [
-            (bucket, batch)
-            for bucket in self.sizes
-            for batch in range(self._emitted(bucket, epoch), self._emitted(bucket, epoch + 1))
-        ]
-        return [batches[i] for i in generator(self.seed, "epoch", epoch).permutation(len(batches))]
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        """Return an epoch's slots in their order, (2, n): the number of the bucket, and which of its slots."""
+        spans = [(self._emitted(bucket, epoch), self._emitted(bucket, epoch + 1)) for bucket in self._names]
+        numbers = np.repeat(np.arange(len(spans)), [end - start for start, end in spans])
+        batches = np.concatenate([np.arange(*span) for span in spans])
+        order = generator(self.seed, "epoch", epoch).permutation(len(batches))
+        return np.stack((numbers[order], batches[order]))
 
     def _permute(self, bucket: str, lap: int) -> np.ndarray:
         return generator(self.seed, "bucket", bucket, lap).permutation(self.sizes[bucket])

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
 from nanodit.errors import ConfigError, DataError
 from prep.dataset.layout import Unit
+from prep.dataset.rows import Rows
 from train.data.order import Slot
 from train.model.conditions import Conditions, collate
 from train.model.mirror import flip_pixels
 from train.model.modalities import MODALITIES, Modality, Stored, present
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 class TrainingSet:
@@ -39,15 +41,9 @@ class TrainingSet:
         self._lock = threading.Lock()  # of what is in memory, which several threads fill
         # what is being read, by thread, and since when (time.monotonic)
         self.reading: dict[int, tuple[str, float]] = {}
-        self.rows: dict[str, list[Row]] = {}
-        holdout = {row["key"] for row in dataset.rows("holdout")}
-        for row in dataset.rows("train"):
-            if row["key"] in holdout or row["split"] != "train":
-                raise DataError(
-                    f"{dataset.root}: sample {row['key']} ({row['source']}) is in both the holdout and the training "
-                    "split, so every later number would be wrong. Run nanodit prep run on this source again."
-                )
-            self.rows.setdefault(row["bucket"], []).append(row)
+        self.all_rows = Rows.of(dataset.rows("train"))
+        _check_split(dataset, self.all_rows)
+        self.rows: dict[str, Rows] = self.all_rows.by("bucket")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -96,19 +92,35 @@ class TrainingSet:
         return self._cached(name, modality.layer, row, lambda: modality.read(dataset, row, flipped))
 
     def _cached(self, name: str, layer: str, row: Row, read: Callable[[], Stored]) -> Stored:
-        array = self._cache.get((row["key"], name))
+        place = row["key"], name
+        array = self._cache.get(place)
         if array is None:
-            what = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {row['key']}"
+            what = f"{Unit(row['bucket'], row['shard'], layer).tar}, sample {place[0]}"
             self.reading[threading.get_ident()] = what, time.monotonic()
             try:
                 array = read()
             finally:
                 del self.reading[threading.get_ident()]
             with self._lock:
-                if (row["key"], name) not in self._cache and array.nbytes <= self._budget:
+                if place not in self._cache and array.nbytes <= self._budget:
                     self._budget -= array.nbytes
-                    self._cache[row["key"], name] = array
+                    self._cache[place] = array
         return array
+
+
+def _check_split(dataset: Any, rows: Rows) -> None:
+    """Raise :class:`DataError` for a row that is of the holdout, too."""
+    if not rows:
+        return
+    wrong = pc.not_equal(rows.column("split"), "train")
+    if holdout := Rows.of(dataset.rows("holdout")):
+        wrong = pc.or_(wrong, pc.is_in(rows.column("key"), holdout.column("key")))
+    if found := rows.take(wrong):
+        row = found[0]
+        raise DataError(
+            f"{dataset.root}: sample {row['key']} ({row['source']}) is in both the holdout and the training "
+            "split, so every later number would be wrong. Run nanodit prep run on this source again."
+        )
 
 
 def load_pixels(

@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import chain, product
+from itertools import product
 from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -25,6 +26,7 @@ from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
 from prep.dataset.layers import LAYERS, T5_TOKENS, dino_grid, option
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Rows
 from prep.passes.cost import sample_bytes
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
@@ -50,7 +52,7 @@ class StandIn:
         kept = {name: described.get(name, {}) for name in prep.active_layers if name != "text"}
         self.info = {"base": prep.base, "encoders": prep.encoders, "fingerprint": self.fingerprint, "layers": kept}
 
-    def rows(self, split: str) -> list[Row]:
+    def rows(self, split: str) -> Rows:
         """Return the rows of the split "train", with usual captions and in one row the longest; no other split."""
         scale = option(self.prep, "dino", "input_scale")
         longest = self.prep.t5.max_tokens
@@ -59,7 +61,7 @@ class StandIn:
             row = {"key": f"{i:032x}", "source": "none", "bucket": str(bucket), "split": split}
             row["t5_tokens"] = longest if i == 0 else min(T5_TOKENS, longest)
             rows.append(row | dict(zip(("dino_h", "dino_w"), dino_grid(bucket.height, bucket.width, scale))))
-        return rows
+        return Rows.of(rows)
 
 
 def open_dataset(config: TrainConfig, config_file: Path, base: int | None) -> tuple[Dataset | StandIn, str]:
@@ -107,10 +109,13 @@ class Shapes:
     @classmethod
     def of(cls, info: dict[str, Any], rows: Sequence[Row]) -> Shapes:
         """Read them from a dataset.json and the rows of the training split."""
-        features = Features.from_dataset(info)
-        tokens = [row["t5_tokens"] for row in rows] if "text" in features.modalities else [0]
-        one_of_each = {row["bucket"]: row for row in rows}
-        return cls(padded_length(max(tokens)), round(sum(tokens) / len(tokens)), one_of_each, features)
+        features, rows = Features.from_dataset(info), Rows.of(rows)
+        longest = total = 0
+        if "text" in features.modalities:
+            tokens = rows.column("t5_tokens")
+            longest, total = pc.max(tokens).as_py(), pc.sum(tokens).as_py()
+        one_of_each = {bucket: own[-1] for bucket, own in rows.by("bucket").items()}
+        return cls(padded_length(longest), round(total / len(rows)), one_of_each, features)
 
     def conditions(self, bucket: str, images: int, text_tokens: int, device: torch.device) -> Conditions:
         """Return everything that images of a bucket can be conditioned on, without content."""
@@ -149,11 +154,10 @@ def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
         total = lambda layer: sum(sample_bytes(dataset.prep, layer, row["bucket"]) for row in rows)  # noqa: E731
         return {layer: total(layer) / len(rows) for layer in layers}
     sizes: dict[str, float] = {}
-    for row in rows:
-        for column, value in row.items():
-            layer, _, member = column.partition("/")
-            if member.endswith("/length") and layer != "text" and "flip" not in member and "json" not in member:
-                sizes[layer] = sizes.get(layer, 0.0) + value / len(rows)
+    for column in rows[0]:
+        layer, _, member = column.partition("/")
+        if member.endswith("/length") and layer != "text" and "flip" not in member and "json" not in member:
+            sizes[layer] = sizes.get(layer, 0.0) + pc.sum(rows.column(column)).as_py() / len(rows)
     return sizes
 
 
@@ -164,12 +168,13 @@ def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
     With ``flip`` the features of mirrored images come on top.
     """
     features, total = Features.from_dataset(dataset.info), 0
-    for row in dataset.rows("train"):
-        total += 3 * math.prod(bucket_size(row["bucket"]))
-        for name, width in features.widths.items():
+    for bucket, rows in dataset.rows("train").by("bucket").items():
+        total += len(rows) * 3 * math.prod(bucket_size(bucket))
+        lengths = rows.by("t5_tokens") if "t5_tokens" in rows[0] else {0: rows}
+        for (tokens, own), (name, width) in product(lengths.items(), features.widths.items()):
             modality = MODALITIES[name]
-            one = modality.stored_bytes(row, width, row.get("t5_tokens", 0))
-            total += one * (2 if flip and modality.mirror is None else 1)
+            one = modality.stored_bytes(rows[0], width, tokens)  # as large for every row of the bucket
+            total += len(own) * one * (2 if flip and modality.mirror is None else 1)
     return total
 
 
@@ -214,7 +219,7 @@ def probe(trainer: Trainer) -> None:
 
     Nothing of it stays: gradients are forgotten, and there is no random state that it could change.
     """
-    shapes = Shapes.of(trainer.data.info, [*chain(*trainer.data.rows.values())])
+    shapes = Shapes.of(trainer.data.info, trainer.data.all_rows)
     batch = largest_batch(trainer, shapes, trainer.device)
     for _ in range(2):  # the second time the gradients are there already
         trainer.micro_step(batch)

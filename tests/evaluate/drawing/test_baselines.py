@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from evaluate.drawing.baselines import TrainingImages, load_training_images, round_trip
 from evaluate.metrics.pixels import psnr
 from evaluate.subject import random_pairs
+from nanodit.rng import generator
 
 
 def row(key, bucket="64x64", group=None):
@@ -25,6 +26,21 @@ def test_everybody_is_paired_with_somebody_else_of_the_same_bucket(items):
     sizes = list(buckets.values())
     assert set(pairs) == {key for key, bucket in buckets.items() if sizes.count(bucket) > 1}
     assert pairs == random_pairs(rows[::-1])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["64x64", "80x56"]), st.sampled_from("abc")), max_size=12))
+def test_the_partner_is_the_next_one_on_the_ring_that_is_no_duplicate(items):
+    rows = [row(f"{number:02d}", bucket, group) for number, (bucket, group) in enumerate(items)]
+    expected = {}
+    for bucket in {one["bucket"] for one in rows}:
+        own = [one for one in rows if one["bucket"] == bucket]
+        ring = [own[index] for index in generator("random pair", bucket).permutation(len(own))]
+        for index, one in enumerate(ring):
+            others = ring[index + 1 :] + ring[:index]
+            foreign = [other for other in others if other["duplicate_group"] != one["duplicate_group"]]
+            if others:
+                expected[one["key"]] = (foreign or others)[0]["key"]
+    assert random_pairs(rows) == expected
 
 
 def test_partners_are_no_duplicates_where_that_is_possible():

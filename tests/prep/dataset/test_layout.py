@@ -205,7 +205,7 @@ def test_an_index_without_a_column_is_named(published, column):
 
 
 def test_an_index_with_a_bucket_of_another_base_is_named(published):
-    rows = Dataset(published).rows()
+    rows = [dict(row) for row in Dataset(published).rows()]
     rows[1]["bucket"] = "128x128"
     republish(published, {"index.parquet": rows})
     with pytest.raises(DataError, match=r"index\.parquet names bucket 128x128, but base 64 has .*64x64"):

@@ -12,6 +12,7 @@ import pytest
 from nanodit.errors import DataError
 from prep.__main__ import main as prep
 from prep.dataset.reader import Dataset
+from prep.dataset.rows import Rows
 from prep.run import run
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.test_run import LocalPipeline
@@ -139,10 +140,11 @@ def test_e01_a_newer_version_that_holds_out_what_the_run_was_trained_on_is_refus
     change(place)
     after = Dataset(place / "out")
     assert changed_versions(before, after).endswith("6 images added, 2 gone, 1 captions changed")
-    table = after.table.to_pylist()
-    leaked = next(row for row in table if row["split"] == "train" and row["key"] in before.table["key"].to_pylist())
+    known = {row["key"] for row in before.rows()}
+    rows = [dict(row) for row in after.rows()]
+    leaked = next(row for row in rows if row["split"] == "train" and row["key"] in known)
     leaked["split"] = "holdout"
-    after.table = type(after.table).from_pylist(table, schema=after.table.schema)
+    after._rows = Rows.of(rows)
     with pytest.raises(DataError, match=f"1 images that the run was trained on are in the holdout.*{leaked['key']}"):
         changed_versions(before, after)
 

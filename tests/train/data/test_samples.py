@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodit.errors import ConfigError, DataError
+from nanodit.rng import generator
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.data.order import Order
@@ -51,6 +52,42 @@ def test_trap_34_every_sample_weighs_the_same_whatever_its_bucket(sizes, batch_s
         seen.update((slot.bucket, item) for item in slot.items)
     assert len(seen) == total, "no bucket vanishes, however small"  # trap 34
     assert set(seen.values()) == {last_epoch}, "and every sample was shown as often as any other"
+
+
+def plain_slots(sizes, batch_size, seed, count) -> list[tuple[str, list[int]]]:
+    """Write the order down as it is defined, slot by slot in plain lists."""
+    sizes = {bucket: size for bucket, size in sorted(sizes.items()) if size}
+    slots, epoch = [], 0
+    while len(slots) < count:
+        batches = [
+            (bucket, batch)
+            for bucket, size in sizes.items()
+            for batch in range(epoch * size // batch_size, (epoch + 1) * size // batch_size)
+        ]
+        slots += [batches[i] for i in generator(seed, "epoch", epoch).permutation(len(batches))]
+        epoch += 1
+    streams = {}
+    for bucket, size in sizes.items():
+        last = max([batch for other, batch in slots[:count] if other == bucket], default=0)
+        laps = (last + 1) * batch_size // size + 1
+        permuted = (generator(seed, "bucket", bucket, lap).permutation(size) for lap in range(laps))
+        streams[bucket] = [int(item) for lap in permuted for item in lap]
+    return [(bucket, streams[bucket][batch * batch_size : (batch + 1) * batch_size]) for bucket, batch in slots[:count]]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
+    batch_size=st.integers(1, 33),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_order_is_the_one_that_plain_lists_give(sizes, batch_size, seed):
+    sizes = {f"bucket{i}": size for i, size in enumerate(sizes)}
+    order, expected = Order(sizes, batch_size, seed), plain_slots(sizes, batch_size, seed, 40)
+    assert [(order[i].bucket, list(order[i].items)) for i in range(40)] == expected
+    for slots in (0, 1, 17, 40):
+        shown = Counter(bucket for bucket, _ in expected[:slots])
+        assert order.unseen(slots) == sum(max(0, size - shown[name] * batch_size) for name, size in sizes.items())
 
 
 def test_micro_batches_of_an_epoch_mix_the_buckets_in_random_order():
