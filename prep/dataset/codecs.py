@@ -42,7 +42,9 @@ def encode_pixels(pixels: np.ndarray, member: str) -> bytes:
     return jpeg_bytes(pixels) if member == "jpg" else webp_bytes(pixels)
 
 
-def decode_pixels(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3) from the bytes of a px member."""
+def decode_pixels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 (H, W, 3) from the bytes of a px member; ValueError, before decoding, unless ``size`` is its (W, H)."""
     with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+        if size and image.size != size:
+            raise ValueError(f"its pixels are {image.width}x{image.height} and not {size[0]}x{size[1]}")
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from nanodit.errors import DataError
 from nanodit.storage import Storage, open_storage
 from prep.dataset import versions
-from prep.dataset.buckets import buckets_for
+from prep.dataset.buckets import Bucket, buckets_for
 from prep.dataset.codecs import decode_pixels, load_npy
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
@@ -38,6 +38,9 @@ from prep.dataset.quantise import Quantised, dequantise
 from prep.dataset.rows import Columns, Rows, column_names, read_columns
 
 TEXTS = LAYERS["text"].columns.keys() | LAYERS["text"].flip.columns.keys()  # long ones, read when they are asked for
+# what an index may say: bytes of a member, where it begins in its tar, the number of a shard; so nobody allocates what
+# a damaged or hostile file asks for
+MOST = {"length": 1 << 28, "offset": 1 << 42, "shard": (1 << 31) - 1}
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
@@ -235,14 +238,20 @@ class Dataset:
         try:
             return load_npy(data)
         except (ValueError, EOFError) as error:  # a pickle, for which numpy has a ValueError, or no array at all
-            where = (
-                f"{Unit(row['bucket'], row['shard'], member.partition('/')[0])}, sample {row['key']}, member {member}"
-            )
-            raise DataError(f"{where}: {error}. Run nanodit prep verify --repair, then nanodit prep run.") from error
+            raise self._wrong(row, member, error) from error
+
+    def _wrong(self, row: Mapping[str, Any], member: str, error: Exception) -> DataError:
+        where = f"{Unit(row['bucket'], row['shard'], member.partition('/')[0])}, sample {row['key']}, member {member}"
+        return DataError(f"{where}: {error}. Run nanodit prep verify --repair, then nanodit prep run.")
 
     def pixels(self, row: Mapping[str, Any]) -> np.ndarray:
         """Return the crop, uint8 (H, W, 3), sRGB; lossless, or as JPEG left it."""
-        return decode_pixels(self.read(row, f"px/{self._pixels}"))
+        bucket = Bucket.parse(row["bucket"])
+        data = self.read(row, f"px/{self._pixels}")
+        try:
+            return decode_pixels(data, (bucket.width, bucket.height))
+        except (ValueError, OSError) as error:  # OSError: of Pillow, for what it cannot decode
+            raise self._wrong(row, f"px/{self._pixels}", error) from error
 
     @property
     def has_flips(self) -> bool:
@@ -271,7 +280,10 @@ class Dataset:
         """Return what :meth:`patches` are stored as, on their grid."""
         name = "dino_flip" if flipped else "dino"
         arrays = map(partial(self.together().array, row), (f"dino/{name}.npy", f"dino/{name}_scale.npy"))
-        return Quantised(*(array.reshape(row["dino_h"], row["dino_w"], -1) for array in arrays))
+        try:
+            return Quantised(*(array.reshape(row["dino_h"], row["dino_w"], -1) for array in arrays))
+        except (ValueError, TypeError) as error:  # the index says another grid
+            raise self._wrong(row, f"dino/{name}.npy", error) from error
 
     def pose(self, row: Mapping[str, Any]) -> np.ndarray:
         """Keypoints, float32 (133, 3): x and y in [-1, 1] over the crop, and a confidence that may exceed 1."""
@@ -358,8 +370,19 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
     if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(f"{path} has no column {', '.join(missing)}. Run nanodit prep run again.")
     known = {str(bucket) for bucket in buckets_for(info["base"])}
-    if unknown := sorted(set(pc.unique(table["bucket"]).to_pylist()) - known):
+    if unknown := sorted(map(str, set(pc.unique(table["bucket"]).to_pylist()) - known)):
         raise DataError(
-            f"{path} names bucket {', '.join(unknown)}, but base {info['base']} has {', '.join(sorted(known))}. "
-            "Run nanodit prep run again."
+            f"{path} names bucket {', '.join(unknown)}, but base {info['base']} has "
+            f"{', '.join(sorted(known))}. Run nanodit prep run again."
         )
+    for name in columns:
+        column, most = table[name], MOST.get(name.rpartition("/")[2], MOST["shard"])
+        if column.null_count:
+            raise DataError(f"{path}: {column.null_count} rows have no {name}. Run nanodit prep run again.")
+        if pa.types.is_integer(column.type) and len(column):
+            least, largest = pc.min_max(column).as_py().values()
+            if least < 0 or largest > most:
+                wrong = least if least < 0 else largest
+                raise DataError(f"{path}: {name} is {wrong:,}, and no more than {most:,}. Run nanodit prep run again.")
+    if odd := sorted(set(pc.unique(table["split"]).to_pylist()) - {"train", "holdout"}):
+        raise DataError(f"{path} names a split {', '.join(odd)}. Run nanodit prep run again.")

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
-from nanodit.errors import ConfigError, DataError
+from nanodit.errors import ConfigError, DataError, first_line
 from train.checkpoint.checkpoint import load_weights
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
@@ -29,12 +31,39 @@ PREFIX = "network."  # of the names in the file: the network is a part of the cl
 SECTIONS = ("model", "flow", "tread")  # of the training config, that drawing depends on
 
 
+def build_as(tensors: Mapping[str, Tensor], config: TrainConfig, dataset: Mapping[str, Any], source: Path) -> NanoDiT:
+    """Build the network that a description asks for, if the largest of its tensors is no larger than those of a file.
+
+    So nothing is allocated for the sizes that a damaged or hostile description names; whether each tensor fits is said
+    by :func:`train.checkpoint.checkpoint.load_weights`. Raises :class:`DataError`.
+    """
+    try:
+        features = Features.from_dataset(dataset)
+        if config.model.depth > len(tensors):
+            raise ValueError(f"{config.model.depth:,} blocks")
+        with torch.device("meta"):
+            wanted = max(value.numel() for value in build_model(config.model, features, config.tread).parameters())
+        largest = max((value.numel() for value in tensors.values()), default=0)
+        if wanted > largest:
+            raise ValueError(f"a tensor of {wanted:,} numbers")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{source}: its tensors are not those of the network that is described beside it: {first_line(error)}"
+        ) from None
+    return build_model(config.model, features, config.tread)
+
+
 def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
     """Build the network that a ``config.json`` describes, its weights random: (model, config, state).
 
     The three are what :func:`train.checkpoint.open.load_model` returns, but for the places of dataset and run,
     which an export does not know. Raises :class:`DataError` for a description of another version.
     """
+    config, state = _read(described, where)
+    return build_model(config.model, Features.from_dataset(state["dataset"]), config.tread), config, state
+
+
+def _read(described: Mapping[str, Any], where: str) -> tuple[TrainConfig, dict[str, Any]]:
     if described.get("schema") != SCHEMA:
         raise DataError(f"{where}: its schema is {described.get('schema')}, but this version reads {SCHEMA}")
     try:
@@ -43,11 +72,11 @@ def build(described: Mapping[str, Any], where: str = "config.json") -> tuple[Nan
             conditioning={"preset": None, "table": dict(described["conditioning"])},
             **{name: dict(described[name]) for name in SECTIONS},
         )  # fmt: skip
-        model = build_model(config.model, Features.from_dataset(described["dataset"]), config.tread)
+        Features.from_dataset(described["dataset"])
         state = {"step": described["step"], "dataset": described["dataset"], "source": described["source"]}
     except (KeyError, TypeError, ValidationError) as error:
         raise DataError(f"{where}: not the description of a model of this version: {error}") from None
-    return model, config, state
+    return config, state
 
 
 def is_exported(folder: Path) -> bool:
@@ -69,7 +98,7 @@ def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainCon
         raise DataError(f"{folder / CONFIG}: cannot be read: {error}") from None
     if not isinstance(described, dict):
         raise DataError(f"{folder / CONFIG}: not the description of a model")
-    model, config, state = build(described, str(folder / CONFIG))
+    config, state = _read(described, str(folder / CONFIG))
     if weights not in ("ema", held := state["source"]["weights"]):
         raise ConfigError(f"{folder}: this export holds only the weights {held}, not {weights}")
     if not (folder / WEIGHTS).is_file():
@@ -79,5 +108,6 @@ def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainCon
             "several files are not read: save again without `variant`, and with `max_shard_size='100GB'`"
         )
     tensors = read_tensors(folder / WEIGHTS)
+    model = build_as(tensors, config, state["dataset"], folder / WEIGHTS)
     load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
     return model.eval(), config, state

@@ -10,12 +10,11 @@ from pydantic import ValidationError
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import read_json
 from train.checkpoint.checkpoint import load_weights, resolve_checkpoint, verify
-from train.checkpoint.exported import is_exported, load_exported
+from train.checkpoint.exported import build_as, is_exported, load_exported
 from train.checkpoint.posthoc import parse_weights, reconstruct
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
-from train.model.modalities import Features
-from train.model.network import TRAINING_ONLY, NanoDiT, build_model
+from train.model.network import TRAINING_ONLY, NanoDiT
 
 
 def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
@@ -36,11 +35,11 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:
         raise DataError(f"{step_folder}/state.json: its config does not fit this version: {error}") from None
-    model = build_model(config.model, Features.from_dataset(state["dataset"]), config.tread)
     source = step_folder / f"{'power' if sigma_rel else weights}.safetensors"
     if source.name not in names:
         raise ConfigError(f"{step_folder}: was trained without `ema.snapshots`, so there is no {weights}; use ema")
     tensors = read_tensors(source)
+    model = build_as(tensors, config, state["dataset"], source)
     if sigma_rel:
         tensors = reconstruct(step_folder.parent.parent, state["step"], tensors, sigma_rel)
     load_weights(model, {name: value for name, value in tensors.items() if not name.startswith(TRAINING_ONLY)}, source)
