@@ -334,7 +334,7 @@ def make_recipes(
     generated: Mapping[str, Any],
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow."""
-    with waiting("loading the code of the encoders", at_once=False):  # torch and transformers take seconds
+    with waiting("loading the code of the encoders", at_once=False):  # folders of models are hashed, demo ones built
         encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
         encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
     recipes: dict[Unit, dict[str, Any]] = {}
