@@ -9,29 +9,33 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
+from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption, usual_name
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
-from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
+from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
-from prep.images.filters import filter_recipe, header_problem
+from prep.images.filters import Problem, filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import Reject, Remember, Source, scan
+from prep.images.sources import COUNTED, LookAll, Reject, Source, read_all, scan
+from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
     committed_caption_hashes,
@@ -87,6 +91,24 @@ class Plan:
     again: list[Unit]
     notes: list[str]
 
+    def table(self) -> pa.Table:
+        """Return the samples, sorted by key, with their place; the columns are those of ``MANIFEST_SCHEMA``."""
+        sizes = [len(keys) for keys in self.shards.values()]
+        keys = [key for members in self.shards.values() for key in members]
+        samples = [self.sources[key] for key in keys]
+        columns = [
+            keys,
+            [source.name for source in samples],
+            [source.size_bytes for source in samples],
+            [source.width for source in samples],
+            [source.height for source in samples],
+            np.repeat(np.array([bucket for bucket, _ in self.shards], object), sizes),
+            np.repeat(np.array([shard for _, shard in self.shards], np.int32), sizes),
+        ]
+        arrays = [pa.array(values, field.type) for field, values in zip(MANIFEST_SCHEMA, columns)]
+        table = pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+        return table.take(pc.sort_indices(table["key"]))
+
     def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
         """Group the missing units of some layers by shard; those with most to do first, so that all end together."""
         wanted: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
@@ -122,28 +144,34 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     folder, root = Path(config.source), open_storage(config.output)
     settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
     with ScanCache(root, folder, settings) as cache:
-        found = scan(folder, config.image.max_pixels, cache.look)
+        found = scan(folder, config.image.max_pixels, cache.look_all)
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
         files_gone, replaced = compare_sources(manifest, found)
         kept = worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
-        for source in [*found.sources, *([] if prune else kept)]:
-            if problem := header_problem(
-                source.width, source.height, config.filters, config.base, config.image.max_upscale
-            ):
+        sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
+        buckets: dict[str, str] = {}
+        for source in chain(found.sources, () if prune else kept):
+            size = source.width, source.height
+            if size not in sizes:
+                problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
+                sizes[size] = problem, str(choose_bucket(*size, config.base))
+            problem, bucket = sizes[size]
+            if problem:
                 rejects.append(Reject(source.name, "source", *problem))
             else:
-                sources[source.key] = source
-        buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
+                sources[source.key], buckets[source.key] = source, bucket
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
         old_captions = committed_caption_hashes(parts) if kept else {}
-        captions, expected = read_captions(config, sources, old_captions, cache.look)
+        captions, expected = read_captions(config, sources, old_captions, cache.look_all)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
         reasons = outdated(config, root, recipes, parts)
+        # their recipes, which name every caption, need not be in memory twice
+        parts = {unit: part if unit in reasons else replace(part, recipe=recipes[unit]) for unit, part in parts.items()}
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
 
         def is_back(source: Source) -> bool:
@@ -192,10 +220,15 @@ def check_folders(config: PrepConfig) -> None:
 
 
 def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
-    """Read the committed parts of some units."""
+    """Read the committed parts of some units; their tables have the keys alone."""
     storage, parts = open_storage(root), {}
+    known = known_parts(storage)
+
+    def read(unit: Unit) -> Part | None:
+        return read_part(storage, unit, ["key"], known.get(unit.part))
+
     with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
-        for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
+        for unit, part in zip(units, pool.map(read, units)):
             if part is not None:
                 parts[unit] = part
             progress.advance()
@@ -206,7 +239,7 @@ def read_captions(
     config: PrepConfig,
     sources: Mapping[str, Source],
     committed: Mapping[str, str],
-    remember: Remember = lambda name, read: read(),
+    look_all: LookAll = read_all,
 ) -> tuple[dict[str, str], list[Reject]]:
     """Return what every sample's text depends on: its sidecar's hash or the reason for having none; empty without text.
 
@@ -216,21 +249,20 @@ def read_captions(
     """
     if "text" not in config.layers or config.captions.generated:
         return {}, []
-    sidecars = SidecarCaptions(Path(config.source))
-    found: list[str | BadCaption] = []
-
-    def caption_of(source: Source) -> str | BadCaption:
-        if source.gone and source.key in committed:
-            return committed[source.key]
-        caption = _try_caption(sidecars, source.name, remember)
-        if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
-            return gone_without_caption(source.name)
-        return caption
-
-    with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
-        for item in pool.map(caption_of, sources.values()):
-            found.append(item)
-            progress.advance()
+    found: list[str | BadCaption | None] = [
+        committed.get(key) if source.gone else None for key, source in sources.items()
+    ]
+    asked = [position for position, caption in enumerate(found) if caption is None]
+    listed = list(sources.values())
+    names = [listed[position].name for position in asked]
+    with Progress("captions", len(sources), "captions") as progress:
+        for done, (position, caption) in enumerate(zip(asked, look_at_captions(config, names, look_all))):
+            if listed[position].gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
+                caption = gone_without_caption(listed[position].name)
+            found[position] = caption
+            if done % COUNTED == 0:
+                progress.update(done)
+        progress.update(len(sources))
     bad = [problem for problem in found if isinstance(problem, BadCaption) and problem.reason != SOURCE_GONE]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
@@ -251,23 +283,37 @@ def read_captions(
     return captions, expected
 
 
-def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> str | BadCaption:
-    try:
-        known = remember(sidecars.path(source), lambda: {"sha256": sidecars.caption(source).provenance["sha256"]})
-        return known["sha256"]
-    except BadCaption as bad:
-        return bad
+def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) -> list[str | BadCaption]:
+    """Return the hash of the sidecar of each source, or what is wrong with it."""
+    sidecars = SidecarCaptions(Path(config.source))
+
+    def read(name: str) -> dict[str, Any] | BadCaption:
+        try:
+            return {"sha256": sidecars.read(name).provenance["sha256"]}
+        except BadCaption as bad:
+            return bad
+
+    def known(found: dict[str, Any] | Exception | None) -> Any:
+        return found["sha256"] if isinstance(found, dict) else found
+
+    captions = [known(found) for found in look_all([usual_name(source) for source in sources], read)]
+    others = [position for position, caption in enumerate(captions) if caption is None]
+    if others:  # under another name, or under none
+        names = [sidecars.path(sources[position]) for position in others]
+        for position, name, found in zip(others, names, look_all(names, read)):
+            captions[position] = known(read(name) if found is None else found)
+    return captions
 
 
-def earlier_places(
-    storage: Storage, manifest: Iterable[Mapping[str, Any]], buckets: Mapping[str, str]
-) -> dict[str, tuple[str, int]]:
+def earlier_places(storage: Storage, manifest: pa.Table, buckets: Mapping[str, str]) -> dict[str, tuple[str, int]]:
     """Return the (bucket, shard) of every key of an earlier plan.
 
     Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
     of the base before are still there and know their members.
     """
-    places = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
+    known: dict[tuple[str, int], tuple[str, int]] = {}  # one tuple for all samples of a shard
+    shards = zip(manifest["bucket"].to_pylist(), manifest["shard"].to_pylist())
+    places = {key: known.setdefault(place, place) for key, place in zip(manifest["key"].to_pylist(), shards)}
     moved = {key for key, (bucket, _) in places.items() if buckets.get(key, bucket) != bucket}
     wanted = {buckets[key] for key in moved}
     for name in storage.names("parts/") if moved else ():
@@ -373,7 +419,7 @@ def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | No
     """Why a unit has to be computed; empty when it is current. ``upstream`` names the layer that it is made from."""
     if part is None:
         return "its tar or index part is damaged" if storage.exists(unit.part) else "not computed yet"
-    if fingerprint_of(part.recipe) == fingerprint_of(recipe):
+    if same_recipe(part.recipe, recipe):
         return ""
     old, new = _flat(part.recipe), _flat(recipe)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
@@ -391,31 +437,24 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
+def read_manifest(root: Path | str | Storage) -> pa.Table:
     """Read the samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     data = storage.read_if_there(MANIFEST)
     if data is None:
-        return []
+        return MANIFEST_SCHEMA.empty_table()
     try:
-        table = read_parquet(data, schema=MANIFEST_SCHEMA)
+        return read_parquet(data, schema=MANIFEST_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         path = storage.where(MANIFEST)
         raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error
-    return table.to_pylist()
 
 
 def write_manifest(plan: Plan) -> None:
     """Fix the membership of the shards, before the first unit is computed; the published version is kept before."""
-    rows = [
-        vars(plan.sources[key]) | {"source": plan.sources[key].name, "bucket": bucket, "shard": shard}
-        for (bucket, shard), keys in plan.shards.items()
-        for key in keys
-    ]
-    rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
-    data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    data = parquet_bytes(plan.table())
     storage = open_storage(plan.config.output)
-    changed = not storage.exists(MANIFEST) or storage.read(MANIFEST) != data
+    changed = storage.read_if_there(MANIFEST) != data
     if changed or plan.missing:
         keep_version(storage, plan.parts)
     if changed:

@@ -255,7 +255,8 @@ def leaks(dataset: Dataset, threshold: float) -> tuple[int, int]:
     small = {
         key: data for part in parts for key, data in zip(*(part.table[n].to_pylist() for n in ("key", "thumbnail")))
     }
-    pairs = set(near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows]))
+    found = near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows])
+    pairs = {(a, b) for block in found for a, b in block.tolist()}
     tokens = np.stack([dataset.cls(row) for row in rows]).astype(np.float64)
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     pairs |= {(int(a), int(b)) for a, b in np.argwhere(tokens @ tokens.T > threshold) if a < b}
