@@ -251,7 +251,9 @@ def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:
     """Return everything that is known to be refused when some layers have been computed."""
     rejects = list(plan.rejects)
     for unit in plan.recipes:
-        part = plan.parts.get(unit) or (read_part(plan.config.output, unit) if unit.layer in computed else None)
+        part = plan.parts.get(unit)
+        if part is None and unit.layer in computed:
+            part = read_part(plan.config.output, unit, ["key"])
         for item in part.rejects if part else ():
             rejects.append(Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail))
     return rejects

@@ -54,13 +54,14 @@ def recall(storage: Storage, inputs: str) -> dict[str, Any] | None:
     record = _record(storage)
     if record.get("inputs") != inputs:
         return None
-    dataset = storage.read_if_there(DATASET)
-    if dataset is None or sha256_bytes(dataset) != record["dataset"]:
+    try:
+        if file_hash(storage, DATASET) != record["dataset"]:
+            return None
+        hashes = json.loads(storage.read(DATASET))["hashes"]
+        outcome = record["outcome"] | {"files": sorted(hashes)}
+    except (KeyError, TypeError, ValueError):  # a record of another version, or damaged
         return None
-    hashes = json.loads(dataset)["hashes"]
-    if any(file_hash(storage, name) != sha256 for name, sha256 in hashes.items()):
-        return None
-    return record["outcome"] | {"files": sorted(hashes)}
+    return outcome if all(file_hash(storage, name) == sha256 for name, sha256 in hashes.items()) else None
 
 
 def remember(storage: Storage, inputs: str, parts: Mapping[Unit, Part], outcome: Mapping[str, Any]) -> None:

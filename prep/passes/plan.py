@@ -318,7 +318,8 @@ def earlier_places(storage: Storage, manifest: pa.Table, buckets: Mapping[str, s
     wanted = {buckets[key] for key in moved}
     for name in storage.names("parts/") if moved else ():
         match = PX_PART.fullmatch(name)
-        part = read_part(storage, Unit(match[1], int(match[2]), "px")) if match and match[1] in wanted else None
+        unit = Unit(match[1], int(match[2]), "px") if match and match[1] in wanted else None
+        part = read_part(storage, unit, ["key"]) if unit else None
         if part is not None:
             keys = {*part.table["key"].to_pylist(), *(reject.key for reject in part.rejects)}
             places |= {key: (match[1], int(match[2])) for key in keys & moved if buckets[key] == match[1]}
