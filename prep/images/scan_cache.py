@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -50,18 +51,17 @@ class ScanCache:
         self._settings = json.dumps(dict(settings), sort_keys=True)
         self._start = time.time_ns()
         self._saved = time.monotonic()
-        old = self._load()
-        self._names, self._values = (old[name].combine_chunks() for name in ("name", "value"))
-        self._stamps = np.stack([old[name].to_numpy() for name in STAMP], axis=1)
-        self._seen = np.zeros(len(old), bool)  # rows that are still right
-        self._forgotten = np.zeros(len(old), bool)
+        self._old = self._load()  # sorted by name
+        self._stamps = np.stack([self._old[name].to_numpy() for name in STAMP], axis=1)
+        self._seen = np.zeros(len(self._old), bool)  # rows that are still right
+        self._forgotten = np.zeros(len(self._old), bool)
         self._new: dict[str, tuple[Stamp, str]] = {}
 
     def _load(self) -> pa.Table:
         try:
             table = read_parquet(self.storage.read(NAME))
             if (table.schema.metadata or {}).get(b"settings") == self._settings.encode():
-                return table.select(SCHEMA.names).cast(SCHEMA)
+                return table.select(SCHEMA.names)
         except (OSError, ValueError, KeyError, pa.ArrowException):
             pass
         return SCHEMA.empty_table()
@@ -71,31 +71,40 @@ class ScanCache:
 
         ``read`` is called in threads. An exception that it returns is handed on and not remembered.
         """
+        chunks = [names[start : start + COUNTED] for start in range(0, len(names), COUNTED)]
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
-            chunks = [names[start : start + COUNTED] for start in range(0, len(names), COUNTED)]
-            stamps = np.concatenate([np.empty((0, 3), np.int64), *pool.map(self._stat, chunks)])
-            rows = self._rows(names)
-            there, settled = stamps[:, 0] >= 0, stamps[:, 1:].max(axis=1) < self._start - SETTLED * 1e9
-            current = there & (rows >= 0)
-            current[current] = (self._stamps[rows[current]] == stamps[current]).all(axis=1)
-            self._seen[rows[current & settled]] = True
-
-            def note(index: int) -> dict[str, Any] | Exception | None:
-                if not there[index]:
-                    return None
-                value = read(names[index])
-                if settled[index] and not isinstance(value, Exception):
-                    self._new[names[index]] = tuple(stamps[index].tolist()), json.dumps(value)
-                return value
-
-            for start in range(0, len(names), COUNTED):
-                here = current[start : start + COUNTED]
-                texts = self._values.take(pa.array(rows[start : start + COUNTED][here])).to_pylist()
-                known = iter(json.loads(f"[{','.join(texts)}]"))
-                others = pool.map(note, (start + np.flatnonzero(~here)).tolist())
-                yield from (next(known) if is_known else next(others) for is_known in here.tolist())
+            for chunk, stamps in zip(chunks, pool.map(self._stat, chunks)):
+                yield from self._look(chunk, stamps, read, pool)
                 if time.monotonic() - self._saved > SAVED_EVERY:
                     self._save(~self._forgotten)
+
+    def _look(
+        self, names: Sequence[str], stamps: np.ndarray, read: Read, pool: ThreadPoolExecutor
+    ) -> Iterator[dict[str, Any] | Exception | None]:
+        there, settled = stamps[:, 0] >= 0, stamps[:, 1:].max(axis=1) < self._start - SETTLED * 1e9
+        rows = self._rows(names)
+        current = there & (rows >= 0)
+        current[current] = (self._stamps[rows[current]] == stamps[current]).all(axis=1)
+        self._seen[rows[current & settled]] = True
+
+        def note(index: int) -> dict[str, Any] | Exception | None:
+            if not there[index]:
+                return None
+            value = read(names[index])
+            if settled[index] and not isinstance(value, Exception):
+                self._new[names[index]] = tuple(stamps[index].tolist()), json.dumps(value)
+            return value
+
+        others = pool.map(note, np.flatnonzero(~current).tolist())
+        known = iter(json.loads(f"[{','.join(self._values(rows[current]))}]"))
+        yield from (next(known) if is_known else next(others) for is_known in current.tolist())
+
+    def _values(self, rows: np.ndarray) -> list[str]:
+        if not len(rows):
+            return []
+        first = int(rows.min())  # a slice, because taking rows of a column in chunks may copy all of it
+        column = self._old["value"].slice(first, int(rows.max()) + 1 - first).combine_chunks()
+        return column.take(pa.array(rows - first)).to_pylist()
 
     def _stat(self, names: Sequence[str]) -> np.ndarray:
         """Return the stamps of some files, int64 (N, 3), below 0 for those that are not there."""
@@ -110,8 +119,15 @@ class ScanCache:
 
     def _rows(self, names: Sequence[str]) -> np.ndarray:
         """Return where in the old table each file is, int64 (N,), -1 for those that are not in it."""
-        found = pc.index_in(pa.array(names, pa.string()), value_set=self._names)
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        if not len(names):
+            return np.empty(0, np.int64)
+        column = self._old["name"]
+        # names come in about the order of the table, so that a small part of it is looked through
+        first = bisect_left(range(len(column)), min(names), key=lambda row: column[row].as_py())
+        end = bisect_right(range(len(column)), max(names), key=lambda row: column[row].as_py())
+        found = pc.index_in(pa.array(names, pa.string()), value_set=column.slice(first, end - first))
+        found = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return np.where(found < 0, found, found + first)
 
     def forget(self, name: str) -> None:
         """Forget a file, which turned out to be another one than remembered, so that it is read again."""
@@ -139,8 +155,7 @@ class ScanCache:
         rows = self._rows(list(new))
         keep = keep.copy()
         keep[rows[rows >= 0]] = False
-        old = pa.table([self._names, *map(pa.array, self._stamps.T), self._values], schema=SCHEMA)
-        kept = old.filter(pa.array(keep))
+        kept = self._old.filter(pa.array(keep)).cast(SCHEMA)
         columns = [list(new), *zip(*(stamp for stamp, _ in new.values())), [value for _, value in new.values()]]
         tables = [kept, pa.table(columns, schema=SCHEMA)] if new else [kept]
         table = pa.concat_tables(tables).sort_by("name").replace_schema_metadata({"settings": self._settings})

@@ -34,7 +34,7 @@ from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
 from prep.images.filters import Problem, filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import COUNTED, LookAll, Reject, Source, read_all, scan
+from prep.images.sources import LookAll, Reject, Source, read_all, scan
 from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
@@ -63,6 +63,7 @@ MANIFEST_SCHEMA = pa.schema(
 )
 PX_PART = re.compile(r"parts/bucket_(\d+x\d+)-shard-(\d{6,})\.px\.parquet")
 NAMED = 5  # how many examples an error lists
+CAPTIONS = 10_000  # sidecars that are looked at at a time
 REQUESTS = 16  # to an object store at a time; each waits for the network
 
 
@@ -227,10 +228,13 @@ def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit
     def read(unit: Unit) -> Part | None:
         return read_part(storage, unit, ["key"], known.get(unit.part))
 
+    before = pa.table([])
     with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
         for unit, part in zip(units, pool.map(read, units)):
             if part is not None:
-                parts[unit] = part
+                if part.table.equals(before):  # the layers of a shard share one table
+                    part = replace(part, table=before)
+                before, parts[unit] = part.table, part
             progress.advance()
     return parts
 
@@ -249,21 +253,24 @@ def read_captions(
     """
     if "text" not in config.layers or config.captions.generated:
         return {}, []
-    found: list[str | BadCaption | None] = [
-        committed.get(key) if source.gone else None for key, source in sources.items()
-    ]
-    asked = [position for position, caption in enumerate(found) if caption is None]
-    listed = list(sources.values())
-    names = [listed[position].name for position in asked]
+    captions: dict[str, str] = {}
+    problems: list[tuple[str, BadCaption]] = []
+    listed = list(sources)
     with Progress("captions", len(sources), "captions") as progress:
-        for done, (position, caption) in enumerate(zip(asked, look_at_captions(config, names, look_all))):
-            if listed[position].gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
-                caption = gone_without_caption(listed[position].name)
-            found[position] = caption
-            if done % COUNTED == 0:
-                progress.update(done)
-        progress.update(len(sources))
-    bad = [problem for problem in found if isinstance(problem, BadCaption) and problem.reason != SOURCE_GONE]
+        for start in range(0, len(listed), CAPTIONS):
+            block = [sources[key] for key in listed[start : start + CAPTIONS]]
+            asked = [source.name for source in block if not (source.gone and source.key in committed)]
+            found = dict(zip(asked, look_at_captions(config, asked, look_all)))
+            for source in block:
+                caption = found.get(source.name, committed.get(source.key, ""))
+                if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
+                    caption = gone_without_caption(source.name)
+                if isinstance(caption, BadCaption):
+                    problems.append((source.name, caption))
+                    caption = caption.reason
+                captions[source.key] = caption
+            progress.advance(len(block))
+    bad = [problem for _, problem in problems if problem.reason != SOURCE_GONE]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
             f"{count} {name}" for name, count in Counter(problem.reason for problem in bad).most_common()
@@ -274,12 +281,7 @@ def read_captions(
             f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
             "or set captions.on_missing=reject to leave these images out"
         )
-    captions = {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
-    expected = [
-        Reject(source.name, "text", item.reason, item.detail)
-        for source, item in zip(sources.values(), found)
-        if isinstance(item, BadCaption)
-    ]
+    expected = [Reject(name, "text", problem.reason, problem.detail) for name, problem in problems]
     return captions, expected
 
 
@@ -311,9 +313,11 @@ def earlier_places(storage: Storage, manifest: pa.Table, buckets: Mapping[str, s
     Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
     of the base before are still there and know their members.
     """
-    known: dict[tuple[str, int], tuple[str, int]] = {}  # one tuple for all samples of a shard
-    shards = zip(manifest["bucket"].to_pylist(), manifest["shard"].to_pylist())
-    places = {key: known.setdefault(place, place) for key, place in zip(manifest["key"].to_pylist(), shards)}
+    names = manifest["bucket"].combine_chunks().dictionary_encode()
+    codes = np.asarray(names.indices).astype(np.int64) << 32 | manifest["shard"].to_numpy()
+    codes, rows = np.unique(codes, return_inverse=True)  # one tuple for all samples of a shard
+    known = [(names.dictionary[code >> 32].as_py(), code & 0xFFFFFFFF) for code in codes.tolist()]
+    places = dict(zip(manifest["key"].to_pylist(), map(known.__getitem__, rows.tolist())))
     moved = {key for key, (bucket, _) in places.items() if buckets.get(key, bucket) != bucket}
     wanted = {buckets[key] for key in moved}
     for name in storage.names("parts/") if moved else ():

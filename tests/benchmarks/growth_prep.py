@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.growth_prep --rows 64000 256000 1000000 [--only plan,nothing,publish] [--folder DIR]
 
-Prints seconds and peak GB of each, every one in a process of its own: ``publish`` of a dataset whose units are all
-committed (without class tokens), ``plan`` (`prep plan` with nothing new) and ``nothing`` (`prep run` with nothing to
-do), both with the start of Python. What is made up: every picture and every sidecar is a hard link to one of a few
-files, and what a scan would have found in them (keys, sizes, hashes) is written to the scan's memory; parts have random
-hashes, thumbnails and class tokens' places; tars are empty. Everything that is timed lists, stats, reads and writes
-real files. A folder that is given is kept, and used again.
+Prints seconds of the clock and of the processors, and peak GB, each in a process of its own: ``publish`` of a dataset
+whose units are all committed (without class tokens), ``plan`` (`prep plan` with nothing new) and ``nothing`` (`prep
+run` with nothing to do), both with the start of Python. What is made up: every picture and every sidecar is a hard
+link to one of a few files, and what a scan would have found in them (keys, sizes, hashes) is written to the scan's
+memory; parts have random hashes, thumbnails and offsets; tars are empty. Everything that is timed lists, stats, reads
+and writes real files. A folder that is given is kept, and used again.
 """
 
 from __future__ import annotations
@@ -136,17 +136,17 @@ def write_unit(root: Path, plan: Plan, unit: Unit, number: int) -> None:
         file.truncate(TAR_BYTES)
 
 
-def publish_only(folder: Path) -> float:
-    """Publish, and return the seconds that it took beside planning."""
+def publish_only(folder: Path) -> tuple[float, float]:
+    """Publish, and return the seconds that it took beside planning, of the clock and of the processors."""
     plan = make_plan(config(folder))
     assert not plan.missing, plan.explain()
-    parts, start = current_parts(plan), time.perf_counter()
+    parts, start, worked = current_parts(plan), time.perf_counter(), time.process_time()
     publish(plan, parts, "runs/0001/rejects.parquet")
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked
 
 
-def measured(arguments: list[str]) -> tuple[float, float, str]:
-    """Run a child; its seconds, its peak GB and what it printed."""
+def measured(arguments: list[str]) -> tuple[float, float, float, str]:
+    """Run a child; its seconds of the clock and of the processors, its peak GB and what it printed."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=output, stderr=subprocess.STDOUT)
@@ -156,30 +156,31 @@ def measured(arguments: list[str]) -> tuple[float, float, str]:
         said = output.read()
     if child.returncode:
         raise SystemExit(said)
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6, said
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6, said
 
 
-def phase(name: str, folder: Path) -> tuple[float, float]:
+def phase(name: str, folder: Path) -> tuple[float, float, float]:
     given = [f"{key}={value}" for key, value in overrides(folder).items()]
     if name == "publish":
-        _, memory, said = measured(["tests.benchmarks.growth_prep", "--child", "publish", "--folder", str(folder)])
-        return float(said.split()[-1]), memory
-    seconds, memory, said = measured(["prep", "plan" if name == "plan" else "run", *given])
+        *_, memory, said = measured(["tests.benchmarks.growth_prep", "--child", "publish", "--folder", str(folder)])
+        seconds, worked = map(float, said.split()[-2:])
+        return seconds, worked, memory
+    *numbers, said = measured(["prep", "plan" if name == "plan" else "run", *given])
     assert "nothing to compute" in said, said
-    return seconds, memory
+    return tuple(numbers)
 
 
 def grow(folder: Path, rows: int, phases: list[str]) -> None:
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        seconds, memory, _ = measured(
+        seconds, _, memory, _ = measured(
             ["tests.benchmarks.growth_prep", "--child", "make", "--rows", str(rows), "--folder", str(folder)]
         )
         (folder / "made").write_text("")
         print(f"made {rows} samples in {seconds:.0f} s, {memory:.1f} GB", flush=True)
     for name in phases:
-        seconds, memory = phase(name, folder)
-        print(f"{rows:>9}  {name:<8}{seconds:>8.1f} s{memory:>7.2f} GB", flush=True)
+        seconds, worked, memory = phase(name, folder)
+        print(f"{rows:>9}  {name:<8}{seconds:>8.1f} s{worked:>8.1f} s of processors{memory:>7.2f} GB", flush=True)
 
 
 def main() -> None:
@@ -192,7 +193,7 @@ def main() -> None:
     if options.child == "make":
         make(options.folder, options.rows[0])
     elif options.child == "publish":
-        print(publish_only(options.folder))
+        print(*publish_only(options.folder))
     else:
         chosen = options.only.split(",")
         phases = [name for name in PHASES if name in chosen or (name == "publish" and chosen)]
