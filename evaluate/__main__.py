@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 
 from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, SkippedError, run_command
+from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 
 TIERS = ("pulse", "table", "full")
@@ -25,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         claim(*PACKAGES)
         let_segments_grow()
+        if options.verb is _run:
+            let_threads_sleep()
         options.verb(options)
 
     return run_command(command)
@@ -84,7 +88,8 @@ def _run(options: argparse.Namespace) -> None:
     folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
-    say(f"wrote {folder}: report.json, samples.parquet. Next: nanodit evaluate report {folder} --output report.html")
+    following = f"nanodit evaluate report {quote(str(folder))} --output report.html"
+    say(f"wrote {folder}: report.json, samples.parquet. Next: {following}")
     if options.strict and evidence.skipped:
         names = ", ".join(skipped.name for skipped in evidence.skipped)
         raise SkippedError(f"--strict: {len(evidence.skipped)} metrics were skipped: {names}; the reasons are above")

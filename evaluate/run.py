@@ -34,7 +34,7 @@ from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import TESTS
 from nanodit.config import dump_config
 from nanodit.errors import DataError
-from nanodit.files import canonical_json, sha256_file, write_atomic
+from nanodit.files import canonical_json, check_writable, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
 from prep.dataset.reader import open_version
 from prep.dataset.readers import reading
@@ -72,6 +72,8 @@ def run(
     """
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
+    folder = output or run_folder / "validation_outputs" / step_folder.name
+    check_writable(folder, folder=True)
     model, train_config, state = load_model(step_folder)
     data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
     if data.fingerprint != state["dataset"]["fingerprint"]:
@@ -92,7 +94,6 @@ def run(
         tread=train_config.tread,
         precision=config.precision,
     )
-    folder = output or run_folder / "validation_outputs" / step_folder.name
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
     facts = provenance(subject, config, state, step_folder / "ema.safetensors")
     if not (folder / "parts").is_dir():  # nothing to go on from

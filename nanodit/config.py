@@ -3,13 +3,15 @@
 A file named ``configs/...`` is the shipped one where the working directory has none. A file may inherit with
 ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a mapping whose keys the
 user chooses.
-Overrides are ``dotted.path=value`` with the value read as YAML. Every error names the file, the path of the key and,
+Overrides are ``dotted.path=value``: the value of a key that is text is taken as it is, any other is read as YAML. Every
+error names the file, the path of the key and,
 for an unknown one, the nearest key that exists.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
@@ -22,6 +24,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from nanodit.errors import PROBLEM_BREAK, ConfigError
+
+MOST_SHOWN = 200  # letters of a wrong value
+MOST_VALUES = 100_000  # of a document with its aliases written out: ours have a hundred
 
 
 class Config(BaseModel):
@@ -61,7 +66,16 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 # YAML 1.1 reads 010 as 8 and 1:30 as 90; with the core schema both are plain
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(loader, node))
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    try:
+        return int(text)
+    except ValueError:  # Python reads 4,300 digits and no more
+        where = f"{node.start_mark.name}:{node.start_mark.line + 1}"
+        raise ConfigError(f"{where}: an integer of {len(text)} digits is no setting") from None
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -82,10 +96,16 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parse one YAML document strictly; ``name`` is what errors call it. Raises :class:`ConfigError`."""
+    check_text(text, name)
     loader = _Loader(text)
     loader.name = name
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MOST_VALUES:
+            raise ConfigError(f"{name}: its aliases stand for more than {MOST_VALUES:,} values; write it without them")
+        return loader.construct_document(node)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(f"{name}:{error.problem_mark.line + 1}: {error.problem}; only plain YAML is read") from None
     except yaml.YAMLError as error:
@@ -94,6 +114,24 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: nested too deeply") from None
     finally:
         loader.dispose()
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise :class:`ConfigError` for text that YAML cannot hold: not UTF-8 (as the system hands it on), or controls."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{name}: not UTF-8 text: {text!a}")
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        raise ConfigError(f"{name}: control character {found[0]!a} at position {found.start()}; remove it")
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Count the values of a document with what its aliases stand for in their places; inf for one inside itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+        children = (child for item in inside for child in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    return known[id(node)]
 
 
 def find_config(file: Path | str) -> Path:
@@ -105,7 +143,8 @@ def find_config(file: Path | str) -> Path:
 
 def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged mapping of ``path`` and, for each dotted key, the file that set it."""
-    if path.resolve() in chain:
+    own = Path(os.path.realpath(path))  # resolve() of a link to itself raises
+    if own in chain:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
         text = path.read_text(encoding="utf-8")
@@ -123,7 +162,7 @@ def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) ->
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends must name one file")
-        values, origins = _read_file(path.parent / parent, model, (*chain, path.resolve()))
+        values, origins = _read_file(path.parent / parent, model, (*chain, own))
     _merge(values, data, origins, str(path), model)
     return values, origins
 
@@ -148,18 +187,31 @@ def _merge(
             origins[dotted] = origin
 
 
-def _apply_override(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+def _apply_override(values: dict[str, Any], override: str, origins: dict[str, str], model: type[Config]) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form dotted.path=value")
+    name = f"override {path.strip()}"
+    check_text(text, name)
     node = values
     for key in keys[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {key} is a value, not a section")
-    node[keys[-1]] = parse_yaml(text, f"override {path.strip()}")
+    section = section_model(model, keys[:-1])
+    field = section.model_fields.get(keys[-1]) if section else None
+    kinds = _text_kinds(field.annotation) if field else set()
+    if kinds and kinds <= {str, types.NoneType}:
+        node[keys[-1]] = None if text == "null" and types.NoneType in kinds else text
+    else:
+        node[keys[-1]] = parse_yaml(text, name)
     origins[path.strip()] = "command line"
+
+
+def override_text(key: str, value: Any) -> str:
+    """Write an override as a command line has it: text as it is, any other value as JSON, which is YAML."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def load_config(model: type[T], file: Path | str | None, overrides: Sequence[str] = ()) -> T:
@@ -177,7 +229,7 @@ def load_config_with_origins(
     """Return what :func:`load_config` does and, for every key, what set it: a file, "command line" or "default"."""
     values, origins = ({}, {}) if file is None else _read_file(find_config(file), model)
     for override in overrides:
-        _apply_override(values, override, origins)
+        _apply_override(values, override, origins, model)
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -215,7 +267,11 @@ def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: 
     if problem["type"] == "missing":
         return f"{origin}: `{dotted}` is required"
     given = problem.get("input")
-    return f"{origin}: `{dotted}`: {problem['msg']}, got {given!r} ({type(given).__name__})"
+    if isinstance(given, dict | Config) and problem["type"] in ("value_error", "assertion_error"):
+        return f"{origin}: {f'`{dotted}`: ' if dotted else ''}{problem['msg'].removeprefix('Value error, ')}"
+    shown = repr(given)
+    shown = f"{shown[:MOST_SHOWN]}..." if len(shown) > MOST_SHOWN else shown
+    return f"{origin}: `{dotted}`: {problem['msg']}, got {shown} ({type(given).__name__})"
 
 
 def _nearest(path: list[str], model: type[Config]) -> str:
@@ -248,6 +304,16 @@ def _nested_config(annotation: Any) -> type[Config] | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next(filter(None, map(_nested_config, typing.get_args(annotation))), None)
     return None
+
+
+def _text_kinds(annotation: Any) -> set[Any]:
+    """Return the types that a field's value may have; a literal has those of its values."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _text_kinds(inside[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(_text_kinds, inside))
+    return set(map(type, inside)) if origin is typing.Literal else {annotation}
 
 
 def walk_keys(model: type[Config], prefix: str = "") -> list[str]:

@@ -95,6 +95,7 @@ class Progress:
         self._fields: dict[str, object] = {}
         self._start = time.monotonic()
         self._first: tuple[int, float] | None = None  # count and time of the first update that counted something
+        self._aside: tuple[str, float] | None = None  # what is done beside the counting, and since when
         self._closed = threading.Event()
         self._bar: RichProgress | None = None
         if sys.stdout.isatty():
@@ -127,6 +128,20 @@ class Progress:
     def advance(self, n: int = 1, **fields: object) -> None:
         """Add ``n`` to the count."""
         self.update(self.done + n, **fields)
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Show what is done meanwhile, and for how long, while nothing is counted; the rate passes over it."""
+        since = time.monotonic()
+        self._aside = what, since
+        if self._bar is not None:
+            self._bar.update(self._task, extra=what)
+        try:
+            yield
+        finally:
+            self._aside = None
+            if self._first is not None:
+                self._first = self._first[0], self._first[1] + time.monotonic() - since
 
     def close(self) -> None:
         """Stop and print the final count, rate and time taken."""
@@ -166,7 +181,10 @@ class Progress:
         """Return where it stands now, for example ``px: 64/500 samples, 3.1/s, 2m 20s left  rejected 1``."""
         of = "" if self.total is None else f"/{self.total}"
         rate, pace = self._rate(), ""
-        if self._first is None:
+        aside = self._aside
+        if aside:
+            pace = f", {aside[0]} for {duration(time.monotonic() - aside[1])}"
+        elif self._first is None:
             pace = ", starting"
         elif rate is not None:
             left = "" if self.total is None else f", {duration((self.total - self.done) / rate)} left"

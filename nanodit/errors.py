@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import signal
@@ -15,6 +16,19 @@ from typing import TextIO
 
 # what the system says when there is no more room to write in
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+# what it says of a place where nothing can be written or read, for reasons that lie outside this program
+_NO_PLACE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EEXIST", "EISDIR", "EIO", "ESTALE", "ELOOP", "ENAMETOOLONG", "EBUSY",
+        "ETIMEDOUT", "ENOTCONN", "EREMOTEIO", "ENXIO", "EINVAL",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+_DISK_FAILS = frozenset(getattr(errno, name) for name in ("EIO", "ESTALE", "EREMOTEIO") if hasattr(errno, name))
+_LOOP = "Symlink loop from"
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 
 # What CUDA's libraries and onnxruntime, whose errors have no class of their own for it, say where a GPU's memory does
 # not suffice: torch where its allocator is passed by, cuBLAS, cuSOLVER, cuFFT, cuDNN (before version 9 ALLOC_FAILED,
@@ -98,6 +112,29 @@ def resource_error(error: BaseException) -> ResourceError | None:
     return None
 
 
+def place_error(error: BaseException) -> ResourceError | None:
+    """Return ``error`` for the user if a file or folder could not be used, or none more be opened; None for others.
+
+    Only where a command ends with it: what deals with an OSError itself knows more about it.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith(_LOOP):  # of Path.resolve, before Python 3.13
+        return ResourceError(f"{str(error).removeprefix(_LOOP).strip()} is a symbolic link to itself. Remove it")
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _NO_DESCRIPTORS:
+        return ResourceError(f"{error.strerror}. Raise the limit (ulimit -n 4096), and run the same command again")
+    if error.filename is None and error.errno in _DISK_FAILS:
+        return ResourceError(f"{error.strerror}. Check the disk or the network drive, and run the same command again")
+    if error.errno not in _NO_PLACE or error.filename is None:
+        return None
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
+    if error.errno == errno.ELOOP and os.path.islink(place):
+        return ResourceError(f"{place} is a symbolic link where a file of ours is written. Remove it, and run again")
+    return ResourceError(
+        f"{place}: {error.strerror}. Check the place, its permissions and its disk, and run the same command again"
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Return what of an error's text is worth a line; empty where it has none."""
     return str(error).strip().partition("\n")[0].rstrip(".")
@@ -106,10 +143,14 @@ def first_line(error: BaseException) -> str:
 def run_command(main: Callable[[], int | None]) -> int:
     """Run ``main`` and return its exit code; what a user can act on becomes one ``error:`` line on stderr.
 
-    That is a :class:`NanoditError`, a lack of memory or disk (see :func:`resource_error`), and SIGINT or SIGTERM where
+    That is a :class:`NanoditError`, a lack of memory or disk (:func:`resource_error`), a place that cannot be used
+    (:func:`place_error`), and SIGINT or SIGTERM where
     ``main`` does not handle them. Where nobody reads stdout any more the command ends as after a signal, silently. Any
     other exception is a defect of ours and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a name shows its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _sigterm_as_interrupt():
             try:
@@ -128,7 +169,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return Interrupted.exit_code
     except Exception as error:
-        known = resource_error(error)
+        known = resource_error(error) or place_error(error)
         if known is None:
             raise
         return _report(known)

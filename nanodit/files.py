@@ -5,10 +5,57 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanodit.errors import DataError
+from nanodit.errors import ConfigError, DataError
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name in the folder of ``path`` that nobody can foresee, ``.NAME.tmp-RANDOM-PROCESS``, for its content.
+
+    To be opened so that it must not exist ("x"): where others may write, too, a link of theirs could lie there.
+    """
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}-{os.getpid()}")
+
+
+def no_link(name: str, flags: int) -> int:
+    """Open for :func:`open`, as its ``opener``, refusing a symbolic link, whose target is another's file."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Let an OSError, which names no file where writing or closing one failed, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def check_writable(path: Path | str, option: str = "--output", folder: bool = False) -> None:
+    """Raise :class:`ConfigError` where nothing can be written at ``path``, before the work for it begins.
+
+    ``folder`` says that a folder is to stand there, not a file. Nothing is created.
+    """
+    path = Path(path)
+    if path.is_dir() and not folder:
+        raise ConfigError(f"{option} {path}: is a folder; name a file")
+    if path.exists() and folder and not path.is_dir():
+        raise ConfigError(f"{option} {path}: is a file; name a folder")
+    above = path if folder else path.parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise ConfigError(f"{option} {path}: {above} is not a folder. Choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} {path}: {above} may not be written. Choose another place, or change its permissions"
+        )
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -18,9 +65,10 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_beside(path)
+    file = open(temporary, "xb")  # noqa: SIM115 - closed below; before the try: what lies there already is not ours
     try:
-        with open(temporary, "wb") as file:
+        with named(path), file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nanodit.console import Progress, repeating, say
 from nanodit.errors import ConfigError, ResourceError
+from nanodit.files import no_link
 from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, ObjectStore, Storage, open_storage
 
@@ -54,7 +55,7 @@ def _folder_lock(storage: LocalFolder) -> Iterator[Lock]:
     path = storage.root / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115 - closed below
     except OSError as error:
         raise ResourceError(f"output {storage} cannot be written: {error.strerror}. Choose another output") from error
     with file:

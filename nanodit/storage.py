@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from nanodit.errors import ConfigError, NanoditError, ResourceError
-from nanodit.files import sha256_bytes, sync_folder, write_atomic
+from nanodit.files import sha256_bytes, sync_folder, temporary_beside, write_atomic
 
 URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>[^?#]*)")
 HALF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/.*|pipe:.*")  # one slash is missing, or more is wrong; C:/x is a folder
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
-# where killed writers leave ``.NAME.tmp-PID``
+# where killed writers leave ``.NAME.tmp-RANDOM-PROCESS``
 TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers")
 
 
@@ -100,7 +100,7 @@ class Storage(ABC):
 
     @abstractmethod
     def draft(self, name: str) -> Path:
-        """Return a local path to write a large file at for :meth:`put_file`; who fails before that removes it."""
+        """Create a local file to write a large one in, for :meth:`put_file`; who fails before that removes it."""
 
     @abstractmethod
     def put_file(self, name: str, path: Path) -> None:
@@ -145,7 +145,12 @@ class LocalFolder(Storage):
     def names(self, prefix: str = "") -> list[str]:
         start, _, beginning = prefix.rpartition("/")
         found = []
-        for folder, folders, files in os.walk(self.root / start):
+
+        def refuse(error: OSError) -> None:  # what cannot be listed is not empty
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise _cannot_read(str(error.filename), error) from error
+
+        for folder, folders, files in os.walk(self.root / start, onerror=refuse):
             here = Path(folder).relative_to(self.root)
             if here == Path(start):  # the only level at which a name can begin otherwise
                 folders[:] = [name for name in folders if name.startswith(beginning)]
@@ -185,7 +190,9 @@ class LocalFolder(Storage):
     def draft(self, name: str) -> Path:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        draft = temporary_beside(path)
+        draft.open("xb").close()
+        return draft
 
     def put_file(self, name: str, path: Path) -> None:
         with open(path, "r+b") as file:

@@ -10,6 +10,7 @@ from pathlib import Path
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.files import check_writable
 from nanodit.place import claim
 from nanodit.posix import require_posix
 from prep.config import PrepConfig
@@ -44,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     report = verb("report", "write one offline HTML page that shows what is in a dataset")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the dataset")
+    report.add_argument(
+        "--source", type=Path, metavar="FOLDER",
+        help="where the images come from, for pictures of those that were refused (with --config: that of the config)",
+    )  # fmt: skip
     verify = verb("verify", "prove that a dataset is whole: hashes, schema, no leaks, no orphans")
     verify.add_argument("--repair", action="store_true", help="discard damaged units; the next run computes them again")
     export = verb("export", "write a dataset in another layout")
@@ -86,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _figures(options: argparse.Namespace) -> None:
     from prep.figures.figures import write_figures
 
+    check_writable(options.out, "folder", folder=True)
     write_figures(options.out, options.count, options.size, options.seed, options.short_captions)
     say(f"wrote {options.count} figures to {options.out}")
 
@@ -109,7 +115,14 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> None:
     from prep.report.report import write_report
 
-    say(f"wrote {write_report(_dataset(options), options.output)}")
+    if options.output:
+        check_writable(options.output)
+    source = options.source
+    if source is None and options.config:
+        source = Path(load_config(PrepConfig, options.config, options.overrides).source)
+    if source is not None and not source.is_dir():
+        raise ConfigError(f"--source {source}: is not a folder")
+    say(f"wrote {write_report(_dataset(options), options.output, source)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -127,6 +140,7 @@ def _versions(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from prep.export import export_flat
 
+    check_writable(options.flat, "--flat", folder=True)
     export_flat(_dataset(options), options.flat)
 
 

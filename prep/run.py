@@ -18,6 +18,7 @@ from typing import Any
 from nanodit.config import dump_config
 from nanodit.console import Progress, duration, say, waiting
 from nanodit.errors import DataError, Interrupted
+from nanodit.files import no_link
 from nanodit.lock import locked
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.captions.cache import forget_rejects
@@ -59,7 +60,7 @@ class RunFolder:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
         name = f"{self.name}/log.jsonl"
         if isinstance(self.storage, LocalFolder):
-            with open(self.storage.root / name, "a", encoding="utf-8") as file:
+            with open(self.storage.root / name, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(line)
             return
         self._lines.append(line)  # nothing can be appended to an object: it is written whole, but not for every shard

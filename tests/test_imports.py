@@ -21,8 +21,8 @@ INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
     "nanodit": [
-        "allocator errors keypoints", "files posix", "config console storage faults svg rng place", "lock pages", "cli",
-        "__main__",
+        "allocator errors keypoints", "files posix", "config console storage faults svg rng place", "lock openmp pages",
+        "cli", "__main__",
     ],
     "prep": [
         "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify versions",

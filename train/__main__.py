@@ -16,6 +16,7 @@ from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
 from nanodit.errors import ConfigError, run_command
+from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 from nanodit.posix import require_posix
 
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         claim(*PACKAGES)
         let_segments_grow()
+        if options.verb in (_run, _sample):
+            let_threads_sleep()
         options.verb(options)
 
     return run_command(command)
@@ -216,13 +219,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     require_posix("nanodit train run")
+    from train.checkpoint.run_folder import check_still_there
     from train.config import TrainConfig
     from train.run import run
 
     if not options.max_hours > 0:
         raise ConfigError(f"--max-hours {options.max_hours:g}: must be more than 0")
+    config = load_config(TrainConfig, options.config, options.overrides)
+    check_still_there(options.config, config.run_folder, options.overrides)
     run(
-        load_config(TrainConfig, options.config, options.overrides), _build_validation,
+        config, _build_validation,
         resume=options.resume, init_from=options.init_from, allow_change=options.allow_change,
         allow_environment_change=options.allow_environment_change,
         newest_version=options.dataset_version == "new", stop_at=STARTED + 3600 * options.max_hours,
@@ -333,11 +339,14 @@ def _sweep(options: argparse.Namespace) -> None:
         run_trial(folder, options.trial, work)
         say(f"wrote {folder / 'trials' / options.trial}")
         return
+    from train.checkpoint.run_folder import check_still_there
     from train.sweep.config import load_sweep
     from train.sweep.sweep import run_sweep
 
+    chosen = load_sweep(options.config, options.overrides)
+    check_still_there(options.config, chosen.folder, options.overrides)
     run_sweep(
-        load_sweep(options.config, options.overrides), work,
+        chosen, work,
         arms=[name.strip() for name in options.arms.split(",")] if options.arms else [],
         resume=options.resume, retry_failed=options.retry_failed, new_cohort=options.new_cohort,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import RATIO_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from nanodit.errors import ConfigError, ResourceError
-from nanodit.files import canonical_json, write_atomic
+from nanodit.files import canonical_json, check_writable, write_atomic
 from nanodit.pages import open_template
 
 __all__ = ["EvaluationFiles", "find_output", "metrics_csv", "number", "render", "report_json", "write_report"]
@@ -46,6 +46,7 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     folders = [folders] if isinstance(folders, Path) else list(folders)
     files = [EvaluationFiles.read(folder) for folder in folders]
     page = output or (files[0].folder if len(files) == 1 else Path()) / "report.html"
+    check_writable(page)
     record, table = page.with_suffix(".json"), page.with_suffix(".csv")
     own = len(files) == 1 and record.absolute() == (files[0].folder / "report.json").absolute()
     if not own and record.name == "report.json" and (record.parent / "samples.parquet").is_file():

@@ -19,7 +19,7 @@ from evaluate.sweep.pictures import grids
 from evaluate.sweep.questions import questions
 from evaluate.sweep.words import metric_title
 from nanodit.errors import ConfigError
-from nanodit.files import canonical_json, write_atomic
+from nanodit.files import canonical_json, check_writable, write_atomic
 from nanodit.pages import open_template
 
 SCHEMA = 1
@@ -43,6 +43,7 @@ def write_sweep_report(folder: Path, output: Path | None = None) -> list[Path]:
     """
     sweep = RecordedSweep.read(folder)
     page = output or folder / "report.html"
+    check_writable(page)
     record, table = page.with_suffix(".json"), page.with_suffix(".csv")
     if (record.parent / "samples.parquet").is_file() and record.name == "report.json":
         raise ConfigError(f"{record} is the evidence of an evaluation; give --output another name or folder")

@@ -8,22 +8,25 @@ this image). Redirects are never followed and no key is sent that the config doe
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, first_line
 from prep.captions.quality import Answer
-
-if TYPE_CHECKING:
-    pass
 
 UNKNOWN = "unknown"
 LISTING_TIMEOUT = 30.0  # seconds to say which models there are
 CONNECT_TIMEOUT = 10.0  # seconds
+LONGEST_WAIT = 3600.0  # seconds that a host may ask to be left alone
+# what HTTP clients read, as do the client of Ollama and that of the hub
+ENVIRONMENT = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class HostFault(Exception):
@@ -80,9 +83,20 @@ class CaptionServer(ABC):
         import httpx  # which takes .3 seconds, and no config needs
 
         self.limits = httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout))
-        self._client = httpx.AsyncClient(
-            base_url=self._base_url(), timeout=self.limits, follow_redirects=False, headers=self.headers
-        )
+        with usable_environment():
+            self._client = httpx.AsyncClient(
+                base_url=self._base_url(), timeout=self.limits, follow_redirects=False, headers=self.headers,
+                trust_env=not self.is_loopback,
+            )  # fmt: skip
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it runs on this machine, where no proxy leads."""
+        try:
+            name = urlsplit(self._base_url()).hostname or ""
+            return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        except ValueError:  # another name, or no URL, which the first request says
+            return False
 
     @staticmethod
     def default_hosts() -> list[str]:
@@ -138,6 +152,30 @@ class CaptionServer(ABC):
         return f"{parts.scheme}://{here}{parts.netloc}{port}{parts.path.rstrip('/') or self.default_path}"
 
 
+@contextmanager
+def usable_environment(*more: str) -> Iterator[None]:
+    """Raise :class:`ConfigError` where no HTTP client can be made of the environment: ``ENVIRONMENT`` and ``more``."""
+    try:
+        yield
+    except (ImportError, ValueError, OSError) as error:
+        named = [name for name in (*more, *ENVIRONMENT) if os.environ.get(name) or os.environ.get(name.lower())]
+        raise ConfigError(
+            f"no connection can be made with {', '.join(named) or 'the proxies of this system'}: "
+            f"{first_line(error) or type(error).__name__}. Correct or unset them (for socks proxies: pip install "
+            "'httpx[socks]'); captions beside the images (captions.backend=sidecar) need none"
+        ) from error
+
+
+def proxy_of(url: str) -> str:
+    """Return the proxy of the environment through which ``url`` is asked; "" where there is none."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    proxies = getproxies()
+    if not parts.hostname or parts.hostname == "localhost" or proxy_bypass(parts.hostname):
+        return ""
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    return proxy.rpartition("@")[2]  # without its user and password
+
+
 @asynccontextmanager
 async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
     """Give what happens inside ``seconds``, and turn what HTTP clients raise into the three kinds of failure."""
@@ -151,7 +189,8 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
         response = error.response
         said = response.headers.get("location", "") if response.is_redirect else response.text
         wait = response.headers.get("retry-after", "")
-        raise fault_of_status(url, response.status_code, said, float(wait) if wait.isdigit() else 0.0) from error
+        seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
+        raise fault_of_status(url, response.status_code, said, min(seconds, LONGEST_WAIT)) from error
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise ConfigError(f"caption host {url} is not a URL: {error}. Correct captions.hosts") from error
     except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
@@ -162,7 +201,9 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
         # the Ollama client's own words for a refused connection say nothing about the cause
         cause = error.__context__ if isinstance(error, ConnectionError) else error
         kind = HostUnreachable if isinstance(error, ConnectionError | httpx.ConnectError) else HostFault
-        raise kind(f"cannot be reached: {cause or type(error).__name__}") from error
+        through = f" (through the proxy {proxy})" if (proxy := proxy_of(url)) else ""
+        reason = str(cause or "") or type(cause or error).__name__
+        raise kind(f"cannot be reached{through}: {reason}") from error
     except ValueError as error:  # of JSON, or of the client's models
         raise HostFault("answers with something that is not a reply of such a server") from error
 
@@ -173,6 +214,12 @@ def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exce
     404 and 400 end the run, 500 is about the sample, the rest is about the host.
     """
     said = " ".join(str(said).split())[:200]
+    proxy = proxy_of(url)
+    if status == 407 or (proxy and status == 403):
+        return ConfigError(
+            f"the proxy {proxy or 'on the way'} does not let requests to {url} through (HTTP {status}). Name the host "
+            "in NO_PROXY, or correct the proxy's address and password"
+        )
     if status in (401, 403):
         return ConfigError(
             f"caption host {url} refuses access (HTTP {status}). Name the variable that holds its key in "

@@ -22,6 +22,7 @@ from prep.captions.base import (
     ServerFacts,
     fault_of_status,
     translate_failures,
+    usable_environment,
 )
 from prep.captions.quality import Answer, tidy
 
@@ -45,15 +46,13 @@ class OllamaServer(CaptionServer):
 
     def __init__(self, url: str, model: str, timeout: float, key: str | None) -> None:
         super().__init__(url, model, timeout, key)
-        import ollama  # which fails where OLLAMA_HOST is no URL: that concerns nobody else
-
-        self._ollama = ollama.AsyncClient(
-            url,
-            timeout=self.limits,
-            follow_redirects=False,
-            headers=self.headers,
-            auth=None if key else _without_key,
-        )
+        with usable_environment("OLLAMA_HOST"):
+            import ollama  # which makes a client at once, of OLLAMA_HOST and of proxies: that concerns nobody else
+        with usable_environment():
+            self._ollama = ollama.AsyncClient(
+                url, timeout=self.limits, follow_redirects=False, headers=self.headers,
+                auth=None if key else _without_key, trust_env=not self.is_loopback,
+            )  # fmt: skip
         self._refusal = ollama.ResponseError
 
     @staticmethod
@@ -120,7 +119,9 @@ class OllamaServer(CaptionServer):
             try:
                 yield
             except self._refusal as error:
-                raise fault_of_status(self.url, error.status_code, error.error) from error
+                response = getattr(error.__context__, "response", None)  # of the client below it
+                target = response.headers.get("location", "") if response is not None and response.is_redirect else ""
+                raise fault_of_status(self.url, error.status_code, target or error.error) from error
 
 
 class OpenAIServer(CaptionServer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +14,7 @@ from nanodit.files import canonical_json, sha256_bytes
 from prep.captions.mirror import flip_caption
 from prep.images.sources import SIDECAR_SUFFIX, leads_out
 
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol without ink: fillers of Hangul, an empty Braille cell
 SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars
@@ -91,8 +93,8 @@ class SidecarCaptions:
         if "\0" in text:
             raise BadCaption("caption_nul", f"{name} holds a NUL character; is it UTF-16?")
         text = " ".join(text.split())
-        if not text:
-            raise BadCaption("caption_empty", f"{name} has no text")
+        if not any(map(_is_visible, text)):
+            raise BadCaption("caption_empty", f"{name} has no text{' but invisible characters' if text else ''}")
         return Caption(text, {"backend": "sidecar", "sha256": sha256_bytes(data)})
 
     def _read(self, name: str) -> bytes:
@@ -114,3 +116,8 @@ class SidecarCaptions:
             return self.caption(source).provenance["sha256"]
         except BadCaption as bad:
             return bad.reason
+
+
+def _is_visible(letter: str) -> bool:
+    """Whether a character is more than a space, a control or a format character, such as U+200B, or unassigned."""
+    return unicodedata.category(letter)[0] not in "CZ" and letter not in BLANK

@@ -136,7 +136,7 @@ def download_file(reference: Reference, name: str, optional: bool = False) -> Pa
         if optional and constants.HF_HUB_OFFLINE:
             return None
         raise explain(reference, name, error) from error
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, ImportError, HTTPError) as error:  # ImportError: of a proxy that needs more
         raise explain(reference, name, error) from error
 
 

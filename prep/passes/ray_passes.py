@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import socket
 import threading
 import time
 import warnings
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from nanodit.console import say, waiting
-from nanodit.errors import NanoditError, ResourceError, resource_error
+from nanodit.errors import ConfigError, NanoditError, ResourceError, first_line, resource_error
 from nanodit.place import PROJECT, hides
+from nanodit.posix import resource
 from nanodit.storage import absolute_place
 from prep.config import PrepConfig
 from prep.passes.layers import ShardTask
@@ -44,6 +46,9 @@ EXECUTOR_THREADS = "StreamingExecutor-"
 JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
 NAMED = 5
+CONNECT_TIMEOUT = 10.0  # seconds
+SOCKET_ROOM = 40  # letters: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1 and more comes behind
+OPEN_FILES, FEWEST_FILES = 4096, 512  # Ray's own advice is 65,536; a node of its own takes about 300
 MIN_MEMORY = 4 << 30  # bytes a worker may always use: what the production encoders need on a CPU
 MEMORY_SHARE = 0.8  # of a machine, for all its workers together
 # what Ray raises when an actor, its node or a result on that node has gone
@@ -62,19 +67,90 @@ def ray_session() -> Iterator[None]:
         yield
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if address := os.environ.get("RAY_ADDRESS"):
+    allow_open_files()
+    if (address := os.environ.get("RAY_ADDRESS", "local")) not in ("", "local"):
+        address = cluster_address(address)
         with waiting(f"joining Ray at {address}"), _away():
-            ray.init(**quiet)
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError) as error:
+                raise ResourceError(f"RAY_ADDRESS {address}: no cluster can be joined: {first_line(error)}") from error
     else:
         with waiting("starting Ray on this machine"), _away():
             resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
-            ray.init(address="local", include_dashboard=False, resources=resources, **quiet)
+            ray.init(
+                address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
+            )
         protect_token(Path.home() / ".ray" / "auth_token")
     try:
         yield
     finally:
         end_jobs()
         ray.shutdown()
+
+
+def cluster_address(given: str) -> str:
+    """Return the HOST:PORT of the cluster that ``RAY_ADDRESS`` names, where somebody listens.
+
+    ``auto`` is the one that ``ray start`` began on this machine, never one that another program began for itself alone
+    and ends with itself. Raises ConfigError for what is no such address, ResourceError where nobody listens.
+    """
+    if given.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS {given}: is of Ray Client, which cannot run a pass. Give HOST:6379 of the head, from a "
+            "machine of the cluster, or submit the command with: ray job submit"
+        )
+    address = given
+    if given == "auto":
+        address = ray._private.utils.read_ray_address()
+        if not address:
+            raise ConfigError(
+                "RAY_ADDRESS auto: no cluster was started on this machine with `ray start`. Unset it to start one for "
+                "this command alone, or give HOST:6379"
+            )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"RAY_ADDRESS {given}: is no HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"RAY_ADDRESS {given}: nobody answers at {address} ({first_line(error)}). Start the cluster, correct the "
+            "address, or unset it to work on this machine alone"
+        ) from error
+    return address
+
+
+def temporary_folder() -> str | None:
+    """Return where Ray keeps its sockets, whose paths may have 107 letters; None: where it does by itself.
+
+    Raises ConfigError where no folder with a short name can be written.
+    """
+    wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    for folder in dict.fromkeys((wanted, "/tmp", "/dev/shm", "/var/tmp")):
+        if len(os.fsencode(os.path.abspath(folder))) <= SOCKET_ROOM and os.access(folder, os.W_OK | os.X_OK):
+            return None if folder == wanted else os.path.join(folder, f"ray-{os.getuid()}")
+    raise ConfigError(
+        f"Ray's sockets need a folder with a short name that can be written; {wanted} is not one. Set RAY_TMPDIR to "
+        f"one of at most {SOCKET_ROOM} letters"
+    )
+
+
+def allow_open_files() -> None:
+    """Let this process, and what it starts, open as many files as Ray needs, as far as the system allows it.
+
+    Raises ResourceError where that is too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES:
+        return
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if wanted < FEWEST_FILES:
+        raise ResourceError(
+            f"this shell lets a process open {soft} files, and Ray needs {FEWEST_FILES}. Raise the limit: ulimit -n "
+            f"{OPEN_FILES}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _away() -> AbstractContextManager[None]:

@@ -65,13 +65,12 @@ class SampleThumbnails:
 class RejectThumbnails:
     """Pictures of refused sources: the crop if the sample came as far as that, else the source itself.
 
-    Sources are looked for in the folder that the newest run was given. Where there is no picture it is "", and never an
-    error: files move.
+    Sources are looked for in ``folder``, which the caller names, never where a dataset says that its own were: that of
+    a stranger could name any folder of this machine. Where there is no picture it is "", never an error: files move.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.folder = source_folder(dataset.storage)
+    def __init__(self, dataset: Dataset, folder: Path | None) -> None:
+        self.dataset, self.folder = dataset, folder
         self._places: dict[str, tuple[str, str, int]] = {}
 
     def make(self, rejects: Sequence[Mapping[str, str]]) -> list[str]:

@@ -29,13 +29,14 @@ from prep.report.pictures import RejectThumbnails, SampleThumbnails
 REPORT = "report.html"
 
 
-def write_report(dataset: Path | str | Storage, output: Path | None = None) -> Path | str:
+def write_report(dataset: Path | str | Storage, output: Path | None = None, source: Path | None = None) -> Path | str:
     """Write the page about a dataset (a folder, or the URL of an object store), by default ``report.html`` in it.
 
-    Return its path or URL. Raises DataError for something that is no dataset, holds no sample, or is damaged.
+    Sources that were refused are shown from the folder ``source``, if it is given. Return the page's path or URL.
+    Raises DataError for something that is no dataset, holds no sample, or is damaged.
     """
     storage = open_storage(dataset)
-    page = render(storage)
+    page = render(storage, source)
     if output is None:
         storage.write(REPORT, page)
         return Path(storage.where(REPORT)) if storage.is_local else storage.where(REPORT)
@@ -43,8 +44,8 @@ def write_report(dataset: Path | str | Storage, output: Path | None = None) -> P
     return output
 
 
-def render(storage: Storage) -> str:
-    """Return the page as text."""
+def render(storage: Storage, source: Path | None = None) -> str:
+    """Return the page as text; ``source`` as of :func:`write_report`."""
     dataset = Dataset(storage)
     if not len(dataset):
         raise DataError(f"{storage}: the index holds no sample, so there is nothing to show")
@@ -57,7 +58,7 @@ def render(storage: Storage) -> str:
         "captions": lambda: views.captions(dataset, thumbnails),
         "poses": lambda: views.poses(dataset, thumbnails),
         "duplicates": lambda: views.duplicates(dataset, thumbnails, rejects),
-        "rejects": lambda: views.refused(rejects, RejectThumbnails(dataset)),
+        "rejects": lambda: views.refused(rejects, RejectThumbnails(dataset, source)),
         "bytes": lambda: facts.layer_bytes(dataset),
         "models": lambda: facts.models(info),
         "timings": lambda: facts.timings(facts.read_runs(storage)),
@@ -76,6 +77,7 @@ def render(storage: Storage) -> str:
         absent=[layer for layer in LAYERS if layer not in dataset.layers],
         sheet=views.SHEET,
         rejects_known=rejects is not None,
+        source_known=source is not None,
         stages=json.dumps(info.get("stages", {}), indent=2, ensure_ascii=False, sort_keys=True),
     )
 

@@ -38,7 +38,7 @@ from prep.verify.units import READERS, CheckedUnit, Finding, check_unit
 PUBLISHED = ("index.parquet", "rejects.parquet", "manifest.parquet")
 PART_NAME = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d{6,})\.(?P<layer>\w+)\.parquet")
 TAR_NAME = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d{6,})\.(?P<layer>\w+)\.tar")
-TEMPORARY = re.compile(r"(.*/)?\.[^/]+\.tmp-\d+")
+TEMPORARY = re.compile(r"(.*/)?\.[^/]+\.tmp-[0-9a-f-]+")
 
 
 @dataclass

@@ -121,6 +121,7 @@ def test_failed_trials_stay_until_they_are_asked_for(dataset, tmp_path, ray_sess
     file = write_sweep(tmp_path, dataset, retries=0)
     monkeypatch.setenv("NANODIT_FAULT", "sweep.trial@B-seed0:raise")
     assert main(["sweep", "--config", str(file)]) == 0
+    assert "1 of 2 trials failed: B-seed0." in capsys.readouterr().out.splitlines()[-1]
     monkeypatch.delenv("NANODIT_FAULT")
     assert main(["sweep", "--config", str(file), "--resume"]) == 0
     assert records(file)["B-seed0"]["status"] == "failed"

@@ -321,6 +321,10 @@ def test_T08_a_sample_that_is_not_a_number_stops_the_run(tmp_path, value, capsys
     assert len(bad) == 1, "the one sample, however often it is in the micro-batch"
     assert bad.pop() in error
     assert set(content["grad_norms"].values()) & {"nan", "inf"}
+    assert f"the last checkpoint, {find_latest(tmp_path / 'run').name}, is intact" in error
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "early")
+    assert train(config, "checkpoint.every_steps=100", "train.steps=60", "train.grad_accumulation_steps=64") == 3
+    assert "there is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_T10_a_disk_that_takes_no_more_is_a_resource_error_and_costs_no_checkpoint(tmp_path):

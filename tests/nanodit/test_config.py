@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from typing import Literal
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from nanodit.config import Config, dump_config, load_config, parse_yaml, walk_keys
+from nanodit.config import Config, Place, dump_config, load_config, override_text, parse_yaml, walk_keys
 from nanodit.errors import ConfigError
 from prep.config import PrepConfig
 
@@ -117,6 +119,91 @@ def test_circular_inheritance_is_refused(tmp_path):
 def test_malformed_overrides_are_refused(override):
     with pytest.raises(ConfigError):
         load_config(Outer, None, ["out=x", "seed=1", "inner.lr=1.0", override])
+
+
+NAMES = [
+    "r/try #2",
+    "2024",
+    "007",
+    "1e5",
+    "[v2] pics",
+    "{x}",
+    "a: b",
+    "@home",
+    "'q",
+    "~",
+    '"q"',
+    "|",
+    "- a",
+    "null",
+    " a ",
+    "&a",
+]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"])))
+@example("a=b")
+def test_text_is_taken_as_it_is(text):
+    if yaml.reader.Reader.NON_PRINTABLE.search(text):
+        return
+    assert load_config(Outer, None, [f"out={text}"]).out == text
+    assert load_config(Outer, None, ["out=x", f"inner.name={text}"]).inner.name == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_folders_are_taken_as_they_are(name):
+    assert load_config(Outer, None, [override_text("out", name)]).out == name
+    assert load_config(Outer, None, ["out=x", override_text("tags", [name])]).tags == [name]
+
+
+class Mixed(Config):
+    noise: Literal["auto", "host"] = "auto"
+    workers: Literal["auto"] | int = "auto"
+    place: Place | None = None
+
+
+def test_only_text_alone_is_taken_as_it_is():
+    mixed = load_config(Mixed, None, ["noise=host", "workers=3", "place=~/a #1"])
+    assert (mixed.noise, mixed.workers, mixed.place) == ("host", 3, os.path.expanduser("~/a #1"))
+    assert load_config(Mixed, None, ["workers=auto", "place=null"]) == Mixed()
+    with pytest.raises(ConfigError, match="workers"):
+        load_config(Mixed, None, ['workers="3"'])
+
+
+BOMB = "out: x\na0: &a0 [1, 1]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB, "aliases stand for more than 100,000 values"),
+        ("out: x\ntags: &a [*a]", "aliases stand for more than 100,000 values"),
+        ("out: x\nseed: " + "7" * 5000, "config.yaml:2: an integer of 5000 digits"),
+        ("out: 'a\x07b'", r"control character '\x07' at position 7"),
+        ("out: 'a\x1b[2Jb'", r"control character '\x1b' at position 7"),
+    ],
+)
+def test_hostile_files_are_refused_at_once(tmp_path, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, write(tmp_path, text))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("out=a\x07b", r"override out: control character '\x07'"),
+        ("seed=\x00", r"override seed: control character '\x00'"),
+        ("out=caf\udce9", r"override out: not UTF-8 text: 'caf\udce9'"),
+        ("seed=" + "7" * 5000, "an integer of 5000 digits"),
+    ],
+)
+def test_hostile_overrides_are_refused(override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, None, ["out=x", override])
+    assert expected in str(caught.value)
 
 
 @example(Outer(out="\x85"))

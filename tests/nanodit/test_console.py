@@ -42,6 +42,19 @@ def test_what_was_done_by_an_earlier_run_is_no_part_of_the_rate(clock):
         assert progress.line() == "export: 60/100 samples, 2/s, 20s left"
 
 
+def test_what_is_done_aside_is_said_and_no_part_of_the_rate(clock):
+    with Progress("train", 100, unit="steps") as progress:
+        progress.advance(1)
+        clock[0] += 4
+        progress.advance(8)
+        with progress.aside("drawing pictures"):
+            clock[0] += 3600
+            assert progress.line() == "train: 9/100 steps, drawing pictures for 1h 00m"
+        assert progress.line() == "train: 9/100 steps, 2/s, 46s left"
+    with Progress("train", 100, unit="steps") as progress, progress.aside("drawing pictures"):
+        assert progress.line() == "train: 0/100 steps, drawing pictures for 0s"
+
+
 def test_waiting_is_never_silent(monkeypatch, capsys):
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.05)
     with waiting("starting Ray on this machine"):

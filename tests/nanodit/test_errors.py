@@ -37,6 +37,13 @@ def failing(error: BaseException):
         (OSError(errno.EDQUOT, "Quota exceeded"), 4, "cannot be written: Quota exceeded"),
         (OSError(errno.EFBIG, "File too large"), 4, "File too large"),
         (OSError(errno.EROFS, "Read-only file system"), 4, "Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "out/a.png"), 4, "out/a.png: Permission denied. Check"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"out/a"), 4, "out/a: Not a directory"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/a"), 4, "gone/a: No such file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 4, "a: Is a directory"),
+        (OSError(errno.ESTALE, "Stale file handle", "nfs/a"), 4, "nfs/a: Stale file handle"),
+        (OSError(errno.EIO, "Input/output error"), 4, "Input/output error. Check the disk"),
+        (OSError(errno.EMFILE, "Too many open files"), 4, "Too many open files. Raise the limit"),
         (MemoryError(), 4, "out of memory. Close"),
         (OutOfMemoryError("CUDA out of memory.\nmore"), 4, "out of memory: CUDA out of memory."),
         (KeyboardInterrupt(), 75, "the same command continues"),
@@ -50,7 +57,7 @@ def test_what_a_user_can_act_on_is_one_line(capsys, error, code, message):
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), ValueError("a defect")])
+@pytest.mark.parametrize("error", [OSError(errno.EINVAL, "Invalid argument"), ValueError("a defect")])
 def test_a_defect_keeps_its_traceback(error):
     assert resource_error(error) is None
     with pytest.raises(type(error)):
@@ -200,3 +207,21 @@ def test_other_failures_of_a_gpu_are_not(error):
 
 def test_torchs_own_class_is_known():
     assert gpu_is_full(pytest.importorskip("torch").OutOfMemoryError("CUDA out of memory."), "cpu")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_a_console_that_cannot_show_a_name_shows_its_escape(encoding):
+    code = (
+        "from nanodit.console import say\n"
+        "from nanodit.errors import DataError, run_command\n"
+        "def main():\n"
+        "    say('wrote \u6771\u4eac.png')\n"
+        "    print('\u6771')\n"
+        "    raise DataError('\u6771\u4eac.png: torn')\n"
+        "raise SystemExit(run_command(main))\n"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "wrote \\u6771\\u4eac.png" in done.stdout
+    assert done.stderr == "error: \\u6771\\u4eac.png: torn\n"

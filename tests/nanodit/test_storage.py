@@ -1,5 +1,6 @@
 """Places of datasets: a folder and an object store keep the same promises, with the same bytes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -108,6 +109,20 @@ def test_a_storage_may_be_shared_by_threads_forked_and_sent(storage):
     assert queue.get(timeout=30) == b"1" * 1000
     child.join()
     assert pickle.loads(pickle.dumps(storage)).read("a") == b"1" * 1000
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a").touch()
+    assert open_storage(tmp_path).names("parts/") == ["parts/a"]
+    assert open_storage(tmp_path).names("gone/") == []
+
+    def scandir(path):  # root may list everything
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ResourceError, match=r"parts cannot be read: Stale file handle"):
+        open_storage(tmp_path).names("parts/")
 
 
 def test_places_are_folders_or_urls_of_object_stores(tmp_path, monkeypatch):

@@ -72,6 +72,12 @@ def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainCon
     model, config, state = build(described, str(folder / CONFIG))
     if weights not in ("ema", held := state["source"]["weights"]):
         raise ConfigError(f"{folder}: this export holds only the weights {held}, not {weights}")
+    if not (folder / WEIGHTS).is_file():
+        found = ", ".join(sorted(path.name for path in (folder / COMPONENT).glob("*.safetensors*")))
+        raise DataError(
+            f"{folder / WEIGHTS}: does not exist{f' (there: {found})' if found else ''}. Weights of a variant or in "
+            "several files are not read: save again without `variant`, and with `max_shard_size='100GB'`"
+        )
     tensors = read_tensors(folder / WEIGHTS)
     load_weights(model, {name.removeprefix(PREFIX): value for name, value in tensors.items()}, folder / WEIGHTS)
     return model.eval(), config, state

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from nanodit.console import say
 from nanodit.errors import ConfigError, Interrupted, sigterm_came
+from nanodit.files import no_link
 from nanodit.posix import fcntl
 
 RUN_LOCK = "run.lock"
+OWN_CONFIGS = ("config.yaml", "sweep.yaml")  # that a run or a sweep writes into its folder
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     The kernel drops the lock when its owner ends, however it ends, so that a lock file left behind locks nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / RUN_LOCK, "a+", encoding="utf-8") as file:
+    with open(folder / RUN_LOCK, "a+", encoding="utf-8", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,6 +42,20 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def check_still_there(file: Path, output: Path, overrides: Sequence[str]) -> None:
+    """Refuse the config in the folder of a run or sweep that was moved or copied: it names the place where it was.
+
+    Unless ``output`` is among the overrides. Raises :class:`ConfigError`.
+    """
+    here = file.parent
+    moved = (here / RUN_LOCK).exists() and file.name in OWN_CONFIGS and here.resolve() != output.resolve()
+    if moved and not any(override.startswith("output=") for override in overrides):
+        raise ConfigError(
+            f"{file}: belongs to what lies in {here}, but its output is {output}: it was moved or copied, or the path "
+            f"is relative to another folder. Say where to write: output={here}, for example"
+        )
 
 
 class StopRequest:

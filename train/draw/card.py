@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,15 @@ def _usage(name: str, described: Mapping[str, Any], text: bool) -> str:
     asked = 'prompt="..."' if text else "reference=image"
     demo = described["dataset"]["encoders"] == "demo"
     encoder = "" if demo or not text else f" The text encoder is {_encoder(described['dataset'], 't5')}."
-    command = f"nanodit train sample --checkpoint {name} --prompt '...' --seed 0 --output picture.png"
+    quoted = json.dumps(name)
+    command = f"nanodit train sample --checkpoint {shlex.quote(name)} --prompt '...' --seed 0 --output picture.png"
     lines = [
         "## Use",
         "The code is the package nanodit, which is not on PyPI: `pip install -e '.[export]'` in a clone of its source, "
         "or `pip install 'nanodit[export] @ git+URL'` with the URL of its repository.",
         "```python\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)\n'
+        f"pipeline = DiffusionPipeline.from_pretrained({quoted}, custom_pipeline={quoted}, trust_remote_code=True)\n"
         f"image = pipeline({asked}, seed=0).images[0]\n"
         "```",
         f"`trust_remote_code` is for two files of a few lines that import nanodit.{encoder}",

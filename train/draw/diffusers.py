@@ -99,6 +99,10 @@ class NanoDiTPipeline(DiffusionPipeline):
         sampling = sampling or replace(DRAWING, steps=num_inference_steps, guidance=guidance_scale)
         if output_type not in ("pil", "np", "pt"):
             raise ConfigError(f"output_type {output_type!r}: unknown; use pil, np or pt")
+        if num_images_per_prompt < 1:
+            raise ConfigError(f"num_images_per_prompt {num_images_per_prompt}: must be at least 1")
+        if prompt is not None and not isinstance(prompt, str) and not len(prompt):
+            raise ConfigError("prompt: an empty list; leave it out for images without text")
         if sum(given is not None for given in (seed, generator, latents)) > 1:
             raise ConfigError("seed, generator, latents: each says which noise to start from; give only one")
         if latents is not None:

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from nanodit.config import check_text
 from nanodit.console import Progress
 from nanodit.errors import ConfigError, DataError
-from nanodit.files import canonical_json, sha256_file, write_atomic
+from nanodit.files import canonical_json, check_writable, sha256_file, write_atomic
 from nanodit.rng import noise
 from prep.dataset.buckets import Bucket, buckets_for
 from prep.dataset.reader import open_version
@@ -154,6 +155,9 @@ def check_request(request: DrawRequest) -> None:
         raise ConfigError(f"--output {request.output}: must be a file named *.png, which also holds the settings")
     if any(not prompt.strip() for prompt in request.prompts):
         raise ConfigError("--prompt: is empty; leave it out for a picture without text")
+    for prompt in request.prompts:
+        check_text(prompt, "--prompt")
+    check_writable(request.output)
     given = {"--prompt": request.prompts, "--reference": request.reference, "--pose": request.pose}
     named = [name for name, value in given.items() if value]
     if request.key is not None and named:

@@ -10,7 +10,6 @@ drawn from by the code that trained it, and there is one sampler.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
@@ -22,7 +21,7 @@ import torch
 
 from nanodit.console import Progress, say
 from nanodit.errors import ConfigError, DataError
-from nanodit.files import canonical_json, sha256_file, sync_folder
+from nanodit.files import canonical_json, check_writable, sha256_file, sync_folder, temporary_beside
 from nanodit.rng import noise
 from prep.dataset.reader import open_version
 from train.checkpoint.checkpoint import load_weights, resolve_checkpoint
@@ -107,6 +106,7 @@ def check_output(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise ConfigError(f"--output {output}: already exists, and an export replaces nothing; give another folder")
+    check_writable(output, folder=True)
 
 
 def describe(model: NanoDiT, config: TrainConfig, state: Mapping[str, Any], source: Mapping[str, Any]) -> dict:
@@ -130,7 +130,7 @@ def describe(model: NanoDiT, config: TrainConfig, state: Mapping[str, Any], sour
 
 def _write(output: Path, described: Mapping[str, Any], tensors: Tensors, card: str) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    draft = temporary_beside(output)
     try:
         (draft / COMPONENT).mkdir(parents=True)
         config = {"_class_name": "NanoDiTTransformer", **described}

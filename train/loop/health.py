@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, write_atomic
+from train.checkpoint.checkpoint import checkpoint_steps
 from train.loop.microbatch import Accumulated
 from train.method.loss import Loss
 from train.model.conditions import subset_name
@@ -61,8 +62,10 @@ def report_non_finite(
     }
     write_atomic(path, canonical_json(record))
     bad = [image["key"] for image in images if image["loss"] in ("nan", "inf")]
+    kept = checkpoint_steps(run_folder)
+    saved = f"the last checkpoint, {kept[0].name}, is intact" if kept else "there is no checkpoint yet"
     which = f"the loss of {len(bad)} images, {bad[0]} first" if bad else "the gradient's norm"
     return NonFiniteError(
         f"step {step}: {which}, is not finite. Optimiser and EMA were not touched; samples, t and norms are in "
-        f"{path}. Look at these samples, or lower train.lr; the last checkpoint is intact"
+        f"{path}. Look at these samples, or lower train.lr; {saved}"
     )

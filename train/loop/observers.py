@@ -22,6 +22,7 @@ import torch
 
 from nanodit.console import say
 from nanodit.errors import DataError, MemoryShortage, NanoditError, ResourceError, resource_error
+from nanodit.files import no_link
 from train.checkpoint.run_folder import StopRequest
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ def observe(what: str, step: int, run_folder: Path, stop: StopRequest, function:
 def keep_warning(run_folder: Path, step: int, what: str, reason: str, trace: str | None = None) -> None:
     """Add a line to the run's warnings.jsonl."""
     record = {"step": step, "what": what, "reason": reason, **({"traceback": trace} if trace else {})}
-    with open(run_folder / WARNINGS, "a", encoding="utf-8") as file:
+    with open(run_folder / WARNINGS, "a", encoding="utf-8", opener=no_link) as file:
         file.write(json.dumps(record) + "\n")
 
 

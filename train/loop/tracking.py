@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,8 +41,20 @@ class Tracker:
         if kept and kept[-1]["step"] == step:  # which an earlier start wrote
             self._record = kept[-1]
             self._start -= len(_line(self._record))
+        self._events = run_folder / "tensorboard"
         # events of an earlier start at purge_step or later are hidden
-        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._board: SummaryWriter | None = SummaryWriter(str(self._events), purge_step=step + 1, flush_secs=10)
+
+    def _show(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Call TensorBoard; where its events cannot be written, give it up and say so once: it only looks on."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments, **named)
+        except Exception as error:  # whatever the thread that writes them met: a folder that was moved, a lost drive
+            self._board = None
+            reason = f"{type(error).__name__}: {error}"
+            say(f"warning: {self._events}: TensorBoard's events are not written any more ({reason}); training goes on")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` (tag -> finite number) at ``step`` completed optimiser steps.
@@ -56,26 +69,42 @@ class Tracker:
         self._file.write(line)
         self._file.flush()
         for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
+            self._show("add_scalar", tag, value, step)
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """Show an image, uint8 (H, W, 3), on TensorBoard."""
-        self._board.add_image(tag, image, step, dataformats="HWC")
+        self._show("add_image", tag, image, step, dataformats="HWC")
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text, as it is, on TensorBoard."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown, whatever is in it
-        self._board.add_text(tag, indented, step)
+        self._show("add_text", tag, indented, step)
 
     def sync(self) -> None:
         """Make what was logged durable; called before a checkpoint, which promises the records up to its step."""
         os.fsync(self._file.fileno())
-        self._board.flush()
+        self._show("flush")
 
     def close(self) -> None:
         """Flush and close both files."""
         self._file.close()
-        self._board.close()
+        self._show("close")
+
+
+@contextlib.contextmanager
+def quiet_event_writer() -> Iterator[None]:
+    """Let TensorBoard's thread end without a traceback: what it met is raised again where it is called next."""
+    usual = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            usual(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 class Rates:

@@ -46,7 +46,7 @@ from train.loop.observers import finite, keep_warning, observe
 from train.loop.saving import Saver
 from train.loop.sending import Sender
 from train.loop.splitting import Splitter, remedy
-from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown
+from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown, quiet_event_writer
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
@@ -145,7 +145,7 @@ class Trainer:
         """
         if self.config.validation.every_steps and self.validate is None:
             raise ConfigError("validation.every_steps: this trainer was given nothing that validates; set it to 0")
-        with StopRequest() as stop:
+        with quiet_event_writer(), StopRequest() as stop:
             self._run(stop, stop_at)
 
     def _run(self, stop: StopRequest, stop_at: float) -> None:
@@ -323,7 +323,8 @@ class Trainer:
         picture = self.visual.folder(config.run_folder, step) / "grid.png"
         if self._due(config.visual_debug.every_steps) and not picture.exists():
             draw = lambda: self.visual.draw(self.ema_model(), step, config.run_folder)  # noqa: E731
-            grid = observe("visual_debug", step, config.run_folder, stop, draw)
+            with progress.aside("drawing pictures"):
+                grid = observe("visual_debug", step, config.run_folder, stop, draw)
             if grid is not None:
                 tracker.image(step, "visual_debug", grid)
                 tracker.text(step, "visual_debug/captions", "\n".join(self.visual.captions))
@@ -331,7 +332,8 @@ class Trainer:
         folder = config.run_folder / "validation_outputs" / f"step-{step:06d}"
         if self._due(config.validation.every_steps) and not (folder / VALIDATED).exists():
             validate = lambda: finite(self.validate(self.ema_model(), step, folder))  # noqa: E731
-            values = observe("validation", step, config.run_folder, stop, validate)
+            with progress.aside("validating"):
+                values = observe("validation", step, config.run_folder, stop, validate)
             if values:
                 tracker.log(step, values)
 

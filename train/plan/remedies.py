@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nanodit.config import override_text
 from nanodit.errors import PROBLEM_BREAK, ConfigError, MemoryShortage, gpu_is_full
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
@@ -32,7 +33,7 @@ class Remedy:
     fits: bool
 
     def __str__(self) -> str:
-        values = " ".join(f"{key}={json.dumps(value)}" for key, value in self.overrides.items())
+        values = " ".join(shlex.quote(override_text(key, value)) for key, value in self.overrides.items())
         says = [f"saves {gb(self.saved)}", f"then {gb(self.peak)}", "fits" if self.fits else "not enough"]
         says += [] if self.same_result else ["changes the network or the loss"]
         return f"{values}: {', '.join(says)}"

@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nanodit.config import Config, Place, dump_config, find_config, load_config, load_config_with_origins, section_model
+from nanodit.config import (
+    Config,
+    Place,
+    dump_config,
+    find_config,
+    load_config,
+    load_config_with_origins,
+    override_text,
+    section_model,
+)
 from nanodit.errors import ConfigError
 from train.checkpoint.resume import differences
 from train.config import TrainConfig
@@ -265,15 +274,19 @@ def _differences(theirs: Trial, ours: Trial) -> dict[str, list[Any]]:
 def load_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep's YAML and resolve every trial. Raises :class:`ConfigError` that names the arm and the key."""
     config, origins = load_config_with_origins(SweepConfig, file, overrides)
-    places = {name: _place(file, getattr(config, name), origins[name]) for name in ("base", "evaluate")}
+    places = {name: _place(getattr(config, name), origins[name], file) for name in ("base", "evaluate")}
     return resolve(config.model_copy(update=places))
 
 
-def _place(file: Path, given: str, origin: str | None) -> str:
-    """Return where a config is: one of a command line may also be relative to the working directory."""
+def _place(given: str, origin: str | None, file: Path) -> str:
+    """Return where a config is: beside the file that names it, which ``file`` may extend.
+
+    One of a command line may also be relative to the working directory.
+    """
     if origin == "command line" and (here := find_config(given)).exists():
         return str(here)
-    return str(file.parent / given)
+    named_in = file if origin in ("command line", "default", None) else Path(origin)
+    return str(named_in.parent / given)
 
 
 def dump_sweep(sweep: Sweep) -> str:
@@ -359,8 +372,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_arguments(values: Mapping[str, Any]) -> list[str]:
-    """Write overrides as a command line has them; JSON is YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    """Write overrides as a command line has them."""
+    return [override_text(key, value) for key, value in values.items()]
 
 
 def changes_on_resume(before: SweepConfig, after: SweepConfig) -> list[str]:

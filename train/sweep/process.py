@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nanodit.errors import ResourceError
+from nanodit.files import no_link
 from nanodit.place import child_command, child_environment
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
@@ -62,7 +63,7 @@ class TrialProcess:
         return self._lines[-1] if self._lines else ""
 
     def _copy(self, log: Path, hidden: Sequence[str]) -> None:
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a", encoding="utf-8", opener=no_link) as file:
             for line in self._process.stdout:
                 line = without(hidden, line)
                 file.write(line)

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from shlex import quote
 from typing import Any
 
 from nanodit.console import say
@@ -86,9 +87,14 @@ def run_sweep(
     if not finished:
         raise DataError(f"{folder}: no trial finished; the reasons are above and in trials/*/trial.log")
     say(
-        f"wrote {folder}: {finished} of {len(chosen.trials)} trials finished. Next: nanodit evaluate report {folder} "
-        f"--output {folder / 'report.html'}"
+        f"wrote {folder}: {finished} of {len(chosen.trials)} trials finished. Next: nanodit evaluate report "
+        f"{quote(str(folder))} --output {quote(str(folder / 'report.html'))}"
     )
+    if failed := [trial.name for trial, record in zip(chosen.trials, records) if record.get("status") == FAILED]:
+        say(
+            f"warning: {len(failed)} of {len(chosen.trials)} trials failed: {', '.join(failed)}. Why stands in "
+            "trials/*/trial.log; --resume --retry-failed tries them again"
+        )
 
 
 def _run_trials(sweep: Sweep, fractional: bool) -> None:

@@ -21,7 +21,7 @@ from nanodit.config import dump_config, load_config
 from nanodit.console import waiting
 from nanodit.errors import DataError, Interrupted, ResourceError, gpu_is_full
 from nanodit.faults import fault
-from nanodit.files import sha256_file, write_atomic
+from nanodit.files import no_link, sha256_file, write_atomic
 from nanodit.posix import fcntl, peak_memory
 from prep.dataset.reader import open_version
 from train.config import TrainConfig
@@ -62,7 +62,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
         before = read_record(trial)
         if before.get("status") == FINISHED:
             return
-        config = load_config(TrainConfig, trial / "config.yaml")
+        config = _config_of(trial)
         begun = {"arm": planned["arm"], "seed": planned["seed"], "attempts": 0, "failures": 0, "started": time.time()}
         record = begun | before | {"status": RUNNING, "reason": None, "ended": None}
         record |= {"attempts": record["attempts"] + 1}
@@ -77,7 +77,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
                 if (hours := plan["budget"].get("hours")) and "planned_steps" not in record:
                     record["planned_steps"] = _steps_within(hours, trial, config, work.train)
                     write_record(trial, record)
-                config = load_config(TrainConfig, trial / "config.yaml")
+                config = _config_of(trial)
                 work.train(config)
                 record |= measured(trial, config)
             fault("sweep.evaluate", name)
@@ -89,6 +89,11 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
             write_record(trial, record | {"reason": reason_of(error)})
             raise
         write_record(trial, record | {"status": FINISHED, "ended": time.time()})
+
+
+def _config_of(trial: Path) -> TrainConfig:
+    """Return the config of a trial, which trains where its folder lies now: a sweep may be moved, or copied."""
+    return load_config(TrainConfig, trial / "config.yaml").model_copy(update={"output": str(trial)})
 
 
 def reason_of(error: BaseException) -> str:
@@ -202,7 +207,7 @@ def _steps_within(hours: float, trial: Path, config: TrainConfig, train: Callabl
 def _alone(trial: Path) -> Iterator[None]:
     """Hold the trial's lock; wait for a process that is just ending, because its driver was killed, say."""
     trial.mkdir(parents=True, exist_ok=True)
-    with open(trial / LOCK, "a+", encoding="utf-8") as file:
+    with open(trial / LOCK, "a+", encoding="utf-8", opener=no_link) as file:
         deadline = time.monotonic() + LOCK_WAIT
         if not _lock(file):
             file.seek(0)

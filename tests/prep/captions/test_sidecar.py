@@ -33,6 +33,8 @@ def test_the_caption_is_the_text_of_the_sidecar(tmp_path, content, text):
         (None, "caption_missing"),
         (b"", "caption_empty"),
         (b"\xef\xbb\xbf \n\t", "caption_empty"),
+        ("\u200b\u200d\ufeff \u2060".encode(), "caption_empty"),
+        ("\u3164\u2800\u00ad".encode(), "caption_empty"),
         (b"caf\xe9", "caption_not_utf8"),
         ("A red shirt".encode("utf-16"), "caption_not_utf8"),
         ("A red shirt".encode("utf-16-le"), "caption_nul"),

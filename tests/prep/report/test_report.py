@@ -97,8 +97,8 @@ def dataset(source) -> Path:
 
 
 @pytest.fixture(scope="module")
-def html(dataset) -> str:
-    return render(open_storage(dataset))
+def html(dataset, source) -> str:
+    return render(open_storage(dataset), source)
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_pictures_without_anybody_have_a_page(source, tmp_path):
     assert "mirrored" not in text  # which this dataset has not
 
 
-def test_times_come_from_the_logs_alone(copy, html):
+def test_times_come_from_the_logs_alone(copy, source, html):
     assert "0001 2001-09-09 01:46 UTC 2m 05s done px" in Page(html).text
     assert "secret-host" not in html
     (copy / "runs" / "0002").mkdir()
@@ -319,7 +319,7 @@ def test_times_come_from_the_logs_alone(copy, html):
         '{"ti',
     ]
     (copy / "runs" / "0002" / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
-    page = render(open_storage(copy))
+    page = render(open_storage(copy), source)
     assert "0002 2001-09-09 01:46 UTC 40s killed new 3" in Page(page).text
     assert page[: page.index("<h2>What it took")] == html[: html.index("<h2>What it took")]
     shutil.rmtree(copy / "runs")
@@ -327,20 +327,22 @@ def test_times_come_from_the_logs_alone(copy, html):
     assert "No logs of runs here" in render(open_storage(copy))
 
 
-def test_equal_datasets_give_equal_bytes(dataset, html, copy, tmp_path):
-    assert write_report(copy) == copy / "report.html"
+def test_equal_datasets_give_equal_bytes(dataset, source, html, copy, tmp_path):
+    assert write_report(copy, source=source) == copy / "report.html"
     assert (copy / "report.html").read_text() == html  # neither the place nor the time is in it
-    assert write_report(copy, tmp_path / "out.html").read_text() == html  # nor the old report
-    assert main(["report", "--dataset", str(copy), "--output", str(tmp_path / "again.html")]) in (None, 0)
+    assert write_report(copy, tmp_path / "out.html", source).read_text() == html  # nor the old report
+    assert main(
+        ["report", "--dataset", str(copy), "--output", str(tmp_path / "again.html"), "--source", str(source)]
+    ) in (None, 0)
     assert (tmp_path / "again.html").read_text() == html
 
 
-def test_an_object_store_gives_the_same_page(dataset, html):
+def test_an_object_store_gives_the_same_page(dataset, source, html):
     place = open_storage("memory://report/dataset")
     for path in dataset.rglob("*"):
         if path.is_file():
             place.write(path.relative_to(dataset).as_posix(), path.read_bytes())
-    assert write_report("memory://report/dataset") == "memory://report/dataset/report.html"
+    assert write_report("memory://report/dataset", source=source) == "memory://report/dataset/report.html"
     assert place.read("report.html").decode() == html
 
 
@@ -372,7 +374,7 @@ def test_what_killed_a_worker_is_never_decoded_again(copy, source, monkeypatch, 
     rows = [{"source": "sea.png", "stage": stage, "reason": reason, "detail": ""} for stage in ("source", "px", "dino")]
     rows.append({"source": HOSTILE_NAME, "stage": "source", "reason": "too_small", "detail": ""})
     (copy / "rejects.parquet").write_bytes(parquet_bytes(pa.Table.from_pylist(rows, REJECT_SCHEMA)))
-    page = render(open_storage(copy))
+    page = render(open_storage(copy), source)
     assert decoded == [(source / HOSTILE_NAME).read_bytes()]
     # our own crop of it is safe to show
     assert page[page.index("<h2>Refused") :].count('alt="sea.png"') == 1
@@ -385,10 +387,19 @@ def test_pictures_come_from_the_source_folder_alone(copy, source, tmp_path):
     rows = [{"source": name, "stage": "source", "reason": "too_small", "detail": ""} for name in names]
     (copy / "rejects.parquet").write_bytes(parquet_bytes(pa.Table.from_pylist(rows, REJECT_SCHEMA)))
     try:
-        pictures = RejectThumbnails(Dataset(copy)).make(rows)
+        pictures = RejectThumbnails(Dataset(copy), source).make(rows)
         assert [bool(data) for data in pictures] == [False] * 6 + [True]
     finally:
         (source / "link.png").unlink()
+
+
+def test_no_folder_that_a_dataset_names_is_looked_into(copy, source, html):
+    """That of a stranger could name the pictures of whoever opens it."""
+    page = render(open_storage(copy))
+    refused, theirs = (text[text.index("<h2>Refused sources") :] for text in (page, html))
+    assert "data:image" in theirs
+    assert refused.count("data:image") < theirs.count("data:image")
+    assert "--source FOLDER" in refused
 
 
 def test_what_is_missing_or_damaged_is_named(copy, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,8 @@ def test_a_generator_draws_the_noise(exported):
         ({"conditions": conditions_of(2), "latents": torch.zeros(1, 3, 64, 64)}, "noise for 1 images"),
         ({"prompt": PROMPT, "output_type": "jpeg"}, "use pil, np or pt"),
         ({"prompt": ["", PROMPT]}, "prompt: is empty"),
+        ({"prompt": []}, "prompt: an empty list"),
+        ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt 0: must be at least 1"),
         ({"reference": np.zeros((8, 8, 3))}, "reference: is a ndarray; give a Pillow image"),
         ({"prompt": PROMPT, "pose": "pose.json"}, "pose: is a str; give a Pillow image"),
         ({"conditions": conditions_of(2), "generator": [torch.Generator()] * 3}, "a list of 3, for 2 images"),
@@ -267,6 +270,13 @@ def test_diffusers_saves_what_it_loaded(exported, tmp_path):
     assert {path.relative_to(tmp_path / "again").as_posix() for path in (tmp_path / "again").rglob("*.*")} == names
     theirs, ours = (load_exported(folder)[0].state_dict() for folder in (tmp_path / "again", exported))
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "100KB"}])
+def test_weights_under_other_names_are_said(exported, tmp_path, options):
+    pipeline_of(exported).save_pretrained(tmp_path / "again", **options)
+    with pytest.raises(DataError, match=r"does not exist \(there: diffusion_pytorch_model.+save again without"):
+        load_exported(tmp_path / "again")
 
 
 def test_the_pipeline_is_found_without_naming_it_twice(exported):
@@ -420,9 +430,13 @@ def test_the_card_is_one_for_the_hub(exported):
     assert "pip install 'nanodit[export]'" not in card.text, "PyPI's nanodit is not this one"
 
 
-def test_the_cards_code_runs(exported, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
-    monkeypatch.chdir(exported.parent)  # the card calls the folder by its name
+@pytest.mark.parametrize("name", ['it\'s "mine" (2)', "plain"])
+def test_the_cards_code_runs(run, tmp_path, monkeypatch, name):
+    card = (export(run, tmp_path / name) / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    command = shlex.split(re.search(r"nanodit train sample [^`\n]*", card)[0])
+    assert command[3:5] == ["--checkpoint", name]
+    monkeypatch.chdir(tmp_path)  # the card calls the folder by its name
     names: dict = {}
     exec(code.replace("...", PROMPT), names)
     assert names["image"].size == (64, 64)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +17,15 @@ from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config
 from train.checkpoint.provenance import git_state, write_provenance
 from train.loop import tracking
-from train.loop.tracking import Rates, Tracker, WaitingAdvice, gpu_memory, read_metrics, truncate_metrics
+from train.loop.tracking import (
+    Rates,
+    Tracker,
+    WaitingAdvice,
+    gpu_memory,
+    quiet_event_writer,
+    read_metrics,
+    truncate_metrics,
+)
 from train.loop.trainer import Trainer
 
 
@@ -31,6 +40,27 @@ def test_a_record_goes_to_both_places(tmp_path):
         {"step": 2, "train/loss": 0.25},
     ]
     assert _board(tmp_path, "train/loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_folder_that_is_moved_costs_the_events_alone(tmp_path, capfd):
+    run = tmp_path / "run"
+    run.mkdir()
+    with quiet_event_writer():
+        tracker = Tracker(run)
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.sync()
+        run.rename(tmp_path / "moved")
+        for step in range(2, 5):
+            tracker.log(step, {"train/loss": float(step)})
+            tracker.sync()
+        tracker.image(4, "picture", np.zeros((8, 8, 3), np.uint8))
+        tracker.text(4, "text", "more")
+        tracker.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "moved" / "metrics.jsonl")] == [1, 2, 3, 4]
+    told, errors = capfd.readouterr()
+    assert told.count("TensorBoard's events are not written any more (") == 1
+    assert "run/tensorboard" in told
+    assert "Traceback" not in errors
 
 
 def test_what_is_not_a_number_is_not_recorded(tmp_path):

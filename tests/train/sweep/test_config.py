@@ -196,6 +196,19 @@ def test_a_base_of_the_command_line_is_relative_to_the_folder_or_to_the_sweep(ti
     assert logged == {"here.yaml": 7, "other.yaml": 9}
 
 
+def test_a_base_is_beside_the_file_that_names_it(tiny_dataset, tmp_path):
+    write_sweep(tmp_path / "theirs", tiny_dataset)
+    mine = tmp_path / "mine" / "sweep.yaml"
+    mine.parent.mkdir()
+    mine.write_text("extends: ../theirs/sweep.yaml\nseeds: [3]\n", encoding="utf-8")
+    sweep = load_sweep(mine)
+    assert Path(sweep.config.base).resolve() == tmp_path / "theirs" / "base.yaml"
+    assert [trial.config.seed for trial in sweep.trials] == [3, 3]
+    (tmp_path / "mine" / "base.yaml").write_text("extends: ../theirs/base.yaml\nlog_every: 7\n", encoding="utf-8")
+    mine.write_text("extends: ../theirs/sweep.yaml\nbase: base.yaml\n", encoding="utf-8")
+    assert load_sweep(mine).trials[0].config.log_every == 7
+
+
 CHAIN = {
     "A": {},
     "B": {"on": "A", "factor": "tread", "overrides": {"tread.enabled": True}},

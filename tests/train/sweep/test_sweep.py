@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,25 @@ def test_one_trial_by_hand_is_the_same_trial(finished, tiny_dataset, tmp_path, c
     capsys.readouterr()
     assert main(["sweep", "--config", str(file), "--trial", "Z-seed0"]) == 2
     assert "has no such trial; there: A-seed0, B-seed0, fine-seed0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_moved_or_copied_trains_where_it_lies(tiny_dataset, tmp_path, capsys):
+    file = write_sweep(tmp_path / "first", tiny_dataset, budget={"steps": 2})
+    assert main(["sweep", "--config", str(file), "--trial", "A-seed0"]) == 0
+    here, there = tmp_path / "first" / "sweep", tmp_path / "second"
+    shutil.copytree(here, there)
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert main(["sweep", "--config", str(file), f"output={there}", "--trial", "B-seed0"]) == 0
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+    assert read_record(there / "trials" / "B-seed0")["status"] == "finished"
+    assert (there / "trials" / "B-seed0" / "checkpoints" / "step-000002").is_dir()
+    capsys.readouterr()
+    trial = there / "trials" / "A-seed0" / "config.yaml"
+    assert main(["run", "--config", str(trial)]) == 2
+    assert f"output={trial.parent}" in capsys.readouterr().err
+    assert main(["run", "--config", str(trial), f"output={trial.parent}"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.slow
