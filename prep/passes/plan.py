@@ -165,14 +165,18 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
             else:
                 sources[source.key], buckets[source.key] = source, bucket
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
-        parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
-        old_captions = committed_caption_hashes(parts) if kept else {}
+        del manifest, buckets  # a hundred MB each of a million samples
+        texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
+        if not config.captions.generated:  # what was committed counts only for sources that are gone
+            gone = {source.key for source in kept}
+            texts = [unit for unit in texts if not gone.isdisjoint(shards[unit.bucket, unit.shard])] if gone else []
+        parts = read_parts(root, texts)
+        old_captions = committed_caption_hashes(parts)
         captions, expected = read_captions(config, sources, old_captions, cache.look_all)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
+        parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
-        # their recipes, which name every caption, need not be in memory twice
-        parts = {unit: part if unit in reasons else replace(part, recipe=recipes[unit]) for unit, part in parts.items()}
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
 
         def is_back(source: Source) -> bool:
@@ -220,13 +224,20 @@ def check_folders(config: PrepConfig) -> None:
         raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
 
 
-def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
-    """Read the committed parts of some units; their tables have the keys alone."""
+def read_parts(
+    root: Path | str | Storage, units: Collection[Unit], recipes: Mapping[Unit, dict[str, Any]] | None = None
+) -> dict[Unit, Part]:
+    """Read the committed parts of some units; their tables have the keys alone.
+
+    Those that have the recipe which is theirs in ``recipes`` share it: recipes name every caption.
+    """
     storage, parts = open_storage(root), {}
-    known = known_parts(storage)
+    known = known_parts(storage) if units else {}
 
     def read(unit: Unit) -> Part | None:
-        return read_part(storage, unit, ["key"], known.get(unit.part))
+        part = read_part(storage, unit, ["key"], known.get(unit.part))
+        wanted = (recipes or {}).get(unit)
+        return replace(part, recipe=wanted) if part and wanted and same_recipe(part.recipe, wanted) else part
 
     before = pa.table([])
     with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:

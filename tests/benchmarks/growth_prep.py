@@ -196,7 +196,7 @@ def main() -> None:
         print(*publish_only(options.folder))
     else:
         chosen = options.only.split(",")
-        phases = [name for name in PHASES if name in chosen or (name == "publish" and chosen)]
+        phases = [name for name in PHASES if name in chosen]  # a folder that is kept may be published already
         for rows in options.rows:
             if options.folder:
                 grow(options.folder / str(rows), rows, phases)
