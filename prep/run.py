@@ -23,7 +23,7 @@ from nanodit.lock import locked
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.captions.cache import forget_rejects
 from prep.config import PrepConfig
-from prep.dataset.layout import Part, Unit, fingerprint_of, read_part
+from prep.dataset.layout import Part, Unit, read_part, same_recipe
 from prep.dataset.versions import collect_garbage, keep_unit
 from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
 from prep.images.sources import Reject
@@ -252,7 +252,9 @@ def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:
     """Return everything that is known to be refused when some layers have been computed."""
     rejects = list(plan.rejects)
     for unit in plan.recipes:
-        part = plan.parts.get(unit) or (read_part(plan.config.output, unit) if unit.layer in computed else None)
+        part = plan.parts.get(unit)
+        if part is None and unit.layer in computed:
+            part = read_part(plan.config.output, unit, ["key"])
         for item in part.rejects if part else ():
             rejects.append(Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail))
     return rejects
@@ -272,11 +274,14 @@ def interruptible() -> Iterator[None]:
 
 
 def current_parts(plan: Plan) -> dict[Unit, Part]:
-    """Return every unit of the plan as committed. Raises DataError for one that is missing or of another recipe."""
+    """Return every unit of the plan as committed, with the keys of its table alone.
+
+    Raises DataError for one that is missing or of another recipe.
+    """
     root, parts = open_storage(plan.config.output), {}
     for unit, recipe in plan.recipes.items():
-        part = plan.parts.get(unit) or read_part(root, unit)
-        if part is None or part.fingerprint != fingerprint_of(recipe):
+        part = plan.parts.get(unit) or read_part(root, unit, ["key"])
+        if part is None or not same_recipe(part.recipe, recipe):
             raise DataError(f"{root.where(unit.tar)} was not computed. Run nanodit prep run again")
         parts[unit] = part
     return parts

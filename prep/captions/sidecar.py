@@ -55,6 +55,14 @@ def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, 
     return members | {"flip.txt": (flipped or "").encode()}, columns | {"caption_flip": flipped}
 
 
+def usual_name(source: str) -> str:
+    """Return what a source's sidecar is called as a rule, with a suffix in small letters."""
+    stem, _, suffix = source.rpartition(".")
+    if stem and suffix and stem[-1] not in "/." and "/" not in suffix:
+        return f"{stem}{SIDECAR_SUFFIX}"
+    return str(PurePosixPath(source).with_suffix(SIDECAR_SUFFIX))
+
+
 class SidecarCaptions:
     """Captions in ``NAME.txt`` beside ``NAME.png``: UTF-8 with or without byte order mark, whitespace as single spaces.
 
@@ -66,12 +74,15 @@ class SidecarCaptions:
 
     def path(self, source: str) -> str:
         """Return the name of a source's sidecar, below the folder; the usual name where there is none."""
-        names = [str(PurePosixPath(source).with_suffix(suffix)) for suffix in SUFFIXES]
-        return next((name for name in names if os.path.lexists(self.folder / name)), names[0])
+        names = (str(PurePosixPath(source).with_suffix(suffix)) for suffix in SUFFIXES)
+        return next((name for name in names if os.path.lexists(self.folder / name)), usual_name(source))
 
     def caption(self, source: str) -> Caption:
         """Return the caption of a source. Raises BadCaption: a caption is text or an error, never an empty string."""
-        name = self.path(source)
+        return self.read(self.path(source))
+
+    def read(self, name: str) -> Caption:
+        """Return the caption in a sidecar; errors as :meth:`caption`."""
         data = self._read(name)
         if len(data) > MAX_BYTES:
             raise BadCaption("caption_too_long", f"{name} is larger than {MAX_BYTES} bytes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from nanodit.errors import ConfigError
@@ -90,6 +91,16 @@ def centre_crop(width: int, height: int, bucket: Bucket) -> Crop:
     crop_width, crop_height = min(bucket.width / scale, width), min(bucket.height / scale, height)
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
     return Crop(left, top, left + crop_width, top + crop_height, scale)
+
+
+def crop_boxes(
+    width: np.ndarray, height: np.ndarray, bucket_width: np.ndarray, bucket_height: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the boxes of :func:`centre_crop` of many images, to the bit; all arrays are float64 (N,)."""
+    scale = np.maximum(bucket_width / width, bucket_height / height)
+    crop_width, crop_height = np.minimum(bucket_width / scale, width), np.minimum(bucket_height / scale, height)
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def crop_to_bucket(image: Image.Image, bucket: Bucket) -> Image.Image:

@@ -2,7 +2,7 @@
 
 T5 and DINOv3 are built here from a fixed seed in seconds; the two pose networks are trained by
 ``tools/demo_pose/train.py`` and kept in ``prep/encoders/assets``. All four are loaded by exactly the code that
-loads the real ones.
+loads the real ones. torch and transformers are imported by what builds: a plan finds them built, as a rule.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import string
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, sha256_bytes, sha256_file
 from prep.encoders.weights import quiet_transformers
 from prep.figures.figures import VOCABULARY
+
+if TYPE_CHECKING:  # which takes seconds to import
+    import torch
 
 CODE_VERSION = 2
 SEED = 20250101
@@ -163,6 +165,9 @@ def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> N
     random projection of its own, next to the residual stream that keeps the token's own embedding. So "red" is
     linearly readable at "jumper".
     """
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
     vocabulary = pieces(words)
     config = T5Config(
         vocab_size=len(vocabulary),
@@ -231,6 +236,9 @@ def build_dino(folder: Path, name: str = "dino") -> None:
     coarse edges of a patch survive; a constant bias keeps brightness readable behind the final normalisation.
     Queries and keys are small, so CLS gathers the mean of the patches.
     """
+    import torch
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
     config = DINOv3ViTConfig(
         patch_size=16,
         hidden_size=DINO_WIDTH,
@@ -282,4 +290,6 @@ class _Normal:
         self._generator = np.random.Generator(np.random.Philox(key=key))
 
     def __call__(self, *shape: int) -> torch.Tensor:
+        import torch
+
         return torch.from_numpy(self._generator.standard_normal(shape, dtype=np.float32))

@@ -8,9 +8,7 @@ resolution, 14/16 per side; the cost is a little lower than DINOv3's.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from transformers import Dinov2Model, Dinov2WithRegistersModel
+from typing import ClassVar
 
 from prep.encoders.dinov3 import DINOv3Encoder
 
@@ -21,7 +19,7 @@ class DINOv2Encoder(DINOv3Encoder):
     Same inputs, outputs, grid and errors; preprocessing is the same too (ImageNet mean and deviation).
     """
 
-    MODELS: ClassVar[dict[str, Any]] = {
-        "dinov2": Dinov2Model,
-        "dinov2_with_registers": Dinov2WithRegistersModel,
+    MODELS: ClassVar[dict[str, str]] = {
+        "dinov2": "Dinov2Model",
+        "dinov2_with_registers": "Dinov2WithRegistersModel",
     }

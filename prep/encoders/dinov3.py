@@ -1,4 +1,7 @@
-"""DINOv3 image features: one pass gives the CLS vector and the grid of patch vectors."""
+"""DINOv3 image features: one pass gives the CLS vector and the grid of patch vectors.
+
+torch and transformers are imported by what computes: a plan asks for the fingerprint alone.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from transformers import AutoConfig, DINOv3ViTModel
 
 from prep.dataset.codecs import npy_bytes
 from prep.dataset.layers import dino_grid
@@ -51,7 +51,8 @@ class DINOv3Encoder:
     model cannot be had or loaded.
     """
 
-    MODELS: ClassVar[dict[str, Any]] = {"dinov3_vit": DINOv3ViTModel}  # by the model_type of its config
+    # classes of transformers by the model_type of their config
+    MODELS: ClassVar[dict[str, str]] = {"dinov3_vit": "DINOv3ViTModel"}
 
     def __init__(
         self,
@@ -61,6 +62,9 @@ class DINOv3Encoder:
         device: str = "cpu",
         input_scale: float = 0.5,
     ) -> None:
+        import torch
+        import transformers
+
         folder, self._source = open_model(model, revision, sha256)
         self.input_scale = input_scale
         self.device = torch.device(device)
@@ -68,11 +72,12 @@ class DINOv3Encoder:
         self.memory = Halving("DINO", device)
         options = {"dtype": self.dtype, "local_files_only": True, "use_safetensors": True}
         try:
-            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             if kind not in self.MODELS:
                 raise ValueError(f"it is a {kind}, but this encoder takes {' or '.join(self.MODELS)}")
             with quiet_transformers():
-                self.model = self.MODELS[kind].from_pretrained(folder, **options).to(self.device).eval()
+                network = getattr(transformers, self.MODELS[kind])
+                self.model = network.from_pretrained(folder, **options).to(self.device).eval()
         except (OSError, ValueError) as error:
             raise cannot_load("DINO encoder", model, error) from error
         self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
@@ -121,18 +126,21 @@ class DINOv3Encoder:
                 members, cosine = members | more, min(cosine, other_cosine)
             yield members, {"dino_h": grid.shape[0], "dino_w": grid.shape[1], "dino_cosine": cosine}
 
-    @torch.inference_mode()
     def _encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+        import torch.nn.functional as F
+
         batch, height, width, _ = images.shape
         rows, columns = self.grid(height, width)
         pixels = torch.from_numpy(np.ascontiguousarray(images))
         if self.device.type == "cuda":  # from pinned memory the copy runs beside what the GPU still does
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 255
         size = (rows * self.patch_size, columns * self.patch_size)
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-        pixels = ((pixels - self._mean) / self._std).to(self.dtype)
-        tokens_bnd = self.model(pixel_values=pixels).last_hidden_state.float().cpu()
+        with torch.inference_mode():
+            pixels = pixels.permute(0, 3, 1, 2).float() / 255
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+            pixels = ((pixels - self._mean) / self._std).to(self.dtype)
+            tokens_bnd = self.model(pixel_values=pixels).last_hidden_state.float().cpu()
         # [CLS, registers, patches]: the registers hold nothing about a place and must not become patches.
         patches_bnd = tokens_bnd[:, 1 + self.registers :]
         return tokens_bnd[:, 0].numpy(), patches_bnd.reshape(batch, rows, columns, -1).numpy()

@@ -1,6 +1,7 @@
 """Which models the config names, what they are called in recipes, and how to build them.
 
-torch and transformers take seconds to import, so every import of an encoder happens when it is needed.
+An encoder is imported when it is needed, and imports torch and transformers, which take seconds, when it is built: a
+plan asks for fingerprints alone.
 """
 
 from __future__ import annotations

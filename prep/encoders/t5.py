@@ -1,4 +1,7 @@
-"""T5 text features: the encoder's last hidden state for every token of a caption, end token included."""
+"""T5 text features: the encoder's last hidden state for every token of a caption, end token included.
+
+torch and transformers are imported by what computes: a plan asks for the fingerprint alone.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer, T5EncoderModel
 
 from nanodit.errors import DataError
 from prep.encoders.halving import Halving
@@ -53,6 +54,9 @@ class T5Encoder:
         device: str = "cpu",
         max_tokens: int = 512,
     ) -> None:
+        import torch
+        from transformers import AutoTokenizer, T5EncoderModel
+
         folder, self._source = open_model(model, revision, sha256)
         self.max_tokens = max_tokens
         self.device = torch.device(device)
@@ -95,8 +99,9 @@ class T5Encoder:
         tokens = [self.tokenize(caption) for caption in captions]
         return [features for part in self.memory.run(self._encode, tokens) for features in part]
 
-    @torch.inference_mode()
     def _encode(self, tokens: Sequence[tuple[list[int], bool]]) -> list[T5Tokens]:
+        import torch
+
         longest = max(len(ids) for ids, _ in tokens)
         padded = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_tokens)
         # The mask comes from the very tokens embedded here: no other row, no earlier caption can leave one behind.
@@ -105,8 +110,9 @@ class T5Encoder:
         for row, (ids, _) in enumerate(tokens):
             ids_bl[row, : len(ids)] = torch.tensor(ids)
             mask_bl[row, : len(ids)] = 1
-        output = self.model(input_ids=ids_bl.to(self.device), attention_mask=mask_bl.to(self.device))
-        features_bld = output.last_hidden_state.to(torch.float16).cpu()
+        with torch.inference_mode():
+            output = self.model(input_ids=ids_bl.to(self.device), attention_mask=mask_bl.to(self.device))
+            features_bld = output.last_hidden_state.to(torch.float16).cpu()
         if not torch.isfinite(features_bld).all():
             raise DataError("T5 gave features beyond float16's range; check the model's weights and its data type")
         return [

@@ -16,15 +16,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 CODE_VERSION = 1
 HASH_SIDE = 8  # the 8x8 lowest frequencies of a 32x32 DCT: the usual "pHash", 64 bits
 DCT_SIDE = 32
 THUMBNAIL_SIDE = 16
+THUMBNAIL_BYTES = THUMBNAIL_SIDE * THUMBNAIL_SIDE * 3
 MAX_DISTANCE = 4  # JPEG q50 and half the size change 0 to 4 bits of a photograph
 # mean absolute difference of thumbnails, 0-255: those edits stay below 2.5, two figures are above 10
 MAX_DIFFERENCE = 3.0
+COMPARED = 1 << 22  # hashes compared at once: 36 MB
+JOINED = 1 << 22  # pairs that are joined at once
+MEASURED = 1 << 14  # thumbnails that are subtracted at once: 25 MB of int16
 BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit, bits; see near_pairs
 # fastdup, which compares features by cosine too, calls images above .98 nearly identical
 CLS_COSINE = {"production": 0.98, "demo": 1.0}
@@ -65,55 +70,93 @@ class DisjointSets:
         """Connect two items."""
         self._parent[self.root(b)] = self.root(a)
 
+    def join_all(self, pairs: np.ndarray) -> None:
+        """Connect many pairs, int64 (M, 2)."""
+        count = len(self._parent)
+        if not len(pairs):
+            return
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        edges = np.vstack([pairs, np.column_stack([np.arange(count), self._parent])])
+        graph = coo_matrix((np.ones(len(edges), bool), edges.T), (count, count))
+        _, labels = connected_components(graph, directed=False)
+        _, first = np.unique(labels, return_index=True)
+        self._parent = first[labels].tolist()
+
     def roots(self) -> np.ndarray:
         """Return the root of every item, int64 (count,)."""
         return np.array([self.root(index) for index in range(len(self._parent))], np.int64)
 
 
-def near_pairs(hashes: Sequence[str], thumbnails: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the index pairs of near duplicates by hash and thumbnail (some more than once).
+def thumbnail_rows(thumbnails: pa.ChunkedArray | Sequence[bytes]) -> np.ndarray:
+    """Return thumbnails as uint8 (N, 768), without a copy of a column that is one array."""
+    if not isinstance(thumbnails, pa.ChunkedArray):
+        return np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(thumbnails), -1)
+    rows = [np.empty((0, THUMBNAIL_BYTES), np.uint8)]
+    for chunk in thumbnails.chunks:
+        ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        if len(chunk):
+            data = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[0] : ends[-1]]
+            rows.append(data.reshape(len(chunk), -1))
+    return rows[1] if len(rows) == 2 else np.concatenate(rows)
+
+
+def near_pairs(hashes: Sequence[str], thumbnails: np.ndarray | Sequence[bytes]) -> Iterator[np.ndarray]:
+    """Yield the index pairs of near duplicates by hash and thumbnail, int64 (M, 2) at a time (some more than once).
 
     Hashes that differ in four bits agree in at least one of five bands, so only those that do are compared.
     """
     if not len(hashes):
         return
     bits = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
-    small = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(hashes), -1).astype(np.int16)
+    small = thumbnails if isinstance(thumbnails, np.ndarray) else thumbnail_rows(thumbnails)
     for first, width in BANDS:
         band = (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
         order = np.argsort(band, kind="stable")
+        ordered = bits[order]
         starts = np.flatnonzero(np.r_[True, band[order][1:] != band[order][:-1]])
-        for run in np.split(order, starts[1:]):
-            for position, index in enumerate(run[:-1]):
-                others = run[position + 1 :]
-                others = others[np.bitwise_count(bits[others] ^ bits[index]) <= MAX_DISTANCE]
-                if len(others):
-                    close = np.abs(small[others] - small[index]).mean(axis=1) <= MAX_DIFFERENCE
-                    yield from ((int(index), int(other)) for other in others[close])
+        for start, end in zip(starts.tolist(), np.r_[starts[1:], len(order)].tolist()):
+            rows = max(1, COMPARED // (end - start))
+            for top in range(start, end - 1, rows):
+                others = ordered[top:end]
+                distances = np.bitwise_count(others[:rows, None] ^ others[None, :])
+                a, b = np.nonzero(distances <= MAX_DISTANCE)
+                pairs = order[top + np.column_stack([a, b])[a < b]]
+                for part in np.array_split(pairs, range(MEASURED, len(pairs), MEASURED)):
+                    difference = small[part[:, 0]].astype(np.int16) - small[part[:, 1]]
+                    close = part[np.abs(difference).mean(axis=1) <= MAX_DIFFERENCE] if len(part) else part
+                    if len(close):
+                        yield close
 
 
 def duplicate_groups(
     keys: Sequence[str],
     hashes: Sequence[str],
-    thumbnails: Sequence[bytes],
+    thumbnails: np.ndarray | Sequence[bytes],
     alike: np.ndarray | None = None,
 ) -> dict[str, str]:
     """Map every key to its group's name, the smallest key that near duplicates connect it with (itself when alone).
 
-    ``alike``, int64 (N,) in the order of the keys, are the groups by DINO class tokens, where there are any.
+    ``thumbnails`` are bytes or the rows of :func:`thumbnail_rows`. ``alike``, int64 (N,) in the order of the keys, are
+    the groups by DINO class tokens, where there are any.
     """
     groups = DisjointSets(len(keys))
-    for a, b in near_pairs(hashes, thumbnails):
-        groups.join(a, b)
+    pairs = [np.empty((0, 2), np.int64)]
+    for found in near_pairs(hashes, thumbnails):
+        pairs.append(found)
+        if sum(map(len, pairs)) > JOINED:
+            groups.join_all(np.concatenate(pairs))
+            pairs = pairs[:1]
+    groups.join_all(np.concatenate(pairs))
     if alike is not None:
         order = np.argsort(alike, kind="stable")
         same = np.flatnonzero(alike[order][1:] == alike[order][:-1])
-        for a, b in zip(order[same].tolist(), order[same + 1].tolist()):
-            groups.join(a, b)
-    members = defaultdict(list)
-    for index, key in enumerate(keys):
-        members[groups.root(index)].append(key)
-    return {key: min(group) for group in members.values() for key in group}
+        groups.join_all(np.column_stack([order[same], order[same + 1]]))
+    roots, names = groups.roots().tolist(), {}
+    for key, root in sorted(zip(keys, roots)):
+        names.setdefault(root, key)
+    return {key: names[root] for key, root in zip(keys, roots)}
 
 
 @dataclass(frozen=True)

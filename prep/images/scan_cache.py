@@ -9,22 +9,28 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
 from nanodit.storage import Storage
 from prep.dataset.layout import parquet_bytes, read_parquet
+from prep.images.sources import COUNTED, THREADS, Read
 
 NAME = "runs/scan.parquet"
 # A file may change twice within one tick of its file system's clock (two seconds on FAT): a younger one is read again.
 SETTLED = 2.0  # seconds
+SAVED_EVERY = 60.0  # seconds, while files are read
 BEGUN = ("manifest.parquet", "dataset.json", LOCK)  # a place without any of them is nobody's dataset
 STAMP = ("size", "mtime_ns", "ctime_ns")  # ctime too: `cp -p` keeps the time of the original, and sizes may be equal
 SCHEMA = pa.schema({"name": pa.string(), **dict.fromkeys(STAMP, pa.int64()), "value": pa.string()})
@@ -33,49 +39,102 @@ Stamp = tuple[int, int, int]
 
 
 class ScanCache:
-    """One plain value per file of ``folder``, to be used as a context manager, which writes them at the end.
+    """Plain values of the files of ``folder``, to be used as a context manager, which writes them at the end.
 
     Nothing is written where no run has begun: a plan may name any place, also a wrong one.
-    ``settings`` is everything besides the file that the values depend on: with others nothing is remembered. An
-    interrupted scan keeps what it has seen. Safe for several threads.
+    ``settings`` is everything besides the file that the values depend on: with others nothing is remembered. A scan
+    that is interrupted keeps what it has seen, one that is killed what it had seen a minute before.
     """
 
     def __init__(self, storage: Storage, folder: Path, settings: Mapping[str, Any]) -> None:
         self.storage, self.folder = storage, folder
         self._settings = json.dumps(dict(settings), sort_keys=True)
         self._start = time.time_ns()
-        self._old = self._load()
-        self._stored = dict(self._old)
+        self._saved = time.monotonic()
+        self._old = self._load()  # sorted by name
+        self._stamps = np.stack([self._old[name].to_numpy() for name in STAMP], axis=1)
+        self._seen = np.zeros(len(self._old), bool)  # rows that are still right
+        self._forgotten = np.zeros(len(self._old), bool)
         self._new: dict[str, tuple[Stamp, str]] = {}
 
-    def _load(self) -> dict[str, tuple[Stamp, str]]:
+    def _load(self) -> pa.Table:
         try:
             table = read_parquet(self.storage.read(NAME))
-            if (table.schema.metadata or {}).get(b"settings") != self._settings.encode():
-                return {}
-            columns = [table[column].to_pylist() for column in SCHEMA.names]
-        except (OSError, KeyError, pa.ArrowException):
-            return {}
-        return {name: (tuple(stamp), value) for name, *stamp, value in zip(*columns)}
+            if (table.schema.metadata or {}).get(b"settings") == self._settings.encode():
+                return table.select(SCHEMA.names)
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            pass
+        return SCHEMA.empty_table()
 
-    def look(self, name: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what ``read`` says of the file, from memory for an unchanged one. Raises what ``read`` raises."""
-        try:
-            stat = os.stat(self.folder / name)
-        except OSError:
-            return read()
-        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        known = self._old.get(name)
-        if known is None or known[0] != stamp:
-            known = stamp, json.dumps(read())
-        if max(stamp[1:]) < self._start - SETTLED * 1e9:
-            self._new[name] = known
-        return json.loads(known[1])
+    def look_all(self, names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception | None]:
+        """Yield for each file what ``read`` says of it, from memory for an unchanged one; None for one that is gone.
+
+        ``read`` is called in threads. An exception that it returns is handed on and not remembered.
+        """
+        chunks = [names[start : start + COUNTED] for start in range(0, len(names), COUNTED)]
+        with ThreadPoolExecutor(max_workers=THREADS) as pool:
+            for chunk, stamps in zip(chunks, pool.map(self._stat, chunks)):
+                yield from self._look(chunk, stamps, read, pool)
+                if time.monotonic() - self._saved > SAVED_EVERY:
+                    self._save(~self._forgotten)
+
+    def _look(
+        self, names: Sequence[str], stamps: np.ndarray, read: Read, pool: ThreadPoolExecutor
+    ) -> Iterator[dict[str, Any] | Exception | None]:
+        there, settled = stamps[:, 0] >= 0, stamps[:, 1:].max(axis=1) < self._start - SETTLED * 1e9
+        rows = self._rows(names)
+        current = there & (rows >= 0)
+        current[current] = (self._stamps[rows[current]] == stamps[current]).all(axis=1)
+        self._seen[rows[current & settled]] = True
+
+        def note(index: int) -> dict[str, Any] | Exception | None:
+            if not there[index]:
+                return None
+            value = read(names[index])
+            if settled[index] and not isinstance(value, Exception):
+                self._new[names[index]] = tuple(stamps[index].tolist()), json.dumps(value)
+            return value
+
+        others = pool.map(note, np.flatnonzero(~current).tolist())
+        known = iter(json.loads(f"[{','.join(self._values(rows[current]))}]"))
+        yield from (next(known) if is_known else next(others) for is_known in current.tolist())
+
+    def _values(self, rows: np.ndarray) -> list[str]:
+        if not len(rows):
+            return []
+        first = int(rows.min())  # a slice, because taking rows of a column in chunks may copy all of it
+        column = self._old["value"].slice(first, int(rows.max()) + 1 - first).combine_chunks()
+        return column.take(pa.array(rows - first)).to_pylist()
+
+    def _stat(self, names: Sequence[str]) -> np.ndarray:
+        """Return the stamps of some files, int64 (N, 3), below 0 for those that are not there."""
+        stamps: list[int] = []
+        for name in names:
+            try:
+                stat = os.stat(f"{self.folder}/{name}")
+                stamps += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            except OSError:
+                stamps += (-1, -1, -1)
+        return np.array(stamps, np.int64).reshape(-1, len(STAMP))
+
+    def _rows(self, names: Sequence[str]) -> np.ndarray:
+        """Return where in the old table each file is, int64 (N,), -1 for those that are not in it."""
+        if not len(names):
+            return np.empty(0, np.int64)
+        column = self._old["name"]
+        # names come in about the order of the table, so that a small part of it is looked through
+        first = bisect_left(range(len(column)), min(names), key=lambda row: column[row].as_py())
+        end = bisect_right(range(len(column)), max(names), key=lambda row: column[row].as_py())
+        found = pc.index_in(pa.array(names, pa.string()), value_set=column.slice(first, end - first))
+        found = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return np.where(found < 0, found, found + first)
 
     def forget(self, name: str) -> None:
         """Forget a file, which turned out to be another one than remembered, so that it is read again."""
-        self._old.pop(name, None)
         self._new.pop(name, None)
+        (row,) = self._rows([name])
+        if row >= 0:
+            self._seen[row], self._forgotten[row] = False, True
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +142,22 @@ class ScanCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entries = self._new if kind is None else self._old | self._new
-        if entries == self._stored or not any(map(self.storage.exists, BEGUN)):
+        keep = self._seen if kind is None else ~self._forgotten
+        if self._new or not keep.all():
+            self._save(keep)
+
+    def _save(self, keep: np.ndarray) -> None:
+        """Write what is new and those rows of the old table."""
+        self._saved = time.monotonic()
+        if not any(map(self.storage.exists, BEGUN)):
             return
-        rows = [dict(zip(SCHEMA.names, (name, *stamp, value))) for name, (stamp, value) in sorted(entries.items())]
-        schema = SCHEMA.with_metadata({"settings": self._settings})
+        new = dict(self._new)  # threads may go on
+        rows = self._rows(list(new))
+        keep = keep.copy()
+        keep[rows[rows >= 0]] = False
+        kept = self._old.filter(pa.array(keep)).cast(SCHEMA)
+        columns = [list(new), *zip(*(stamp for stamp, _ in new.values())), [value for _, value in new.values()]]
+        tables = [kept, pa.table(columns, schema=SCHEMA)] if new else [kept]
+        table = pa.concat_tables(tables).sort_by("name").replace_schema_metadata({"settings": self._settings})
         with suppress(OSError, NanoditError):  # a plan can be made where nothing can be written
-            self.storage.write(NAME, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
+            self.storage.write(NAME, parquet_bytes(table))

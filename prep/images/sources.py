@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,13 @@ TRANSPOSE = {
 }
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
-# The name of a file and what reads it -> what is known of it
-Remember = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+THREADS = 8  # that look at files: hashing releases the GIL, and storage likes company
+COUNTED = 1000  # files between two updates of a progress line
+
+# What reads a file: plain values, or the exception that says why there are none
+Read = Callable[[str], dict[str, Any] | Exception]
+# Names of files and what reads them -> what is known of each, in order; None for one that is not there
+LookAll = Callable[[Sequence[str], Read], Iterable[dict[str, Any] | Exception | None]]
 
 # Pillow's own limit is a global that warns below and raises above; the check here is exact and comes from the config.
 Image.MAX_IMAGE_PIXELS = None
@@ -61,7 +66,7 @@ class BadImage(Exception):
         self.reason, self.detail = reason, detail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of which there may be millions
 class Source:
     """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
 
@@ -76,7 +81,7 @@ class Source:
     gone: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
     """A row of the rejects table."""
 
@@ -94,47 +99,67 @@ class Scan:
     rejects: list[Reject]
 
 
-def find_files(folder: Path) -> Iterator[tuple[str, BadImage | None]]:
-    """Yield every file below ``folder`` as (POSIX name, problem or None), sorted by name.
+def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
+    """Return the POSIX names of all files below ``folder`` that may be read, and the others as rejects, each sorted.
 
     Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
     followed and hidden folders not entered; both are reported, so that nothing disappears silently.
     """
     root = folder.resolve()
-    found: list[tuple[str, BadImage | None]] = []
-    for parent, folders, files in os.walk(root):
-        for name in list(folders):
-            path = Path(parent, name)
-            if path.is_symlink():
-                found.append((_posix(path, root), BadImage("linked_folder", "links to folders are not followed")))
-            elif name.startswith("."):
-                found.append((_posix(path, root), BadImage(HIDDEN, "hidden folders are not read")))
+    names: list[str] = []
+    rejects: list[Reject] = []
+
+    def refuse(name: str, bad: BadImage) -> None:
+        # a name that is not UTF-8 cannot be stored in Parquet; it is refused under a printable one
+        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
+        rejects.append(Reject(printable, "source", bad.reason, bad.detail))
+
+    waiting = [""]
+    while waiting:
+        parent = waiting.pop()
+        for entry in _entries(root / parent):
+            name = f"{parent}{entry.name}"
+            if _is_folder(entry):
+                if entry.is_symlink():
+                    refuse(name, BadImage("linked_folder", "links to folders are not followed"))
+                elif entry.name.startswith("."):
+                    refuse(name, BadImage(HIDDEN, "hidden folders are not read"))
+                else:
+                    waiting.append(f"{name}/")
+            elif entry.name in FIGURES_FILES or entry.name.lower().endswith(SIDECAR_SUFFIX):
+                continue
+            elif problem := _problem(entry, name, root):
+                refuse(name, problem)
             else:
-                continue
-            folders.remove(name)
-        for name in files:
-            path = Path(parent, name)
-            if name in FIGURES_FILES or name.lower().endswith(SIDECAR_SUFFIX):
-                continue
-            found.append((_posix(path, root), _name_problem(path, root)))
-    return iter(sorted(found, key=lambda item: item[0]))
+                names.append(name)
+    return sorted(names), sorted(rejects, key=lambda reject: reject.source)
 
 
-def _posix(path: Path, root: Path) -> str:
-    # a name that is not UTF-8 cannot be stored in Parquet; it is refused below, under a printable name
-    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError:  # a folder that may not be read, or has gone
+        return
 
 
-def _name_problem(path: Path, root: Path) -> BadImage | None:
-    if path.name.startswith("."):
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _problem(entry: os.DirEntry[str], name: str, root: Path) -> BadImage | None:
+    if entry.name.startswith("."):
         return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot)")
-    if path.name.lower() in SYSTEM_FILES:
+    if entry.name.lower() in SYSTEM_FILES:
         return BadImage(HIDDEN, "a hidden file of Windows")
-    if _posix(path, root) != path.relative_to(root).as_posix():
+    if not name.isascii() and os.fsencode(name).decode("utf-8", "backslashreplace") != name:
         return BadImage("name_not_utf8", "the file name is not valid UTF-8")
-    if leads_out(path, root):
+    if entry.is_symlink() and leads_out(root / name, root):
         return BadImage("outside_source", "the link leads out of the source folder")
-    if not path.is_file():
+    if not (entry.is_file(follow_symlinks=False) or (root / name).is_file()):
         return BadImage("unreadable", "not a regular file, or a link that leads nowhere")
     return None
 
@@ -201,46 +226,47 @@ def _damage(what: str, error: Exception) -> BadImage:
     return BadImage("truncated" if short else "corrupt", f"{what}: {text}")
 
 
-def scan(folder: Path, max_pixels: int, remember: Remember = lambda name, read: read()) -> Scan:
+def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan:
     """Find, hash and check every file below ``folder``; of equal files the first name is kept.
 
-    ``remember`` answers for files that have not changed (``ScanCache.look``); without it every file is read.
+    ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is read.
     """
 
-    def look(item: tuple[str, BadImage | None]) -> Source | Reject:
-        name, problem = item
-        try:
-            if problem is not None:
-                raise problem
-            known = remember(name, lambda: _describe_file(folder, name, max_pixels))
-        except BadImage as bad:
-            known = {"reason": bad.reason, "detail": bad.detail}
-        return Reject(name, "source", **known) if "reason" in known else Source(name, **known)
+    def read(name: str) -> dict[str, Any] | Exception:
+        return _describe_file(folder, name, max_pixels)
 
-    seen: list[Source | Reject] = []
-    # hashing releases the GIL, and storage likes company
-    with Progress("scan", None, "files") as progress, ThreadPoolExecutor(max_workers=8) as pool:
-        for item in pool.map(look, find_files(folder)):
-            seen.append(item)
-            progress.advance()
+    names, rejects = find_files(folder)
     kept: dict[str, Source] = {}
-    rejects: list[Reject] = []
-    for item in seen:
-        if isinstance(item, Reject):
-            rejects.append(item)
-        elif item.key in kept:
-            rejects.append(Reject(item.name, "source", "duplicate", f"same bytes as {kept[item.key].name}"))
-        else:
-            kept[item.key] = item
-    return Scan(list(kept.values()), rejects)
+    with Progress("scan", None, "files") as progress:
+        for count, (name, found) in enumerate(zip(names, (look_all or read_all)(names, read))):
+            known = read(name) if found is None else found
+            if isinstance(known, BadImage):
+                rejects.append(Reject(name, "source", known.reason, known.detail))
+            elif "reason" in known:
+                rejects.append(Reject(name, "source", **known))
+            elif first := kept.get(known["key"]):
+                rejects.append(Reject(name, "source", "duplicate", f"same bytes as {first.name}"))
+            else:
+                kept[known["key"]] = Source(name, **known)
+            if count % COUNTED == 0:
+                progress.update(count)
+        progress.update(len(kept) + len(rejects))
+    return Scan(list(kept.values()), sorted(rejects, key=lambda reject: reject.source))
 
 
-def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any]:
+def read_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception]:
+    """Yield what ``read`` says of each file; several are read at a time."""
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        for start in range(0, len(names), COUNTED):  # a waiting task takes a kilobyte
+            yield from pool.map(read, names[start : start + COUNTED])
+
+
+def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | BadImage:
     try:
         source = read_header(folder, name, max_pixels)
     except BadImage as bad:
         if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
-            raise
+            return bad
         return {"reason": bad.reason, "detail": bad.detail}
     return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanodit.storage import Storage
 from prep.captions.sidecar import SidecarCaptions
@@ -25,14 +26,16 @@ INDEX = "index.parquet"
 PASSING = ("changed_during_run", "source_gone", "unreadable")
 
 
-def compare_sources(manifest: Sequence[Mapping[str, Any]], found: Scan) -> tuple[list[Mapping[str, Any]], int]:
+def compare_sources(manifest: pa.Table, found: Scan) -> tuple[list[Mapping[str, Any]], int]:
     """Return the manifest's rows whose file is gone, and the number of those whose content is another one now.
 
     A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
     """
-    keys = {source.key for source in found.sources}
+    keys = pa.array([source.key for source in found.sources], pa.string())
+    missing = manifest.filter(pc.invert(pc.is_in(manifest["key"], value_set=keys))).to_pylist()
+    if not missing:
+        return [], 0
     names = {source.name for source in found.sources} | {reject.source for reject in found.rejects}
-    missing = [row for row in manifest if row["key"] not in keys]
     gone = [row for row in missing if row["source"] not in names]
     return gone, len(missing) - len(gone)
 
@@ -141,7 +144,9 @@ def units_behind(config: PrepConfig, current: Mapping[Unit, Part]) -> dict[Unit,
     behind = {}
     for unit, part in current.items():
         upstream = current.get(Unit(unit.bucket, unit.shard, config.upstream(unit.layer)))
+        if upstream is None or part.table["key"].equals(upstream.table["key"]):
+            continue
         known = {*part.table["key"].to_pylist(), *(item.key for item in part.rejects)}
-        if upstream is not None and not known.issuperset(upstream.table["key"].to_pylist()):
+        if not known.issuperset(upstream.table["key"].to_pylist()):
             behind[unit] = f"the {upstream.unit.layer} layer has other samples now"
     return behind

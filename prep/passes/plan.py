@@ -9,29 +9,33 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption
+from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption, usual_name
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
-from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part
+from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
-from prep.images.filters import filter_recipe, header_problem
+from prep.images.filters import Problem, filter_recipe, header_problem
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import Reject, Remember, Source, scan
+from prep.images.sources import LookAll, Reject, Source, read_all, scan
+from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
     committed_caption_hashes,
@@ -59,6 +63,7 @@ MANIFEST_SCHEMA = pa.schema(
 )
 PX_PART = re.compile(r"parts/bucket_(\d+x\d+)-shard-(\d{6,})\.px\.parquet")
 NAMED = 5  # how many examples an error lists
+CAPTIONS = 10_000  # sidecars that are looked at at a time
 REQUESTS = 16  # to an object store at a time; each waits for the network
 
 
@@ -86,6 +91,24 @@ class Plan:
     missing: dict[Unit, str]
     again: list[Unit]
     notes: list[str]
+
+    def table(self) -> pa.Table:
+        """Return the samples, sorted by key, with their place; the columns are those of ``MANIFEST_SCHEMA``."""
+        sizes = [len(keys) for keys in self.shards.values()]
+        keys = [key for members in self.shards.values() for key in members]
+        samples = [self.sources[key] for key in keys]
+        columns = [
+            keys,
+            [source.name for source in samples],
+            [source.size_bytes for source in samples],
+            [source.width for source in samples],
+            [source.height for source in samples],
+            np.repeat(np.array([bucket for bucket, _ in self.shards], object), sizes),
+            np.repeat(np.array([shard for _, shard in self.shards], np.int32), sizes),
+        ]
+        arrays = [pa.array(values, field.type) for field, values in zip(MANIFEST_SCHEMA, columns)]
+        table = pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+        return table.take(pc.sort_indices(table["key"]))
 
     def tasks(self, layers: tuple[str, ...]) -> list[ShardTask]:
         """Group the missing units of some layers by shard; those with most to do first, so that all end together."""
@@ -122,27 +145,37 @@ def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = Fal
     folder, root = Path(config.source), open_storage(config.output)
     settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
     with ScanCache(root, folder, settings) as cache:
-        found = scan(folder, config.image.max_pixels, cache.look)
+        found = scan(folder, config.image.max_pixels, cache.look_all)
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
         files_gone, replaced = compare_sources(manifest, found)
         kept = worth_keeping(root, files_gone)
         rejects, sources = list(found.rejects), {}
-        for source in [*found.sources, *([] if prune else kept)]:
-            if problem := header_problem(
-                source.width, source.height, config.filters, config.base, config.image.max_upscale
-            ):
+        sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
+        buckets: dict[str, str] = {}
+        for source in chain(found.sources, () if prune else kept):
+            size = source.width, source.height
+            if size not in sizes:
+                problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
+                sizes[size] = problem, str(choose_bucket(*size, config.base))
+            problem, bucket = sizes[size]
+            if problem:
                 rejects.append(Reject(source.name, "source", *problem))
             else:
-                sources[source.key] = source
-        buckets = {key: str(choose_bucket(source.width, source.height, config.base)) for key, source in sources.items()}
+                sources[source.key], buckets[source.key] = source, bucket
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
-        parts = read_parts(root, [Unit(*place, layer) for place in shards for layer in config.active_layers])
-        old_captions = committed_caption_hashes(parts) if kept else {}
-        captions, expected = read_captions(config, sources, old_captions, cache.look)
+        del manifest, buckets  # a hundred MB each of a million samples
+        texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
+        if not config.captions.generated:  # what was committed counts only for sources that are gone
+            gone = {source.key for source in kept}
+            texts = [unit for unit in texts if not gone.isdisjoint(shards[unit.bucket, unit.shard])] if gone else []
+        parts = read_parts(root, texts)
+        old_captions = committed_caption_hashes(parts)
+        captions, expected = read_captions(config, sources, old_captions, cache.look_all)
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
+        parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
 
@@ -191,13 +224,28 @@ def check_folders(config: PrepConfig) -> None:
         raise ConfigError(f"source {source} and output {output} must not lie inside each other. Choose another output")
 
 
-def read_parts(root: Path | str | Storage, units: Collection[Unit]) -> dict[Unit, Part]:
-    """Read the committed parts of some units."""
+def read_parts(
+    root: Path | str | Storage, units: Collection[Unit], recipes: Mapping[Unit, dict[str, Any]] | None = None
+) -> dict[Unit, Part]:
+    """Read the committed parts of some units; their tables have the keys alone.
+
+    Those that have the recipe which is theirs in ``recipes`` share it: recipes name every caption.
+    """
     storage, parts = open_storage(root), {}
+    known = known_parts(storage) if units else {}
+
+    def read(unit: Unit) -> Part | None:
+        part = read_part(storage, unit, ["key"], known.get(unit.part))
+        wanted = (recipes or {}).get(unit)
+        return replace(part, recipe=wanted) if part and wanted and same_recipe(part.recipe, wanted) else part
+
+    before = pa.table([])
     with Progress("check", len(units), "units") as progress, ThreadPoolExecutor(max_workers=REQUESTS) as pool:
-        for unit, part in zip(units, pool.map(lambda unit: read_part(storage, unit), units)):
+        for unit, part in zip(units, pool.map(read, units)):
             if part is not None:
-                parts[unit] = part
+                if part.table.equals(before):  # the layers of a shard share one table
+                    part = replace(part, table=before)
+                before, parts[unit] = part.table, part
             progress.advance()
     return parts
 
@@ -206,7 +254,7 @@ def read_captions(
     config: PrepConfig,
     sources: Mapping[str, Source],
     committed: Mapping[str, str],
-    remember: Remember = lambda name, read: read(),
+    look_all: LookAll = read_all,
 ) -> tuple[dict[str, str], list[Reject]]:
     """Return what every sample's text depends on: its sidecar's hash or the reason for having none; empty without text.
 
@@ -216,22 +264,24 @@ def read_captions(
     """
     if "text" not in config.layers or config.captions.generated:
         return {}, []
-    sidecars = SidecarCaptions(Path(config.source))
-    found: list[str | BadCaption] = []
-
-    def caption_of(source: Source) -> str | BadCaption:
-        if source.gone and source.key in committed:
-            return committed[source.key]
-        caption = _try_caption(sidecars, source.name, remember)
-        if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
-            return gone_without_caption(source.name)
-        return caption
-
-    with Progress("captions", len(sources), "captions") as progress, ThreadPoolExecutor(max_workers=8) as pool:
-        for item in pool.map(caption_of, sources.values()):
-            found.append(item)
-            progress.advance()
-    bad = [problem for problem in found if isinstance(problem, BadCaption) and problem.reason != SOURCE_GONE]
+    captions: dict[str, str] = {}
+    problems: list[tuple[str, BadCaption]] = []
+    listed = list(sources)
+    with Progress("captions", len(sources), "captions") as progress:
+        for start in range(0, len(listed), CAPTIONS):
+            block = [sources[key] for key in listed[start : start + CAPTIONS]]
+            asked = [source.name for source in block if not (source.gone and source.key in committed)]
+            found = dict(zip(asked, look_at_captions(config, asked, look_all)))
+            for source in block:
+                caption = found.get(source.name, committed.get(source.key, ""))
+                if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
+                    caption = gone_without_caption(source.name)
+                if isinstance(caption, BadCaption):
+                    problems.append((source.name, caption))
+                    caption = caption.reason
+                captions[source.key] = caption
+            progress.advance(len(block))
+    bad = [problem for _, problem in problems if problem.reason != SOURCE_GONE]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
             f"{count} {name}" for name, count in Counter(problem.reason for problem in bad).most_common()
@@ -242,37 +292,49 @@ def read_captions(
             f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
             "or set captions.on_missing=reject to leave these images out"
         )
-    captions = {key: item.reason if isinstance(item, BadCaption) else item for key, item in zip(sources, found)}
-    expected = [
-        Reject(source.name, "text", item.reason, item.detail)
-        for source, item in zip(sources.values(), found)
-        if isinstance(item, BadCaption)
-    ]
+    expected = [Reject(name, "text", problem.reason, problem.detail) for name, problem in problems]
     return captions, expected
 
 
-def _try_caption(sidecars: SidecarCaptions, source: str, remember: Remember) -> str | BadCaption:
-    try:
-        known = remember(sidecars.path(source), lambda: {"sha256": sidecars.caption(source).provenance["sha256"]})
-        return known["sha256"]
-    except BadCaption as bad:
-        return bad
+def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) -> list[str | BadCaption]:
+    """Return the hash of the sidecar of each source, or what is wrong with it."""
+    sidecars = SidecarCaptions(Path(config.source))
+
+    def read(name: str) -> dict[str, Any] | BadCaption:
+        try:
+            return {"sha256": sidecars.read(name).provenance["sha256"]}
+        except BadCaption as bad:
+            return bad
+
+    def known(found: dict[str, Any] | Exception | None) -> Any:
+        return found["sha256"] if isinstance(found, dict) else found
+
+    captions = [known(found) for found in look_all([usual_name(source) for source in sources], read)]
+    others = [position for position, caption in enumerate(captions) if caption is None]
+    if others:  # under another name, or under none
+        names = [sidecars.path(sources[position]) for position in others]
+        for position, name, found in zip(others, names, look_all(names, read)):
+            captions[position] = known(read(name) if found is None else found)
+    return captions
 
 
-def earlier_places(
-    storage: Storage, manifest: Iterable[Mapping[str, Any]], buckets: Mapping[str, str]
-) -> dict[str, tuple[str, int]]:
+def earlier_places(storage: Storage, manifest: pa.Table, buckets: Mapping[str, str]) -> dict[str, tuple[str, int]]:
     """Return the (bucket, shard) of every key of an earlier plan.
 
     Where that plan has other buckets, it is of another base; when that was given up before it was published, the units
     of the base before are still there and know their members.
     """
-    places = {row["key"]: (row["bucket"], row["shard"]) for row in manifest}
+    names = manifest["bucket"].combine_chunks().dictionary_encode()
+    codes = np.asarray(names.indices).astype(np.int64) << 32 | manifest["shard"].to_numpy()
+    codes, rows = np.unique(codes, return_inverse=True)  # one tuple for all samples of a shard
+    known = [(names.dictionary[code >> 32].as_py(), code & 0xFFFFFFFF) for code in codes.tolist()]
+    places = dict(zip(manifest["key"].to_pylist(), map(known.__getitem__, rows.tolist())))
     moved = {key for key, (bucket, _) in places.items() if buckets.get(key, bucket) != bucket}
     wanted = {buckets[key] for key in moved}
     for name in storage.names("parts/") if moved else ():
         match = PX_PART.fullmatch(name)
-        part = read_part(storage, Unit(match[1], int(match[2]), "px")) if match and match[1] in wanted else None
+        unit = Unit(match[1], int(match[2]), "px") if match and match[1] in wanted else None
+        part = read_part(storage, unit, ["key"]) if unit else None
         if part is not None:
             keys = {*part.table["key"].to_pylist(), *(reject.key for reject in part.rejects)}
             places |= {key: (match[1], int(match[2])) for key in keys & moved if buckets[key] == match[1]}
@@ -334,7 +396,7 @@ def make_recipes(
     generated: Mapping[str, Any],
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow."""
-    with waiting("loading the code of the encoders", at_once=False):  # torch and transformers take seconds
+    with waiting("loading the code of the encoders", at_once=False):  # folders of models are hashed, demo ones built
         encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
         encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
     recipes: dict[Unit, dict[str, Any]] = {}
@@ -373,7 +435,7 @@ def reason(storage: Storage, unit: Unit, recipe: dict[str, Any], part: Part | No
     """Why a unit has to be computed; empty when it is current. ``upstream`` names the layer that it is made from."""
     if part is None:
         return "its tar or index part is damaged" if storage.exists(unit.part) else "not computed yet"
-    if fingerprint_of(part.recipe) == fingerprint_of(recipe):
+    if same_recipe(part.recipe, recipe):
         return ""
     old, new = _flat(part.recipe), _flat(recipe)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
@@ -391,31 +453,24 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def read_manifest(root: Path | str | Storage) -> list[dict[str, Any]]:
+def read_manifest(root: Path | str | Storage) -> pa.Table:
     """Read the samples of an earlier plan, with the columns of ``MANIFEST_SCHEMA``; none before the first."""
     storage = open_storage(root)
     data = storage.read_if_there(MANIFEST)
     if data is None:
-        return []
+        return MANIFEST_SCHEMA.empty_table()
     try:
-        table = read_parquet(data, schema=MANIFEST_SCHEMA)
+        return read_parquet(data, schema=MANIFEST_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         path = storage.where(MANIFEST)
         raise DataError(f"{path} is damaged ({error}). Restore it, or delete {storage} and prepare it again") from error
-    return table.to_pylist()
 
 
 def write_manifest(plan: Plan) -> None:
     """Fix the membership of the shards, before the first unit is computed; the published version is kept before."""
-    rows = [
-        vars(plan.sources[key]) | {"source": plan.sources[key].name, "bucket": bucket, "shard": shard}
-        for (bucket, shard), keys in plan.shards.items()
-        for key in keys
-    ]
-    rows = [{name: row[name] for name in MANIFEST_SCHEMA.names} for row in sorted(rows, key=lambda row: row["key"])]
-    data = parquet_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    data = parquet_bytes(plan.table())
     storage = open_storage(plan.config.output)
-    changed = not storage.exists(MANIFEST) or storage.read(MANIFEST) != data
+    changed = storage.read_if_there(MANIFEST) != data
     if changed or plan.missing:
         keep_version(storage, plan.parts)
     if changed:

@@ -7,7 +7,8 @@ its split). Files that would not change are left alone; dataset.json comes last 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nanodit.console import Progress
 from nanodit.errors import DataError
 from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
-from prep.dataset.buckets import Bucket, buckets_for, centre_crop
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -30,31 +32,25 @@ from prep.dataset.layout import (
     fingerprint_of,
     member_columns,
     parquet_bytes,
+    part_schema,
     read_parquet,
+    read_part,
 )
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.compared import Alike, compared_tokens
-from prep.images.sources import HIDDEN, TRUTH_NAME, Reject, Source
-from prep.passes.plan import MANIFEST, NAMED, Plan
+from prep.images.sources import HIDDEN, TRUTH_NAME, Reject
+from prep.passes import last_publication
+from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
+ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
+BLOCK = 1024  # parts that are read at a time
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
-SAMPLE_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "source": pa.string(),
-        "bucket": pa.string(),
-        "shard": pa.int32(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-    }
-    | dict.fromkeys(CROP_COLUMNS, pa.float64())
-)
 REJECT_SCHEMA = pa.schema(dict.fromkeys(("source", "stage", "reason", "detail"), pa.string()))
 
 
@@ -72,23 +68,26 @@ class Published:
 def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
     """Write the index and what belongs to it from ``parts``, the committed units of the plan.
 
-    Raises DataError, and publishes nothing but ``report``, when nothing was accepted or too much was refused (`gate`).
+    Nothing is joined where the last publication was made from the same. Raises DataError, and publishes nothing but
+    ``report``, when nothing was accepted or too much was refused (`gate`).
     """
     storage = open_storage(plan.config.output)
+    manifest = last_publication.file_hash(storage, MANIFEST)
+    inputs = last_publication.inputs_hash(plan, parts, manifest, Path(plan.config.source) / TRUTH_NAME)
+    last = last_publication.recall(storage, inputs)
+    if last and (TRUTH_NAME in last["files"] or not storage.exists(TRUTH_NAME)):
+        return Published(last["counts"], Counter(last["reasons"]), last["warnings"], [], last["fingerprint"])
     table, rejects = collect(plan, parts)
     gate(plan.config, rejects, plan.seen, report)
-    files = {
-        INDEX: parquet_bytes(
-            table.drop_columns(list(HIDDEN_COLUMNS)).replace_schema_metadata({SPLIT_RULES: split_rules(plan.config)})
-        ),
-        REJECTS: parquet_bytes(reject_table(rejects)),
-    }
-    truth = map_truth(plan, set(table["key"].to_pylist()))
+    truth = map_truth(plan, table["key"])
+    info = describe(plan, parts, table, len(rejects))
+    warnings = warn(table, info["buckets"])
+    table = table.drop_columns(list(HIDDEN_COLUMNS)).replace_schema_metadata({SPLIT_RULES: split_rules(plan.config)})
+    files = {INDEX: parquet_bytes(table), REJECTS: parquet_bytes(reject_table(rejects))}
     if truth is not None:
         files[TRUTH_NAME] = parquet_bytes(truth)
-    info = describe(plan, parts, table, len(rejects))
     info["hashes"] = {name: sha256_bytes(data) for name, data in files.items()}
-    info["hashes"][MANIFEST] = sha256_bytes(storage.read(MANIFEST))
+    info["hashes"][MANIFEST] = manifest
     info["fingerprint"] = fingerprint_of(info)
     files[DATASET] = canonical_json(info).encode()
     if storage.read_if_there(DATASET) != files[DATASET]:
@@ -97,7 +96,9 @@ def publish(plan: Plan, parts: Mapping[Unit, Part], report: str) -> Published:
         storage.delete(TRUTH_NAME)
     changed = [name for name, data in files.items() if _write_if_changed(storage, name, data)]
     reasons = Counter(reject.reason for reject in rejects)
-    return Published(info["counts"], reasons, warn(table, info["buckets"]), changed, info["fingerprint"])
+    outcome = {"counts": info["counts"], "reasons": reasons, "warnings": warnings, "fingerprint": info["fingerprint"]}
+    last_publication.remember(storage, inputs, parts, outcome)
+    return Published(info["counts"], reasons, warnings, changed, info["fingerprint"])
 
 
 def _write_if_changed(storage: Storage, name: str, data: bytes) -> bool:
@@ -122,9 +123,10 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
         table, linking = add_split(plan, table, published)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
-    told = {reject.source for reject in rejects}.union(table["source"].to_pylist())
-    members = [plan.sources[key].name for keys in plan.shards.values() for key in keys]
-    if lost := [name for name in members if name not in told]:
+    told = pa.array([reject.source for reject in rejects], pa.string())
+    members = pa.array((plan.sources[key].name for keys in plan.shards.values() for key in keys), pa.string())
+    silent = pc.invert(pc.or_(pc.is_in(members, value_set=told), pc.is_in(members, value_set=table["source"])))
+    if lost := members.filter(silent).to_pylist():
         raise DataError(
             f"nothing was published: {len(lost)} samples are neither complete nor refused, for example "
             f"{', '.join(lost[:NAMED])}. Run: nanodit prep verify --repair, then nanodit prep run"
@@ -164,45 +166,82 @@ def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str | Non
 
 def reject_table(rejects: list[Reject]) -> pa.Table:
     """Refused sources as a table, sorted by source and stage."""
-    rows = [vars(reject) for reject in sorted(rejects, key=lambda reject: (reject.source, reject.stage))]
-    return pa.Table.from_pylist(rows, schema=REJECT_SCHEMA)
+    rows = sorted(rejects, key=lambda reject: (reject.source, reject.stage))
+    columns = [pa.array([getattr(row, name) for row in rows], pa.string()) for name in REJECT_SCHEMA.names]
+    return pa.Table.from_arrays(columns, schema=REJECT_SCHEMA)
 
 
 def join_layers(plan: Plan, parts: Mapping[Unit, Part]) -> pa.Table:
     """One row for every sample that is complete in every layer, sorted by key: its place, its crop, what layers say."""
-    tables: dict[str, pa.Table] = {}
-    for layer in plan.config.active_layers:
-        tables[layer] = pa.concat_tables(
-            part.table.replace_schema_metadata(None).append_column(
-                f"{layer}/fingerprint", pa.array([part.fingerprint] * len(part.table), pa.string())
-            )
-            for unit, part in parts.items()
-            if unit.layer == layer
-        )
-    keys = sorted(set.intersection(*(set(table["key"].to_pylist()) for table in tables.values())))
-    tables = {
-        layer: table.filter(pc.is_in(table["key"], pa.array(keys, pa.string()))).sort_by("key")
-        for layer, table in tables.items()
-    }
-    places = {key: place for place, members in plan.shards.items() for key in members}
-    rows = [describe_sample(plan.sources[key], *places[key]) for key in keys]
-    described = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    units = {layer: [unit for unit in parts if unit.layer == layer] for layer in plan.config.active_layers}
+    samples, complete = plan.table(), True
+    for members in units.values():
+        keys = pa.chunked_array([parts[unit].table["key"].combine_chunks() for unit in members], pa.string())
+        complete = pc.and_(complete, pc.is_in(samples["key"], value_set=keys))
+    described = describe_samples(samples.filter(complete))
     # what people look at comes first, where the bytes are last
-    recipes = {unit.layer: part.recipe for unit, part in parts.items()}
-    described_by = {layer: [*LAYERS[layer].columns_of(recipes[layer])] for layer in tables}
-    located = {layer: [f"{layer}/fingerprint", *member_columns(layer, recipes[layer])] for layer in tables}
-    for columns in (described_by, located):
-        for layer, table in tables.items():
-            for name in columns[layer]:
-                described = described.append_column(name, table[name])
+    columns: dict[str, pa.Array] = {}
+    located: dict[str, pa.Array] = {}
+    with Progress("index", sum(map(len, units.values())), "units") as progress:
+        for layer, members in units.items():
+            recipe = parts[members[-1]].recipe
+            told, places = [*LAYERS[layer].columns_of(recipe)], [*member_columns(layer, recipe)]
+            read = read_columns(plan, parts, members, ["key", *told, *places], progress)
+            rows = pc.index_in(described["key"], value_set=read.pop("key")).combine_chunks()
+            columns |= {name: _take(read.pop(name), rows) for name in told}
+            fingerprints = pa.array([parts[unit].fingerprint for unit in members], pa.string())
+            unit_of = np.repeat(np.arange(len(members)), [len(parts[unit].table) for unit in members])
+            located[f"{layer}/fingerprint"] = fingerprints.take(pa.array(unit_of).take(rows))
+            located |= {name: _take(read.pop(name), rows) for name in places}
+    for name, column in (columns | located).items():
+        described = described.append_column(name, column)
     return described
 
 
-def describe_sample(source: Source, bucket: str, shard: int) -> dict[str, Any]:
-    """Return the columns of the index that follow from the source alone."""
-    crop = centre_crop(source.width, source.height, Bucket.parse(bucket)).box
-    place = {"key": source.key, "source": source.name, "bucket": bucket, "shard": shard}
-    return place | {"width": source.width, "height": source.height} | dict(zip(CROP_COLUMNS, crop))
+def read_columns(
+    plan: Plan, parts: Mapping[Unit, Part], units: Sequence[Unit], names: Sequence[str], progress: Progress
+) -> dict[str, pa.ChunkedArray]:
+    """Read some columns of committed parts, by name. Raises DataError for a part that has changed since the plan."""
+    storage = open_storage(plan.config.output)
+    chunks: dict[str, list[pa.Array]] = {name: [] for name in names}
+
+    def read(unit: Unit) -> pa.Table:
+        part = read_part(storage, unit, names, parts[unit].sha256)
+        if part is None or part.sha256 != parts[unit].sha256:
+            raise DataError(f"{storage.where(unit.part)} has changed since the run began. Run nanodit prep run again")
+        return part.table
+
+    with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+        for start in range(0, len(units), BLOCK):
+            for table in pool.map(read, units[start : start + BLOCK]):
+                for name in names:
+                    chunks[name] += table[name].chunks
+            progress.advance(len(units[start : start + BLOCK]))
+    schema = part_schema(units[0].layer, parts[units[-1]].recipe)
+    return {name: pa.chunked_array(chunks.pop(name), type=schema.field(name).type) for name in names}
+
+
+def _take(column: pa.ChunkedArray, rows: pa.Array) -> pa.Array | pa.ChunkedArray:
+    """Return some rows, as one array where it can be: how a column lies in chunks decides the bytes of its file."""
+    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}.get(column.type)
+    if large is None or column.nbytes < ONE_ARRAY:
+        return column.combine_chunks().take(rows)
+    taken = column.cast(large).combine_chunks().take(rows)
+    most = max(1, len(taken) * ONE_ARRAY // (2 * taken.nbytes))
+    pieces = [taken.slice(start, most).cast(column.type) for start in range(0, len(taken), most)]
+    return pa.chunked_array(pieces, column.type)
+
+
+def describe_samples(samples: pa.Table) -> pa.Table:
+    """Return the columns of the index that follow from the sources alone."""
+    width, height = (samples[name].to_numpy().astype(np.float64) for name in ("width", "height"))
+    buckets = samples["bucket"].combine_chunks().dictionary_encode()
+    parsed = [Bucket.parse(name) for name in buckets.dictionary.to_pylist()]
+    sides = np.array([(bucket.width, bucket.height) for bucket in parsed], np.float64).reshape(-1, 2)
+    table = samples.select(["key", "source", "bucket", "shard", "width", "height"])
+    for name, values in zip(CROP_COLUMNS, crop_boxes(width, height, *sides[buckets.indices.to_numpy()].T)):
+        table = table.append_column(name, pa.array(values))
+    return table
 
 
 def split_rules(config: PrepConfig) -> str:
@@ -230,7 +269,9 @@ def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
     rules = (table.schema.metadata or {}).get(SPLIT_RULES.encode(), b"").decode()
     if not storage.exists(DATASET) and rules != split_rules(config):
         return {}
-    return dict(zip(table["key"].to_pylist(), table["split"].to_pylist()))
+    sides = table["split"].combine_chunks().dictionary_encode()
+    names = sides.dictionary.to_pylist()  # one string for all, not a million
+    return dict(zip(table["key"].to_pylist(), map(names.__getitem__, sides.indices.to_pylist())))
 
 
 def add_split(
@@ -241,7 +282,8 @@ def add_split(
     ``alike`` are the groups of the rows by DINO class tokens, where they decide about duplicates.
     """
     config = plan.config
-    keys, hashes, thumbnails = (table[name].to_pylist() for name in ("key", "phash", "thumbnail"))
+    keys, hashes = table["key"].to_pylist(), table["phash"].to_pylist()
+    thumbnails = duplicates.thumbnail_rows(table["thumbnail"])
     groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
     split = duplicates.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
     if split.linking:  # without them the rest falls into other groups
@@ -262,7 +304,7 @@ def cls_cosine(config: PrepConfig) -> float:
     return config.duplicates.cls_cosine or duplicates.CLS_COSINE[config.encoders]
 
 
-def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
+def map_truth(plan: Plan, published: pa.ChunkedArray) -> pa.Table | None:
     """Map the truth table of built-in figures by key, joints and box, to pixels of the crop; None without one.
 
     A joint outside the crop is not visible (visibility 0), the box is clipped to the crop.
@@ -270,6 +312,7 @@ def map_truth(plan: Plan, keys: set[str]) -> pa.Table | None:
     path = Path(plan.config.source) / TRUTH_NAME
     if not path.exists():
         return None
+    keys = set(published.to_pylist())
     by_name = {source.name: source for key, source in plan.sources.items() if key in keys}
     places = {key: Bucket.parse(bucket) for (bucket, _), members in plan.shards.items() for key in members}
     table = read_parquet(path.read_bytes())
@@ -296,8 +339,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
     """Return the content of dataset.json but for hashes and fingerprint; no path, time or host in it."""
     config = plan.config
     shards = Counter(bucket for bucket, _ in plan.shards)
-    samples = Counter(table["bucket"].to_pylist())
-    sides = Counter(table["split"].to_pylist())
+    samples, sides = count_values(table["bucket"]), count_values(table["split"])
     layers = {}
     for layer in config.active_layers:
         units = [unit for unit in parts if unit.layer == layer]
@@ -345,22 +387,27 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
     }
 
 
+def count_values(column: pa.ChunkedArray) -> Counter[str]:
+    """Count each value of a column."""
+    return Counter({item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()})
+
+
 def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     """Return what a user should know about a dataset that is formally right."""
     warnings = []
-    sides = Counter(table["split"].to_pylist())
-    if not sides["holdout"]:
+    if not count_values(table["split"])["holdout"]:
         warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
         warnings.append(f"buckets with a single sample: {', '.join(alone)}")
-    groups = table["duplicate_group"].to_pylist()
-    if torn := len(set(zip(groups, table["split"].to_pylist()))) - len(set(groups)):
+    groups = pc.value_counts(table["duplicate_group"])  # in the order of the table
+    if torn := len(table.group_by(["duplicate_group", "split"]).aggregate([])) - len(groups):
         warnings.append(
             f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
             f"rules found them, and published samples stay where they are. Delete {INDEX} and run again to split anew"
         )
-    name, size = Counter(groups).most_common(1)[0]
+    name, size = groups[int(np.argmax(groups.field("counts").to_numpy()))].values()
+    name, size = name.as_py(), size.as_py()
     if size > max(1, LARGE_GROUP * len(table)):
         warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):

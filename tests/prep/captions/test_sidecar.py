@@ -1,12 +1,15 @@
 """Sidecar captions: text or an error, never an empty string."""
 
 import os
+from pathlib import PurePosixPath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from prep.captions.config import CaptionConfig
-from prep.captions.sidecar import MAX_BYTES, BadCaption, SidecarCaptions
+from prep.captions.sidecar import MAX_BYTES, BadCaption, SidecarCaptions, usual_name
 from prep.config import PrepConfig
 from prep.passes.captions import caption_recipe
 
@@ -68,6 +71,11 @@ def test_the_case_of_the_suffix_does_not_matter(tmp_path, suffix):
     assert SidecarCaptions(tmp_path).caption("A.JPG").text == "From a camera."
     (tmp_path / "A.txt").write_text("The usual name.")
     assert SidecarCaptions(tmp_path).caption("A.JPG").text == "The usual name."
+
+
+@given(st.text("a.B", min_size=1, max_size=6).filter(lambda text: text.strip(".")), st.sampled_from(["", "x/", "x.y/"]))
+def test_the_usual_name_is_that_of_pathlib(name, folder):
+    assert usual_name(folder + name) == str(PurePosixPath(folder + name).with_suffix(".txt"))
 
 
 def test_a_link_out_of_the_source_is_not_published(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanodit.errors import ConfigError
-from prep.dataset.buckets import Bucket, buckets_for, centre_crop, choose_bucket, crop_to_bucket
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop, choose_bucket, crop_boxes, crop_to_bucket
 
 SIDES = st.integers(1, 20_000)
 BASES = st.sampled_from([64, 128, 256, 512, 768, 1024])
@@ -72,6 +72,15 @@ def test_the_crop_is_centred_inside_and_of_the_buckets_shape(width, height, base
     assert (crop.right - crop.left) * crop.scale == pytest.approx(bucket.width)
     assert (crop.bottom - crop.top) * crop.scale == pytest.approx(bucket.height)
     assert min(crop.left, crop.top) == pytest.approx(0, abs=1e-6)  # one side is used in full
+
+
+@given(st.lists(st.tuples(SIDES, SIDES, BASES), max_size=20))
+def test_the_crops_of_many_images_are_those_of_each_to_the_bit(images):
+    buckets = [choose_bucket(*image) for image in images]
+    sizes = [(width, height, bucket.width, bucket.height) for (width, height, _), bucket in zip(images, buckets)]
+    boxes = crop_boxes(*np.array(sizes, np.float64).reshape(-1, 4).T)
+    each = [centre_crop(width, height, bucket).box for (width, height, _), bucket in zip(images, buckets)]
+    assert np.stack(boxes, axis=1).tolist() == [list(box) for box in each]
 
 
 def test_cropping_puts_the_marked_pixel_where_the_crop_box_says():

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanodit.errors import DataError
-from nanodit.files import sha256_file
+from nanodit.files import sha256_bytes, sha256_file
 from prep.dataset.codecs import decode_pixels, encode_pixels, load_npy, npy_bytes
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_members, read_part
 from prep.dataset.reader import Dataset
@@ -129,6 +129,23 @@ def test_trap_35_a_bad_sample_stops_the_reader_and_is_named(tmp_path, damage):
     assert UNIT.tar in str(error.value)  # trap 35
     assert KEYS[0 if damage == "removed" else 1] in str(error.value)
     assert "prep run" in str(error.value)
+
+
+def test_a_damaged_column_is_noticed_though_others_are_asked_for(tmp_path):
+    write(tmp_path, UNIT)
+    whole = read_part(tmp_path, UNIT)
+    part = read_part(tmp_path, UNIT, ["key"], whole.sha256)
+    assert part.table.column_names == ["key"]
+    assert part.table["key"].equals(whole.table["key"])
+    assert (part.recipe, part.sha256, part.tar_sha256) == (whole.recipe, whole.sha256, whole.tar_sha256)
+    path = tmp_path / UNIT.part
+    data = bytearray(path.read_bytes())
+    places = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    start = places.dictionary_page_offset or places.data_page_offset
+    data[start : start + places.total_compressed_size] = bytes(places.total_compressed_size)
+    path.write_bytes(data)
+    assert read_part(tmp_path, UNIT, ["key"]) is None
+    assert read_part(tmp_path, UNIT, ["key"], sha256_bytes(bytes(data))) is not None  # somebody vouches for it
 
 
 def test_pixels_survive_unchanged():

@@ -15,15 +15,18 @@ from prep.dataset.layout import Unit, read_part
 from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
 from prep.figures.figures import draw_figure
+from prep.images import duplicates
 from prep.images.duplicates import (
     CLS_COSINE,
     OFF,
+    DisjointSets,
     assign_splits,
     duplicate_groups,
     holdout_size,
     near_pairs,
     perceptual_hash,
     thumbnail,
+    thumbnail_rows,
 )
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
@@ -84,6 +87,48 @@ def test_groups_are_transitive_and_named_after_their_smallest_key():
 
 def test_many_equal_pictures_are_one_group():
     assert len(set(groups_of([np.zeros((64, 64, 3), np.uint8)] * 300).values())) == 1
+
+
+@pytest.mark.parametrize("compared", [1 << 22, 5])
+@pytest.mark.parametrize("measured", [1 << 14, 2])
+def test_pairs_are_those_of_the_definition_in_tiles_of_any_size(monkeypatch, compared, measured):
+    monkeypatch.setattr(duplicates, "COMPARED", compared)
+    monkeypatch.setattr(duplicates, "MEASURED", measured)
+    generator = np.random.default_rng(1)
+    centres = generator.integers(0, 1 << 63, 4, dtype=np.uint64)
+    flips = np.uint64(1) << generator.integers(0, 64, (80, 3), dtype=np.uint64)  # so that some differ in five bits
+    bits = centres[generator.integers(0, 4, 80)] ^ np.bitwise_xor.reduce(flips, axis=1)
+    small = (generator.integers(0, 3, (80, 1)) * 3 + generator.integers(100, 104, (80, 768))).astype(np.uint8)
+    hashes, thumbnails = [f"{value:016x}" for value in bits.tolist()], [row.tobytes() for row in small]
+    wanted = {
+        (a, b)
+        for a in range(80)
+        for b in range(a + 1, 80)
+        if (int(bits[a]) ^ int(bits[b])).bit_count() <= 4
+        and np.abs(small[a].astype(int) - small[b].astype(int)).mean() <= duplicates.MAX_DIFFERENCE
+    }
+    assert 20 < len(wanted) < 80 * 79 / 2
+    columns = [thumbnails, small, thumbnail_rows(pa.chunked_array([thumbnails[:30], thumbnails[30:]]).slice(0))]
+    for column in columns:
+        assert {(a, b) for block in near_pairs(hashes, column) for a, b in block.tolist()} == wanted
+    one_by_one, at_once = DisjointSets(80), DisjointSets(80)
+    at_once.join(3, 7)
+    for pair in [(3, 7), *wanted]:
+        one_by_one.join(*pair)
+    at_once.join_all(np.array(sorted(wanted)))
+    same = [groups.roots()[:, None] == groups.roots() for groups in (one_by_one, at_once)]
+    assert (same[0] == same[1]).all()
+
+
+def test_thumbnails_of_a_column_are_those_of_its_rows():
+    rows = [bytes([number]) * 768 for number in range(5)]
+    for column in (
+        pa.chunked_array([rows]),
+        pa.chunked_array([rows[:2], [], rows[2:]]),
+        pa.chunked_array([rows]).slice(1),
+    ):
+        assert [row.tobytes() for row in thumbnail_rows(column)] == column.to_pylist()
+    assert thumbnail_rows(pa.chunked_array([], pa.binary())).shape == (0, 768)
 
 
 def test_either_kind_of_likeness_makes_a_group():
@@ -216,7 +261,8 @@ def leaks(dataset: Dataset, threshold: float) -> tuple[int, int]:
     small = {
         key: data for part in parts for key, data in zip(*(part.table[n].to_pylist() for n in ("key", "thumbnail")))
     }
-    pairs = set(near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows]))
+    found = near_pairs([row["phash"] for row in rows], [small[row["key"]] for row in rows])
+    pairs = {(a, b) for block in found for a, b in block.tolist()}
     tokens = np.stack([dataset.cls(row) for row in rows]).astype(np.float64)
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     pairs |= {(int(a), int(b)) for a, b in np.argwhere(tokens @ tokens.T > threshold) if a < b}

@@ -85,8 +85,10 @@ def test_a_file_that_may_change_within_the_same_tick_is_not_remembered(tmp_path)
     os.utime(tmp_path / "future", (time.time() + 1e6, time.time() + 1e6))
     for _ in range(2):
         with ScanCache(open_storage(tmp_path / "out"), tmp_path, {}) as cache:
-            assert cache.look("young", lambda: {"key": "1"}) == {"key": "1"}
-            assert cache.look("future", lambda: {"key": "1"}) == {"key": "1"}
+            assert list(cache.look_all(["young", "future"], lambda name: {"key": name})) == [
+                {"key": "young"},
+                {"key": "future"},
+            ]
     assert not (tmp_path / "out").exists()
 
 
@@ -98,8 +100,7 @@ def test_other_settings_forget_and_what_was_not_looked_at_is_dropped(tmp_path, o
     def remembered(settings: dict, *names: str) -> list[str]:
         read = []
         with ScanCache(storage, tmp_path, settings) as cache:
-            for name in names:
-                cache.look(name, lambda name=name: read.append(name) or {"key": name})
+            list(cache.look_all(names, lambda name: read.append(name) or {"key": name}))
         return read
 
     assert remembered({"max_pixels": 1}, "a", "b") == ["a", "b"]
@@ -109,14 +110,39 @@ def test_other_settings_forget_and_what_was_not_looked_at_is_dropped(tmp_path, o
     assert remembered({"max_pixels": 2}, "b") == ["b"]
 
 
+def test_a_scan_that_is_killed_had_kept_what_it_had_seen(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(scan_cache, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(scan_cache, "COUNTED", 2)
+    names = [f"{number}" for number in range(6)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+    storage = open_storage(tmp_path / "out")
+    looking = ScanCache(storage, tmp_path, {}).look_all(names, lambda name: {"key": name})
+    for _ in range(5):  # of which two times two are through
+        next(looking)
+    again = []
+    list(ScanCache(storage, tmp_path, {}).look_all(names, lambda name: again.append(name) or {}))
+    assert sorted(again) == ["4", "5"]
+
+
+def test_a_file_that_is_gone_or_fails_is_not_remembered(tmp_path, opened):
+    storage = open_storage(tmp_path / "out")
+    (tmp_path / "a").write_bytes(b"1")
+    for _ in range(2):
+        with ScanCache(storage, tmp_path, {}) as cache:
+            gone, failed = cache.look_all(["gone", "a"], lambda name: ValueError(name))
+            assert gone is None
+            assert isinstance(failed, ValueError)
+
+
 def test_an_interrupted_scan_keeps_what_it_has_seen_and_damage_is_forgotten(tmp_path, opened):
     storage = open_storage(tmp_path / "out")
     (tmp_path / "a").write_bytes(b"1")
     cache = ScanCache(storage, tmp_path, {})
-    cache.look("a", lambda: {"key": "1"})
+    list(cache.look_all(["a"], lambda name: {"key": "1"}))
     cache.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     with ScanCache(storage, tmp_path, {}) as cache:
-        assert cache.look("a", lambda: pytest.fail("read again")) == {"key": "1"}
+        assert list(cache.look_all(["a"], lambda name: pytest.fail("read again"))) == [{"key": "1"}]
     (tmp_path / "out" / scan_cache.NAME).write_bytes(b"PAR1")
     with ScanCache(storage, tmp_path, {}) as cache:
-        assert cache.look("a", lambda: {"key": "2"}) == {"key": "2"}
+        assert list(cache.look_all(["a"], lambda name: {"key": "2"})) == [{"key": "2"}]

@@ -161,7 +161,7 @@ def test_the_manifest_lists_every_sample_with_its_place(tmp_path):
     plan = make_plan(config(tmp_path))
     (tmp_path / "out").mkdir()
     write_manifest(plan)
-    places = {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest(tmp_path / "out")}
+    places = {row["key"]: (row["bucket"], row["shard"]) for row in read_manifest(tmp_path / "out").to_pylist()}
     assert places == {key: place for place, keys in plan.shards.items() for key in keys}
     (tmp_path / "out" / "manifest.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="damaged"):
