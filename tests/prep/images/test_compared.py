@@ -312,15 +312,15 @@ def test_a_dataset_is_the_same_with_and_without_what_was_written_down(published,
 
 def test_a_damaged_class_token_is_named(published, tmp_path):
     shutil.copytree(published, tmp_path, dirs_exist_ok=True)
-    storage, dataset = open_storage(tmp_path / "out"), Dataset(tmp_path / "out")
-    row = dataset.rows()[5]
+    storage, index = open_storage(tmp_path / "out"), pq.read_table(tmp_path / "out" / "index.parquet")
+    row = Dataset(tmp_path / "out").rows()[5]
     unit = Unit(row["bucket"], row["shard"], "dino")
     changed_byte(tmp_path / "out" / unit.tar, row["dino/cls.npy/offset"] + row["dino/cls.npy/length"] - 1)
-    with compared_tokens(storage, dataset.table, 0.98) as known:  # whose token is remembered, and not read
+    with compared_tokens(storage, index, 0.98) as known:  # whose token is remembered, and not read
         before = known.labels
     with (
         pytest.raises(DataError, match=rf"{unit.tar}, sample {row['key']}, member cls.npy.*not those"),
-        compared_tokens(storage, dataset.table, 0.98, anew=True),
+        compared_tokens(storage, index, 0.98, anew=True),
     ):
         pass
     assert len(before) == 8
