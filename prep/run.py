@@ -10,9 +10,10 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanodit.config import dump_config
@@ -145,6 +146,17 @@ def run(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) ->
     summarise(plan, published, work, seconds)
 
 
+def read_on_nodes(config: PrepConfig, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Hash sources and read their headers on the nodes; yields (name, what the scan remembers) as they are done."""
+    with waiting("loading Ray"):
+        from prep.passes.ray_passes import ray_session, read_sources
+
+    with ray_session(), interruptible(), Progress("hash", len(names), "files") as progress:
+        for found in read_sources(config.source, names, config.image.max_pixels):
+            yield from found.items()
+            progress.advance(len(found))
+
+
 def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: bool = False) -> Plan:
     """Make the plan of a run, pass its gate, record its models and fix which samples each shard holds.
 
@@ -152,7 +164,7 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
     """
     pins = read_pins(folder.storage)
     while True:
-        plan = make_plan(pin_config(config, pins), prune=prune, retry_rejects=retry_rejects)
+        plan = make_plan(pin_config(config, pins), prune, retry_rejects, ahead=partial(read_on_nodes, config))
         gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
         resolved = resolve_models(config, pins) if plan.missing else pins
         if resolved == pins:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +35,10 @@ BEGUN = ("manifest.parquet", "dataset.json", LOCK)  # a place without any of the
 STAMP = ("size", "mtime_ns", "ctime_ns")  # ctime too: `cp -p` keeps the time of the original, and sizes may be equal
 SCHEMA = pa.schema({"name": pa.string(), **dict.fromkeys(STAMP, pa.int64()), "value": pa.string()})
 
+MANY = 10_000  # files that are worth a pass on the nodes
+
 Stamp = tuple[int, int, int]
+ReadAhead = Callable[[Sequence[str]], Iterable[tuple[str, dict[str, Any]]]]
 
 
 class ScanCache:
@@ -56,6 +59,7 @@ class ScanCache:
         self._seen = np.zeros(len(self._old), bool)  # rows that are still right
         self._forgotten = np.zeros(len(self._old), bool)
         self._new: dict[str, tuple[Stamp, str]] = {}
+        self._ahead: dict[str, tuple[Stamp, dict[str, Any]]] = {}  # what was read ahead and not yet asked for
 
     def _load(self) -> pa.Table:
         try:
@@ -66,31 +70,66 @@ class ScanCache:
             pass
         return SCHEMA.empty_table()
 
-    def look_all(self, names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception | None]:
+    def look_all(
+        self, names: Sequence[str], read: Read, ahead: ReadAhead | None = None
+    ) -> Iterator[dict[str, Any] | Exception | None]:
         """Yield for each file what ``read`` says of it, from memory for an unchanged one; None for one that is gone.
 
-        ``read`` is called in threads. An exception that it returns is handed on and not remembered.
+        ``read`` is called in threads. An exception that it returns is handed on and not remembered. Where ``MANY``
+        files or more have to be read, ``ahead`` reads them before, on other machines say; what it leaves out is read
+        here.
         """
         chunks = [names[start : start + COUNTED] for start in range(0, len(names), COUNTED)]
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
-            for chunk, stamps in zip(chunks, pool.map(self._stat, chunks)):
+            stats = pool.map(self._stat, chunks)
+            if ahead is not None:
+                stats = list(stats)
+                self._read_ahead(chunks, stats, ahead)
+            for chunk, stamps in zip(chunks, stats):
                 yield from self._look(chunk, stamps, read, pool)
-                if time.monotonic() - self._saved > SAVED_EVERY:
-                    self._save(~self._forgotten)
+                self._save_now_and_then()
+
+    def _read_ahead(self, chunks: Sequence[Sequence[str]], stats: Sequence[np.ndarray], ahead: ReadAhead) -> None:
+        unknown: dict[str, Stamp] = {}
+        for names, stamps in zip(chunks, stats):
+            _, current = self._current(names, stamps)
+            for index in np.flatnonzero((stamps[:, 0] >= 0) & ~current).tolist():
+                unknown[names[index]] = tuple(stamps[index].tolist())
+        if len(unknown) < MANY:
+            return
+        for name, value in ahead(list(unknown)):
+            self._ahead[name] = unknown[name], value
+            if self._is_settled(unknown[name]):
+                self._new[name] = unknown[name], json.dumps(value)
+            self._save_now_and_then()
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self._saved > SAVED_EVERY:
+            self._save(~self._forgotten)
+
+    def _is_settled(self, stamp: Stamp) -> bool:
+        return max(stamp[1:]) < self._start - SETTLED * 1e9
+
+    def _current(self, names: Sequence[str], stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the old table each file is, and whether it is as it was there."""
+        rows = self._rows(names)
+        current = (stamps[:, 0] >= 0) & (rows >= 0)
+        current[current] = (self._stamps[rows[current]] == stamps[current]).all(axis=1)
+        return rows, current
 
     def _look(
         self, names: Sequence[str], stamps: np.ndarray, read: Read, pool: ThreadPoolExecutor
     ) -> Iterator[dict[str, Any] | Exception | None]:
         there, settled = stamps[:, 0] >= 0, stamps[:, 1:].max(axis=1) < self._start - SETTLED * 1e9
-        rows = self._rows(names)
-        current = there & (rows >= 0)
-        current[current] = (self._stamps[rows[current]] == stamps[current]).all(axis=1)
+        rows, current = self._current(names, stamps)
         self._seen[rows[current & settled]] = True
 
         def note(index: int) -> dict[str, Any] | Exception | None:
             if not there[index]:
                 return None
-            value = read(names[index])
+            stamp, value = self._ahead.pop(names[index], (None, None))
+            if stamp != tuple(stamps[index].tolist()):
+                value = read(names[index])
             if settled[index] and not isinstance(value, Exception):
                 self._new[names[index]] = tuple(stamps[index].tolist()), json.dumps(value)
             return value

@@ -233,7 +233,7 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
     """
 
     def read(name: str) -> dict[str, Any] | Exception:
-        return _describe_file(folder, name, max_pixels)
+        return describe_file(folder, name, max_pixels)
 
     names, rejects = find_files(folder)
     kept: dict[str, Source] = {}
@@ -261,7 +261,11 @@ def read_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exce
             yield from pool.map(read, names[start : start + COUNTED])
 
 
-def _describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | BadImage:
+def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | BadImage:
+    """Return the fields of the file's :class:`Source`, or ``reason`` and ``detail`` of its refusal; plain values.
+
+    What may pass, as a disk that cannot be read just now, is returned as the BadImage, which is not to be remembered.
+    """
     try:
         source = read_header(folder, name, max_pixels)
     except BadImage as bad:

@@ -39,7 +39,7 @@ def inputs_hash(plan: Any, parts: Mapping[Unit, Part], manifest: str, truth: Pat
     inputs = {
         "versions": [__version__, pa.__version__, np.__version__],
         "code": code,
-        "config": plan.config.model_dump(mode="json"),
+        "config": plan.config.model_dump(mode="json", exclude={"source", "output"}),  # the places are not published
         "manifest": manifest,
         "truth": sha256_file(truth) if truth.exists() else None,
         "seen": plan.seen,

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
 from prep.images.filters import Problem, filter_recipe, header_problem
-from prep.images.scan_cache import ScanCache
+from prep.images.scan_cache import ReadAhead, ScanCache
 from prep.images.sources import Reject, Source, scan
 from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
@@ -47,7 +48,7 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import read_captions
 
-SCAN_VERSION = 1  # raised when the same sources give other rows
+SCAN_VERSION = 2  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -135,16 +136,19 @@ class Plan:
         return self.notes + (lines or ["nothing to compute: every layer of every shard is current"])
 
 
-def make_plan(config: PrepConfig, prune: bool = False, retry_rejects: bool = False) -> Plan:
+def make_plan(
+    config: PrepConfig, prune: bool = False, retry_rejects: bool = False, ahead: ReadAhead | None = None
+) -> Plan:
     """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions.
 
     Samples whose source is gone stay, unless ``prune``. ``retry_rejects`` makes the units again that refused something.
+    ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
     """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
     settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
     with ScanCache(root, folder, settings) as cache:
-        found = scan(folder, config.image.max_pixels, cache.look_all)
+        found = scan(folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead))
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)

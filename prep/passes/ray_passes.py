@@ -19,8 +19,9 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nanodit.place import PROJECT, hides
 from nanodit.posix import resource
 from nanodit.storage import absolute_place
 from prep.config import PrepConfig
+from prep.images.sources import describe_file, read_all
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Node, Pass, local_gpus, nodes_from_ray
 from prep.passes.supervisor import ERRORS, Supervisor
@@ -46,6 +48,7 @@ EXECUTOR_THREADS = "StreamingExecutor-"
 JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
 NAMED = 5
+BLOCK = 500  # files that a task hashes
 CONNECT_TIMEOUT = 10.0  # seconds
 SOCKET_ROOM = 40  # letters: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1 and more comes behind
 OPEN_FILES, FEWEST_FILES = 4096, 512  # Ray's own advice is 65,536; a node of its own takes about 300
@@ -207,6 +210,24 @@ def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float 
     return results
 
 
+def read_sources(folder: str, names: Sequence[str], max_pixels: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """Hash files below ``folder`` and read their headers on all nodes; yields name -> plain values, block by block.
+
+    What a node could not read is left out. A block whose node dies is read on another one.
+    """
+    blocks = [{"names": json.dumps(names[start : start + BLOCK])} for start in range(0, len(names), BLOCK)]
+    _quiet_data()
+    rows = ray.data.from_items(blocks, override_num_blocks=len(blocks))
+    for row in rows.map(partial(_read_block, absolute_place(folder), max_pixels), num_cpus=1).iter_rows():
+        yield json.loads(row["found"])
+
+
+def _read_block(folder: str, max_pixels: int, row: dict[str, str]) -> dict[str, str]:
+    names = json.loads(row["names"])
+    found = zip(names, read_all(names, lambda name: describe_file(Path(folder), name, max_pixels)))
+    return {"found": json.dumps({name: value for name, value in found if isinstance(value, dict)})}
+
+
 def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict[str, Any]]]:
     """Compute and commit the tasks; yields what each shard took as it is finished (see ``Supervisor.run``).
 
@@ -240,11 +261,15 @@ def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     )
 
 
-def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:
+def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come to us as exceptions
+
+
+def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:
+    _quiet_data()
     shards = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks))
     actors = min(step.actors, len(tasks))
     # no node joins a Ray of one's own

@@ -150,7 +150,7 @@ def write_index(folder: Path, rows: int) -> None:
         known[f"{name}/fingerprint"] = _hex(rng, 1 + rows // SHARD, 64).take(pa.array(shard))
         for column, kind in member_columns(name, facts).items():
             is_hash = kind == pa.string()
-            known[column] = _hex(rng, rows, 64) if is_hash else pa.array(rng.integers(512, 1 << 30, rows))
+            known[column] = _hex(rng, rows, 64) if is_hash else pa.array(rng.integers(512, 1 << 24, rows))
     pq.write_table(pa.table(known), folder / "index.parquet", compression="zstd")
     digest = sha256_file(folder / "index.parquet")
     info = {"schema": 1, "base": prep.base, "encoders": prep.encoders, "layers": layers, "fingerprint": digest}

@@ -146,3 +146,59 @@ def test_an_interrupted_scan_keeps_what_it_has_seen_and_damage_is_forgotten(tmp_
     (tmp_path / "out" / scan_cache.NAME).write_bytes(b"PAR1")
     with ScanCache(storage, tmp_path, {}) as cache:
         assert list(cache.look_all(["a"], lambda name: {"key": "2"})) == [{"key": "2"}]
+
+
+def test_many_new_files_are_read_ahead_and_no_unchanged_one_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan_cache, "MANY", 3)
+    monkeypatch.setattr(scan_cache, "SETTLED", -3600.0)
+    folder, storage = tmp_path / "source", open_storage(tmp_path / "out")
+    folder.mkdir()
+    names = [f"{number}.png" for number in range(6)]
+    for name in names:
+        (folder / name).write_text(name)
+    storage.write("dataset.json", "{}")
+    asked: list[str] = []
+    here: list[str] = []
+
+    def ahead(unknown):
+        asked.extend(unknown)
+        yield from ((name, {"key": f"far {name}"}) for name in unknown if name != "4.png")  # which no node could read
+
+    def look(**options) -> list:
+        asked.clear()
+        here.clear()
+        with ScanCache(storage, folder, {"code": 1}) as cache:
+            return [*cache.look_all(names, lambda name: here.append(name) or {"key": f"here {name}"}, **options)]
+
+    first = look(ahead=ahead)
+    assert [value["key"] for value in first] == [f"{'here' if name == '4.png' else 'far'} {name}" for name in names]
+    assert (asked, here) == (names, ["4.png"])
+    assert look(ahead=ahead) == first
+    assert (asked, here) == ([], [])
+    for name in names[:2]:  # fewer than are worth a pass
+        (folder / name).write_text("other content")
+    assert [value["key"] for value in look(ahead=ahead)][:3] == ["here 0.png", "here 1.png", "far 2.png"]
+    assert asked == []
+    assert sorted(here) == names[:2]
+
+
+def test_what_was_read_ahead_is_kept_when_the_scan_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan_cache, "MANY", 1)
+    monkeypatch.setattr(scan_cache, "SETTLED", -3600.0)
+    monkeypatch.setattr(scan_cache, "SAVED_EVERY", -1.0)
+    folder, storage = tmp_path / "source", open_storage(tmp_path / "out")
+    folder.mkdir()
+    names = ["a.png", "b.png"]
+    for name in names:
+        (folder / name).write_text(name)
+    storage.write("dataset.json", "{}")
+
+    def ahead(unknown):
+        yield "a.png", {"key": "far"}
+        raise SystemExit  # as if the process were killed: nothing is written at the end
+
+    cache = ScanCache(storage, folder, {"code": 1})
+    with pytest.raises(SystemExit):
+        [*cache.look_all(names, lambda name: pytest.fail("read here"), ahead)]
+    again = ScanCache(storage, folder, {"code": 1})
+    assert [*again.look_all(names, lambda name: {"key": "here"})] == [{"key": "far"}, {"key": "here"}]

@@ -16,17 +16,19 @@ from PIL import Image
 
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
+from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.encoders.registry import model_name
+from prep.images.sources import describe_file
 from prep.passes import ray_passes as pipeline
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Pass
 from prep.passes.plan import make_plan
-from prep.run import locked, print_plan, run
+from prep.run import RunFolder, locked, prepare, print_plan, run
 from tests.prep.caption_server import CaptionServer
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import FINISHED, files_of, poses
@@ -291,3 +293,24 @@ def test_s07_nobody_else_reads_the_token(tmp_path, ray_session):
     assert token.stat().st_mode & 0o777 == 0o600
     pipeline.protect_token(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_sources_are_hashed_on_the_nodes(tmp_path, ray_session, monkeypatch):
+    """What nodes say of files is what the driver says; a run with many new ones asks them, and gives the same bytes."""
+    monkeypatch.setattr(pipeline, "BLOCK", 2)
+    write_images(tmp_path / "source", 5)
+    (tmp_path / "source" / "torn.png").write_bytes(b"\x89PNG")
+    names = sorted(path.name for path in (tmp_path / "source").glob("*.png"))
+    found: dict[str, dict] = {}
+    blocks = 0
+    for block in pipeline.read_sources(str(tmp_path / "source"), [*names, "gone.png"], 1 << 26):
+        found |= block
+        blocks += 1
+    assert blocks == 4
+    assert found == {name: describe_file(tmp_path / "source", name, 1 << 26) for name in names}
+    monkeypatch.setattr("prep.images.scan_cache.MANY", 1)
+    asked = []
+    monkeypatch.setattr(pipeline, "read_sources", lambda folder, names, most: asked.append(names) or iter([found]))
+    plan = prepare(config(tmp_path), RunFolder(open_storage(tmp_path / "out"), config(tmp_path)), False)
+    assert asked == [names]
+    assert plan.sources == make_plan(config(tmp_path)).sources
