@@ -5,7 +5,8 @@
 Encoders of the real sizes with random weights lie on a local hub in the hub's own layout, captions come from a server
 that speaks Ollama's wire format, and the shipped configs/prep/production.yaml and configs/train/production.yaml run
 with no override but folders, the caption model and the length of the training. Each stage is a command of its own;
-what it took stands beside what the plans had said. An hour on two cores, 12 GB of memory and 15 GB of disk.
+what it took stands beside what the plans had said. Hours on two cores, most of them for pictures of 1,024 pixels (15
+TFLOP each), 12 GB of memory and 15 GB of disk.
 """
 
 from __future__ import annotations
