@@ -73,7 +73,7 @@ def run(
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
     folder = output or run_folder / "validation_outputs" / step_folder.name
-    check_writable(folder, folder=True)
+    check_writable(folder, "--output" if output else "the evaluation's folder", folder=True)
     model, train_config, state = load_model(step_folder)
     data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
     if data.fingerprint != state["dataset"]["fingerprint"]:

@@ -203,7 +203,9 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[str, st
     field = section.model_fields.get(keys[-1]) if section else None
     kinds = _text_kinds(field.annotation) if field else set()
     if kinds and kinds <= {str, types.NoneType}:
-        node[keys[-1]] = None if text == "null" and types.NoneType in kinds else text
+        # an empty one is a variable that a shell did not have, never the folder here
+        nothing = not text.strip() or (text == "null" and types.NoneType in kinds)
+        node[keys[-1]] = None if nothing else text
     else:
         node[keys[-1]] = parse_yaml(text, name)
     origins[path.strip()] = "command line"
@@ -307,13 +309,13 @@ def _nested_config(annotation: Any) -> type[Config] | None:
 
 
 def _text_kinds(annotation: Any) -> set[Any]:
-    """Return the types that a field's value may have; a literal has those of its values."""
+    """Return the types that a field's value may have."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _text_kinds(inside[0])
     if origin in (typing.Union, types.UnionType):
         return set().union(*map(_text_kinds, inside))
-    return set(map(type, inside)) if origin is typing.Literal else {annotation}
+    return {annotation}
 
 
 def walk_keys(model: type[Config], prefix: str = "") -> list[str]:

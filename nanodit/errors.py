@@ -127,7 +127,8 @@ def place_error(error: BaseException) -> ResourceError | None:
         return ResourceError(f"{error.strerror}. Check the disk or the network drive, and run the same command again")
     if error.errno not in _NO_PLACE or error.filename is None:
         return None
-    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
+    named = getattr(error, "filename2", None) or error.filename  # the target, where a file was to take its place
+    place = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else str(named)
     if error.errno == errno.ELOOP and os.path.islink(place):
         return ResourceError(f"{place} is a symbolic link where a file of ours is written. Remove it, and run again")
     return ResourceError(

@@ -48,7 +48,7 @@ def check_writable(path: Path | str, option: str = "--output", folder: bool = Fa
     if path.exists() and folder and not path.is_dir():
         raise ConfigError(f"{option} {path}: is a file; name a folder")
     above = path if folder else path.parent
-    while not os.path.lexists(above):
+    while not os.path.lexists(above) and above != above.parent:  # the root may be a drive that is absent
         above = above.parent
     if not above.is_dir():
         raise ConfigError(f"{option} {path}: {above} is not a folder. Choose another place")

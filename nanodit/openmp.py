@@ -53,11 +53,19 @@ def _cores(processors: set[int]) -> int:
 
 def _idle(processors: set[int]) -> float:
     """Return how many of these processors nobody used while this process slept."""
-    before, start = _idle_ticks(processors), time.monotonic()
+    before, start = _ticks(processors), time.monotonic()
     time.sleep(LOOK)
-    return (_idle_ticks(processors) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    idle, spent = (now - then for now, then in zip(_ticks(processors), before))
+    if not spent:
+        raise ValueError("this system counts nothing")
+    return idle / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
 
 
-def _idle_ticks(processors: set[int]) -> int:
-    lines = (line.split() for line in STAT.read_text().splitlines() if line.startswith("cpu"))
-    return sum(int(line[IDLE]) + int(line[WAITING]) for line in lines if line[0] in {f"cpu{n}" for n in processors})
+def _ticks(processors: set[int]) -> tuple[int, int]:
+    """Return the ticks that these processors were idle, and all of theirs; ValueError where they are not counted."""
+    names = {f"cpu{number}" for number in processors}
+    lines = [line.split() for line in STAT.read_text().splitlines() if line.partition(" ")[0] in names]
+    if len(lines) < len(names):
+        raise ValueError("the processors have other numbers here than the scheduler's")
+    counts = [[*map(int, line[1:9])] for line in lines]  # what follows is counted in these already
+    return sum(count[IDLE - 1] + count[WAITING - 1] for count in counts), sum(map(sum, counts))

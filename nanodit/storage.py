@@ -30,7 +30,7 @@ HALF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/.*|pipe:.*")  # one slash is missing,
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "memory": "fsspec"}  # object stores: what reads them
 EXTRAS = {"s3": "nanodit[s3]"}
 # where killed writers leave ``.NAME.tmp-RANDOM-PROCESS``
-TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers", "runs/tokens")
+TEMPORARY_FOLDERS = ("", "parts", "bucket_*", "captions/*", "kept", "readers", "runs", "runs/*")
 
 
 class Storage(ABC):
@@ -163,7 +163,9 @@ class LocalFolder(Storage):
         found = []
 
         def refuse(error: OSError) -> None:  # what cannot be listed is not empty
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            # lost+found and the like, which belong to the system, lie at the top of a disk
+            foreign = not start and isinstance(error, PermissionError) and Path(error.filename).parent == self.root
+            if not foreign and not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise _cannot_read(str(error.filename), error) from error
 
         for folder, folders, files in os.walk(self.root / start, onerror=refuse):

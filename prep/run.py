@@ -151,7 +151,7 @@ def read_on_nodes(config: PrepConfig, names: Sequence[str]) -> Iterator[tuple[st
     with waiting("loading Ray"):
         from prep.passes.ray_passes import ray_session, read_sources
 
-    with ray_session(), interruptible(), Progress("hash", len(names), "files") as progress:
+    with interruptible(), ray_session(), interruptible(), Progress("hash", len(names), "files") as progress:
         for found in read_sources(config.source, names, config.image.max_pixels):
             yield from found.items()
             progress.advance(len(found))
@@ -199,7 +199,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
     config = plan.config
     for line in other_networks(config):
         say(line)
-    with ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
+    with interruptible(), ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
         passes, remarks = place(config, cluster_nodes(), {unit.layer for unit in plan.missing})
         lines = cost.estimate(plan, passes, folder.storage)
         for line in [*remarks, *cost.table(lines), *cost.pass_times(lines, passes)]:

@@ -333,8 +333,13 @@ def _sweep(options: argparse.Namespace) -> None:
 
     work = Work(train, measuring.measure, measuring.resolve, measuring.check)
     if options.trial:
+        from train.checkpoint.run_folder import check_still_there
+        from train.sweep.config import load_sweep
         from train.sweep.plan import prepare
 
+        if not options.owned:
+            output = load_sweep(options.config, options.overrides).folder
+            check_still_there(options.config, output, options.overrides)
         folder = prepare(options.config, options.overrides, options.trial, work)
         run_trial(folder, options.trial, work)
         say(f"wrote {folder / 'trials' / options.trial}")

@@ -86,16 +86,15 @@ class CaptionServer(ABC):
         with usable_environment():
             self._client = httpx.AsyncClient(
                 base_url=self._base_url(), timeout=self.limits, follow_redirects=False, headers=self.headers,
-                trust_env=not self.is_loopback,
+                trust_env=not self.is_loopback, verify=httpx.create_ssl_context(),  # of SSL_CERT_FILE in any case
             )  # fmt: skip
 
     @property
     def is_loopback(self) -> bool:
         """Whether it runs on this machine, where no proxy leads."""
         try:
-            name = urlsplit(self._base_url()).hostname or ""
-            return name == "localhost" or ipaddress.ip_address(name).is_loopback
-        except ValueError:  # another name, or no URL, which the first request says
+            return is_loopback(urlsplit(self._base_url()).hostname or "")
+        except ValueError:  # no URL, which the first request says
             return False
 
     @staticmethod
@@ -166,14 +165,22 @@ def usable_environment(*more: str) -> Iterator[None]:
         ) from error
 
 
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or an address is this machine's own."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def proxy_of(url: str) -> str:
     """Return the proxy of the environment through which ``url`` is asked; "" where there is none."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     proxies = getproxies()
-    if not parts.hostname or parts.hostname == "localhost" or proxy_bypass(parts.hostname):
+    if not parts.hostname or is_loopback(parts.hostname) or proxy_bypass(parts.hostname):
         return ""
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
-    return proxy.rpartition("@")[2]  # without its user and password
+    return proxy.rpartition("://")[2].rpartition("@")[2]  # without its user and password
 
 
 @asynccontextmanager
@@ -215,7 +222,7 @@ def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exce
     """
     said = " ".join(str(said).split())[:200]
     proxy = proxy_of(url)
-    if status == 407 or (proxy and status == 403):
+    if status == 407 or (proxy and status == 403 and not url.startswith("https:")):  # https: the server's own answer
         return ConfigError(
             f"the proxy {proxy or 'on the way'} does not let requests to {url} through (HTTP {status}). Name the host "
             "in NO_PROXY, or correct the proxy's address and password"

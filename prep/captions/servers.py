@@ -46,12 +46,15 @@ class OllamaServer(CaptionServer):
 
     def __init__(self, url: str, model: str, timeout: float, key: str | None) -> None:
         super().__init__(url, model, timeout, key)
+        import httpx
+
         with usable_environment("OLLAMA_HOST"):
             import ollama  # which makes a client at once, of OLLAMA_HOST and of proxies: that concerns nobody else
         with usable_environment():
             self._ollama = ollama.AsyncClient(
                 url, timeout=self.limits, follow_redirects=False, headers=self.headers,
                 auth=None if key else _without_key, trust_env=not self.is_loopback,
+                verify=httpx.create_ssl_context(),
             )  # fmt: skip
         self._refusal = ollama.ResponseError
 

@@ -385,4 +385,4 @@ def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
                 wrong = least if least < 0 else largest
                 raise DataError(f"{path}: {name} is {wrong:,}, and no more than {most:,}. Run nanodit prep run again.")
     if odd := sorted(set(pc.unique(table["split"]).to_pylist()) - {"train", "holdout"}):
-        raise DataError(f"{path} names a split {', '.join(odd)}. Run nanodit prep run again.")
+        raise DataError(f"{path} names a split {', '.join(map(str, odd))}. Run nanodit prep run again.")

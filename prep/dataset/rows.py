@@ -224,8 +224,9 @@ def _equally_long(column: pa.Array) -> np.ndarray | None:
 def _reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     """Return what reads a value of a column: the fastest there is for what training reads all the time."""
     kind, chunks = column.type, column.chunks
-    lengths = {len(chunk) for chunk in chunks[:-1]}
-    regular = len(lengths) < 2 and not column.null_count and not any(chunk.offset for chunk in chunks)
+    sizes = [len(chunk) for chunk in chunks]
+    even = len(sizes) < 2 or (set(sizes[:-1]) == {sizes[0]} and sizes[0] >= max(1, sizes[-1]))
+    regular = even and not column.null_count and not any(chunk.offset for chunk in chunks)
     if pa.types.is_string(kind) and chunks and regular:
         size = len(chunks[0])
         if len(chunks) == 1 and (keys := _equally_long(chunks[0])) is not None:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Lock
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from prep.dataset.codecs import npy_bytes
 from prep.dataset.layout import fingerprint_of, parquet_bytes, read_parquet
 from prep.images.cosine import TILE, Components, connect_near, count_pairs, regroup, unit_rows
 
-CODE_VERSION = 1  # of the relation: with another one everything is compared again
+CODE_VERSION = 2  # of the relation: with another one everything is compared again
 NAME, FOLDER = "runs/tokens.parquet", "runs/tokens/"
 SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.string(), "place": pa.int64(), "group": pa.int64()})
 BATCH = 1 << 17  # samples that are compared between two commits: half a gigabyte of tokens at width 1024
@@ -108,7 +109,10 @@ def _header(file: IO[bytes]) -> tuple[int, tuple[int, int]]:
     file.seek(0)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of NPY")
-    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    except TokenError as error:
+        raise ValueError("no header of NPY") from error
     if len(shape) != 2 or kind != np.float32:
         raise ValueError(f"numbers {shape} of {kind}")
     return file.tell(), shape

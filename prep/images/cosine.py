@@ -60,7 +60,9 @@ class Components:
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Return float (N, D) as float32 of length 1; zeros stay zeros, which are near to nothing."""
     vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths[~np.isfinite(lengths)] = 0  # like no other, and no product with the others becomes NaN
+    return np.where(lengths > 0, vectors, 0) / np.maximum(lengths, 1e-12)
 
 
 def regroup(

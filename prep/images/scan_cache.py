@@ -59,7 +59,7 @@ class ScanCache:
         self._seen = np.zeros(len(self._old), bool)  # rows that are still right
         self._forgotten = np.zeros(len(self._old), bool)
         self._new: dict[str, tuple[Stamp, str]] = {}
-        self._ahead: dict[str, tuple[Stamp, dict[str, Any]]] = {}  # what was read ahead and not yet asked for
+        self._ahead: dict[str, tuple[Stamp, str]] = {}  # what was read ahead and not yet asked for
 
     def _load(self) -> pa.Table:
         try:
@@ -76,8 +76,8 @@ class ScanCache:
         """Yield for each file what ``read`` says of it, from memory for an unchanged one; None for one that is gone.
 
         ``read`` is called in threads. An exception that it returns is handed on and not remembered. Where ``MANY``
-        files or more have to be read, ``ahead`` reads them before, on other machines say; what it leaves out is read
-        here.
+        files or more have to be read, ``ahead`` reads them before, on other machines say, and gives ``size_bytes`` of
+        each with the rest; what it leaves out is read here.
         """
         chunks = [names[start : start + COUNTED] for start in range(0, len(names), COUNTED)]
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
@@ -98,9 +98,10 @@ class ScanCache:
         if len(unknown) < MANY:
             return
         for name, value in ahead(list(unknown)):
-            self._ahead[name] = unknown[name], value
-            if self._is_settled(unknown[name]):
-                self._new[name] = unknown[name], json.dumps(value)
+            if value["size_bytes"] == unknown[name][0]:  # else a node has another folder there, or an older one
+                self._ahead[name] = unknown[name], json.dumps(value)
+                if self._is_settled(unknown[name]):
+                    self._new[name] = self._ahead[name]
             self._save_now_and_then()
 
     def _save_now_and_then(self) -> None:
@@ -127,9 +128,8 @@ class ScanCache:
         def note(index: int) -> dict[str, Any] | Exception | None:
             if not there[index]:
                 return None
-            stamp, value = self._ahead.pop(names[index], (None, None))
-            if stamp != tuple(stamps[index].tolist()):
-                value = read(names[index])
+            stamp, text = self._ahead.pop(names[index], (None, ""))
+            value = json.loads(text) if stamp == tuple(stamps[index].tolist()) else read(names[index])
             if settled[index] and not isinstance(value, Exception):
                 self._new[names[index]] = tuple(stamps[index].tolist()), json.dumps(value)
             return value

@@ -50,7 +50,7 @@ MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between th
 NAMED = 5
 BLOCK = 500  # files that a task hashes
 CONNECT_TIMEOUT = 10.0  # seconds
-SOCKET_ROOM = 40  # letters: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1 and more comes behind
+SOCKET_ROOM = 35  # letters: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1 and more comes behind
 OPEN_FILES, FEWEST_FILES = 4096, 512  # Ray's own advice is 65,536; a node of its own takes about 300
 MIN_MEMORY = 4 << 30  # bytes a worker may always use: what the production encoders need on a CPU
 MEMORY_SHARE = 0.8  # of a machine, for all its workers together
@@ -108,8 +108,8 @@ def cluster_address(given: str) -> str:
         address = ray._private.utils.read_ray_address()
         if not address:
             raise ConfigError(
-                "RAY_ADDRESS auto: no cluster was started on this machine with `ray start`. Unset it to start one for "
-                "this command alone, or give HOST:6379"
+                "RAY_ADDRESS auto: no cluster was started on this machine with `ray start`, or with a --temp-dir. "
+                "Unset it to start one for this command alone, or give HOST:6379"
             )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -213,7 +213,8 @@ def on_every_node(function: Callable[..., Any], *arguments: Any, timeout: float 
 def read_sources(folder: str, names: Sequence[str], max_pixels: int) -> Iterator[dict[str, dict[str, Any]]]:
     """Hash files below ``folder`` and read their headers on all nodes; yields name -> plain values, block by block.
 
-    What a node could not read is left out. A block whose node dies is read on another one.
+    What a node could not read or would refuse is left out: it may have another folder there. A block whose node dies is
+    read on another one.
     """
     blocks = [{"names": json.dumps(names[start : start + BLOCK])} for start in range(0, len(names), BLOCK)]
     _quiet_data()
@@ -225,7 +226,11 @@ def read_sources(folder: str, names: Sequence[str], max_pixels: int) -> Iterator
 def _read_block(folder: str, max_pixels: int, row: dict[str, str]) -> dict[str, str]:
     names = json.loads(row["names"])
     found = zip(names, read_all(names, lambda name: describe_file(Path(folder), name, max_pixels)))
-    return {"found": json.dumps({name: value for name, value in found if isinstance(value, dict)})}
+    return {
+        "found": json.dumps(
+            {name: value for name, value in found if "key" in (value if isinstance(value, dict) else ())}
+        )
+    }
 
 
 def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict[str, Any]]]:

@@ -144,7 +144,7 @@ NAMES = [
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"])))
 @example("a=b")
 def test_text_is_taken_as_it_is(text):
-    if yaml.reader.Reader.NON_PRINTABLE.search(text):
+    if yaml.reader.Reader.NON_PRINTABLE.search(text) or not text.strip():
         return
     assert load_config(Outer, None, [f"out={text}"]).out == text
     assert load_config(Outer, None, ["out=x", f"inner.name={text}"]).inner.name == (None if text == "null" else text)
@@ -156,6 +156,13 @@ def test_names_of_folders_are_taken_as_they_are(name):
     assert load_config(Outer, None, ["out=x", override_text("tags", [name])]).tags == [name]
 
 
+@pytest.mark.parametrize("text", ["", " ", "\t"])
+def test_a_variable_that_a_shell_does_not_have_is_no_text(text):
+    with pytest.raises(ConfigError, match="`out`: Input should be a valid string, got None"):
+        load_config(Outer, None, [f"out={text}"])
+    assert load_config(Outer, None, ["out=x", f"inner.name={text}"]).inner.name is None
+
+
 class Mixed(Config):
     noise: Literal["auto", "host"] = "auto"
     workers: Literal["auto"] | int = "auto"
@@ -163,7 +170,7 @@ class Mixed(Config):
 
 
 def test_only_text_alone_is_taken_as_it_is():
-    mixed = load_config(Mixed, None, ["noise=host", "workers=3", "place=~/a #1"])
+    mixed = load_config(Mixed, None, ["noise='host' ", "workers=3", "place=~/a #1"])
     assert (mixed.noise, mixed.workers, mixed.place) == ("host", 3, os.path.expanduser("~/a #1"))
     assert load_config(Mixed, None, ["workers=auto", "place=null"]) == Mixed()
     with pytest.raises(ConfigError, match="workers"):

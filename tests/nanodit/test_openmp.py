@@ -47,8 +47,20 @@ def test_one_thread_waits_for_nobody(monkeypatch):
 
 
 def test_nothing_is_set_where_nothing_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(openmp, "STAT", tmp_path / "none")
-    let_threads_sleep()
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    names = [f"cpu{number}" for number in os.sched_getaffinity(0)]
+    for text in (
+        None,
+        "",
+        "\n",
+        "cpu0123 1 1 1 1 1 1 1 1\n",
+        "\n".join(f"{name} 0 0 0 0 0 0 0 0 0 0" for name in names),
+    ):
+        monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
+        if text is not None:
+            (tmp_path / "stat").write_text(text)
+        let_threads_sleep()
+        assert NAME not in os.environ, text
     monkeypatch.delattr(os, "sched_getaffinity")
     let_threads_sleep()
     assert NAME not in os.environ

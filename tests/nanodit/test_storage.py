@@ -127,6 +127,21 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
         open_storage(tmp_path).names("parts/")
 
 
+def test_what_the_system_keeps_at_the_top_of_a_disk_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a").touch()
+    (tmp_path / "lost+found").mkdir()
+    real = os.scandir
+
+    def scandir(path):  # root may list everything
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert open_storage(tmp_path).names() == ["parts/a"]
+
+
 def test_places_are_folders_or_urls_of_object_stores(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isinstance(open_storage("a/b"), LocalFolder)

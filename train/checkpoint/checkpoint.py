@@ -126,7 +126,7 @@ def remove_leftovers(run_folder: Path) -> None:
     for leftover in checkpoints_folder(run_folder).glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that is still read; the next call tries again
     for leftover in run_folder.glob(".*.tmp-*"):  # of nanodit.files.write_atomic
-        leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # a folder: of an export
 
 
 def find_latest(run_folder: Path) -> Path | None:

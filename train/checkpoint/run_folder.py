@@ -50,8 +50,9 @@ def check_still_there(file: Path, output: Path, overrides: Sequence[str]) -> Non
     Unless ``output`` is among the overrides. Raises :class:`ConfigError`.
     """
     here = file.parent
-    moved = (here / RUN_LOCK).exists() and file.name in OWN_CONFIGS and here.resolve() != output.resolve()
-    if moved and not any(override.startswith("output=") for override in overrides):
+    own = (here / RUN_LOCK).exists() and file.name in OWN_CONFIGS
+    named = any(override.partition("=")[0].strip() == "output" for override in overrides)
+    if own and not named and not (output.exists() and os.path.samefile(here, output)):
         raise ConfigError(
             f"{file}: belongs to what lies in {here}, but its output is {output}: it was moved or copied, or the path "
             f"is relative to another folder. Say where to write: output={here}, for example"

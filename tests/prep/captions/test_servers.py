@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from nanodit.errors import ConfigError
-from prep.captions.base import ENVIRONMENT, LONGEST_WAIT, HostFault
+from prep.captions.base import ENVIRONMENT, LONGEST_WAIT, HostFault, fault_of_status
 from prep.captions.servers import SERVERS, OllamaServer, OpenAIServer
 from tests.prep.caption_server import MODEL, CaptionServer
 
@@ -158,3 +158,18 @@ def test_an_environment_that_no_client_can_use_is_named(backend, name, value, mo
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"no connection can be made with {name}: .+"):
         SERVERS[backend]("http://captions.example", MODEL, 5.0, None)
+
+
+@pytest.mark.parametrize("backend", SERVERS)
+def test_a_server_here_is_not_blamed_on_a_proxy(backend, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with answering(reply("403 Forbidden")) as url:
+        assert "captions.api_key_variable" in str(asked(backend, url))
+    error = asked(backend, url)  # where nobody listens any more
+    assert "proxy" not in str(error)
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, "captions.api_key_variable"), (407, "NO_PROXY")])
+def test_what_a_server_says_through_a_tunnel_is_its_own(status, words, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    assert words in str(fault_of_status("https://captions.example", status, ""))

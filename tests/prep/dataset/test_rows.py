@@ -149,3 +149,19 @@ def test_an_index_of_200_000_rows_takes_no_object_per_row(tmp_path):
     assert len(gc.get_objects()) - objects < 20_000
     assert pa.total_allocated_bytes() - arrow + python < 800 * count, "an eighth of what dicts take"
     assert most < 600 * count
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 1], [1, 2], [0, 3], [2, 0], [2, 2, 1], [1, 1, 3], [0, 0]])
+def test_chunks_of_any_lengths_are_read_at_their_places(sizes):
+    names = [f"{number:032x}" for number in range(sum(sizes))]
+    chunks, start = [], 0
+    for size in sizes:
+        chunks.append(pa.array(names[start : start + size], pa.string()))
+        start += size
+    table = pa.table(
+        {
+            "key": pa.chunked_array(chunks, pa.string()),
+            "n": pa.chunked_array([range(size) for size in sizes], pa.int64()),
+        }
+    )
+    assert [dict(row) for row in Rows.of(table)] == table.to_pylist()

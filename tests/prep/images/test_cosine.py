@@ -142,3 +142,16 @@ def test_components_are_named_after_their_smallest_member(count, data):
         for a, b in zip(left, right):
             expected[a] = expected[b] = min(expected[a], expected[b])
     assert groups.labels().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("width", [8, 200])
+def test_a_row_that_is_no_number_hides_no_pair(width, bad):
+    vectors = features(3, width)
+    wanted = as_sets(near_labels(vectors, 0.95))
+    assert len(wanted) < len(vectors)
+    spoilt = np.insert(vectors, 30, 1, axis=0)
+    spoilt[30, 2] = bad
+    labels = near_labels(spoilt, 0.95)
+    assert (labels == labels[30]).sum() == 1
+    assert as_sets(np.delete(labels, 30)) == wanted

@@ -162,7 +162,8 @@ def test_many_new_files_are_read_ahead_and_no_unchanged_one_again(tmp_path, monk
 
     def ahead(unknown):
         asked.extend(unknown)
-        yield from ((name, {"key": f"far {name}"}) for name in unknown if name != "4.png")  # which no node could read
+        sizes = {name: (folder / name).stat().st_size + (name == "3.png") for name in unknown}  # of another folder
+        yield from ((name, {"key": f"far {name}", "size_bytes": sizes[name]}) for name in unknown if name != "4.png")
 
     def look(**options) -> list:
         asked.clear()
@@ -171,8 +172,9 @@ def test_many_new_files_are_read_ahead_and_no_unchanged_one_again(tmp_path, monk
             return [*cache.look_all(names, lambda name: here.append(name) or {"key": f"here {name}"}, **options)]
 
     first = look(ahead=ahead)
-    assert [value["key"] for value in first] == [f"{'here' if name == '4.png' else 'far'} {name}" for name in names]
-    assert (asked, here) == (names, ["4.png"])
+    local = ["3.png", "4.png"]
+    assert [value["key"] for value in first] == [f"{'here' if name in local else 'far'} {name}" for name in names]
+    assert (asked, sorted(here)) == (names, local)
     assert look(ahead=ahead) == first
     assert (asked, here) == ([], [])
     for name in names[:2]:  # fewer than are worth a pass
@@ -194,11 +196,14 @@ def test_what_was_read_ahead_is_kept_when_the_scan_is_killed(tmp_path, monkeypat
     storage.write("dataset.json", "{}")
 
     def ahead(unknown):
-        yield "a.png", {"key": "far"}
+        yield "a.png", {"key": "far", "size_bytes": 5}
         raise SystemExit  # as if the process were killed: nothing is written at the end
 
     cache = ScanCache(storage, folder, {"code": 1})
     with pytest.raises(SystemExit):
         [*cache.look_all(names, lambda name: pytest.fail("read here"), ahead)]
     again = ScanCache(storage, folder, {"code": 1})
-    assert [*again.look_all(names, lambda name: {"key": "here"})] == [{"key": "far"}, {"key": "here"}]
+    assert [*again.look_all(names, lambda name: {"key": "here"})] == [
+        {"key": "far", "size_bytes": 5},
+        {"key": "here"},
+    ]

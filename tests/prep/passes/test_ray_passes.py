@@ -307,7 +307,8 @@ def test_sources_are_hashed_on_the_nodes(tmp_path, ray_session, monkeypatch):
         found |= block
         blocks += 1
     assert blocks == 4
-    assert found == {name: describe_file(tmp_path / "source", name, 1 << 26) for name in names}
+    wanted = {name: describe_file(tmp_path / "source", name, 1 << 26) for name in names}
+    assert found == {name: value for name, value in wanted.items() if name != "torn.png"}, "no node refuses anything"
     monkeypatch.setattr("prep.images.scan_cache.MANY", 1)
     asked = []
     monkeypatch.setattr(pipeline, "read_sources", lambda folder, names, most: asked.append(names) or iter([found]))

@@ -56,7 +56,7 @@ def test_an_address_where_no_cluster_is_ends_at_once(given, kind, said):
 def test_auto_is_a_cluster_that_was_started_for_others(monkeypatch):
     """The Ray that a command started for itself writes no address; others could only guess it."""
     monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: None)
-    with pytest.raises(ConfigError, match="no cluster was started on this machine with `ray start`"):
+    with pytest.raises(ConfigError, match="no cluster was started on this machine with `ray start`, or"):
         cluster_address("auto")
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
