@@ -24,6 +24,7 @@ from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.images import compared as module
 from prep.images.compared import FOLDER, NAME, Record, compared, compared_tokens
+from prep.passes import last_publication
 from prep.verify.verify import verify
 from tests.prep.images.test_cosine import as_sets, chains, features, near_labels
 from tests.prep.object_store import s3_server
@@ -335,6 +336,7 @@ def test_verify_compares_anew_when_asked_to(published, tmp_path, capsys):
     assert record.column("group").tolist() != groups.to_pylist()
     record.table = record.table.set_column(3, "group", groups)
     record.save(storage)
+    storage.delete(last_publication.NAME)  # or nothing would be published again
     prepare(by_class_tokens(tmp_path))
     verify(tmp_path / "out")
     with pytest.raises(DataError):
