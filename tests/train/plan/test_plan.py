@@ -223,7 +223,7 @@ def test_too_little_memory_ends_with_4_and_what_would_help_the_best_first(config
     same = [line for line in error.splitlines() if "saves" in line and "another network" not in line]
     assert len(same) >= 4
     assert saved[: len(same)] == sorted(saved[: len(same)], reverse=True)
-    assert 'train.token_budget=70 train.gradient_checkpointing="all": saves' in same[0]
+    assert 'train.token_budget=70 train.gradient_checkpointing=all: saves' in same[0]
     assert same[0].endswith("fits")
     key = dict(item.split("=") for item in same[0].strip().split(":")[0].split(" "))
     fixed = [f"{name}={value}" for name, value in key.items()]
@@ -371,7 +371,7 @@ def test_fault_t09_out_of_memory_ends_with_4_and_what_would_help(config, tiny_da
     assert main(["run", "--config", str(config), "train.steps=12", f"output={run.with_name('other')}"]) == 4
     error = capsys.readouterr().err
     assert "out of memory: the run takes about" in error
-    assert 'train.gradient_checkpointing="all"' in error
+    assert "train.gradient_checkpointing=all" in error
     assert "The last checkpoint, if there is one, is intact" in error
     assert before == {path: sha256_file(path) for path in before}
 
