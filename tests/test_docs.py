@@ -157,7 +157,7 @@ def test_the_example_of_an_arm_is_a_sweep_without_undeclared_differences(tmp_pat
     monkeypatch.chdir(tmp_path)
     arms = load_sweep(file).record(1, False)["arms"]
     assert arms["wsd"]["differences"] == {"train.schedule": ["cosine", "wsd"]}
-    assert arms["wsd_half"]["differences"] == {"train.decay_share": [0.2, 0.5]}
+    assert arms["wsd_half"]["differences"] == {"train.decay_share": [0.25, 0.5]}
     assert [arm["role"] for arm in arms.values()] == ["baseline", "arm", "arm"]
     assert not any(arm["undeclared"] for arm in arms.values())
 
