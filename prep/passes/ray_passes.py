@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
 NAMED = 5
 BLOCK = 500  # files that a task hashes
+TASKS = 2048  # shards that are handed to Ray at a time: 64 MB with all their sources and captions
 CONNECT_TIMEOUT = 10.0  # seconds
 SOCKET_ROOM = 35  # letters: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1 and more comes behind
 OPEN_FILES, FEWEST_FILES = 4096, 512  # Ray's own advice is 65,536; a node of its own takes about 300
@@ -245,17 +247,18 @@ def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     while deaths < MAX_DEATHS:
         failed = None
         try:
-            for row in _results(config, step, list(waiting.values())):
+            for row in _results(config, step, list(islice(waiting.values(), TASKS))):
                 if row["error"]:
                     failed = row
                     break
                 deaths = 0
                 del waiting[row["bucket"], row["shard"]]
                 yield json.loads(row["done"])
-            if failed is None:
+            if failed is not None:
+                # raised here, where no frame holds the job's iterator any more: dropping that is what ends the job
+                raise ERRORS.get(failed["exit_code"], NanoditError)(failed["error"])
+            if not waiting:
                 return
-            # raised here, where no frame holds the job's iterator any more: dropping that is what ends the job
-            raise ERRORS.get(failed["exit_code"], NanoditError)(failed["error"])
         except LOST:
             deaths += 1
             say(f"an actor was killed, or died with its node; {len(waiting)} shards are not finished and start again")

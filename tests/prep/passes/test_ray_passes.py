@@ -27,7 +27,7 @@ from prep.images.sources import describe_file
 from prep.passes import ray_passes as pipeline
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Pass
-from prep.passes.plan import make_plan
+from prep.passes.plan import make_plan, write_manifest
 from prep.run import RunFolder, locked, prepare, print_plan, run
 from tests.prep.caption_server import CaptionServer
 from tests.prep.passes.test_plan import config, write_images
@@ -315,3 +315,18 @@ def test_sources_are_hashed_on_the_nodes(tmp_path, ray_session, monkeypatch):
     plan = prepare(config(tmp_path), RunFolder(open_storage(tmp_path / "out"), config(tmp_path)), False)
     assert asked == [names]
     assert plan.sources == make_plan(config(tmp_path)).sources
+
+
+def test_shards_are_handed_out_some_at_a_time(tmp_path, ray_session, monkeypatch):
+    monkeypatch.setattr(pipeline, "TASKS", 2)
+    handed, real = [], pipeline._results
+    monkeypatch.setattr(pipeline, "_results", lambda *given: handed.append(len(given[2])) or real(*given))
+    write_images(tmp_path / "source", 13)
+    settings = config(tmp_path, layers=["text"])
+    plan = make_plan(settings)
+    assert len(plan.shards) == 5
+    write_manifest(plan)
+    finished = list(pipeline.run_pass(settings, Pass(("px", "text"), "cpu", 1), plan.tasks(("px", "text"))))
+    assert handed == [2, 2, 1]
+    assert len(finished) == 5
+    assert {unit.layer for unit in make_plan(settings).missing} == {"t5"}

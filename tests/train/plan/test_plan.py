@@ -223,7 +223,7 @@ def test_too_little_memory_ends_with_4_and_what_would_help_the_best_first(config
     same = [line for line in error.splitlines() if "saves" in line and "another network" not in line]
     assert len(same) >= 4
     assert saved[: len(same)] == sorted(saved[: len(same)], reverse=True)
-    assert 'train.token_budget=70 train.gradient_checkpointing=all: saves' in same[0]
+    assert "train.token_budget=70 train.gradient_checkpointing=all: saves" in same[0]
     assert same[0].endswith("fits")
     key = dict(item.split("=") for item in same[0].strip().split(":")[0].split(" "))
     fixed = [f"{name}={value}" for name, value in key.items()]
