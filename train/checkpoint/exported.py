@@ -32,7 +32,7 @@ SECTIONS = ("model", "flow", "tread")  # of the training config, that drawing de
 
 
 def build_as(tensors: Mapping[str, Tensor], config: TrainConfig, dataset: Mapping[str, Any], source: Path) -> NanoDiT:
-    """Build the network that a description asks for, if it has no more numbers than the tensors of a file.
+    """Build the network that a description asks for, if it is no more than twice as large as the tensors of a file.
 
     So nothing is allocated for the sizes that a damaged or hostile description names; whether each tensor fits is said
     by :func:`train.checkpoint.checkpoint.load_weights`. Raises :class:`DataError`.
@@ -43,7 +43,7 @@ def build_as(tensors: Mapping[str, Tensor], config: TrainConfig, dataset: Mappin
             raise ValueError(f"{config.model.depth:,} blocks")
         with torch.device("meta"):
             wanted = sum(value.numel() for value in build_model(config.model, features, config.tread).parameters())
-        if wanted > sum(value.numel() for value in tensors.values()):
+        if wanted > 2 * sum(value.numel() for value in tensors.values()):
             raise ValueError(f"{wanted:,} numbers")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
