@@ -4,8 +4,7 @@ A file named ``configs/...`` is the shipped one where the working directory has 
 ``extends: OTHER.yaml`` (relative to the file); sections merge, everything else replaces, also a mapping whose keys the
 user chooses.
 Overrides are ``dotted.path=value``: the value of a key that is text is taken as it is, any other is read as YAML. Every
-error names the file, the path of the key and,
-for an unknown one, the nearest key that exists.
+error names the file, the path of the key and, for an unknown one, the nearest key that exists.
 """
 
 from __future__ import annotations

@@ -145,9 +145,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Run ``main`` and return its exit code; what a user can act on becomes one ``error:`` line on stderr.
 
     That is a :class:`NanoditError`, a lack of memory or disk (:func:`resource_error`), a place that cannot be used
-    (:func:`place_error`), and SIGINT or SIGTERM where
-    ``main`` does not handle them. Where nobody reads stdout any more the command ends as after a signal, silently. Any
-    other exception is a defect of ours and keeps its traceback.
+    (:func:`place_error`), and SIGINT or SIGTERM where ``main`` does not handle them. Where nobody reads stdout any more
+    the command ends as after a signal, silently. Any other exception is a defect of ours and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a console that cannot show a name shows its escape
         if isinstance(stream, io.TextIOWrapper):

@@ -23,6 +23,12 @@ from train.data.prefetch import prefetch, thread_count
 from train.data.samples import TrainingSet, bucket_size, check_patch_size, load_conditions, load_pixels
 from train.loop.trainer import Trainer
 
+ORDERS = {
+    "sizes": st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
+    "batch_size": st.integers(1, 33),
+    "seed": st.integers(0, 3),
+}
+
 
 def test_the_order_is_a_pure_function():
     sizes = {"64x64": 13, "80x56": 9}
@@ -32,11 +38,7 @@ def test_the_order_is_a_pure_function():
     assert [Order(sizes, 4, seed=8)[i] for i in range(40)] != forwards
 
 
-@given(
-    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
-    batch_size=st.integers(1, 33),
-    seed=st.integers(0, 3),
-)
+@given(**ORDERS)
 @settings(max_examples=60, deadline=None)
 def test_trap_34_every_sample_weighs_the_same_whatever_its_bucket(sizes, batch_size, seed):
     sizes = {f"bucket{i}": size for i, size in enumerate(sizes)}
@@ -75,11 +77,7 @@ def plain_slots(sizes, batch_size, seed, count) -> list[tuple[str, list[int]]]:
     return [(bucket, streams[bucket][batch * batch_size : (batch + 1) * batch_size]) for bucket, batch in slots[:count]]
 
 
-@given(
-    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
-    batch_size=st.integers(1, 33),
-    seed=st.integers(0, 3),
-)
+@given(**ORDERS)
 @settings(max_examples=25, deadline=None)
 def test_the_order_is_the_one_that_plain_lists_give(sizes, batch_size, seed):
     sizes = {f"bucket{i}": size for i, size in enumerate(sizes)}
