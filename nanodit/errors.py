@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -147,6 +148,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     That is a :class:`NanoditError`, a lack of memory or disk (:func:`resource_error`), a place that cannot be used
     (:func:`place_error`), and SIGINT or SIGTERM where ``main`` does not handle them. Where nobody reads stdout any more
     the command ends as after a signal, silently. Any other exception is a defect of ours and keeps its traceback.
+    ``NANODIT_TRACEBACK=1`` in the environment prints the traceback of every error, before its line.
     """
     for stream in (sys.stdout, sys.stderr):  # a console that cannot show a name shows its escape
         if isinstance(stream, io.TextIOWrapper):
@@ -172,7 +174,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         known = resource_error(error) or place_error(error)
         if known is None:
             raise
-        return _report(known)
+        return _report(known, error)
 
 
 def printable(text: str) -> str:
@@ -180,8 +182,10 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _report(error: NanoditError) -> int:
+def _report(error: NanoditError, cause: BaseException | None = None) -> int:
     sys.stdout.flush()
+    if os.environ.get("NANODIT_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(cause or error)
     lines = str(error).split(PROBLEM_BREAK)
     print(f"error: {PROBLEM_BREAK.join(map(printable, lines))}", file=sys.stderr, flush=True)
     return error.exit_code

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from nanodit.errors import DataError
 from prep.dataset.codecs import npy_bytes
 from prep.dataset.layers import dino_grid
 from prep.dataset.quantise import quantise, worst_cosine
@@ -141,6 +142,8 @@ class DINOv3Encoder:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
             pixels = ((pixels - self._mean) / self._std).to(self.dtype)
             tokens_bnd = self.model(pixel_values=pixels).last_hidden_state.float().cpu()
+        if not torch.isfinite(tokens_bnd).all():  # int8 cannot say so, and a class token that says it spoils cosines
+            raise DataError("DINO gave features that are not finite; check the model's weights and its data type")
         # [CLS, registers, patches]: the registers hold nothing about a place and must not become patches.
         patches_bnd = tokens_bnd[:, 1 + self.registers :]
         return tokens_bnd[:, 0].numpy(), patches_bnd.reshape(batch, rows, columns, -1).numpy()

@@ -57,6 +57,18 @@ def test_what_a_user_can_act_on_is_one_line(capsys, error, code, message):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error", [DataError("x.png: torn"), FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/a")]
+)
+def test_the_traceback_of_any_error_is_to_be_had(capsys, monkeypatch, error):
+    monkeypatch.setenv("NANODIT_TRACEBACK", "1")
+    run_command(failing(error))
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last)")
+    assert f"\n{type(error).__module__}.{type(error).__name__}: ".replace("builtins.", "") in printed
+    assert printed.splitlines()[-1].startswith("error: ")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EINVAL, "Invalid argument"), ValueError("a defect")])
 def test_a_defect_keeps_its_traceback(error):
     assert resource_error(error) is None

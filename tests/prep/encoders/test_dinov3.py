@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
 
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, DataError
 from prep.dataset.quantise import dequantise, quantise, worst_cosine
 from prep.encoders.demo import build_dino
 from prep.encoders.dinov3 import IMAGENET_MEAN, IMAGENET_STD, DINOv3Encoder, fingerprint
@@ -157,6 +157,15 @@ def test_demo_features_survive_int8(folder: Path, record_property: Callable[[str
     worst = worst_cosine(features, *quantise(features))
     record_property("int8_worst_cosine", worst)
     assert worst > 0.9999
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    encoder = DINOv3Encoder(folder, input_scale=1.0)
+    with torch.no_grad():
+        encoder.model.norm.weight[3] = value
+    with pytest.raises(DataError, match="not finite; check the model's weights"):
+        encoder.encode(grey(32, 32))
 
 
 def test_quantise_zeros_and_one_sided_extremes() -> None:
