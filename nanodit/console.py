@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL = 5.0  # seconds
+_silent = ContextVar("silent", default=False)
 
 
 def say(text: str) -> None:
@@ -81,6 +83,16 @@ def data_size(count: float) -> str:
     return f"{count / 1e9:.1f} {unit}"
 
 
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Show no :class:`Progress` that begins inside the block, in this thread."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 class Progress:
     """Counts ``done`` of ``total`` and shows rate, time left and any extra fields.
 
@@ -98,6 +110,10 @@ class Progress:
         self._aside: tuple[str, float] | None = None  # what is done beside the counting, and since when
         self._closed = threading.Event()
         self._bar: RichProgress | None = None
+        self._thread: threading.Thread | None = None
+        self._shown = not _silent.get()
+        if not self._shown:
+            return
         if sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -150,8 +166,10 @@ class Progress:
         self._closed.set()
         if self._bar is not None:
             self._bar.stop()
-        else:
+        if self._thread is not None:
             self._thread.join()
+        if not self._shown:
+            return
         taken = time.monotonic() - self._start
         rate = (self.done - self._initial) / max(taken, 1e-9)
         say(f"{self.label}: {self.done} {self.unit} in {duration(taken)} ({rate:.4g}/s){self._extra()}")

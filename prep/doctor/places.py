@@ -6,65 +6,71 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from nanodit import __version__
-from nanodit.errors import NanoditError
+from nanodit.console import without_progress
+from nanodit.errors import DataError, NanoditError
 from nanodit.lock import LOCK
 from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
-from prep.images.filters import header_problem
-from prep.images.sources import SIDECAR_SUFFIX, BadImage, read_header
+from prep.images.scan_cache import ScanCache
+from prep.images.sources import Read, Reject, Source, read_all, scan
+from prep.passes.plan import count_rejects, judge_sizes, scan_settings
+from prep.passes.publish import gate
+from prep.passes.sidecars import read_captions
 
 GB = 1e9
 SCAN_SECONDS = 3.0
 SAMPLE_BYTES = {"webp": 2.7e6, "jpeg": 2.0e6}  # at base 1024, all layers
 DISK_LEAST = 1 * GB
 MODEL_CACHE = 8 * GB  # T5-Large and DINOv3 with their download in progress
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NAMED_LATER = "."  # what the command line puts where no config was given
-LOOKED_AT = 8  # images whose header is read
+AT_A_TIME = 64  # images that are read between two looks at the clock
 NAMED = 3
 
 
-@dataclass
-class FolderImages:
-    """The images of a folder as far as their names were reached in ``SCAN_SECONDS``.
+@dataclass(frozen=True)
+class Folder:
+    """What a run would find in a source folder, as far as it was looked at in ``SCAN_SECONDS``.
 
-    ``uncaptioned`` counts images without a sidecar; ``examples`` and ``wanted`` are the first images and the first
-    missing sidecars, as paths below the folder.
+    ``usable`` has the images that would be prepared, ``refused`` what would not, before any caption is read; ``seen``
+    counts both, and ``left`` the files that were not looked at.
     """
 
-    count: int = 0
-    complete: bool = True
-    uncaptioned: int = 0
-    examples: list[str] = field(default_factory=list)
-    wanted: list[str] = field(default_factory=list)
-    problems: list[OSError] = field(default_factory=list)
+    usable: dict[str, Source]
+    refused: list[Reject]
+    others: str
+    seen: int
+    left: int
 
 
-def count_images(source: Path) -> FolderImages:
-    """Count the images below a folder and those without a caption, by their names alone."""
-    found, deadline = FolderImages(), time.monotonic() + SCAN_SECONDS
-    for parent, folders, files in os.walk(source, onerror=found.problems.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".")]
-        captioned = {PurePath(name).stem for name in names if name.lower().endswith(SIDECAR_SUFFIX)}
-        for name in sorted(name for name in names if name.lower().endswith(SUFFIXES)):
-            path = Path(parent, name).relative_to(source)
-            found.count += 1
-            found.examples += [str(path)] if len(found.examples) < LOOKED_AT else []
-            if path.stem not in captioned:
-                found.uncaptioned += 1
-                found.wanted += [str(path.with_suffix(SIDECAR_SUFFIX))] if len(found.wanted) < NAMED else []
-        if time.monotonic() > deadline:
-            found.complete = False
-            break
-    return found
+def look_at_folder(config: PrepConfig) -> Folder:
+    """Scan a source by the rules of a run, with what an earlier run remembers of it. Nothing is written."""
+    source, storage = Path(config.source), open_storage(config.output)
+    deadline, seen, total = time.monotonic() + SCAN_SECONDS, 0, 0
+
+    def look_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception | None]:
+        nonlocal seen, total
+        total = len(names)
+        known = ScanCache(storage, source, scan_settings(config)).look_all if storage.is_local else read_all
+        for start in range(0, len(names), AT_A_TIME):
+            if start and time.monotonic() > deadline:
+                return
+            for found in known(names[start : start + AT_A_TIME], read):
+                seen += 1
+                yield found
+
+    found = scan(source, config.image.max_pixels, look_all)
+    usable, _, unwanted = judge_sizes(config, found.sources)
+    refused = found.rejects + unwanted
+    return Folder(usable, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
 
 
 def project_check() -> Check:
@@ -88,16 +94,12 @@ def place_checks(config: PrepConfig) -> list[Check]:
                 "give them: nanodit prep doctor --config FILE, or source=FOLDER output=FOLDER",
             )
         ]
-    source, images = source_check(config)
-    checks = [source]
-    if images.count and "text" in config.active_layers and not config.captions.generated:
-        checks.append(caption_check(config, images))
-    if images.count:
-        checks += size_checks(config, images)
+    with without_progress():
+        checks, images = source_checks(config)
     storage = open_storage(config.output)
     if not isinstance(storage, LocalFolder):
         return checks
-    return [*checks, output_check(config), disk_check(config, images.count), lock_check(storage)]
+    return [*checks, output_check(config), disk_check(config, images), lock_check(storage)]
 
 
 def store_checks(config: PrepConfig) -> list[Check]:
@@ -106,67 +108,53 @@ def store_checks(config: PrepConfig) -> list[Check]:
     return [] if storage.is_local else [store_check(storage)]
 
 
-def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
-    """Check that the source can be read, and return its images too (as far as 3 s reach)."""
+def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
+    """Check what a run would find in the source, and whether it would begin; also returns the number of its images."""
     source = Path(config.source)
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
-        return fail("source", SETUP, found, "set source to the folder with the images"), FolderImages()
-    images = count_images(source)
-    count, problems = images.count, images.problems
-    if not count:
-        reason = f"{problems[0].filename}: {problems[0].strerror}" if problems else f"no image in {source}"
-        return fail("source", DATA, reason, "set source to a folder with images that this user may read"), images
-    example = source / images.examples[0]
-    try:
-        with open(example, "rb") as file:
-            file.read(1)
-    except OSError as error:
-        found = f"{example}: {error.strerror}"
-        return fail("source", DATA, found, "let this user read the images (chmod, chown)"), images
-    if problems:
-        found = f"{count} images in {source}, but {problems[0].filename} cannot be read ({problems[0].strerror})"
-        return warn("source", found, "let this user read all of it, or expect those images to be missing"), images
-    return ok("source", f"{'' if images.complete else 'more than '}{count} images in {source}"), images
-
-
-def caption_check(config: PrepConfig, images: FolderImages) -> Check:
-    """Check that every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
-    if not images.uncaptioned:
-        return ok("captions", "NAME.txt beside each image; no server needed")
-    more = ", ..." if images.uncaptioned > len(images.wanted) else ""
-    found = f"{images.uncaptioned} of {images.count} images have no caption: {', '.join(images.wanted)}{more} missing"
-    if config.captions.on_missing == "error":
-        fix = "write NAME.txt beside each image, or set captions.on_missing=reject to leave these images out"
-        return fail("captions", DATA, found, fix)
-    if images.uncaptioned > config.max_reject_rate * images.count:
-        found += f", more than max_reject_rate {config.max_reject_rate:g} allows a run to leave out"
-        return fail("captions", DATA, found, "write NAME.txt beside each image, or set captions.backend")
-    return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that you want to keep")
-
-
-def size_checks(config: PrepConfig, images: FolderImages) -> list[Check]:
-    """Warn when some of the first images would be refused for their size; nothing else about them is checked."""
-    refused = []
-    for name in images.examples:
+        return [fail("source", SETUP, found, "set source to the folder with the images")], 0
+    folder = look_at_folder(config)
+    others = f"; {folder.others}" if folder.others else ""
+    if not folder.seen:
+        found = f"no image in {source}{others}"
+        return [fail("source", DATA, found, "set source to a folder with images that this user may read")], 0
+    count = len(folder.usable)
+    more = f", as far as 3 s reach; {folder.left} more files to look at" if folder.left else ""
+    found = f"{count} {'image' if count == 1 else 'images'} in {source}{more}{others}"
+    checks, missing = [ok("source", found)], []
+    if "text" in config.active_layers and not config.captions.generated and folder.usable:
         try:
-            header = read_header(Path(config.source), name, config.image.max_pixels)
-        except BadImage:  # counted by the run, with its reason
-            continue
-        if problem := header_problem(
-            header.width, header.height, config.filters, config.base, config.image.max_upscale
-        ):
-            refused.append(f"{name} ({problem[1]})")
-    if not refused:
-        return []
-    found = f"{len(refused)} of {len(images.examples)} images examined would be refused: {refused[0]}"
-    return [
-        warn(
-            "images",
-            found,
-            f"use larger images, or a base below {config.base}; `nanodit prep plan` counts all of them",
-        )
-    ]
+            _, missing = read_captions(config, folder.usable, {})
+        except DataError as error:
+            checks.append(failure("captions", error))
+        else:
+            checks.append(caption_check(missing, count))
+    refused = folder.refused + missing
+    if refused:
+        (line,) = count_rejects(refused, folder.seen)
+        examples = "; ".join(f"{reject.source}: {reject.detail}" for reject in refused[:NAMED])
+        fix = f"`nanodit prep run` lists all of them in rejects.parquet; for example {examples}"
+        checks.append(warn("refused", line, fix))
+        try:
+            gate(config, refused, folder.seen, report=None)
+        except DataError as error:
+            checks[-1] = failure("refused", error)
+    return checks, count + folder.left
+
+
+def failure(name: str, error: DataError) -> Check:
+    """Return the check of what would end a run at its start."""
+    found, _, fix = str(error).partition(". ")
+    return fail(name, DATA, found, fix or "repair the sources")
+
+
+def caption_check(missing: Sequence[Reject], images: int) -> Check:
+    """Return what the captions of the images that were looked at are like, where a run goes on without some."""
+    if not missing:
+        return ok("captions", "one beside each image; no server needed")
+    found = f"{len(missing)} of {images} images have no usable caption, and are left out: {missing[0].detail}"
+    return warn("captions", found, "write NAME.txt beside each image that you want to keep")
 
 
 def output_check(config: PrepConfig) -> Check:

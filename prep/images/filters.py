@@ -18,7 +18,8 @@ from nanodit.config import Config
 from prep.dataset.buckets import centre_crop, choose_bucket
 
 SHARPNESS_SIDE = 512  # pixels: large enough to see a blur of two pixels at 1024, small enough to cost milliseconds
-DECISIONS = ("blurred", "too_few_persons", "too_many_persons")  # reasons that the config asks for: no failures
+DECISIONS = ("blurred", "too_few_persons", "too_many_persons")  # of layers, that the config asks for: no failures
+CHOICES = ("too_small", "too_elongated", *DECISIONS)  # all reasons of this module
 
 Problem = tuple[str, str]
 

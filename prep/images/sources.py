@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +22,18 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
+from prep.images.formats import (
+    FORMATS,
+    HEAD,
+    NO_SUFFIX,
+    RAW_SUFFIXES,
+    begins_like_an_image,
+    foreign_format,
+    is_image_name,
+    other_files,
+    suffix_of,
+)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_EXIF_BYTES = 1 << 20
 NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
@@ -31,6 +41,9 @@ KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
 TRUTH_NAME = "truth.parquet"
 FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
+NOT_AN_IMAGE = "not_an_image"  # the reason for a file of another format
+DUPLICATE = "duplicate"  # the reason for the second of two equal files
+LINKED_FOLDER = "linked_folder"
 HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
@@ -93,20 +106,34 @@ class Reject:
 
 @dataclass(frozen=True)
 class Scan:
-    """The content of a source folder, each list sorted by name; ``sources`` has distinct keys."""
+    """The content of a source folder, each list sorted by name; ``sources`` has distinct keys.
+
+    ``others`` is a line about the files that are no images by their names; empty without any.
+    """
 
     sources: list[Source]
     rejects: list[Reject]
+    others: str = ""
 
 
-def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
-    """Return the POSIX names of all files below ``folder`` that may be read, and the others as rejects, each sorted.
+@dataclass(frozen=True)
+class Files:
+    """The files below a folder, by POSIX names, sorted: those that may be images, refused ones, and all others."""
+
+    names: list[str]
+    rejects: list[Reject]
+    others: list[str]
+
+
+def find_files(folder: Path) -> Files:
+    """List what is below ``folder``.
 
     Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
     followed and hidden folders not entered; both are reported, so that nothing disappears silently.
     """
     root = folder.resolve()
     names: list[str] = []
+    others: list[str] = []
     rejects: list[Reject] = []
 
     def refuse(name: str, bad: BadImage) -> None:
@@ -121,18 +148,20 @@ def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
             name = f"{parent}{entry.name}"
             if _is_folder(entry):
                 if entry.is_symlink():
-                    refuse(name, BadImage("linked_folder", "links to folders are not followed"))
+                    refuse(name, BadImage(LINKED_FOLDER, "links to folders are not followed"))
                 elif entry.name.startswith("."):
                     refuse(name, BadImage(HIDDEN, "hidden folders are not read"))
                 else:
                     waiting.append(f"{name}/")
             elif entry.name in FIGURES_FILES or entry.name.lower().endswith(SIDECAR_SUFFIX):
                 continue
+            elif not (is_image_name(entry.name) or _is_hidden(entry)):
+                others.append(name)
             elif problem := _problem(entry, name, root):
                 refuse(name, problem)
             else:
                 names.append(name)
-    return sorted(names), sorted(rejects, key=lambda reject: reject.source)
+    return Files(sorted(names), sorted(rejects, key=lambda reject: reject.source), others)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -150,11 +179,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES
+
+
 def _problem(entry: os.DirEntry[str], name: str, root: Path) -> BadImage | None:
-    if entry.name.startswith("."):
-        return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot)")
-    if entry.name.lower() in SYSTEM_FILES:
-        return BadImage(HIDDEN, "a hidden file of Windows")
+    if _is_hidden(entry):
+        return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot, and those of Windows)")
     if not name.isascii() and os.fsencode(name).decode("utf-8", "backslashreplace") != name:
         return BadImage("name_not_utf8", "the file name is not valid UTF-8")
     if entry.is_symlink() and leads_out(root / name, root):
@@ -191,14 +222,16 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
 
 
 def _open_image(file: io.IOBase) -> Image.Image:
-    head = file.read(16)
+    head = file.read(HEAD)
     file.seek(0)
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        if head.startswith(MAGIC):
+        if begins_like_an_image(head):
             raise BadImage("truncated", "the header is damaged or cut off") from None
-        raise BadImage("not_an_image", f"the content is none of {', '.join(FORMATS)}") from None
+        raise BadImage(
+            NOT_AN_IMAGE, f"the content is {foreign_format(head)}, not one of {', '.join(FORMATS)}. Export it as JPEG"
+        ) from None
     except MemoryError:  # says something about the machine, here and below
         raise
     except Exception as error:  # readers of hostile headers raise anything; the file is named in the rejects table
@@ -210,8 +243,9 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
     try:
-        # a MPO is a JPEG photograph with a second one (depth, gain map) behind it: a still picture
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        # an MPO is a JPEG photograph with a second one (depth, gain map) behind it, HEIF may have more beside the
+        # primary one: still pictures
+        animated = image.format not in ("MPO", "HEIF") and getattr(image, "is_animated", False)
     except MemoryError:
         raise
     except Exception as error:
@@ -235,23 +269,34 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
     def read(name: str) -> dict[str, Any] | Exception:
         return describe_file(folder, name, max_pixels)
 
-    names, rejects = find_files(folder)
+    files = find_files(folder)
+    names, rejects, others = files.names, files.rejects, list(files.others)
     kept: dict[str, Source] = {}
     with Progress("scan", None, "files") as progress:
         for count, (name, found) in enumerate(zip(names, (look_all or read_all)(names, read))):
             known = read(name) if found is None else found
             if isinstance(known, BadImage):
                 rejects.append(Reject(name, "source", known.reason, known.detail))
+            elif known.get("reason") == NOT_AN_IMAGE and not suffix_of(name):
+                others.append(name)
             elif "reason" in known:
                 rejects.append(Reject(name, "source", **known))
             elif first := kept.get(known["key"]):
-                rejects.append(Reject(name, "source", "duplicate", f"same bytes as {first.name}"))
+                rejects.append(Reject(name, "source", DUPLICATE, f"same bytes as {first.name}"))
             else:
                 kept[known["key"]] = Source(name, **known)
             if count % COUNTED == 0:
                 progress.update(count)
         progress.update(len(kept) + len(rejects))
-    return Scan(list(kept.values()), sorted(rejects, key=lambda reject: reject.source))
+    return Scan(list(kept.values()), sorted(rejects, key=lambda reject: reject.source), _about(others, names))
+
+
+def _about(others: Sequence[str], names: Sequence[str]) -> str:
+    """Return the line about files that are no images."""
+    suffixes = [suffix_of(name) for name in others]
+    raw = {name.removesuffix(end) for name, end in zip(others, suffixes) if end.lower() in RAW_SUFFIXES}
+    raw -= {name.removesuffix(suffix_of(name)) for name in names} if raw else set()
+    return other_files(Counter(end or NO_SUFFIX for end in suffixes), len(raw))
 
 
 def read_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pillow_heif
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -48,7 +49,7 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import read_captions
 
-SCAN_VERSION = 2  # raised when the same sources give other rows
+SCAN_VERSION = 3  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -146,27 +147,16 @@ def make_plan(
     """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
-    settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
-    with ScanCache(root, folder, settings) as cache:
+    with ScanCache(root, folder, scan_settings(config)) as cache:
         found = scan(folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead))
         if not found.sources and not found.rejects:
-            raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
+            others = f" ({found.others})" if found.others else ""
+            raise DataError(f"source {folder} holds no images{others}. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
         files_gone, replaced = compare_sources(manifest, found)
         kept = worth_keeping(root, files_gone)
-        rejects, sources = list(found.rejects), {}
-        sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
-        buckets: dict[str, str] = {}
-        for source in chain(found.sources, () if prune else kept):
-            size = source.width, source.height
-            if size not in sizes:
-                problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
-                sizes[size] = problem, str(choose_bucket(*size, config.base))
-            problem, bucket = sizes[size]
-            if problem:
-                rejects.append(Reject(source.name, "source", *problem))
-            else:
-                sources[source.key], buckets[source.key] = source, bucket
+        sources, buckets, unwanted = judge_sizes(config, chain(found.sources, () if prune else kept))
+        rejects = found.rejects + unwanted
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         del manifest, buckets  # a hundred MB each of a million samples
         texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
@@ -189,9 +179,34 @@ def make_plan(
     reasons = {unit: why for unit in recipes if (why := reasons.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in reasons}
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
-    notes = silent + count_rejects(rejects + expected, seen)
+    notes = silent + [found.others] * bool(found.others) + count_rejects(rejects + expected, seen)
     notes += source_remarks(kept, replaced, prune, shards, reasons)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
+
+
+def judge_sizes(config: PrepConfig, found: Iterable[Source]) -> tuple[dict[str, Source], dict[str, str], list[Reject]]:
+    """Return the sources of a usable size by key, the bucket of each, and what is refused for its size."""
+    sources: dict[str, Source] = {}
+    buckets: dict[str, str] = {}
+    rejects: list[Reject] = []
+    sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
+    for source in found:
+        size = source.width, source.height
+        if size not in sizes:
+            problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
+            sizes[size] = problem, str(choose_bucket(*size, config.base))
+        problem, bucket = sizes[size]
+        if problem:
+            rejects.append(Reject(source.name, "source", *problem))
+        else:
+            sources[source.key], buckets[source.key] = source, bucket
+    return sources, buckets, rejects
+
+
+def scan_settings(config: PrepConfig) -> dict[str, Any]:
+    """Return what the facts of a source depend on besides its bytes."""
+    decoders = {"pillow": PIL.__version__, "heif": pillow_heif.libheif_version()}
+    return {"code": SCAN_VERSION, **decoders, "max_pixels": config.image.max_pixels}
 
 
 def remaining(plan: Plan) -> Plan:
@@ -209,7 +224,7 @@ def remaining(plan: Plan) -> Plan:
     return replace(plan, parts=current, missing=reasons, again=list(again), notes=[])
 
 
-def count_rejects(rejects: list[Reject], seen: int) -> list[str]:
+def count_rejects(rejects: Sequence[Reject], seen: int) -> list[str]:
     """Say in one line what is refused before anything is computed; no line when nothing is."""
     counts = ", ".join(f"{count} {name}" for name, count in Counter(reject.reason for reject in rejects).most_common())
     return [f"refused before anything is computed: {len(rejects)} of {seen} sources ({counts})"] if rejects else []

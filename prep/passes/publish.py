@@ -40,7 +40,8 @@ from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.compared import Alike, compared_tokens
-from prep.images.sources import HIDDEN, TRUTH_NAME, Reject
+from prep.images.filters import CHOICES
+from prep.images.sources import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
 from prep.passes import last_publication
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
 
@@ -48,6 +49,9 @@ INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
 ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
 BLOCK = 1024  # parts that are read at a time
+LINKS_SPLITS = "links_splits"
+NO_DAMAGE = frozenset({HIDDEN, LINKED_FOLDER, DUPLICATE, LINKS_SPLITS, *CHOICES})  # reasons, see `is_damage`
+FEW = 1000  # training samples that a network learns by heart
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
@@ -122,7 +126,7 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     else:
         table, linking = add_split(plan, table, published)
     detail = "its near duplicates are published in train and in holdout"
-    rejects += [Reject(plan.sources[key].name, "split", "links_splits", detail) for key in linking]
+    rejects += [Reject(plan.sources[key].name, "split", LINKS_SPLITS, detail) for key in linking]
     told = pa.array([reject.source for reject in rejects], pa.string())
     members = pa.array((plan.sources[key].name for keys in plan.shards.values() for key in keys), pa.string())
     silent = pc.invert(pc.or_(pc.is_in(members, value_set=told), pc.is_in(members, value_set=table["source"])))
@@ -134,16 +138,25 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     return table, rejects
 
 
+def is_damage(reject: Reject, config: PrepConfig) -> bool:
+    """Tell whether a refused source says that something is wrong with the folder or the machine.
+
+    Not so are hidden files (a Mac leaves one beside every picture), second copies, what the filters are set to leave
+    out, and images without a caption where ``captions.on_missing`` is to leave them out.
+    """
+    return reject.reason not in NO_DAMAGE and (reject.stage != "text" or config.captions.generated)
+
+
 def gate(config: PrepConfig, rejects: list[Reject], seen: int, report: str | None) -> None:
     """Raise DataError when nothing was accepted or more than ``max_reject_rate`` of the sources was refused.
 
-    A source counts once, however many layers refused it. Hidden files do not count, unless there is nothing else: a Mac
-    leaves one beside every picture. The refused sources are then written to ``report``, a file of the output, because
-    no table of them will be published; None writes nothing.
+    A source counts once, however many layers refused it. What is no damage does not count (:func:`is_damage`), unless
+    there is nothing else. The refused sources are then written to ``report``, a file of the output, because no table of
+    them will be published; None writes nothing.
     """
     refused = rejects
-    rejects = [reject for reject in refused if reject.reason != HIDDEN]
-    seen -= len(refused) - len(rejects)
+    rejects = [reject for reject in refused if is_damage(reject, config)]
+    seen -= len({reject.source for reject in refused} - {reject.source for reject in rejects})
     if not seen:
         rejects, seen = refused, len(refused)
     count = len({reject.source for reject in rejects})
@@ -395,7 +408,13 @@ def count_values(column: pa.ChunkedArray) -> Counter[str]:
 def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     """Return what a user should know about a dataset that is formally right."""
     warnings = []
-    if not count_values(table["split"])["holdout"]:
+    splits = count_values(table["split"])
+    if 0 < splits["train"] < FEW:
+        warnings.append(
+            f"{splits['train']} training images are few: a network that begins with nothing learns them by heart, a "
+            "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
+        )
+    if not splits["holdout"]:
         warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:

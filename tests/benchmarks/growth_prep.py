@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -101,8 +100,7 @@ def write_memory(folder: Path, rows: int, settings: PrepConfig) -> None:
         found.append((f"{name_of(number)}.png", stamps[0], json.dumps(picture)))
         found.append((f"{name_of(number)}.txt", stamps[1], json.dumps({"sha256": digest})))
     names, stamps, values = zip(*sorted(found))
-    scanned = {"code": planning.SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": settings.image.max_pixels}
-    schema = SCHEMA.with_metadata({"settings": json.dumps(scanned, sort_keys=True)})
+    schema = SCHEMA.with_metadata({"settings": json.dumps(planning.scan_settings(settings), sort_keys=True)})
     pq.write_table(pa.table([names, *zip(*stamps), values], schema=schema), folder / "out" / NAME, compression="zstd")
 
 
