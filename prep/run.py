@@ -26,7 +26,7 @@ from prep.captions.cache import forget_rejects
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_part, same_recipe
 from prep.dataset.versions import collect_garbage, keep_unit
-from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, write_pins
+from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, unknown_models, write_pins
 from prep.images.sources import Reject
 from prep.passes import cost
 from prep.passes.placement import Node, Pass, local_node, plan_passes
@@ -166,6 +166,11 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
     while True:
         plan = make_plan(pin_config(config, pins), prune, retry_rejects, ahead=partial(read_on_nodes, config))
         gate(config, plan.rejects + plan.expected, plan.seen, folder.rejects)
+        if plan.missing and (unknown := unknown_models(config, pins)):
+            from prep.doctor.models import check_downloads
+
+            for line in check_downloads(config, unknown):
+                say(line)
         resolved = resolve_models(config, pins) if plan.missing else pins
         if resolved == pins:
             break

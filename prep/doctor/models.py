@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nanodit.errors import ConfigError
+from nanodit.errors import PROBLEM_BREAK, ConfigError
 from nanodit.files import sha256_file
 from prep.captions.base import HostFault, SampleFault, ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
@@ -25,12 +26,13 @@ from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.doctor.node import first_line
 from prep.encoders.backbones import ALEXNET, VGG16
 from prep.encoders.hub import CONFIG, UNGATED, WEIGHTS, WEIGHTS_INDEX, Reference
-from prep.encoders.registry import encoder_of
+from prep.encoders.registry import NETWORKS, encoder_of
 
 SECONDS = 4.0  # per request
 GB = 1e9
 HUB = "https://huggingface.co"
 GATED = "facebook/dinov3-"  # behind a licence that a person must accept
+TRY_OUT = "configs/prep/quickstart.yaml"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -99,6 +101,26 @@ def check_network(config: PrepConfig, part: str, name: str | None) -> Check:
         f"{found}, but DWPose's authors published {published[:12]} under this name",
         f"if that is not on purpose, {again}",
     )
+
+
+def check_downloads(config: PrepConfig, parts: Collection[str]) -> list[str]:
+    """Ask for all of these models before any of them is downloaded; ``parts`` are keys of :func:`encoder_names`.
+
+    Returns what training will lack. Raises ConfigError with a line for each model that cannot be had.
+    """
+    names = encoder_names(config)
+
+    def check(part: str) -> Check:
+        return (check_network if part in NETWORKS else check_model)(config, part, names[part])
+
+    with ThreadPoolExecutor(max_workers=len(parts)) as pool:
+        checks = list(pool.map(check, parts))
+    problems = [f"{check.found} -> {check.fix}" for check in checks if check.status == "FAIL"]
+    if problems:
+        lines = [f"{len(problems)} of {len(checks)} models cannot be had, and nothing was downloaded", *problems]
+        lines += [f"To try the rest without them: --config {TRY_OUT} source={config.source} base=64"]
+        raise ConfigError(PROBLEM_BREAK.join(lines))
+    return [f"training will need {check.found} -> {check.fix}" for check in lpips_checks() if check.status != "OK"]
 
 
 def lpips_checks() -> list[Check]:

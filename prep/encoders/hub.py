@@ -7,6 +7,7 @@ know them. Only ``safetensors`` weights are taken: the other formats of a reposi
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -184,13 +185,19 @@ def explain(reference: Reference, name: str, error: Exception) -> ConfigError:
 
 @contextmanager
 def quiet_downloads() -> Iterator[None]:
-    """No progress bars of huggingface_hub inside the block: progress is printed by us, in one form."""
+    """No progress bars of huggingface_hub inside the block, nor a line for each time that it tries again.
+
+    Progress is printed by us, in one form, and what is to be done comes with the error.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    was_off = are_progress_bars_disabled()
+    was_off, requests = are_progress_bars_disabled(), logging.getLogger("huggingface_hub.utils._http")
+    level = requests.level
     disable_progress_bars()
+    requests.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        requests.setLevel(level)
         if not was_off:
             enable_progress_bars()

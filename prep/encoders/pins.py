@@ -50,6 +50,11 @@ def write_pins(place: Path | str | Storage, pins: Mapping[str, Pin]) -> None:
     open_storage(place).write(MODELS, canonical_json({name: vars(pin) for name, pin in pins.items()}))
 
 
+def unknown_models(config: PrepConfig, pins: Mapping[str, Pin]) -> dict[str, Reference]:
+    """Return what of :func:`hub_models` is not recorded yet."""
+    return {part: reference for part, reference in hub_models(config).items() if str(reference) not in pins}
+
+
 def resolve_models(config: PrepConfig, pins: Mapping[str, Pin]) -> dict[str, Pin]:
     """``pins`` and what the active layers need besides; downloads and hashes models that are not recorded yet.
 
@@ -57,10 +62,10 @@ def resolve_models(config: PrepConfig, pins: Mapping[str, Pin]) -> dict[str, Pin
     be had.
     """
     known = dict(pins)
-    missing = [reference for reference in hub_models(config).values() if str(reference) not in known]
+    missing = unknown_models(config, pins)
     if missing:
         with Progress("models", len(missing), unit="models") as progress:
-            for reference in missing:
+            for reference in missing.values():
                 known[str(reference)] = resolve(reference)
                 progress.advance()
                 say(f"{reference} is pinned to commit {known[str(reference)].revision}")
