@@ -15,6 +15,7 @@ from prep.captions.mirror import flip_caption
 from prep.images.sources import SIDECAR_SUFFIX, leads_out
 
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol without ink: fillers of Hangul, an empty Braille cell
+MISSING = "caption_missing"
 SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars
@@ -108,7 +109,7 @@ class SidecarCaptions:
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise BadCaption("caption_missing", f"{name}: {error.strerror}") from error
+            raise BadCaption(MISSING, f"{name}: {error.strerror}") from error
 
     def fingerprint(self, source: str) -> str:
         """Return what the text of a source depends on: the hash of its sidecar, or the reason why it has none."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanodit.console import Progress
 from nanodit.errors import DataError
-from prep.captions.sidecar import SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption, usual_name
+from prep.captions.sidecar import MISSING, SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption, usual_name
 from prep.config import PrepConfig
 from prep.images.sources import LookAll, Reject, Source, read_all
 
@@ -74,6 +74,8 @@ def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) 
             return bad
 
     def known(found: dict[str, Any] | Exception | None) -> Any:
+        if isinstance(found, BadCaption) and found.reason == MISSING:  # of one who reads without looking first
+            return None
         return found["sha256"] if isinstance(found, dict) else found
 
     captions = [known(found) for found in look_all([usual_name(source) for source in sources], read)]
@@ -81,5 +83,6 @@ def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) 
     if others:  # under another name, or under none
         names = [sidecars.path(sources[position]) for position in others]
         for position, name, found in zip(others, names, look_all(names, read)):
-            captions[position] = known(read(name) if found is None else found)
+            found = read(name) if found is None else found
+            captions[position] = found["sha256"] if isinstance(found, dict) else found
     return captions

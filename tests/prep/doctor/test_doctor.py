@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from nanodit.config import load_config
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, DataError
 from nanodit.lock import locked
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
@@ -34,10 +34,11 @@ from prep.doctor.check import Check, exit_code, fail, ok, show, to_json, warn, w
 from prep.doctor.doctor import CheckTask, caption_servers, cluster, doctor, pass_check
 from prep.doctor.models import check_model, check_network, lpips_checks
 from prep.doctor.node import examine_node, read_gpus, read_ollama_memory
-from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_check
+from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_checks
 from prep.doctor.rules import Needs, clock_difference, cluster_checks, named, needs_of, node_checks
 from prep.encoders.backbones import ALEXNET, VGG16
 from prep.passes.placement import DEMO_WORKER_GB, Node
+from prep.run import print_plan
 from tests.local_cluster import LocalCluster
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -545,42 +546,79 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
         (folder / f"{number}.TXT").write_text("A black square.")
     return folder
 
 
 def test_a_source_is_counted_and_a_missing_one_named(photos: Path, tmp_path: Path) -> None:
-    check, images = source_check(config(source=str(photos)))
-    assert (check.status, images.count) == ("OK", 3)
-    assert source_check(config(source=str(tmp_path / "nowhere")))[0].code == 2
+    for name in ("0.xmp", "0.CR2"):
+        (photos / name).write_bytes(b"II*\0")
+    (photos / "copy.png").write_bytes((photos / "0.png").read_bytes())
+    checks, images = source_checks(config(source=str(photos), base=64))
+    assert images == 3
+    assert find(checks, "source").found == f"3 images in {photos}; 2 other files ignored: 1 .CR2, 1 .xmp"
+    assert "1 of 4 sources (1 duplicate)" in find(checks, "refused").found
+    assert source_checks(config(source=str(tmp_path / "nowhere")))[0][0].code == 2
     (tmp_path / "empty").mkdir()
-    assert source_check(config(source=str(tmp_path / "empty")))[0].code == 3
+    assert source_checks(config(source=str(tmp_path / "empty")))[0][0].code == 3
 
 
 def test_images_without_a_caption_stop_the_doctor_as_they_stop_the_run(photos: Path, tmp_path: Path) -> None:
-    def check(on_missing: str) -> Check:
-        settings = config(source=str(photos), output=str(tmp_path), base=64, captions={"on_missing": on_missing})
-        return find(place_checks(settings), "captions")
+    def checks(on_missing: str) -> list[Check]:
+        captions = {"on_missing": on_missing}
+        return place_checks(config(source=str(photos), output=str(tmp_path / "set"), base=64, captions=captions))
 
-    assert check("error").status == "OK"
+    assert find(checks("error"), "captions").status == "OK"
     (photos / "1.TXT").rename(photos / "._1.txt")  # a Mac's, and nobody's caption
-    assert check("error").code == 3
-    assert "1 of 3 images have no caption: 1.txt missing" in check("error").found
-    assert "captions.on_missing=reject" in check("error").fix
-    assert check("reject").status == "WARN"
-    (photos / "2.TXT").unlink()
-    assert (check("reject").status, check("reject").code) == ("FAIL", 3)
+    check = find(checks("error"), "captions")
+    assert check.code == 3
+    assert "1 of 3 images have no usable caption (1 caption_missing): 1.txt: No such file" in check.found
+    assert "captions.on_missing=reject" in check.fix
+    assert find(checks("reject"), "captions").status == "WARN"
+    (photos / "2.TXT").unlink()  # more than max_reject_rate, but the user has chosen to leave them out
+    assert (find(checks("reject"), "captions").status, find(checks("reject"), "refused").status) == ("WARN", "WARN")
+    (photos / "0.TXT").unlink()
+    check = find(checks("reject"), "refused")
+    assert check.code == 3
+    assert "nothing was accepted" in check.found
 
 
 def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path: Path) -> None:
     def checks(base: int) -> list[Check]:
         return place_checks(config(source=str(photos), output=str(tmp_path / "set"), base=base))
 
-    assert "images" not in [check.name for check in checks(64)]
-    check = find(checks(1024), "images")
-    assert check.status == "WARN"
-    assert check.found.startswith("3 of 3 images examined would be refused: 0.png (64x64 would be enlarged 16.00")
+    assert "refused" not in [check.name for check in checks(64)]
+    check = find(checks(1024), "refused")
+    assert check.code == 3
+    assert "3 of 3 sources were rejected (3 too_small), for example 0.png: 64x64 would be enlarged 16.00" in check.found
+
+
+def test_more_than_half_damaged_stops_the_doctor_as_it_stops_the_run(photos: Path, tmp_path: Path) -> None:
+    settings = config(source=str(photos), output=str(tmp_path / "set"), base=64)
+    for number in range(2):
+        (photos / f"{number}.png").write_bytes(b"<html>")
+    check = find(place_checks(settings), "refused")
+    assert check.code == 3
+    assert "2 of 3 sources were rejected (2 not_an_image)" in check.found
+    with pytest.raises(DataError, match=re.escape(check.found)):
+        print_plan(settings)
+
+
+def test_a_folder_that_takes_too_long_is_looked_at_in_part(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.doctor.places.SCAN_SECONDS", -1.0)
+    monkeypatch.setattr("prep.doctor.places.AT_A_TIME", 2)
+    checks, images = source_checks(config(source=str(photos), output=str(tmp_path / "set"), base=64))
+    assert "2 images in" in checks[0].found
+    assert "as far as 3 s reach; 1 more files to look at" in checks[0].found.replace("-1 s", "3 s")
+    assert images == 3
+
+
+def test_the_doctor_shows_no_progress_of_its_scan(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place_checks(config(source=str(photos), output=str(photos.parent / "set"), base=64))
+    assert capsys.readouterr().out == ""
 
 
 def test_outputs_that_cannot_be_written_are_named(photos: Path, tmp_path: Path) -> None:
@@ -733,6 +771,8 @@ def test_the_doctor_judges_the_shipped_configs(
     monkeypatch.setattr(doctor_module, "LIMIT", 2 * PATIENT)
     monkeypatch.setattr("prep.doctor.models.SECONDS", PATIENT)
     monkeypatch.setattr("prep.doctor.node.PROBE_SECONDS", PATIENT)
+    for path in photos.glob("*.png"):
+        Image.open(path).resize((settings.base, settings.base)).save(path)
     code = doctor(settings, as_json=True)
     text = capfd.readouterr().out
     report = json.loads(text)
