@@ -418,17 +418,21 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
         warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
-        warnings.append(f"buckets with a single sample: {', '.join(alone)}")
+        warnings.append(
+            f"buckets with a single sample: {', '.join(alone)}. A micro-batch comes from one bucket, so such an image "
+            "fills one alone; crop it to another shape, or add images of its own"
+        )
     groups = pc.value_counts(table["duplicate_group"])  # in the order of the table
     if torn := len(table.group_by(["duplicate_group", "split"]).aggregate([])) - len(groups):
         warnings.append(
             f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
             f"rules found them, and published samples stay where they are. Delete {INDEX} and run again to split anew"
         )
-    name, size = groups[int(np.argmax(groups.field("counts").to_numpy()))].values()
-    name, size = name.as_py(), size.as_py()
+    sizes = groups.field("counts").to_numpy()
+    name, size, alike = groups.field("values")[int(np.argmax(sizes))].as_py(), int(sizes.max()), sizes[sizes > 1]
     if size > max(1, LARGE_GROUP * len(table)):
-        warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
+        others = f", the largest of {len(alike)} groups with {alike.sum()} samples" if len(alike) > 1 else ""
+        warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name}{others})")
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
         warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
     if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):

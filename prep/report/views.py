@@ -159,7 +159,12 @@ def duplicates(dataset: Dataset, thumbnails: SampleThumbnails, rejects: pa.Table
     for name, size in zip(counted["duplicate_group"].to_pylist()[:GROUPS], sizes):
         members = first_rows(table, "duplicate_group", name, GROUP_IMAGES)
         groups.append(
-            {"size": int(size), "split": members[0]["split"], "pictures": equal_area_pictures(members, thumbnails)}
+            {
+                "name": name,
+                "size": int(size),
+                "split": members[0]["split"],
+                "pictures": equal_area_pictures(members, thumbnails),
+            }
         )
     exact = 0 if rejects is None else pc.sum(pc.equal(rejects["reason"], DUPLICATE)).as_py() or 0
     return {

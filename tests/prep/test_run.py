@@ -255,6 +255,23 @@ def test_p18_a_source_that_two_layers_refuse_counts_once(folder):
         gate(poses(folder.parent, max_reject_rate=0.4), rejects, 4, None)
 
 
+def test_only_damage_counts_towards_the_limit(folder):
+    reasons = ["hidden", "duplicate", "linked_folder", "too_small", "too_elongated", "blurred", "links_splits"]
+    chosen = [Reject(f"{number}.png", "source", reason, "") for number, reason in enumerate(reasons)]
+    captions = [Reject(f"c{number}.png", "text", "caption_missing", "") for number in range(3)]
+    seen = len(chosen) + len(captions) + 2
+    strict = poses(folder.parent, max_reject_rate=0.0)
+    gate(strict, chosen + captions, seen, None)
+    damaged = Reject("torn.png", "source", "truncated", "")
+    with pytest.raises(DataError, match=r"1 of 2 sources were rejected \(1 truncated\)"):
+        gate(strict, [*chosen, *captions, damaged], seen, None)
+    generated = config(folder.parent, captions={"backend": "ollama"}, max_reject_rate=0.5)
+    with pytest.raises(DataError, match=r"3 of 5 sources were rejected \(3 caption_missing\)"):  # nobody chose that
+        gate(generated, chosen + captions, seen, None)
+    with pytest.raises(DataError, match=r"nothing was accepted.* 7 of 7"):
+        gate(strict, chosen, len(chosen), None)
+
+
 # --- refused captions, and what killed runs leave ---------------------------------------------------------------------
 
 

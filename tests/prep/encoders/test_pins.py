@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from nanodit.errors import ConfigError, DataError
+from nanodit.errors import PROBLEM_BREAK, ConfigError, DataError
 from nanodit.files import sha256_bytes, sha256_file
 from prep.config import PrepConfig
+from prep.doctor.models import TRY_OUT, check_downloads
 from prep.encoders.demo import ASSETS, build_dino, build_t5
 from prep.encoders.hub import Pin, Reference
-from prep.encoders.pins import MODELS, other_networks, pin_config, read_pins, resolve_models, write_pins
+from prep.encoders.pins import MODELS, other_networks, pin_config, read_pins, resolve_models, unknown_models, write_pins
 from prep.encoders.registry import build_encoder, encoder_fingerprint, model_name
 from prep.encoders.t5 import T5Encoder
 from prep.encoders.weights import model_identity
@@ -290,3 +291,22 @@ def test_references_and_identities() -> None:
     identity = model_identity("a/b", pin.revision, pin.files)
     assert identity["revision"] == pin.revision
     assert identity["sha256"] != model_identity("a/b", pin.revision, pin.files | {"model.safetensors": "3"})["sha256"]
+
+
+def test_all_models_are_asked_for_before_any_is_downloaded(
+    hub: HubServer, config: PrepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = check_downloads(config, unknown_models(config, {}))
+    assert not (tmp_path / "cache").exists()
+    assert all(line.startswith("training will need ") for line in found)
+    assert "VGG-16" in " ".join(found) or (Path.home() / ".cache/torch/hub/checkpoints/vgg16-397923af.pth").is_file()
+    wrong = config.model_copy(update={"dino": config.dino.model_copy(update={"model": "org/nowhere"})})
+    wrong = wrong.model_copy(update={"t5": wrong.t5.model_copy(update={"revision": "0" * 40})})
+    with pytest.raises(ConfigError) as error:
+        check_downloads(wrong, unknown_models(wrong, {}))
+    first, *problems, remedy = str(error.value).split(PROBLEM_BREAK)
+    assert first == "2 of 4 models cannot be had, and nothing was downloaded"
+    assert [problem.split()[0] for problem in problems] == [T5, "the"]
+    assert "org/nowhere" in problems[1]
+    assert remedy == f"To try the rest without them: --config {TRY_OUT} source=photos base=64"
+    assert not (tmp_path / "cache").exists()

@@ -353,10 +353,24 @@ def test_p05_a_new_image_between_both_sides_is_refused(tmp_path):
 def test_groups_that_were_published_on_both_sides_and_large_ones_are_warned_of():
     def warnings(groups: str, sides: str) -> list[str]:
         names = {"t": "train", "h": "holdout"}
-        return warn(pa.table({"duplicate_group": list(groups), "split": [names[side] for side in sides]}), {})
+        table = pa.table({"duplicate_group": list(groups), "split": [names[side] for side in sides]})
+        return [line for line in warn(table, {}) if "training images are few" not in line]
 
     assert warnings("abcd", "tthh") == []
     (torn,) = warnings("a" + "a" + "".join(map(chr, range(1000, 1200))), "th" + "t" * 200)
     assert torn.startswith("1 groups of near duplicates lie on both sides")
     (large,) = warnings("aaa" + "".join(map(chr, range(1000, 1200))), "ttt" + "h" * 200)
     assert large == "3 of 203 samples are near duplicates of each other (group a)"
+    (large,) = warnings("aaabb" + "".join(map(chr, range(1000, 1200))), "ttttt" + "h" * 200)
+    assert large.endswith("(group a, the largest of 2 groups with 5 samples)")
+
+
+def test_a_set_that_is_learnt_by_heart_is_warned_of():
+    def warnings(training: int) -> list[str]:
+        groups = list(map(str, range(training + 1)))
+        return warn(pa.table({"duplicate_group": groups, "split": ["train"] * training + ["holdout"]}), {})
+
+    (line,) = warnings(24)
+    assert line.startswith("24 training images are few")
+    assert "--init-from" in line
+    assert warnings(1000) == []

@@ -242,6 +242,14 @@ def test_duplicates_stand_side_by_side(html):
     assert "same bytes as" in text
 
 
+def test_the_warning_of_near_duplicates_leads_to_their_section(html):
+    warning = re.search(r"<li>(\d+) of \d+ samples are near duplicates[^<]*\(group (\w+),[^<]*<a href=\"#(\w+)\"", html)
+    size, name, anchor = warning.groups()
+    section = html[html.index(f'<section id="{anchor}">') : html.index("<h2>Refused")]
+    assert f"{size} images" in Page(section).text
+    assert f"group {name}" in Page(section).text
+
+
 def test_a_group_on_both_sides_is_an_alarm(copy, html):
     assert "The holdout leaks" not in html
     table = pq.read_table(copy / "index.parquet")
