@@ -31,11 +31,12 @@ class LayerWriter:
     """Writes one unit: add samples in key order, then :meth:`commit`; leaving the ``with`` block without it undoes all.
 
     A published tar is kept for its readers before that. The old index part goes before the new tar comes, so that no
-    moment exists in which a part describes another tar.
+    moment exists in which a part describes another tar. ``batches`` is to be filled as :class:`Part` has it.
     """
 
     def __init__(self, root: Path | str | Storage, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
         self.storage, self.unit, self.recipe, self.facts = open_storage(root), unit, recipe, facts
+        self.batches: list[tuple[str, int]] = []
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[Rejection] = []
         self._temporary = self.storage.draft(unit.tar)
@@ -92,6 +93,8 @@ class LayerWriter:
             "tar_sha256": sha256_file(self._temporary),
             "rejects": [vars(reject) for reject in sorted(self._rejects, key=lambda reject: reject.key)],
         }
+        if self.batches:
+            record["batches"] = self.batches
         keep_unit(self.storage, self.unit, record["tar_sha256"])
         fault("shards.before_tar")
         self.storage.delete(self.unit.part)

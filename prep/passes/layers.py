@@ -35,6 +35,7 @@ from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import blur_problem, persons_problem, sharpness
 from prep.images.sources import BadImage, Source, load_canonical
 from prep.passes.crops import Batch, CropCache, Sample, decode_batch, encode_beside
+from prep.passes.reuse import CommittedBatches, inputs_hash
 
 
 @dataclass(frozen=True)
@@ -199,27 +200,41 @@ class LayerWorker:
                 writer.add(key, members, **columns)
 
     def t5(self, job: Job) -> None:
-        """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others."""
+        """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others.
+
+        Batches whose captions are those of the committed unit are taken from it.
+        """
         encoder, flips = self._encoder(job), "flip" in job.recipe
         table = self._upstream(job).table
         rows = zip(*(table[name].to_pylist() for name in ("key", "caption", "caption_flip" if flips else "caption")))
         with self._writing(job, self._facts(job)) as writer:
+            committed = None if job.only else CommittedBatches(self.root, job.unit, job.recipe)
             for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
-                keys, captions, flipped = zip(*batch)
-                self.watch(list(keys))
-                encoded = encoder.encode(captions)
-                # a batch of their own: what is stored of the captions themselves does not depend on `flips`
-                others = [other for caption, other in zip(captions, flipped) if other not in (None, caption)]
-                mirrored = dict(zip(others, encoder.encode(others))) if others else {}
-                for key, tokens, other in zip(keys, encoded, flipped):
-                    members = {"t5.npy": npy_bytes(tokens.embedding)}
-                    columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
-                    if flips:
-                        none = tokens.embedding[:0]
-                        embedding = mirrored[other].embedding if other in mirrored else none
-                        members["t5_flip.npy"] = npy_bytes(embedding)
-                        columns["t5_flip_tokens"] = len(embedding)
+                writer.batches.append((inputs_hash(batch), len(batch)))
+                samples = committed and committed.get(writer.batches[-1][0])
+                if not samples:
+                    self.watch([key for key, *_ in batch])
+                    samples = self._t5_batch(encoder, batch, flips)
+                for key, members, columns in samples:
                     writer.add(key, members, **columns)
+
+    def _t5_batch(
+        self, encoder: Any, batch: Sequence[tuple[str, str, str | None]], flips: bool
+    ) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+        """Yield key, members and columns of each (key, caption, flipped caption)."""
+        keys, captions, flipped = zip(*batch)
+        encoded = encoder.encode(captions)
+        # a batch of their own: what is stored of the captions themselves does not depend on `flips`
+        others = [other for caption, other in zip(captions, flipped) if other not in (None, caption)]
+        mirrored = dict(zip(others, encoder.encode(others))) if others else {}
+        for key, tokens, other in zip(keys, encoded, flipped):
+            members = {"t5.npy": npy_bytes(tokens.embedding)}
+            columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
+            if flips:
+                embedding = mirrored[other].embedding if other in mirrored else tokens.embedding[:0]
+                members["t5_flip.npy"] = npy_bytes(embedding)
+                columns["t5_flip_tokens"] = len(embedding)
+            yield key, members, columns
 
     def encode_crops(self, job: Job) -> None:
         """Crops -> what the layer's encoder makes of them."""
