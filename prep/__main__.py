@@ -64,6 +64,16 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--drop", metavar="FINGERPRINT", help="drop this version; the first digits suffice")
     which.add_argument("--older-than", metavar="30d", help="drop the versions published more days ago, not the newest")
     kept.add_argument("--yes", action="store_true", help="do not ask before dropping")
+    left_out = verbs.add_parser(
+        "exclude", help="leave samples out of the next version, or take them in again", allow_abbrev=False,
+        description="Leave samples out of the next version that prep run publishes. Nothing is deleted: with --include "
+        "they come back. Without names the excluded samples are listed.",
+    )  # fmt: skip
+    left_out.add_argument("dataset", metavar="DATASET", help="a folder, or the URL of an object store")
+    left_out.add_argument(
+        "names", nargs="*", metavar="SAMPLE", help="its key, the first digits of it, or its file below the source"
+    )
+    left_out.add_argument("--include", action="store_true", help="take these samples in again")
     for command in (report, verify, export):
         command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: the output of the config")
     for command in (run, plan, doctor, report, verify, export):
@@ -84,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     claim("prep")
     writes = next((name for name in ("repair", "drop", "older_than") if getattr(options, name, None)), None)
-    if options.verb in ("run", "plan", "doctor") or writes:
+    if options.verb in ("run", "plan", "doctor", "exclude") or writes:
         require_posix(f"nanodit prep {options.verb}{f' --{writes}'.replace('_', '-') if writes else ''}")
     return VERBS[options.verb](options) or 0
 
@@ -138,6 +148,12 @@ def _versions(options: argparse.Namespace) -> None:
     show_versions(options.dataset, options.drop, options.older_than, options.yes)
 
 
+def _exclude(options: argparse.Namespace) -> None:
+    from prep.exclude import exclude
+
+    exclude(options.dataset, options.names, options.include)
+
+
 def _export(options: argparse.Namespace) -> None:
     from prep.export import export_flat
 
@@ -167,6 +183,7 @@ VERBS = {
     "report": _report,
     "verify": _verify,
     "versions": _versions,
+    "exclude": _exclude,
     "export": _export,
 }
 

@@ -16,7 +16,7 @@ PACKAGES = ("nanodit", "prep", "train", "evaluate")  # each imports itself and t
 # The command and the trainer's entry point know more than they import from: inside functions, when it is asked for.
 EXCEPTIONS = {"nanodit/cli.py": {"prep", "train", "evaluate"}, "train/__main__.py": {"evaluate"}}
 WITH_RAY = {"prep/passes/ray_passes.py", "train/sweep/sweep.py", "train/sweep/actor.py"}
-INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
+INSTALLED_AS = {"PIL": "pillow", "pillow_heif": "pillow-heif", "yaml": "pyyaml"}
 
 # Each package from the ground up: a file imports from its own folder and from floors below its own.
 FLOORS = {
@@ -25,8 +25,8 @@ FLOORS = {
         "cli", "__main__",
     ],
     "prep": [
-        "dataset figures", "images", "captions", "config", "encoders", "passes", "run doctor report verify versions",
-        "export", "__main__",
+        "dataset figures", "images", "captions", "config", "encoders", "passes", "doctor",
+        "run report verify versions exclude", "export", "__main__",
     ],
     "train": [
         "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",

@@ -43,6 +43,7 @@ def inputs_hash(plan: Any, parts: Mapping[Unit, Part], manifest: str, truth: Pat
         "manifest": manifest,
         "truth": sha256_file(truth) if truth.exists() else None,
         "seen": plan.seen,
+        "excluded": sorted(plan.excluded),
         "rejects": [[reject.source, reject.stage, reject.reason, reject.detail] for reject in plan.rejects],
         "parts": sorted((unit.part, part.sha256) for unit, part in parts.items()),
     }

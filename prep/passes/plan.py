@@ -29,6 +29,7 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
+from prep.dataset.excluded import read_excluded
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
@@ -78,7 +79,7 @@ class Plan:
     that are current and ``missing`` the reason for every one that is not. ``again`` lists those of the missing whose
     committed part has the right recipe; it stays until the new one is committed. What is missing when the missing units
     are computed, because a layer that they are made from has got other samples, says :func:`remaining`. ``notes`` are
-    lines for the user.
+    lines for the user. ``excluded`` has the keys that publishing leaves out.
     """
 
     config: PrepConfig
@@ -92,6 +93,7 @@ class Plan:
     missing: dict[Unit, str]
     again: list[Unit]
     notes: list[str]
+    excluded: frozenset[str] = frozenset()
 
     def table(self) -> pa.Table:
         """Return the samples, sorted by key, with their place; the columns are those of ``MANIFEST_SCHEMA``."""
@@ -181,7 +183,12 @@ def make_plan(
     seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
     notes = silent + [found.others] * bool(found.others) + count_rejects(rejects + expected, seen)
     notes += source_remarks(kept, replaced, prune, shards, reasons)
-    return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
+    excluded = read_excluded(root) & sources.keys()
+    if excluded:
+        notes.append(f"{len(excluded)} of {len(sources)} samples are excluded (nanodit prep exclude {root} lists them)")
+    return Plan(
+        config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes, excluded
+    )
 
 
 def judge_sizes(config: PrepConfig, found: Iterable[Source]) -> tuple[dict[str, Source], dict[str, str], list[Reject]]:

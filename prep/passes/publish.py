@@ -49,8 +49,8 @@ INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
 ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
 BLOCK = 1024  # parts that are read at a time
-LINKS_SPLITS = "links_splits"
-NO_DAMAGE = frozenset({HIDDEN, LINKED_FOLDER, DUPLICATE, LINKS_SPLITS, *CHOICES})  # reasons, see `is_damage`
+LINKS_SPLITS, EXCLUDED = "links_splits", "excluded"
+NO_DAMAGE = frozenset({HIDDEN, LINKED_FOLDER, DUPLICATE, LINKS_SPLITS, EXCLUDED, *CHOICES})  # reasons, see `is_damage`
 FEW = 1000  # training samples that a network learns by heart
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
@@ -119,6 +119,11 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     for unit, part in parts.items():
         rejects += [Reject(plan.sources[item.key].name, unit.layer, item.reason, item.detail) for item in part.rejects]
     storage, table = open_storage(plan.config.output), join_layers(plan, parts)
+    if plan.excluded:
+        out = pc.is_in(table["key"], value_set=pa.array(sorted(plan.excluded), pa.string()))
+        detail = "taken out with nanodit prep exclude"
+        rejects += [Reject(name, "publish", EXCLUDED, detail) for name in table.filter(out)["source"].to_pylist()]
+        table = table.filter(pc.invert(out))
     published = published_splits(storage, plan.config)
     if len(table) and (cosine := cls_cosine(plan.config)) < duplicates.OFF:
         with compared_tokens(storage, table, cosine, write=True) as alike:

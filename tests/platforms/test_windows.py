@@ -16,15 +16,15 @@ from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 
 VERBS = {
-    "prep": "run plan figures doctor report verify versions export", "train": "run plan sample sweep export gpu-check",
-    "evaluate": "run report",
+    "prep": "run plan figures doctor report verify versions exclude export",
+    "train": "run plan sample sweep export gpu-check", "evaluate": "run report",
 }  # fmt: skip
 REFUSED = [
     "train run --config configs/train/quickstart.yaml", "train sweep --config configs/sweep/quick.yaml",
     "train gpu-check", "train plan --measure --config configs/train/quickstart.yaml",
     "prep run --config configs/prep/quickstart.yaml", "prep plan --config configs/prep/quickstart.yaml", "prep doctor",
     "prep verify --repair --dataset nowhere", "prep versions nowhere --drop 0123 --yes",
-    "prep versions nowhere --older-than 0d --yes",
+    "prep versions nowhere --older-than 0d --yes", "prep exclude nowhere 0123",
 ]  # fmt: skip
 
 
