@@ -126,7 +126,11 @@ def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
         return fail("source", DATA, found, "let this user read the images (chmod, chown)"), images
     if problems:
         found = f"{count} images in {source}, but {problems[0].filename} cannot be read ({problems[0].strerror})"
-        return warn("source", found, "let this user read all of it, or expect those images to be missing"), images
+        return warn(
+            "source",
+            found,
+            "let this user read all of it (chmod, chown): images there are missing, and --prune refuses to run",
+        ), images
     return ok("source", f"{'' if images.complete else 'more than '}{count} images in {source}"), images
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
+from nanodit.errors import ResourceError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
@@ -31,6 +32,7 @@ KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
 TRUTH_NAME = "truth.parquet"
 FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
+UNREADABLE, UNREADABLE_FOLDER = "unreadable", "unreadable_folder"  # reasons that may pass: nothing else is known
 HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
@@ -70,7 +72,7 @@ class BadImage(Exception):
 class Source:
     """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
 
-    ``gone`` is set for one that was prepared earlier and whose file is not there any more.
+    ``gone`` is set for one that was prepared earlier and whose file is not there any more, or cannot be read.
     """
 
     name: str
@@ -103,7 +105,8 @@ def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
     """Return the POSIX names of all files below ``folder`` that may be read, and the others as rejects, each sorted.
 
     Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
-    followed and hidden folders not entered; both are reported, so that nothing disappears silently.
+    followed and hidden folders not entered; both are reported, so that nothing disappears silently, and so are folders
+    that cannot be listed. Raises ResourceError where that is ``folder`` itself.
     """
     root = folder.resolve()
     names: list[str] = []
@@ -117,7 +120,7 @@ def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
     waiting = [""]
     while waiting:
         parent = waiting.pop()
-        for entry in _entries(root / parent):
+        for entry in _entries(root, parent, refuse):
             name = f"{parent}{entry.name}"
             if _is_folder(entry):
                 if entry.is_symlink():
@@ -135,12 +138,20 @@ def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
     return sorted(names), sorted(rejects, key=lambda reject: reject.source)
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _entries(root: Path, parent: str, refuse: Callable[[str, BadImage], None]) -> Iterator[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(root / parent) as entries:
             yield from entries
-    except OSError:  # a folder that may not be read, or has gone
+    except (FileNotFoundError, NotADirectoryError):  # gone since the folder above was listed
         return
+    except OSError as error:  # also after a part of it was listed
+        if not parent:
+            raise ResourceError(
+                f"source {root} cannot be listed: {error.strerror}. Check the disk, the network and the permissions; "
+                "run again"
+            ) from error
+        detail = f"{error.strerror}: what is below this folder is not known, and what was prepared from it stays"
+        refuse(parent.removesuffix("/"), BadImage(UNREADABLE_FOLDER, detail))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -157,10 +168,13 @@ def _problem(entry: os.DirEntry[str], name: str, root: Path) -> BadImage | None:
         return BadImage(HIDDEN, "a hidden file of Windows")
     if not name.isascii() and os.fsencode(name).decode("utf-8", "backslashreplace") != name:
         return BadImage("name_not_utf8", "the file name is not valid UTF-8")
-    if entry.is_symlink() and leads_out(root / name, root):
-        return BadImage("outside_source", "the link leads out of the source folder")
-    if not (entry.is_file(follow_symlinks=False) or (root / name).is_file()):
-        return BadImage("unreadable", "not a regular file, or a link that leads nowhere")
+    try:
+        if entry.is_symlink() and leads_out(root / name, root):
+            return BadImage("outside_source", "the link leads out of the source folder")
+        if not (entry.is_file(follow_symlinks=False) or (root / name).is_file()):
+            return BadImage(UNREADABLE, "not a regular file, or a link that leads nowhere")
+    except OSError as error:  # a link into a folder that may not be entered, or a disk that does not say what this is
+        return BadImage(UNREADABLE, error.strerror or str(error))
     return None
 
 
@@ -186,7 +200,7 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
                 if read_orientation(image, file) >= 5:  # turned by a quarter
                     width, height = height, width
     except OSError as error:
-        raise BadImage("unreadable", error.strerror or str(error)) from error
+        raise BadImage(UNREADABLE, error.strerror or str(error)) from error
     return Source(name, key, size_bytes, width, height)
 
 
@@ -269,7 +283,7 @@ def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | 
     try:
         source = read_header(folder, name, max_pixels)
     except BadImage as bad:
-        if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
+        if bad.reason == UNREADABLE:  # that may pass, and leaves no trace in the times of the file
             return bad
         return {"reason": bad.reason, "detail": bad.detail}
     return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
@@ -286,7 +300,7 @@ def load_canonical(
         data = (folder / source.name).read_bytes()
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
-            raise BadImage("unreadable", f"the file can no longer be read: {error.strerror}") from error
+            raise BadImage(UNREADABLE, f"the file can no longer be read: {error.strerror}") from error
         if source.gone:
             raise BadImage("source_gone", "the file is gone, and the pixels have to be made again") from error
         raise BadImage("changed_during_run", "the file was deleted after the run had begun") from error

@@ -41,9 +41,11 @@ from prep.passes.missing_sources import (
     committed_caption_hashes,
     compare_sources,
     is_as_planned,
+    refuse_to_prune,
     source_remarks,
     units_behind,
     units_to_make_again,
+    unlisted_remark,
     worth_keeping,
 )
 from prep.passes.sidecars import read_captions
@@ -141,8 +143,9 @@ def make_plan(
 ) -> Plan:
     """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions.
 
-    Samples whose source is gone stay, unless ``prune``. ``retry_rejects`` makes the units again that refused something.
-    ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
+    Samples whose source is gone stay, unless ``prune``; those whose source cannot be read stay in any case, and
+    ``prune`` raises ResourceError where a folder cannot be listed. ``retry_rejects`` makes the units again that refused
+    something. ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
     """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
@@ -152,12 +155,15 @@ def make_plan(
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
-        files_gone, replaced = compare_sources(manifest, found)
-        kept = worth_keeping(root, files_gone)
+        missing = compare_sources(manifest, found)
+        if prune:
+            refuse_to_prune(found.rejects, config.source)
+        gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
+        kept = away if prune else [*gone, *away]
         rejects, sources = list(found.rejects), {}
         sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
         buckets: dict[str, str] = {}
-        for source in chain(found.sources, () if prune else kept):
+        for source in chain(found.sources, kept):
             size = source.width, source.height
             if size not in sizes:
                 problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
@@ -170,12 +176,13 @@ def make_plan(
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         del manifest, buckets  # a hundred MB each of a million samples
         texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
-        if not config.captions.generated:  # what was committed counts only for sources that are gone
-            gone = {source.key for source in kept}
-            texts = [unit for unit in texts if not gone.isdisjoint(shards[unit.bucket, unit.shard])] if gone else []
-        parts = read_parts(root, texts)
-        old_captions = committed_caption_hashes(parts)
-        captions, expected = read_captions(config, sources, old_captions, cache.look_all)
+
+        def committed_captions(keys: set[str]) -> dict[str, str]:
+            units = [unit for unit in texts if not keys.isdisjoint(shards[unit.bucket, unit.shard])]
+            return committed_caption_hashes(read_parts(root, units))
+
+        captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all)
+        parts = read_parts(root, texts) if config.captions.generated else {}
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
         parts = read_parts(root, recipes, recipes)
@@ -188,9 +195,10 @@ def make_plan(
         again = units_to_make_again(config, current, sources, is_back, retry_rejects)
     reasons = {unit: why for unit in recipes if (why := reasons.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in reasons}
-    seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
-    notes = silent + count_rejects(rejects + expected, seen)
-    notes += source_remarks(kept, replaced, prune, shards, reasons)
+    refused = {reject.source for reject in found.rejects}
+    seen = len(found.sources) + len(found.rejects) + sum(source.name not in refused for source in kept)
+    notes = silent + count_rejects(rejects + expected, seen) + unlisted_remark(rejects) + kept_captions
+    notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
 
 

@@ -310,12 +310,14 @@ def map_truth(plan: Plan, published: pa.ChunkedArray) -> pa.Table | None:
     A joint outside the crop is not visible (visibility 0), the box is clipped to the crop.
     """
     path = Path(plan.config.source) / TRUTH_NAME
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return None
     keys = set(published.to_pylist())
     by_name = {source.name: source for key, source in plan.sources.items() if key in keys}
     places = {key: Bucket.parse(bucket) for (bucket, _), members in plan.shards.items() for key in members}
-    table = read_parquet(path.read_bytes())
+    table = read_parquet(data)
     rows = []
     for row in table.to_pylist():
         source = by_name.get(row.pop("file"))
