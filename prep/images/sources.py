@@ -10,23 +10,21 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
 from nanodit.errors import ResourceError
+from prep.images.metadata import MAX_PROFILE, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_EXIF_BYTES = 1 << 20
 NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
 KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
@@ -194,21 +192,22 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
             file.seek(0)
-            with _open_image(file) as image:
+            with _open_image(file, pixels=False) as image:
                 _check_header(image, max_pixels)
                 width, height = image.size
-                if read_orientation(image, file) >= 5:  # turned by a quarter
+                if read_orientation(image) >= 5:  # turned by a quarter
                     width, height = height, width
     except OSError as error:
         raise BadImage(UNREADABLE, error.strerror or str(error)) from error
     return Source(name, key, size_bytes, width, height)
 
 
-def _open_image(file: io.IOBase) -> Image.Image:
+def _open_image(file: BinaryIO, pixels: bool) -> Image.Image:
     head = file.read(16)
     file.seek(0)
+    lean, profile = without_metadata(file, pixels)
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(lean, formats=FORMATS)
     except UnidentifiedImageError:
         if head.startswith(MAGIC):
             raise BadImage("truncated", "the header is damaged or cut off") from None
@@ -217,6 +216,9 @@ def _open_image(file: io.IOBase) -> Image.Image:
         raise
     except Exception as error:  # readers of hostile headers raise anything; the file is named in the rejects table
         raise _damage("the header cannot be read", error) from error
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:
@@ -224,8 +226,7 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
     try:
-        # a MPO is a JPEG photograph with a second one (depth, gain map) behind it: a still picture
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        animated = getattr(image, "is_animated", False)
     except MemoryError:
         raise
     except Exception as error:
@@ -312,10 +313,9 @@ def load_canonical(
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
-    file = io.BytesIO(data)
-    with _open_image(file) as image:
+    with _open_image(io.BytesIO(data), pixels=True) as image:
         _check_header(image, max_pixels)
-        orientation = read_orientation(image, file)
+        orientation = read_orientation(image)
         try:
             image.load()
             return canonical_pixels(image, orientation)
@@ -327,35 +327,18 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             raise _damage("decoding failed", error) from error
 
 
-def read_orientation(image: Image.Image, file: io.IOBase) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation (1 to 8) of an opened image, without decoding it; 1 for missing or damaged EXIF."""
     try:
         if image.format == "TIFF":  # Pillow's TIFF reader turns the picture itself, and reports the upright size
             return 1
         # Image.getexif, because PngImageFile's own decodes the picture to find a chunk that may come after the pixels
-        exif = Image.Image.getexif(image)
-        if image.format == "PNG" and "exif" not in image.info and (late := _png_chunk(file, b"eXIf")):
-            exif.load(late)
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
     except Exception:  # a damaged EXIF block is common and says nothing; the pixels are still good
         return 1
     return orientation if orientation in TRANSPOSE else 1
-
-
-def _png_chunk(file: io.IOBase, wanted: bytes) -> bytes | None:
-    position = file.tell()  # Pillow will go on reading from here
-    file.seek(len(PNG_SIGNATURE))
-    try:
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == wanted:
-                return file.read(min(length, MAX_EXIF_BYTES))
-            file.seek(length + 4, os.SEEK_CUR)
-        return None
-    finally:
-        file.seek(position)
 
 
 def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
@@ -387,7 +370,7 @@ def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
+    if profile and len(profile) <= MAX_PROFILE:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             expected = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}.get(source.profile.xcolor_space)

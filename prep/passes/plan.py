@@ -50,7 +50,7 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import read_captions
 
-SCAN_VERSION = 2  # raised when the same sources give other rows
+SCAN_VERSION = 3  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
