@@ -32,7 +32,7 @@ from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
-from prep.images.filters import Problem, filter_recipe, header_problem
+from prep.images.filters import CROPPED, Problem, crop_remarks, filter_recipe, header_problem, lost_area
 from prep.images.scan_cache import ReadAhead, ScanCache
 from prep.images.sources import Reject, Source, scan
 from prep.passes.last_publication import known_parts
@@ -161,18 +161,22 @@ def make_plan(
         gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
         kept = away if prune else [*gone, *away]
         rejects, sources = list(found.rejects), {}
-        sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
+        sizes: dict[tuple[int, int], tuple[Problem | None, str, float]] = {}
+        cropped: list[tuple[float, str]] = []
         buckets: dict[str, str] = {}
         for source in chain(found.sources, kept):
             size = source.width, source.height
             if size not in sizes:
                 problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
-                sizes[size] = problem, str(choose_bucket(*size, config.base))
-            problem, bucket = sizes[size]
+                fitting = choose_bucket(*size, config.base)
+                sizes[size] = problem, str(fitting), lost_area(*size, fitting)
+            problem, bucket, lost = sizes[size]
             if problem:
                 rejects.append(Reject(source.name, "source", *problem))
             else:
                 sources[source.key], buckets[source.key] = source, bucket
+                if lost > CROPPED:
+                    cropped.append((lost, source.name))
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         del manifest, buckets  # a hundred MB each of a million samples
         texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
@@ -198,6 +202,7 @@ def make_plan(
     refused = {reject.source for reject in found.rejects}
     seen = len(found.sources) + len(found.rejects) + sum(source.name not in refused for source in kept)
     notes = silent + count_rejects(rejects + expected, seen) + unlisted_remark(rejects) + kept_captions
+    notes += [f"warning: {line}" for line in crop_remarks(cropped)]
     notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
     return Plan(config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes)
 

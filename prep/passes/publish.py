@@ -23,7 +23,7 @@ from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
-from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes, cut_away
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -40,6 +40,7 @@ from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.compared import Alike, compared_tokens
+from prep.images.filters import CROPPED, crop_remarks
 from prep.images.sources import HIDDEN, TRUTH_NAME, Reject
 from prep.passes import last_publication
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
@@ -412,6 +413,10 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     name, size = name.as_py(), size.as_py()
     if size > max(1, LARGE_GROUP * len(table)):
         warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name})")
+    if CROP_COLUMNS[0] in table.column_names:
+        lost = cut_away(*(table[name].to_numpy() for name in ("width", "height", *CROP_COLUMNS)))
+        rows = np.flatnonzero(lost > CROPPED)
+        warnings += crop_remarks(zip(lost[rows].tolist(), table["source"].take(rows).to_pylist()))
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
         warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
     if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):
