@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
 from nanodit.errors import ResourceError
+from prep.images.jpeg_damage import find_damage
 from prep.images.metadata import MAX_PROFILE, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
@@ -313,6 +314,8 @@ def load_canonical(
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
+    if damage := find_damage(data):
+        raise BadImage("corrupt", f"damaged inside: {damage}")
     with _open_image(io.BytesIO(data), pixels=True) as image:
         _check_header(image, max_pixels)
         orientation = read_orientation(image)

@@ -192,7 +192,5 @@ def test_images_that_lose_most_of_their_area_are_named_in_plan_and_report(tmp_pa
 def test_many_images_that_lose_their_area_are_counted():
     assert crop_remarks([]) == []
     (line,) = crop_remarks([(0.6 + number / 100, f"{number}.png") for number in range(9)])
-    assert line.startswith(
-        "9 images lose more than 50% of their area to the crop: 8.png (68%), 7.png (67%), "
-    )
+    assert line.startswith("9 images lose more than 50% of their area to the crop: 8.png (68%), 7.png (67%), ")
     assert " and 6 more. " in line
