@@ -61,7 +61,27 @@ def without_metadata(file: BinaryIO, pixels: bool = True) -> tuple[BinaryIO, byt
     return file, None
 
 
+def webp_size(head: bytes) -> tuple[int, int] | None:
+    """Return the size of a WebP from its first 30 bytes; None for anything else.
+
+    Its reader makes room for the picture when it opens the file.
+    """
+    if len(head) < 30 or not head.startswith(b"RIFF") or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", head, 26)
+    return (width & 0x3FFF, height & 0x3FFF) if head[12:16] == b"VP8 " else None
+
+
 def _take(file: BinaryIO, count: int) -> bytes:
+    if count > MAX_METADATA:  # `read` makes room for all of it before it looks
+        place, end = file.tell(), file.seek(0, os.SEEK_END)
+        file.seek(place)
+        count = count if count <= end - place else end - place + 1
     data = file.read(count)
     if len(data) < count:
         raise Unusual("ends early")

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from nanodit.console import Progress
 from nanodit.errors import ResourceError
 from prep.images.jpeg_damage import find_damage
-from prep.images.metadata import MAX_PROFILE, without_metadata
+from prep.images.metadata import MAX_PROFILE, webp_size, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
@@ -193,8 +193,7 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
             file.seek(0)
-            with _open_image(file, pixels=False) as image:
-                _check_header(image, max_pixels)
+            with _open_image(file, max_pixels, pixels=False) as image:
                 width, height = image.size
                 if read_orientation(image) >= 5:  # turned by a quarter
                     width, height = height, width
@@ -203,9 +202,11 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
     return Source(name, key, size_bytes, width, height)
 
 
-def _open_image(file: BinaryIO, pixels: bool) -> Image.Image:
-    head = file.read(16)
+def _open_image(file: BinaryIO, max_pixels: int, pixels: bool) -> Image.Image:
+    head = file.read(30)
     file.seek(0)
+    if size := webp_size(head):
+        _check_size(*size, max_pixels)
     lean, profile = without_metadata(file, pixels)
     try:
         image = Image.open(lean, formats=FORMATS)
@@ -219,13 +220,17 @@ def _open_image(file: BinaryIO, pixels: bool) -> Image.Image:
         raise _damage("the header cannot be read", error) from error
     if profile:
         image.info["icc_profile"] = profile
+    _check_header(image, max_pixels)
     return image
 
 
-def _check_header(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    _check_size(*image.size, max_pixels)
     try:
         animated = getattr(image, "is_animated", False)
     except MemoryError:
@@ -316,8 +321,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
     if damage := find_damage(data):
         raise BadImage("corrupt", f"damaged inside: {damage}")
-    with _open_image(io.BytesIO(data), pixels=True) as image:
-        _check_header(image, max_pixels)
+    with _open_image(io.BytesIO(data), max_pixels, pixels=True) as image:
         orientation = read_orientation(image)
         try:
             image.load()
