@@ -204,12 +204,17 @@ def through_the_door(folder: Path, data: bytes) -> str:
     return "crop"
 
 
+def limit_memory(size: int) -> None:
+    """Let this process grow by so many bytes."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (taken + size, resource.RLIM_INFINITY))
+
+
 def _child(seed: int, start: int) -> None:
     """Send mutants through the door from ``start`` on; a line for each before, and one for what became of it."""
     warnings.simplefilter("ignore")
     seeds()
-    through = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (through + MEMORY, resource.RLIM_INFINITY))
+    limit_memory(MEMORY)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         number = start
