@@ -163,8 +163,10 @@ class LocalFolder(Storage):
         found = []
 
         def refuse(error: OSError) -> None:  # what cannot be listed is not empty
-            # lost+found and the like, which belong to the system, lie at the top of a disk
-            foreign = not start and isinstance(error, PermissionError) and Path(error.filename).parent == self.root
+            # lost+found and the like, which belong to the system, lie at the top of a disk; none begins as ours do
+            foreign = (
+                prefix in ("", ".") and isinstance(error, PermissionError) and Path(error.filename).parent == self.root
+            )
             if not foreign and not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise _cannot_read(str(error.filename), error) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from prep.images.sources import SIDECAR_SUFFIX, leads_out
 
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol without ink: fillers of Hangul, an empty Braille cell
 MISSING = "caption_missing"
+UNREADABLE = "caption_unreadable"  # that may pass: a caption that was committed stays
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # there is none under this name
 SOURCE_GONE = "source_gone"  # stands in recipes where a sample that is gone has no caption
 MAX_BYTES = 1 << 20  # a caption of a megabyte is a file of something else
 # .txt first, then .txT to .TXT: the scan takes them all for sidecars
@@ -104,12 +108,13 @@ class SidecarCaptions:
         if leads_out(path, self.folder):
             raise BadCaption("outside_source", f"{name}: the link leads out of the source folder")
         try:
-            if path.exists() and not path.is_file():
-                raise BadCaption("caption_unreadable", f"{name}: not a regular file")
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadCaption(UNREADABLE, f"{name}: not a regular file")
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise BadCaption(MISSING, f"{name}: {error.strerror}") from error
+            reason = MISSING if error.errno in ABSENT else UNREADABLE
+            raise BadCaption(reason, f"{name}: {error.strerror}") from error
 
     def fingerprint(self, source: str) -> str:
         """Return what the text of a source depends on: the hash of its sidecar, or the reason why it has none."""

@@ -103,6 +103,13 @@ def crop_boxes(
     return left, top, left + crop_width, top + crop_height
 
 
+def cut_away(width: np.ndarray, height: np.ndarray, *box: np.ndarray) -> np.ndarray:
+    """Return the share of each image's area that its crop cuts away, from 0 to 1; arrays (N,), ``box`` as above."""
+    left, top, right, bottom = box
+    # a box may miss the picture's edge by a rounding error
+    return np.clip(1 - (right - left) * (bottom - top) / (width * height), 0, 1)
+
+
 def crop_to_bucket(image: Image.Image, bucket: Bucket) -> Image.Image:
     """``image`` cropped and resized to the bucket in one antialiased operation (Lanczos over the scaled support)."""
     crop = centre_crop(*image.size, bucket)

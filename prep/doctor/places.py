@@ -68,7 +68,7 @@ def look_at_folder(config: PrepConfig) -> Folder:
                 yield found
 
     found = scan(source, config.image.max_pixels, look_all)
-    usable, _, unwanted = judge_sizes(config, found.sources)
+    usable, _, unwanted, _ = judge_sizes(config, found.sources)
     refused = found.rejects + unwanted
     return Folder(usable, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
 

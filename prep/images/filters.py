@@ -8,6 +8,7 @@ pixels are; people in the pose layer. Rules that are switched off leave no trace
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -15,11 +16,13 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from nanodit.config import Config
-from prep.dataset.buckets import centre_crop, choose_bucket
+from prep.dataset.buckets import Bucket, centre_crop, choose_bucket, cut_away
 
 SHARPNESS_SIDE = 512  # pixels: large enough to see a blur of two pixels at 1024, small enough to cost milliseconds
 DECISIONS = ("blurred", "too_few_persons", "too_many_persons")  # of layers, that the config asks for: no failures
 CHOICES = ("too_small", "too_elongated", *DECISIONS)  # all reasons of this module
+CROPPED = 0.5  # share of an image's area: who cuts away more, a panorama say, should know it
+NAMED = 3  # of them
 
 Problem = tuple[str, str]
 
@@ -60,6 +63,27 @@ def header_problem(width: int, height: int, filters: FilterConfig, base: int, ma
     if scale > max_upscale:
         return "too_small", f"{size} would be enlarged {scale:.2f} times to fill {bucket}"
     return None
+
+
+def lost_area(width: int, height: int, bucket: Bucket) -> float:
+    """Return the share of an upright image's area that the crop to ``bucket`` cuts away, from 0 to 1."""
+    return float(cut_away(width, height, *centre_crop(width, height, bucket).box))
+
+
+def crop_remarks(cropped: Iterable[tuple[float, str]]) -> list[str]:
+    """Say in one line which images lose more than ``CROPPED`` of their area; no line where none does.
+
+    ``cropped`` are those images: the share that each loses, and its name.
+    """
+    worst = sorted(cropped, key=lambda item: (-item[0], item[1]))
+    if not worst:
+        return []
+    named = ", ".join(f"{name} ({share:.0%})" for share, name in worst[:NAMED])
+    more = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
+    return [
+        f"{len(worst)} images lose more than {CROPPED:.0%} of their area to the crop: {named}{more}. "
+        "filters.max_aspect leaves out images that are longer than so many times their shorter side"
+    ]
 
 
 def sharpness(pixels: np.ndarray) -> float:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
+from nanodit.errors import ResourceError
 from prep.images.formats import (
     FORMATS,
     HEAD,
@@ -33,9 +33,9 @@ from prep.images.formats import (
     other_files,
     suffix_of,
 )
+from prep.images.jpeg_damage import find_damage
+from prep.images.metadata import MAX_PROFILE, webp_size, without_metadata
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_EXIF_BYTES = 1 << 20
 NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
 KEY_DIGITS = 32
 SIDECAR_SUFFIX = ".txt"
@@ -44,6 +44,7 @@ FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes besid
 NOT_AN_IMAGE = "not_an_image"  # the reason for a file of another format
 DUPLICATE = "duplicate"  # the reason for the second of two equal files
 LINKED_FOLDER = "linked_folder"
+UNREADABLE, UNREADABLE_FOLDER = "unreadable", "unreadable_folder"  # reasons that may pass: nothing else is known
 HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, section 4.6.4 A, tag 274)
@@ -83,7 +84,7 @@ class BadImage(Exception):
 class Source:
     """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
 
-    ``gone`` is set for one that was prepared earlier and whose file is not there any more.
+    ``gone`` is set for one that was prepared earlier and whose file is not there any more, or cannot be read.
     """
 
     name: str
@@ -129,7 +130,8 @@ def find_files(folder: Path) -> Files:
     """List what is below ``folder``.
 
     Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
-    followed and hidden folders not entered; both are reported, so that nothing disappears silently.
+    followed and hidden folders not entered; both are reported, so that nothing disappears silently, and so are folders
+    that cannot be listed. Raises ResourceError where that is ``folder`` itself.
     """
     root = folder.resolve()
     names: list[str] = []
@@ -144,7 +146,7 @@ def find_files(folder: Path) -> Files:
     waiting = [""]
     while waiting:
         parent = waiting.pop()
-        for entry in _entries(root / parent):
+        for entry in _entries(root, parent, refuse):
             name = f"{parent}{entry.name}"
             if _is_folder(entry):
                 if entry.is_symlink():
@@ -164,12 +166,20 @@ def find_files(folder: Path) -> Files:
     return Files(sorted(names), sorted(rejects, key=lambda reject: reject.source), others)
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _entries(root: Path, parent: str, refuse: Callable[[str, BadImage], None]) -> Iterator[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(root / parent) as entries:
             yield from entries
-    except OSError:  # a folder that may not be read, or has gone
+    except (FileNotFoundError, NotADirectoryError):  # gone since the folder above was listed
         return
+    except OSError as error:  # also after a part of it was listed
+        if not parent:
+            raise ResourceError(
+                f"source {root} cannot be listed: {error.strerror}. Check the disk, the network and the permissions; "
+                "run again"
+            ) from error
+        detail = f"{error.strerror}: what is below this folder is not known, and what was prepared from it stays"
+        refuse(parent.removesuffix("/"), BadImage(UNREADABLE_FOLDER, detail))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -188,10 +198,13 @@ def _problem(entry: os.DirEntry[str], name: str, root: Path) -> BadImage | None:
         return BadImage(HIDDEN, "hidden files are not read (names that begin with a dot, and those of Windows)")
     if not name.isascii() and os.fsencode(name).decode("utf-8", "backslashreplace") != name:
         return BadImage("name_not_utf8", "the file name is not valid UTF-8")
-    if entry.is_symlink() and leads_out(root / name, root):
-        return BadImage("outside_source", "the link leads out of the source folder")
-    if not (entry.is_file(follow_symlinks=False) or (root / name).is_file()):
-        return BadImage("unreadable", "not a regular file, or a link that leads nowhere")
+    try:
+        if entry.is_symlink() and leads_out(root / name, root):
+            return BadImage("outside_source", "the link leads out of the source folder")
+        if not (entry.is_file(follow_symlinks=False) or (root / name).is_file()):
+            return BadImage(UNREADABLE, "not a regular file, or a link that leads nowhere")
+    except OSError as error:  # a link into a folder that may not be entered, or a disk that does not say what this is
+        return BadImage(UNREADABLE, error.strerror or str(error))
     return None
 
 
@@ -211,21 +224,23 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
             file.seek(0)
-            with _open_image(file) as image:
-                _check_header(image, max_pixels)
+            with _open_image(file, max_pixels, pixels=False) as image:
                 width, height = image.size
-                if read_orientation(image, file) >= 5:  # turned by a quarter
+                if read_orientation(image) >= 5:  # turned by a quarter
                     width, height = height, width
     except OSError as error:
-        raise BadImage("unreadable", error.strerror or str(error)) from error
+        raise BadImage(UNREADABLE, error.strerror or str(error)) from error
     return Source(name, key, size_bytes, width, height)
 
 
-def _open_image(file: io.IOBase) -> Image.Image:
+def _open_image(file: BinaryIO, max_pixels: int, pixels: bool) -> Image.Image:
     head = file.read(HEAD)
     file.seek(0)
+    if size := webp_size(head):
+        _check_size(*size, max_pixels)
+    lean, profile = without_metadata(file, pixels)
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(lean, formats=FORMATS)
     except UnidentifiedImageError:
         if begins_like_an_image(head):
             raise BadImage("truncated", "the header is damaged or cut off") from None
@@ -236,16 +251,22 @@ def _open_image(file: io.IOBase) -> Image.Image:
         raise
     except Exception as error:  # readers of hostile headers raise anything; the file is named in the rejects table
         raise _damage("the header cannot be read", error) from error
+    if profile:
+        image.info["icc_profile"] = profile
+    _check_header(image, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage("too_many_pixels", f"{width}x{height} is more than max_pixels {max_pixels}")
+    _check_size(*image.size, max_pixels)
     try:
-        # an MPO is a JPEG photograph with a second one (depth, gain map) behind it, HEIF may have more beside the
-        # primary one: still pictures
-        animated = image.format not in ("MPO", "HEIF") and getattr(image, "is_animated", False)
+        # HEIF may have more pictures beside the primary one: a still picture
+        animated = image.format != "HEIF" and getattr(image, "is_animated", False)
     except MemoryError:
         raise
     except Exception as error:
@@ -314,7 +335,7 @@ def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | 
     try:
         source = read_header(folder, name, max_pixels)
     except BadImage as bad:
-        if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
+        if bad.reason == UNREADABLE:  # that may pass, and leaves no trace in the times of the file
             return bad
         return {"reason": bad.reason, "detail": bad.detail}
     return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
@@ -331,7 +352,7 @@ def load_canonical(
         data = (folder / source.name).read_bytes()
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
-            raise BadImage("unreadable", f"the file can no longer be read: {error.strerror}") from error
+            raise BadImage(UNREADABLE, f"the file can no longer be read: {error.strerror}") from error
         if source.gone:
             raise BadImage("source_gone", "the file is gone, and the pixels have to be made again") from error
         raise BadImage("changed_during_run", "the file was deleted after the run had begun") from error
@@ -343,10 +364,10 @@ def load_canonical(
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
-    file = io.BytesIO(data)
-    with _open_image(file) as image:
-        _check_header(image, max_pixels)
-        orientation = read_orientation(image, file)
+    if damage := find_damage(data):
+        raise BadImage("corrupt", f"damaged inside: {damage}")
+    with _open_image(io.BytesIO(data), max_pixels, pixels=True) as image:
+        orientation = read_orientation(image)
         try:
             image.load()
             return canonical_pixels(image, orientation)
@@ -358,35 +379,18 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             raise _damage("decoding failed", error) from error
 
 
-def read_orientation(image: Image.Image, file: io.IOBase) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation (1 to 8) of an opened image, without decoding it; 1 for missing or damaged EXIF."""
     try:
         if image.format == "TIFF":  # Pillow's TIFF reader turns the picture itself, and reports the upright size
             return 1
         # Image.getexif, because PngImageFile's own decodes the picture to find a chunk that may come after the pixels
-        exif = Image.Image.getexif(image)
-        if image.format == "PNG" and "exif" not in image.info and (late := _png_chunk(file, b"eXIf")):
-            exif.load(late)
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
     except Exception:  # a damaged EXIF block is common and says nothing; the pixels are still good
         return 1
     return orientation if orientation in TRANSPOSE else 1
-
-
-def _png_chunk(file: io.IOBase, wanted: bytes) -> bytes | None:
-    position = file.tell()  # Pillow will go on reading from here
-    file.seek(len(PNG_SIGNATURE))
-    try:
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == wanted:
-                return file.read(min(length, MAX_EXIF_BYTES))
-            file.seek(length + 4, os.SEEK_CUR)
-        return None
-    finally:
-        file.seek(position)
 
 
 def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
@@ -418,7 +422,7 @@ def canonical_pixels(image: Image.Image, orientation: int = 1) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
+    if profile and len(profile) <= MAX_PROFILE:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             expected = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}.get(source.profile.xcolor_space)

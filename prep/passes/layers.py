@@ -24,7 +24,15 @@ import numpy as np
 from nanodit.errors import ConfigError, DataError
 from nanodit.faults import fault
 from nanodit.storage import open_storage
-from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
+from prep.captions.sidecar import (
+    SOURCE_GONE,
+    UNREADABLE,
+    BadCaption,
+    Caption,
+    SidecarCaptions,
+    gone_without_caption,
+    text_sample,
+)
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
 from prep.dataset.codecs import encode_pixels, npy_bytes
@@ -189,7 +197,7 @@ class LayerWorker:
                     elif wanted == SOURCE_GONE:
                         raise gone_without_caption(sources[key].name)
                     else:
-                        caption = captions.caption(sources[key].name)
+                        caption = self._caption(captions, sources[key].name, before.get(wanted))
                     if caption.provenance["sha256"] != wanted:
                         raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
                 except BadCaption as bad:
@@ -198,6 +206,16 @@ class LayerWorker:
                     continue
                 members, columns = text_sample(caption, job.recipe)
                 writer.add(key, members, **columns)
+
+    @staticmethod
+    def _caption(captions: SidecarCaptions, source: str, before: Caption | None) -> Caption:
+        """Return the caption beside a source, or the one of ``before`` where it cannot be read just now."""
+        try:
+            return captions.caption(source)
+        except BadCaption as bad:
+            if before is None or bad.reason != UNREADABLE:
+                raise
+            return before
 
     def t5(self, job: Job) -> None:
         """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others.

@@ -1,43 +1,99 @@
-"""Sources that are gone, replaced, or back.
+"""Sources that are gone, replaced, out of reach, or back.
 
-A sample whose file is gone stays in the dataset as long as its pixels need not be made again. One that was refused
-because its file had changed or gone is tried again when the file is there.
+A sample whose file is gone stays in the dataset as long as its pixels need not be made again. What cannot be read, or
+lies in a folder that cannot be listed, is not gone. One that was refused because its file had changed or gone is tried
+again when the file is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nanodit.errors import ResourceError
 from nanodit.storage import Storage
 from prep.captions.sidecar import SidecarCaptions
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_parquet
 from prep.images.filters import DECISIONS
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import BadImage, Scan, Source, read_header
+from prep.images.sources import UNREADABLE, UNREADABLE_FOLDER, BadImage, Reject, Scan, Source, read_header
 
 INDEX = "index.parquet"
 # reasons for which a sample is tried again without being asked
-PASSING = ("changed_during_run", "source_gone", "unreadable")
+PASSING = ("changed_during_run", "source_gone", UNREADABLE)
+OUT_OF_REACH = (UNREADABLE, UNREADABLE_FOLDER)  # reasons after which nobody knows what is there
+NAMED = 3  # folders that a message lists
+
+Rows = list[Mapping[str, Any]]  # of the manifest
 
 
-def compare_sources(manifest: pa.Table, found: Scan) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the manifest's rows whose file is gone, and the number of those whose content is another one now.
+@dataclass(frozen=True)
+class Missing:
+    """Rows of the manifest whose key was not found.
 
-    A file that was moved or renamed is neither: its key is found. Nor is one that is there and refused by a filter.
+    Those whose file is ``gone``, those whose file cannot be read now or lies below a folder that cannot be listed
+    (``away``), and the number of those whose file has another content (``replaced``).
+    """
+
+    gone: Rows
+    away: Rows
+    replaced: int
+
+
+def compare_sources(manifest: pa.Table, found: Scan) -> Missing:
+    """Tell what became of the samples of the manifest that were not found.
+
+    One whose file was moved or renamed is not among them: its key is found. Nor is one that a filter refuses.
     """
     keys = pa.array([source.key for source in found.sources], pa.string())
     missing = manifest.filter(pc.invert(pc.is_in(manifest["key"], value_set=keys))).to_pylist()
     if not missing:
-        return [], 0
-    names = {source.name for source in found.sources} | {reject.source for reject in found.rejects}
-    gone = [row for row in missing if row["source"] not in names]
-    return gone, len(missing) - len(gone)
+        return Missing([], [], 0)
+    closed = {reject.source for reject in found.rejects if reject.reason in OUT_OF_REACH}
+    names = {source.name for source in found.sources} | {reject.source for reject in found.rejects} - closed
+    absent = [row for row in missing if row["source"] not in names]
+    away = [row for row in absent if closed and not closed.isdisjoint(_path_to(row["source"]))]
+    known = {row["key"] for row in away}
+    return Missing([row for row in absent if row["key"] not in known], away, len(missing) - len(absent))
+
+
+def _path_to(name: str) -> Iterable[str]:
+    """Yield a name and those of the folders above it."""
+    while name:
+        yield name
+        name = name.rpartition("/")[0]
+
+
+def unlisted_folders(rejects: Iterable[Reject]) -> list[str]:
+    """Return the folders that could not be listed, with the reason of each."""
+    return [f"{item.source} ({item.detail.split(':')[0]})" for item in rejects if item.reason == UNREADABLE_FOLDER]
+
+
+def unlisted_remark(rejects: Iterable[Reject]) -> list[str]:
+    """Say in one line which folders could not be listed; no line when all could."""
+    folders = unlisted_folders(rejects)
+    return [f"warning: folders that cannot be listed: {_first(folders)}. Images in them are missing"] if folders else []
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
+
+
+def refuse_to_prune(rejects: Iterable[Reject], source: str) -> None:
+    """Raise ResourceError where a folder cannot be listed: what seems to be gone may have been moved there."""
+    if folders := unlisted_folders(rejects):
+        raise ResourceError(
+            f"--prune drops the samples whose source is gone, and nobody can tell which: {source} holds folders that "
+            f"cannot be listed: {_first(folders)}. Nothing was dropped. Check the disk, the network and the "
+            "permissions (chmod, chown), or move these folders out of the source, and run again"
+        )
 
 
 def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[Source]:
@@ -76,28 +132,29 @@ def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:
 
 def source_remarks(
     gone: Sequence[Source],
+    away: Sequence[Source],
     replaced: int,
     prune: bool,
     shards: Mapping[tuple[str, int], Sequence[str]],
     missing: Iterable[Unit],
 ) -> list[str]:
-    """Say which sources are gone or replaced, in lines; ``missing`` are the units to compute."""
+    """Say which sources are gone, out of reach or replaced, in lines; ``missing`` are the units to compute."""
     lines = []
+    if away:
+        lines.append(f"warning: {len(away)} prepared sources cannot be read now: their samples stay")
     if replaced:
         lines.append(f"{replaced} sources have new content: their samples are replaced")
     if gone and prune:
         lines.append(f"{len(gone)} sources are gone: their samples are dropped")
     if gone and not prune:
         lines.append(f"{len(gone)} sources are gone; --prune drops their samples")
-        keys = {source.key for source in gone}
-        lost = keys.intersection(
-            key for unit in missing if unit.layer == "px" for key in shards[unit.bucket, unit.shard]
+    keys = {source.key for source in [*away, *(() if prune else gone)]}
+    lost = keys.intersection(key for unit in missing if unit.layer == "px" for key in shards[unit.bucket, unit.shard])
+    if lost:
+        lines.append(
+            f"warning: {len(lost)} of them will be lost (source_gone), because the pixels of their shards have to "
+            "be made again. Put the files back to keep them"
         )
-        if lost:
-            lines.append(
-                f"warning: {len(lost)} of them will be lost (source_gone), because the pixels of their shards have to "
-                "be made again. Put the files back to keep them"
-            )
     return lines
 
 

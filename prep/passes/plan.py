@@ -34,7 +34,7 @@ from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
-from prep.images.filters import Problem, filter_recipe, header_problem
+from prep.images.filters import CROPPED, Problem, crop_remarks, filter_recipe, header_problem, lost_area
 from prep.images.scan_cache import ReadAhead, ScanCache
 from prep.images.sources import Reject, Source, scan
 from prep.passes.last_publication import known_parts
@@ -43,14 +43,16 @@ from prep.passes.missing_sources import (
     committed_caption_hashes,
     compare_sources,
     is_as_planned,
+    refuse_to_prune,
     source_remarks,
     units_behind,
     units_to_make_again,
+    unlisted_remark,
     worth_keeping,
 )
 from prep.passes.sidecars import read_captions
 
-SCAN_VERSION = 3  # raised when the same sources give other rows
+SCAN_VERSION = 4  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -144,8 +146,9 @@ def make_plan(
 ) -> Plan:
     """Look at the sources and at what is committed. Raises DataError for an empty folder and for missing captions.
 
-    Samples whose source is gone stay, unless ``prune``. ``retry_rejects`` makes the units again that refused something.
-    ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
+    Samples whose source is gone stay, unless ``prune``; those whose source cannot be read stay in any case, and
+    ``prune`` raises ResourceError where a folder cannot be listed. ``retry_rejects`` makes the units again that refused
+    something. ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
     """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
@@ -155,19 +158,23 @@ def make_plan(
             others = f" ({found.others})" if found.others else ""
             raise DataError(f"source {folder} holds no images{others}. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
-        files_gone, replaced = compare_sources(manifest, found)
-        kept = worth_keeping(root, files_gone)
-        sources, buckets, unwanted = judge_sizes(config, chain(found.sources, () if prune else kept))
+        missing = compare_sources(manifest, found)
+        if prune:
+            refuse_to_prune(found.rejects, config.source)
+        gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
+        kept = away if prune else [*gone, *away]
+        sources, buckets, unwanted, cropped = judge_sizes(config, chain(found.sources, kept))
         rejects = found.rejects + unwanted
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
         del manifest, buckets  # a hundred MB each of a million samples
         texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
-        if not config.captions.generated:  # what was committed counts only for sources that are gone
-            gone = {source.key for source in kept}
-            texts = [unit for unit in texts if not gone.isdisjoint(shards[unit.bucket, unit.shard])] if gone else []
-        parts = read_parts(root, texts)
-        old_captions = committed_caption_hashes(parts)
-        captions, expected = read_captions(config, sources, old_captions, cache.look_all)
+
+        def committed_captions(keys: set[str]) -> dict[str, str]:
+            units = [unit for unit in texts if not keys.isdisjoint(shards[unit.bucket, unit.shard])]
+            return committed_caption_hashes(read_parts(root, units))
+
+        captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all)
+        parts = read_parts(root, texts) if config.captions.generated else {}
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
         recipes = make_recipes(config, shards, captions, generated)
         parts = read_parts(root, recipes, recipes)
@@ -180,9 +187,12 @@ def make_plan(
         again = units_to_make_again(config, current, sources, is_back, retry_rejects)
     reasons = {unit: why for unit in recipes if (why := reasons.get(unit) or again.get(unit))}  # in order
     current = {unit: part for unit, part in parts.items() if unit not in reasons}
-    seen = len(found.sources) + len(found.rejects) + (0 if prune else len(kept))
+    refused = {reject.source for reject in found.rejects}
+    seen = len(found.sources) + len(found.rejects) + sum(source.name not in refused for source in kept)
     notes = silent + [found.others] * bool(found.others) + count_rejects(rejects + expected, seen)
-    notes += source_remarks(kept, replaced, prune, shards, reasons)
+    notes += unlisted_remark(rejects) + kept_captions
+    notes += [f"warning: {line}" for line in crop_remarks(cropped)]
+    notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
     excluded = read_excluded(root) & sources.keys()
     if excluded:
         notes.append(f"{len(excluded)} of {len(sources)} samples are excluded (nanodit prep exclude {root} lists them)")
@@ -191,23 +201,33 @@ def make_plan(
     )
 
 
-def judge_sizes(config: PrepConfig, found: Iterable[Source]) -> tuple[dict[str, Source], dict[str, str], list[Reject]]:
-    """Return the sources of a usable size by key, the bucket of each, and what is refused for its size."""
+def judge_sizes(
+    config: PrepConfig, found: Iterable[Source]
+) -> tuple[dict[str, Source], dict[str, str], list[Reject], list[tuple[float, str]]]:
+    """Judge sources by their size.
+
+    Returns the usable ones by key, the bucket of each, what is refused, and the share that is cut away with the name of
+    each source that loses most of its area.
+    """
     sources: dict[str, Source] = {}
     buckets: dict[str, str] = {}
     rejects: list[Reject] = []
-    sizes: dict[tuple[int, int], tuple[Problem | None, str]] = {}
+    cropped: list[tuple[float, str]] = []
+    sizes: dict[tuple[int, int], tuple[Problem | None, str, float]] = {}
     for source in found:
         size = source.width, source.height
         if size not in sizes:
             problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
-            sizes[size] = problem, str(choose_bucket(*size, config.base))
-        problem, bucket = sizes[size]
+            fitting = choose_bucket(*size, config.base)
+            sizes[size] = problem, str(fitting), lost_area(*size, fitting)
+        problem, bucket, lost = sizes[size]
         if problem:
             rejects.append(Reject(source.name, "source", *problem))
-        else:
-            sources[source.key], buckets[source.key] = source, bucket
-    return sources, buckets, rejects
+            continue
+        sources[source.key], buckets[source.key] = source, bucket
+        if lost > CROPPED:
+            cropped.append((lost, source.name))
+    return sources, buckets, rejects, cropped
 
 
 def scan_settings(config: PrepConfig) -> dict[str, Any]:

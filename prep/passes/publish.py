@@ -23,7 +23,7 @@ from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
-from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes, cut_away
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -40,7 +40,7 @@ from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.compared import Alike, compared_tokens
-from prep.images.filters import CHOICES
+from prep.images.filters import CHOICES, CROPPED, crop_remarks
 from prep.images.sources import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
 from prep.passes import last_publication
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
@@ -328,12 +328,14 @@ def map_truth(plan: Plan, published: pa.ChunkedArray) -> pa.Table | None:
     A joint outside the crop is not visible (visibility 0), the box is clipped to the crop.
     """
     path = Path(plan.config.source) / TRUTH_NAME
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return None
     keys = set(published.to_pylist())
     by_name = {source.name: source for key, source in plan.sources.items() if key in keys}
     places = {key: Bucket.parse(bucket) for (bucket, _), members in plan.shards.items() for key in members}
-    table = read_parquet(path.read_bytes())
+    table = read_parquet(data)
     rows = []
     for row in table.to_pylist():
         source = by_name.get(row.pop("file"))
@@ -438,6 +440,10 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     if size > max(1, LARGE_GROUP * len(table)):
         others = f", the largest of {len(alike)} groups with {alike.sum()} samples" if len(alike) > 1 else ""
         warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name}{others})")
+    if CROP_COLUMNS[0] in table.column_names:
+        lost = cut_away(*(table[name].to_numpy() for name in ("width", "height", *CROP_COLUMNS)))
+        rows = np.flatnonzero(lost > CROPPED)
+        warnings += crop_remarks(zip(lost[rows].tolist(), table["source"].take(rows).to_pylist()))
     if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
         warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
     if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):

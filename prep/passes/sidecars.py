@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanodit.console import Progress
 from nanodit.errors import DataError
-from prep.captions.sidecar import MISSING, SOURCE_GONE, BadCaption, SidecarCaptions, gone_without_caption, usual_name
+from prep.captions.sidecar import (
+    MISSING,
+    SOURCE_GONE,
+    UNREADABLE,
+    BadCaption,
+    SidecarCaptions,
+    gone_without_caption,
+    usual_name,
+)
 from prep.config import PrepConfig
 from prep.images.sources import LookAll, Reject, Source, read_all
 
@@ -20,34 +28,42 @@ NAMED = 5  # how many examples an error lists
 def read_captions(
     config: PrepConfig,
     sources: Mapping[str, Source],
-    committed: Mapping[str, str],
+    committed: Callable[[set[str]], Mapping[str, str]],
     look_all: LookAll = read_all,
-) -> tuple[dict[str, str], list[Reject]]:
+) -> tuple[dict[str, str], list[Reject], list[str]]:
     """Return what every sample's text depends on: its sidecar's hash or the reason for having none; empty without text.
 
-    ``committed`` has the hashes of captions that were used before: gone sources keep theirs. Also returns what is going
-    to be refused for a bad caption. Raises DataError with the count and the first paths when ``captions.on_missing`` is
+    ``committed`` gives the hashes of captions of some keys that were used before: gone sources keep theirs, and so do
+    those whose sidecar cannot be read. Also returns what is going to be refused for a bad caption, and lines for the
+    user. Raises DataError with the count and the first paths when ``captions.on_missing`` is
     "error" and a caption cannot be used, before anything expensive runs.
     """
     if "text" not in config.layers or config.captions.generated:
-        return {}, []
+        return {}, [], []
     captions: dict[str, str] = {}
-    problems: list[tuple[str, BadCaption]] = []
+    problems: list[tuple[Source, BadCaption]] = []
+    gone = {key for key, source in sources.items() if source.gone}
+    before = committed(gone) if gone else {}
     listed = list(sources)
     with Progress("captions", len(sources), "captions") as progress:
         for start in range(0, len(listed), BLOCK):
             block = [sources[key] for key in listed[start : start + BLOCK]]
-            asked = [source.name for source in block if not (source.gone and source.key in committed)]
+            asked = [source.name for source in block if not (source.gone and source.key in before)]
             found = dict(zip(asked, look_at_captions(config, asked, look_all)))
             for source in block:
-                caption = found.get(source.name, committed.get(source.key, ""))
+                caption = found.get(source.name, before.get(source.key, ""))
                 if source.gone and isinstance(caption, BadCaption):  # nobody can be asked to write it
                     caption = gone_without_caption(source.name)
                 if isinstance(caption, BadCaption):
-                    problems.append((source.name, caption))
+                    problems.append((source, caption))
                     caption = caption.reason
                 captions[source.key] = caption
             progress.advance(len(block))
+    unread = {source.key for source, problem in problems if problem.reason == UNREADABLE}
+    again = {key: hash_ for key, hash_ in (committed(unread) if unread else {}).items() if key in unread}
+    captions |= again
+    problems = [(source, problem) for source, problem in problems if source.key not in again]
+    notes = [f"warning: {len(again)} captions cannot be read now: those made before stay"] if again else []
     bad = [problem for _, problem in problems if problem.reason != SOURCE_GONE]
     if bad and config.captions.on_missing == "error":
         counts = ", ".join(
@@ -59,8 +75,8 @@ def read_captions(
             f"{'; ...' if len(bad) > NAMED else ''}. Write NAME.txt beside each image, "
             "or set captions.on_missing=reject to leave these images out"
         )
-    expected = [Reject(name, "text", problem.reason, problem.detail) for name, problem in problems]
-    return captions, expected
+    expected = [Reject(source.name, "text", problem.reason, problem.detail) for source, problem in problems]
+    return captions, expected, notes
 
 
 def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) -> list[str | BadCaption]:

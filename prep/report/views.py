@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from nanodit.keypoints import BODY_JOINTS
 from nanodit.svg import FOUND, SURE, histogram, skeleton
-from prep.dataset.buckets import Bucket
+from prep.dataset.buckets import Bucket, cut_away
 from prep.dataset.reader import Dataset
 from prep.dataset.rows import Row, Rows
+from prep.passes.publish import CROP_COLUMNS
 from prep.report.pictures import LARGE, SMALL, RejectThumbnails, SampleThumbnails, in_parallel
 
 SHEET = 24  # pictures of a contact sheet
@@ -74,11 +75,7 @@ def shorten(text: str, limit: int) -> str:
 
 def crop_loss(table: pa.Table) -> np.ndarray:
     """Return the share of each source image's area that the crop cuts away, (n,) in [0, 1)."""
-    left, top, right, bottom, width, height = (
-        numbers(table, name) for name in ("crop_left", "crop_top", "crop_right", "crop_bottom", "width", "height")
-    )
-    # a box may miss the picture's edge by a rounding error
-    return np.clip(1 - (right - left) * (bottom - top) / (width * height), 0, 1)
+    return cut_away(*(numbers(table, name) for name in ("width", "height", *CROP_COLUMNS)))
 
 
 def crops(table: pa.Table) -> View:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -16,11 +17,17 @@ CUTS = (  # left, top, right, bottom as shares of the picture, and the size of t
 )
 
 
-def write_photographs(folder: Path, count: int = len(NAMES) * len(CUTS)) -> None:
-    """Write JPEGs without captions, at most 24; enlarged beforehand, since ``image.max_upscale`` refuses small ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+def pictures(count: int = len(NAMES) * len(CUTS)) -> Iterator[tuple[str, Image.Image]]:
+    """Yield names and pictures, at most 24; enlarged, since ``image.max_upscale`` refuses small ones."""
     cuttings = ((name, number, cut) for number, cut in enumerate(CUTS) for name in NAMES)
     for _, (name, number, (box, size)) in zip(range(count), cuttings):
         picture = Image.fromarray(getattr(data, name)()).convert("RGB")
         box = [round(share * side) for share, side in zip(box, picture.size * 2)]
-        picture.resize(size, Image.Resampling.LANCZOS, box).save(folder / f"{name}-{number}.jpg", quality=92)
+        yield f"{name}-{number}", picture.resize(size, Image.Resampling.LANCZOS, box)
+
+
+def write_photographs(folder: Path, count: int = len(NAMES) * len(CUTS)) -> None:
+    """Write :func:`pictures` as JPEGs without captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures(count):
+        picture.save(folder / f"{name}.jpg", quality=92)

@@ -7,7 +7,6 @@ and freed before the next one.
 from __future__ import annotations
 
 import gc
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +93,7 @@ def canonical(image: Any, name: str) -> Image.Image:
         raise ConfigError(f"{name}: is a {type(image).__name__}; give a Pillow image")
     image.load()
     try:
-        return canonical_pixels(image, read_orientation(image, io.BytesIO()))
+        return canonical_pixels(image, read_orientation(image))
     except BadImage as bad:
         raise DataError(f"{name}: {bad.detail}") from None
 

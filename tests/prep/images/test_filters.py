@@ -11,10 +11,20 @@ from PIL import Image, ImageFilter
 
 from nanodit.config import walk_keys
 from nanodit.errors import DataError
+from nanodit.storage import open_storage
 from prep.config import PrepConfig
-from prep.images.filters import FilterConfig, blur_problem, filter_recipe, header_problem, persons_problem, sharpness
+from prep.images.filters import (
+    FilterConfig,
+    blur_problem,
+    crop_remarks,
+    filter_recipe,
+    header_problem,
+    persons_problem,
+    sharpness,
+)
 from prep.passes.plan import make_plan
-from prep.passes.publish import gate
+from prep.passes.publish import gate, warn
+from prep.report.report import render
 from tests.prep.passes.test_missing_sources import poses, prepare
 from tests.prep.passes.test_plan import config, pretend_committed, write_images
 
@@ -158,3 +168,29 @@ def test_blurred_pictures_are_refused_with_their_sharpness_and_the_others_show_i
         "reason": "blurred",
         "detail": "sharpness 0.0 is below filters.min_sharpness 1000.0",
     }
+
+
+def test_images_that_lose_most_of_their_area_are_named_in_plan_and_report(tmp_path):
+    write_images(tmp_path / "source", 2)
+    for name, size in {"pan.png": (4000, 60), "tower.png": (60, 3000), "kept.png": (200, 60)}.items():
+        Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (*size[::-1], 3), np.uint8)).save(
+            tmp_path / "source" / name
+        )
+    remark = (
+        "2 images lose more than 50% of their area to the crop: pan.png (97%), tower.png (96%). filters.max_aspect "
+        "leaves out images that are longer than so many times their shorter side"
+    )
+    assert make_plan(poses(tmp_path)).notes == [f"warning: {remark}"]
+    dataset = prepare(poses(tmp_path))
+    assert remark in warn(dataset.table, dataset.info["buckets"])
+    assert f"<li>{remark}</li>" in render(open_storage(tmp_path / "out"))
+    decided = make_plan(poses(tmp_path, filters={"max_aspect": 4.0}))
+    assert [item.reason for item in decided.rejects] == ["too_elongated"] * 2
+    assert not any("area" in note for note in decided.notes)
+
+
+def test_many_images_that_lose_their_area_are_counted():
+    assert crop_remarks([]) == []
+    (line,) = crop_remarks([(0.6 + number / 100, f"{number}.png") for number in range(9)])
+    assert line.startswith("9 images lose more than 50% of their area to the crop: 8.png (68%), 7.png (67%), ")
+    assert " and 6 more. " in line
