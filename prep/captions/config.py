@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +25,11 @@ class CaptionOptions(Config):
     num_predict: int = Field(400, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = Field(0, ge=0)
+    think: bool | Literal["low", "medium", "high"] | None = False
+
+    def asked(self) -> dict[str, Any]:
+        """Return the options as recipes name them: ``think`` only where it is not false, as it always was."""
+        return self.model_dump(exclude={"think"} if self.think is False else None)
 
 
 class CaptionConfig(Config):

@@ -24,6 +24,7 @@ from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.captions import quality
 from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
@@ -63,6 +64,7 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
         "prompt": sha256_bytes(read_prompt(captions).encode()),
         "options": question(captions),
         "checks": {
+            "code": quality.CODE_VERSION,
             "min_words": captions.min_words,
             "max_words": captions.max_words,
             "reask_temperature": captions.reask_temperature,
@@ -72,7 +74,7 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
 
 def question(captions: CaptionConfig) -> dict[str, Any]:
     """Return the options of a first question, with the size of the picture that goes with it."""
-    options = captions.options.model_dump() | {"image_side": captions.image_side}
+    options = captions.options.asked() | {"image_side": captions.image_side}
     ignored = SERVERS[captions.backend].ignored_options
     return {name: value for name, value in options.items() if name not in ignored}
 
@@ -165,7 +167,7 @@ class CaptionPass:
         self.prompt = read_prompt(config.captions)
         captions = config.captions
         self.rules = CaptionRules(
-            captions.min_words, captions.max_words, question(captions), captions.reask_temperature
+            captions.min_words, captions.max_words, question(captions), captions.reask_temperature, self.prompt
         )
         self.counts: dict[str, Any] = {"samples": 0, "captioned": 0, "cached": 0, "rejected": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
