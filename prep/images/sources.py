@@ -226,10 +226,17 @@ def _damage(what: str, error: Exception) -> BadImage:
     return BadImage("truncated" if short else "corrupt", f"{what}: {text}")
 
 
-def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan:
-    """Find, hash and check every file below ``folder``; of equal files the first name is kept.
+def scan(
+    folder: Path,
+    max_pixels: int,
+    look_all: LookAll | None = None,
+    captioned: Callable[[str], bool] = lambda name: False,
+) -> Scan:
+    """Find, hash and check every file below ``folder``; of equal files the first name is kept that has a caption.
 
-    ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is read.
+    Where none has one it is the first name. ``captioned`` tells of a name whether it has one, and is asked of equal
+    files alone. ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is
+    read.
     """
 
     def read(name: str) -> dict[str, Any] | Exception:
@@ -237,6 +244,7 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
 
     names, rejects = find_files(folder)
     kept: dict[str, Source] = {}
+    copies: list[tuple[str, str]] = []  # name and key
     with Progress("scan", None, "files") as progress:
         for count, (name, found) in enumerate(zip(names, (look_all or read_all)(names, read))):
             known = read(name) if found is None else found
@@ -244,14 +252,16 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
                 rejects.append(Reject(name, "source", known.reason, known.detail))
             elif "reason" in known:
                 rejects.append(Reject(name, "source", **known))
-            elif first := kept.get(known["key"]):
-                rejects.append(Reject(name, "source", "duplicate", f"same bytes as {first.name}"))
+            elif (first := kept.get(known["key"])) and (captioned(first.name) or not captioned(name)):
+                copies.append((name, known["key"]))
             else:
+                copies += [(first.name, first.key)] if first else []
                 kept[known["key"]] = Source(name, **known)
             if count % COUNTED == 0:
                 progress.update(count)
-        progress.update(len(kept) + len(rejects))
-    return Scan(list(kept.values()), sorted(rejects, key=lambda reject: reject.source))
+        progress.update(len(kept) + len(copies) + len(rejects))
+    rejects += [Reject(name, "source", "duplicate", f"same bytes as {kept[key].name}") for name, key in copies]
+    return Scan(sorted(kept.values(), key=lambda source: source.name), sorted(rejects, key=lambda reject: reject.source))
 
 
 def read_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception]:

@@ -46,7 +46,7 @@ from prep.passes.missing_sources import (
     units_to_make_again,
     worth_keeping,
 )
-from prep.passes.sidecars import read_captions
+from prep.passes.sidecars import has_caption, read_captions
 
 SCAN_VERSION = 2  # raised when the same sources give other rows
 
@@ -148,7 +148,9 @@ def make_plan(
     folder, root = Path(config.source), open_storage(config.output)
     settings = {"code": SCAN_VERSION, "pillow": PIL.__version__, "max_pixels": config.image.max_pixels}
     with ScanCache(root, folder, settings) as cache:
-        found = scan(folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead))
+        found = scan(
+            folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead), partial(has_caption, config)
+        )
         if not found.sources and not found.rejects:
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)

@@ -63,6 +63,14 @@ def read_captions(
     return captions, expected
 
 
+def has_caption(config: PrepConfig, source: str) -> bool:
+    """Tell whether a source has a caption that can be used; False where the dataset has none."""
+    try:
+        return "text" in config.layers and bool(SidecarCaptions(Path(config.source)).caption(source))
+    except BadCaption:
+        return False
+
+
 def look_at_captions(config: PrepConfig, sources: list[str], look_all: LookAll) -> list[str | BadCaption]:
     """Return the hash of the sidecar of each source, or what is wrong with it."""
     sidecars = SidecarCaptions(Path(config.source))
