@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from nanodit.config import Config
 from prep.captions.servers import SERVERS
+from prep.captions.sidecar import ORIGINS
+
+LATER = {"from": None}  # keys that were added later, and what they mean where nobody sets them
 
 
 class CaptionHost(Config):
@@ -32,7 +35,11 @@ class CaptionOptions(Config):
         return self.model_dump(exclude={"think"} if self.think is False else None)
 
 
-class CaptionConfig(Config):
+# a key that Python cannot write as an attribute
+_From = create_model("_From", __base__=Config, **{"from": (list[Literal[ORIGINS]] | None, Field(None, min_length=1))})
+
+
+class CaptionConfig(_From):
     """The origin of captions, and what happens to an image without a usable one."""
 
     backend: Literal["sidecar", *SERVERS] = "sidecar"
@@ -56,6 +63,17 @@ class CaptionConfig(Config):
     def generated(self) -> bool:
         """Tell whether a model writes the captions."""
         return self.backend != "sidecar"
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Return where captions that came with the images are looked for, in order."""
+        chosen = getattr(self, "from")
+        return tuple(origin for origin in ORIGINS if chosen is None or origin in chosen)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the section as dataset.json has it: keys that it did not always have only where they are set."""
+        section = self.model_dump(exclude={name for name in LATER if getattr(self, name) == LATER[name]})
+        return section | {"options": self.options.asked()}
 
     @property
     def servers(self) -> tuple[CaptionHost, ...]:

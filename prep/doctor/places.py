@@ -6,8 +6,10 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 
 from nanodit import __version__
 from nanodit.errors import NanoditError
@@ -15,10 +17,13 @@ from nanodit.lock import LOCK
 from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, Storage, open_storage
+from prep.captions.servers import SERVERS
+from prep.captions.sidecar import usual_name
 from prep.config import PrepConfig
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.images.filters import header_problem
-from prep.images.sources import SIDECAR_SUFFIX, BadImage, read_header
+from prep.images.sources import BadImage, read_header
+from prep.passes.sidecars import has_caption
 
 GB = 1e9
 SCAN_SECONDS = 3.0
@@ -47,20 +52,24 @@ class FolderImages:
     problems: list[OSError] = field(default_factory=list)
 
 
-def count_images(source: Path) -> FolderImages:
-    """Count the images below a folder and those without a caption, by their names alone."""
+def count_images(source: Path, captioned: Callable[[str], bool] = lambda name: True) -> FolderImages:
+    """Count the images below a folder, and those without a caption.
+
+    ``captioned`` tells of an image whether it has one.
+    """
     found, deadline = FolderImages(), time.monotonic() + SCAN_SECONDS
     for parent, folders, files in os.walk(source, onerror=found.problems.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in files if not name.startswith(".")]
-        captioned = {PurePath(name).stem for name in names if name.lower().endswith(SIDECAR_SUFFIX)}
         for name in sorted(name for name in names if name.lower().endswith(SUFFIXES)):
             path = Path(parent, name).relative_to(source)
             found.count += 1
             found.examples += [str(path)] if len(found.examples) < LOOKED_AT else []
-            if path.stem not in captioned:
+            if time.monotonic() > deadline:  # files are opened to find captions
+                break
+            if not captioned(path.as_posix()):
                 found.uncaptioned += 1
-                found.wanted += [str(path.with_suffix(SIDECAR_SUFFIX))] if len(found.wanted) < NAMED else []
+                found.wanted += [usual_name(path.as_posix())] if len(found.wanted) < NAMED else []
         if time.monotonic() > deadline:
             found.complete = False
             break
@@ -112,7 +121,8 @@ def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
         return fail("source", SETUP, found, "set source to the folder with the images"), FolderImages()
-    images = count_images(source)
+    asks = "text" in config.active_layers and not config.captions.generated
+    images = count_images(source, partial(has_caption, config) if asks else lambda name: True)
     count, problems = images.count, images.problems
     if not count:
         reason = f"{problems[0].filename}: {problems[0].strerror}" if problems else f"no image in {source}"
@@ -133,15 +143,16 @@ def source_check(config: PrepConfig) -> tuple[Check, FolderImages]:
 def caption_check(config: PrepConfig, images: FolderImages) -> Check:
     """Check that every image that was counted has a sidecar; what the sidecars hold is for the plan to read."""
     if not images.uncaptioned:
-        return ok("captions", "NAME.txt beside each image; no server needed")
+        return ok("captions", "each image has one; no server needed")
     more = ", ..." if images.uncaptioned > len(images.wanted) else ""
     found = f"{images.uncaptioned} of {images.count} images have no caption: {', '.join(images.wanted)}{more} missing"
+    write = f"write NAME.txt beside each image, or let a model write them (captions.backend={' or '.join(SERVERS)})"
     if config.captions.on_missing == "error":
-        fix = "write NAME.txt beside each image, or set captions.on_missing=reject to leave these images out"
+        fix = f"{write}, or set captions.on_missing=reject to leave these images out"
         return fail("captions", DATA, found, fix)
     if images.uncaptioned > config.max_reject_rate * images.count:
         found += f", more than max_reject_rate {config.max_reject_rate:g} allows a run to leave out"
-        return fail("captions", DATA, found, "write NAME.txt beside each image, or set captions.backend")
+        return fail("captions", DATA, found, write)
     return warn("captions", f"{found}; they are left out", "write NAME.txt beside each image that you want to keep")
 
 

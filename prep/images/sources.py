@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
+from prep.images.descriptions import descriptions, digests
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # an allow-list: Pillow's other readers stay out of reach
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
@@ -28,7 +29,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_EXIF_BYTES = 1 << 20
 NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
 KEY_DIGITS = 32
-SIDECAR_SUFFIX = ".txt"
+# how names of files end that captions are read from
+CAPTION_FILES = (".txt", ".caption", ".json", "metadata.jsonl", "metadata.csv")
 TRUTH_NAME = "truth.parquet"
 FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
 HIDDEN = "hidden"  # the reason for files of the system's: names with a dot, and what Windows hides
@@ -70,7 +72,8 @@ class BadImage(Exception):
 class Source:
     """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
 
-    ``gone`` is set for one that was prepared earlier and whose file is not there any more.
+    ``gone`` is set for one that was prepared earlier and whose file is not there any more. ``described`` are the hashes
+    of the descriptions inside it (:func:`prep.images.descriptions.digests`).
     """
 
     name: str
@@ -79,6 +82,7 @@ class Source:
     width: int
     height: int
     gone: bool = False
+    described: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def find_files(folder: Path) -> tuple[list[str], list[Reject]]:
                     refuse(name, BadImage(HIDDEN, "hidden folders are not read"))
                 else:
                     waiting.append(f"{name}/")
-            elif entry.name in FIGURES_FILES or entry.name.lower().endswith(SIDECAR_SUFFIX):
+            elif entry.name in FIGURES_FILES or entry.name.lower().endswith(CAPTION_FILES):
                 continue
             elif problem := _problem(entry, name, root):
                 refuse(name, problem)
@@ -185,9 +189,19 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
                 width, height = image.size
                 if read_orientation(image, file) >= 5:  # turned by a quarter
                     width, height = height, width
+                described = digests(image)
     except OSError as error:
         raise BadImage("unreadable", error.strerror or str(error)) from error
-    return Source(name, key, size_bytes, width, height)
+    return Source(name, key, size_bytes, width, height, described=described)
+
+
+def read_descriptions(folder: Path, name: str) -> dict[str, str]:
+    """Return the descriptions inside an image (:func:`prep.images.descriptions.descriptions`). Raises BadImage."""
+    try:
+        with open(folder / name, "rb") as file, _open_image(file) as image:
+            return descriptions(image)
+    except OSError as error:
+        raise BadImage("unreadable", error.strerror or str(error)) from error
 
 
 def _open_image(file: io.IOBase) -> Image.Image:
@@ -261,7 +275,9 @@ def scan(
                 progress.update(count)
         progress.update(len(kept) + len(copies) + len(rejects))
     rejects += [Reject(name, "source", "duplicate", f"same bytes as {kept[key].name}") for name, key in copies]
-    return Scan(sorted(kept.values(), key=lambda source: source.name), sorted(rejects, key=lambda reject: reject.source))
+    return Scan(
+        sorted(kept.values(), key=lambda source: source.name), sorted(rejects, key=lambda reject: reject.source)
+    )
 
 
 def read_all(names: Sequence[str], read: Read) -> Iterator[dict[str, Any] | Exception]:
@@ -282,7 +298,8 @@ def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | 
         if bad.reason == "unreadable":  # that may pass, and leaves no trace in the times of the file
             return bad
         return {"reason": bad.reason, "detail": bad.detail}
-    return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
+    fields = ("key", "size_bytes", "width", "height", *(["described"] if source.described else []))
+    return {field: getattr(source, field) for field in fields}
 
 
 def load_canonical(

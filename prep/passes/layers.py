@@ -24,7 +24,15 @@ import numpy as np
 from nanodit.errors import ConfigError, DataError
 from nanodit.faults import fault
 from nanodit.storage import open_storage
-from prep.captions.sidecar import SOURCE_GONE, BadCaption, Caption, SidecarCaptions, gone_without_caption, text_sample
+from prep.captions.sidecar import (
+    SOURCE_GONE,
+    BadCaption,
+    Caption,
+    SidecarCaptions,
+    gone_without_caption,
+    kept_caption,
+    text_sample,
+)
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
 from prep.dataset.codecs import encode_pixels, npy_bytes
@@ -175,7 +183,7 @@ class LayerWorker:
 
     def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
-        captions = SidecarCaptions(self.source)
+        captions = SidecarCaptions(self.source, self.config.captions.origins)
         sources = {source.key: source for source in job.task.sources}
         with self._writing(job, facts={}) as writer:
             keys = self._upstream(job).table["key"].to_pylist()
@@ -189,8 +197,8 @@ class LayerWorker:
                         raise gone_without_caption(sources[key].name)
                     else:
                         caption = captions.caption(sources[key].name)
-                    if caption.provenance["sha256"] != wanted:
-                        raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
+                    if caption.fingerprint != wanted:
+                        raise BadCaption("changed_during_run", "the caption changed after the run had begun")
                 except BadCaption as bad:
                     reason = bad.reason if bad.reason == wanted else "changed_during_run"
                     writer.reject(key, reason, bad.detail)
@@ -307,7 +315,7 @@ def captions_by_sidecar(part: Part | None) -> dict[str, Caption]:
         return {}
     hashes = part.recipe.get("captions", {})
     return {
-        hashes[key]: Caption(text, {"backend": "sidecar", "sha256": hashes[key]})
+        hashes[key]: kept_caption(text, hashes[key])
         for key, text in zip(part.table["key"].to_pylist(), part.table["caption"].to_pylist())
         if key in hashes
     }

@@ -48,7 +48,7 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import has_caption, read_captions
 
-SCAN_VERSION = 2  # raised when the same sources give other rows
+SCAN_VERSION = 3  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(

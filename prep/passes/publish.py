@@ -373,7 +373,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
             "source": {
                 "image": config.image.model_dump(),
                 "filters": config.filters.model_dump(),
-                "captions": config.captions.model_dump(),
+                "captions": config.captions.recorded(),
             },
             "shards": {"shard_size": config.shard_size},
             "split": {
