@@ -11,7 +11,7 @@ from nanodit.config import Config
 from prep.captions.servers import SERVERS
 from prep.captions.sidecar import ORIGINS
 
-LATER = {"from": None}  # keys that were added later, and what they mean where nobody sets them
+LATER = {"from": None, "overwrite": False}  # keys that were added later, and what they mean where nobody sets them
 
 
 class CaptionHost(Config):
@@ -43,6 +43,7 @@ class CaptionConfig(_From):
     """The origin of captions, and what happens to an image without a usable one."""
 
     backend: Literal["sidecar", *SERVERS] = "sidecar"
+    overwrite: bool = False
     on_missing: Literal["error", "reject"] = "error"
     model: str = Field("gemma3:27b", min_length=1)
     digest: str | None = None
@@ -63,6 +64,11 @@ class CaptionConfig(_From):
     def generated(self) -> bool:
         """Tell whether a model writes the captions."""
         return self.backend != "sidecar"
+
+    @property
+    def fills(self) -> bool:
+        """Tell whether a model writes the captions that are missing, and only those."""
+        return self.generated and not self.overwrite
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -95,6 +101,8 @@ class CaptionConfig(_From):
     def _fit_together(self) -> CaptionConfig:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
+        if self.overwrite and not self.generated:
+            raise ValueError(f"overwrite needs a backend that writes captions: {' or '.join(SERVERS)}")
         if self.generated and not self.servers:
             example = SERVERS[self.backend].example_url
             raise ValueError(f"backend {self.backend} needs hosts, for example hosts: [{example}]")

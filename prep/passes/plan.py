@@ -46,7 +46,7 @@ from prep.passes.missing_sources import (
     units_to_make_again,
     worth_keeping,
 )
-from prep.passes.sidecars import has_caption, read_captions
+from prep.passes.sidecars import has_caption, read_captions, text_recipe
 
 SCAN_VERSION = 3  # raised when the same sources give other rows
 
@@ -178,7 +178,13 @@ def make_plan(
         parts = read_parts(root, texts)
         old_captions = committed_caption_hashes(parts)
         captions, expected = read_captions(config, sources, old_captions, cache.look_all)
-        generated, silent = generated_captions(config, parts) if shards else ({}, [])
+        complete = sources.keys() <= captions.keys()
+        generated, silent = ({}, []) if complete else generated_captions(config, parts)
+        if generated and captions:
+            silent.append(
+                f"{len(captions)} of {len(sources)} images came with a caption; {config.captions.backend} writes the "
+                "others (captions.overwrite=true: all of them)"
+            )
         recipes = make_recipes(config, shards, captions, generated)
         parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
@@ -348,7 +354,7 @@ def make_recipes(
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
-                recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
+                recipe |= text_recipe(keys, captions, generated)
             if config.flips and (flip := LAYERS[layer].flip):  # without flips recipes do not name them, as always
                 recipe["flip"] = flip.code
             if layer in encoders:
