@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from nanodit.config import Config
 from prep.captions.servers import SERVERS
+from prep.captions.sidecar import ORIGINS
+
+LATER = {"from": None, "overwrite": False}  # keys that were added later, and what they mean where nobody sets them
 
 
 class CaptionHost(Config):
@@ -25,12 +28,22 @@ class CaptionOptions(Config):
     num_predict: int = Field(400, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = Field(0, ge=0)
+    think: bool | Literal["low", "medium", "high"] | None = False
+
+    def asked(self) -> dict[str, Any]:
+        """Return the options as recipes name them: ``think`` only where it is not false, as it always was."""
+        return self.model_dump(exclude={"think"} if self.think is False else None)
 
 
-class CaptionConfig(Config):
+# a key that Python cannot write as an attribute
+_From = create_model("_From", __base__=Config, **{"from": (list[Literal[ORIGINS]] | None, Field(None, min_length=1))})
+
+
+class CaptionConfig(_From):
     """The origin of captions, and what happens to an image without a usable one."""
 
     backend: Literal["sidecar", *SERVERS] = "sidecar"
+    overwrite: bool = False
     on_missing: Literal["error", "reject"] = "error"
     model: str = Field("gemma3:27b", min_length=1)
     digest: str | None = None
@@ -53,6 +66,22 @@ class CaptionConfig(Config):
         return self.backend != "sidecar"
 
     @property
+    def fills(self) -> bool:
+        """Tell whether a model writes the captions that are missing, and only those."""
+        return self.generated and not self.overwrite
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Return where captions that came with the images are looked for, in order."""
+        chosen = getattr(self, "from")
+        return tuple(origin for origin in ORIGINS if chosen is None or origin in chosen)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the section as dataset.json has it: keys that it did not always have only where they are set."""
+        section = self.model_dump(exclude={name for name in LATER if getattr(self, name) == LATER[name]})
+        return section | {"options": self.options.asked()}
+
+    @property
     def servers(self) -> tuple[CaptionHost, ...]:
         """Return the caption servers with their slots; without ``hosts`` those that the backend has by default."""
         hosts = (self.hosts or SERVERS[self.backend].default_hosts()) if self.generated else []
@@ -72,6 +101,8 @@ class CaptionConfig(Config):
     def _fit_together(self) -> CaptionConfig:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
+        if self.overwrite and not self.generated:
+            raise ValueError(f"overwrite needs a backend that writes captions: {' or '.join(SERVERS)}")
         if self.generated and not self.servers:
             example = SERVERS[self.backend].example_url
             raise ValueError(f"backend {self.backend} needs hosts, for example hosts: [{example}]")

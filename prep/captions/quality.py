@@ -1,6 +1,7 @@
 """Rules for which answers of a model are captions, and for what is asked next when an answer is none.
 
-An answer has at most one flaw, the first that is found. A flaw of the kind "room" (empty, or cut off) leads to one
+Reasoning that is closed (``prep/captions/phrases.py``) is cut away from an answer, and the rest is judged. It has at
+most one flaw, the first that is found. A flaw of the kind "room" (empty, cut off, or nothing but thinking) leads to one
 further question with more room, one of the kind "quality" to one further question with another seed, and a flaw whose
 kind was met before, or that asking cannot mend, to a reject. All of it follows from the answers alone, so that a run
 that was killed goes on with the question it would have asked, and a changed limit asks nobody about what was answered
@@ -13,41 +14,50 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+from prep.captions.languages import second_language
+from prep.captions.phrases import (
+    CLOSING,
+    CODE,
+    FOREIGN_REFUSAL,
+    INSTRUCTION,
+    JSON,
+    MARKDOWN,
+    MARKUP,
+    PREAMBLE,
+    QUOTED,
+    REFUSAL,
+    TOKENS,
+    UNCLOSED,
+    WORD_COUNT,
+    without_reasoning,
+)
+
+CODE_VERSION = 2  # of the checks: raised when the same answers give other captions
 
 # letters and digits with inner apostrophes and hyphens; scripts without spaces count every character
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['-][^\W_]+)*")
-QUOTED = re.compile(r"\"[^\"]*\"")
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
-SENTENCE_ENDS = tuple(".!?\"')]。！？")
-
-REFUSAL = re.compile(
-    r"^(?:i(?:'m| am) (?:sorry|afraid|unable|not able)|i (?:cannot|can't|can not|won't|will not)|sorry\b"
-    r"|unfortunately\b|i apologi[sz]e|my apologies|as an? (?:\w+ )?(?:ai|language)\b)"
-    r"|\bas an? (?:ai|(?:large )?language model)\b"
-    r"|\bi(?:'m| am) (?:unable|not able) to\b"
-    r"|\bi (?:cannot|can't|can not) (?:provide|describe|assist|help|identify|comply|fulfill?|see|view|process)\b"
-    r"|\bagainst my (?:guidelines|policy|policies|programming)\b",
-    re.IGNORECASE,
-)
-PREAMBLE = re.compile(
-    r"^(?:sure|certainly|of course|absolutely|okay|ok|great|alright)\s*[,.!:]"
-    r"|^here(?:'s| is| are)\b[^.:]{0,80}\b(?:description|caption|paragraph|breakdown)\b"
-    r"|^(?:below|the following) (?:is|are|paragraph|description)\b"
-    r"|^\W*(?:description|caption|image description|answer)\W*:"
-    r"|\b(?:let me know if|would you like me to|do you want me to|i hope this helps|feel free to)\b",
-    re.IGNORECASE,
-)
+SENTENCE_ENDS = tuple(".!?\"')]。！？」』”»")
+ECHO_WORDS = 8  # of the prompt in a row
+THINKING = "thinking"  # why an answer ended that has reasoning and nothing else
 # the same eight words in a row three times: no prose, but a model that is caught in a loop
 LOOP_WORDS, LOOP_TIMES = 8, 3
+# ... and shorter runs that follow each other at once: words of a run -> how often it comes
+STUTTERS = {1: 5, 2: 4, 3: 4, 4: 3, 5: 3, 6: 3, 7: 3}
+SAME_LETTERS = re.compile(r"(\S)\1{19}|[!-~]{160}")
 
 
 @dataclass(frozen=True)
 class Answer:
     """The answer of a server: ``text``, and why it ended, in the servers' words.
 
-    ``end`` is "stop", "length" (cut off), "refused" (the server's own filter), None where the server does not say, and
-    "failed" or "timeout" for a sample that servers could not answer for. ``options`` are those of the question.
+    ``text`` has the lines of the answer, and its reasoning where the server does not keep that apart. ``end`` is
+    "stop", "length" (cut off), "refused" (the server's own filter), "thinking" (reasoning, which the server kept apart,
+    was all there was), None where the server does not say, and "failed" or "timeout" for a sample that servers could
+    not answer for. ``options`` are those of the question.
     """
 
     text: str
@@ -57,12 +67,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """The limits, and the options of a first and of a further question."""
+    """The limits, the options of a first and of a further question, and the prompt: no answer repeats it.
+
+    Without a prompt answers may be in any language.
+    """
 
     min_words: int
     max_words: int
     options: Mapping[str, Any]
     reask_temperature: float
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,46 +103,125 @@ class Ask:
     options: Mapping[str, Any]
 
 
-def tidy(text: str) -> str:
-    """Return one line with single spaces; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
+def readable(text: str) -> str:
+    """Return the lines of an answer; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(text.split())
+    return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+
+
+def tidy(text: str) -> str:
+    """Return :func:`readable` text as one line with single spaces."""
+    return " ".join(readable(text).split())
+
+
+def caption_text(answer: Answer) -> str:
+    """Return an answer as the caption it would be: without closed reasoning, in one line."""
+    return tidy(without_reasoning(answer.text))
 
 
 def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
-    """Return the first flaw of an answer on its own; None for a caption."""
-    text = answer.text.replace("’", "'").replace("“", '"').replace("”", '"')
-    words = WORD.findall(text.lower())
-    if answer.end == "failed":
+    """Return the first flaw of an answer on its own; None where :func:`caption_text` is a caption."""
+    return _judge(answer.text, answer.end, rules.min_words, rules.max_words, rules.prompt)
+
+
+@lru_cache(maxsize=1 << 13)  # an answer is judged when it comes, and when its shard is complete
+def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt: str) -> Flaw | None:
+    if end == "failed":
         return Flaw("caption_failed", "the server failed twice on this image (HTTP 500)", "final")
-    if answer.end == "timeout":
+    if end == "timeout":
         return Flaw("caption_timeout", "no server answered in time for this image", "final")
-    if answer.end == "refused":
+    if end == "refused":
         return Flaw("caption_refused", "the server's filter withheld the answer", "quality")
+    lines = without_reasoning(answer)
+    cut = lines != answer
+    lines = lines.replace("’", "'").replace("“", '"').replace("”", '"')
+    text = tidy(lines)
+    words = WORD.findall(text.lower())
+    spoken = QUOTED.sub('""', _unwrapped(lines))  # what is written in the picture is no word of the model's own
+    thinks = UNCLOSED.search(spoken)
+    if end == THINKING or (cut and not words) or (thinks and end == "length"):
+        return Flaw(
+            "caption_only_thinking",
+            "the model answered only in its thinking; set captions.options.think: false or a larger num_predict",
+            "room",
+        )
     if not words:
         return Flaw("caption_empty", "the model answered without a word", "room")
     if CONTROL.search(text):
         return Flaw("caption_garbled", "the answer holds control characters or invalid Unicode", "quality")
-    if has_loop(words):
+    if has_loop(words) or has_stutter(words):
         return Flaw("caption_repeats", f"the answer repeats itself: {_short(' '.join(words[-LOOP_WORDS:]))}", "quality")
-    spoken = QUOTED.sub('""', text)  # what is written in the picture is no word of the model's own
-    if match := REFUSAL.search(spoken):
-        return Flaw("caption_refused", f"the model refused: {_short(spoken[match.start() :])}", "quality")
-    if answer.end == "length" or (answer.end is None and not text.endswith(SENTENCE_ENDS)):
+    if SAME_LETTERS.search(QUOTED.sub("", text)):
+        return Flaw("caption_repeats", "the answer repeats letters, or has no spaces", "quality")
+    if thinks:
+        return _flaw("caption_reasoning", "the answer holds reasoning", thinks)
+    for pattern in (REFUSAL, FOREIGN_REFUSAL):
+        if match := pattern.search(spoken):
+            return _flaw("caption_refused", "the model refused", match)
+    if end == "length" or (end is None and not text.endswith(SENTENCE_ENDS)):
         return Flaw("caption_truncated", f"the answer was cut off after {len(words)} words", "room")
-    if match := PREAMBLE.search(spoken):
-        return Flaw("caption_preamble", f"the model talks to the reader: {_short(spoken[match.start() :])}", "quality")
-    if len(words) < rules.min_words:
-        return Flaw("caption_too_short", f"{len(words)} words, captions.min_words is {rules.min_words}", "quality")
-    if len(words) > rules.max_words:
-        return Flaw("caption_too_long", f"{len(words)} words, captions.max_words is {rules.max_words}", "quality")
+    for reason, detail, pattern, where in (
+        ("caption_code", "the answer is code", CODE, lines),
+        ("caption_json", "the answer is JSON", JSON, lines),
+        ("caption_special_token", "the answer holds marks of the model's template", TOKENS, spoken),
+        ("caption_word_count", "the answer counts its words", WORD_COUNT, spoken),
+        ("caption_preamble", "the model talks to the reader", PREAMBLE, spoken),
+        ("caption_closing", "the model talks to the reader", CLOSING, spoken),
+        ("caption_echo", "the answer repeats instructions", INSTRUCTION, spoken),
+        ("caption_markdown", "the answer is formatted", MARKDOWN, spoken),
+        ("caption_markup", "the answer holds markup", MARKUP, spoken),
+    ):
+        if match := pattern.search(where):
+            return _flaw(reason, detail, match)
+    if echo := _echo(words, prompt):
+        return Flaw("caption_echo", f"the answer repeats the prompt: {_short(echo)}", "quality")
+    if other := second_language(spoken, prompt):
+        detail = f"the answer is in a language that the prompt does not ask for: {_short(other)}"
+        return Flaw("caption_language", detail, "quality")
+    if len(words) < min_words:
+        return Flaw("caption_too_short", f"{len(words)} words, captions.min_words is {min_words}", "quality")
+    if len(words) > max_words:
+        return Flaw("caption_too_long", f"{len(words)} words, captions.max_words is {max_words}", "quality")
     return None
+
+
+def _flaw(reason: str, detail: str, match: re.Match[str]) -> Flaw:
+    """Return a flaw of quality with the place where it was found."""
+    found = " ".join(match.string[match.start() :].split())
+    return Flaw(reason, f"{detail}: {_short(found)}", "quality")
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text without quotation marks around all of it."""
+    inner = text.strip()[1:-1]
+    return inner if text.strip() == f'"{inner}"' and '"' not in inner else text
+
+
+def _echo(words: Sequence[str], prompt: str) -> str:
+    """Return the first ``ECHO_WORDS`` words in a row that stand in the prompt too; "" where there are none."""
+    asked = WORD.findall(prompt.replace("’", "'").lower())
+    known = set(zip(*(asked[start:] for start in range(ECHO_WORDS))))
+    for run in zip(*(words[start:] for start in range(ECHO_WORDS))):
+        if run in known:
+            return " ".join(run)
+    return ""
 
 
 def has_loop(words: Sequence[str]) -> bool:
     """Tell whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
     runs = Counter(zip(*(words[start:] for start in range(LOOP_WORDS))))
     return any(count >= LOOP_TIMES for count in runs.values())
+
+
+def has_stutter(words: Sequence[str]) -> bool:
+    """Tell whether a run of a few words follows itself as often as ``STUTTERS`` says."""
+    for length, times in STUTTERS.items():
+        same = 0  # words in a row that are those ``length`` places before
+        for word, before in zip(words[length:], words):
+            same = same + 1 if word == before else 0
+            if same >= length * (times - 1):
+                return True
+    return False
 
 
 def next_step(
@@ -140,11 +233,11 @@ def next_step(
     """
     met: list[Flaw] = []
     for answer in answers:
-        flaw = find_flaw(answer, rules)
-        if flaw is None and taken and (other := taken.get(normalised(answer.text))):
+        flaw, text = find_flaw(answer, rules), caption_text(answer)
+        if flaw is None and taken and (other := taken.get(normalised(text))):
             flaw = Flaw("caption_repeats", f"the same caption as that of image {other}", "quality")
         if flaw is None:
-            return Accepted(answer.text, answer.options)
+            return Accepted(text, answer.options)
         met.append(flaw)
     kinds = [flaw.kind for flaw in met]
     if kinds and (kinds[-1] == "final" or kinds.count(kinds[-1]) > 1):

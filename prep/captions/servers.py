@@ -24,11 +24,14 @@ from prep.captions.base import (
     translate_failures,
     usable_environment,
 )
-from prep.captions.quality import Answer, tidy
+from prep.captions.quality import THINKING, Answer, readable
 
 if TYPE_CHECKING:
     import httpx
 
+# where servers put reasoning: vLLM and llama.cpp, OpenRouter; and parts of a content, as Mistral's
+THINKING_FIELDS = ("reasoning_content", "reasoning")
+TEXT_PARTS, OTHER_PARTS = ("text", "output_text"), ("thinking", "reasoning", "refusal")
 UNLOAD_TIMEOUT, UNLOAD_TICK = 30.0, 0.25  # seconds
 # gemma3:27b at 4 bits is a file of 17 GB; with images and 8k tokens of context it takes about 20
 OLLAMA_GB_PER_BILLION, OLLAMA_CONTEXT_GB, OLLAMA_UNKNOWN_GB = 17 / 27, 3.0, 20.0
@@ -89,8 +92,10 @@ class OllamaServer(CaptionServer):
         message = {"role": "user", "content": prompt, "images": [jpeg]}
         async with self._asking(self.timeout):
             # a model that thinks would spend its tokens before it writes
-            reply = await self._ollama.chat(self.model, [message], think=False, options=dict(options))
-        return Answer(tidy(reply.message.content or ""), reply.done_reason, options)
+            others = {name: value for name, value in options.items() if name != "think"}
+            reply = await self._ollama.chat(self.model, [message], think=options.get("think", False), options=others)
+        text = readable(reply.message.content or "")
+        return Answer(text, THINKING if reply.message.thinking and not text else reply.done_reason, options)
 
     async def unload(self) -> None:
         """Ask for no prompt with ``keep_alive`` 0, which unloads; the memory is free when /api/ps lists it no more."""
@@ -132,7 +137,7 @@ class OpenAIServer(CaptionServer):
 
     example_url = "http://127.0.0.1:8000/v1"
     default_path = "/v1"
-    ignored_options = frozenset({"num_ctx"})
+    ignored_options = frozenset({"num_ctx", "think"})
 
     async def digest(self) -> str:
         """Return the server's ``digest`` or ``root`` of the model, else "unknown"."""
@@ -168,11 +173,38 @@ class OpenAIServer(CaptionServer):
         reply = await self.request("POST", "/chat/completions", body, self.timeout)
         try:
             choice = reply["choices"][0]
-            text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal")
+            message, end = choice["message"], choice.get("finish_reason")
+            content, others = text_of(message.get("content"))
+            text, refusal = readable(content), message.get("refusal") or "refusal" in others
+            thinking = any(message.get(name) for name in THINKING_FIELDS) or others - {"refusal"}
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise HostFault("answers with something that is not a chat completion") from error
-        end = choice.get("finish_reason")
-        return Answer(tidy(str(text)), "refused" if refusal or end == "content_filter" else end, options)
+        if refusal or end == "content_filter":
+            end = "refused"
+        return Answer(text, THINKING if thinking and not text and end != "refused" else end, options)
+
+
+def text_of(content: Any) -> tuple[str, set[str]]:
+    """Return the text of a message's content, and which of ``OTHER_PARTS`` it has.
+
+    The content is a string, nothing, or a list of parts, of which those of text are joined. Raises TypeError for
+    anything else: its form in Python would be published.
+    """
+    if content is None or isinstance(content, str):
+        return content or "", set()
+    if not isinstance(content, list):
+        raise TypeError(f"the content is a {type(content).__name__}")
+    texts, others = [], set()
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind in OTHER_PARTS:
+            others.add(kind)
+        elif kind in TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
+        else:
+            raise TypeError("a part of the content is no text")
+    return "".join(texts), others
 
 
 def _without_key(request: httpx.Request) -> httpx.Request:

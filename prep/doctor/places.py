@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prep.images.scan_cache import ScanCache
 from prep.images.sources import Read, Reject, Source, read_all, scan
 from prep.passes.plan import count_rejects, judge_sizes, scan_settings
 from prep.passes.publish import gate
-from prep.passes.sidecars import read_captions
+from prep.passes.sidecars import has_caption, read_captions
 
 GB = 1e9
 SCAN_SECONDS = 3.0
@@ -67,7 +68,7 @@ def look_at_folder(config: PrepConfig) -> Folder:
                 seen += 1
                 yield found
 
-    found = scan(source, config.image.max_pixels, look_all)
+    found = scan(source, config.image.max_pixels, look_all, partial(has_caption, config))
     usable, _, unwanted, _ = judge_sizes(config, found.sources)
     refused = found.rejects + unwanted
     return Folder(usable, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
@@ -125,7 +126,7 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
     checks, missing = [ok("source", found)], []
     if "text" in config.active_layers and not config.captions.generated and folder.usable:
         try:
-            _, missing = read_captions(config, folder.usable, {})
+            _, missing, _ = read_captions(config, folder.usable, lambda keys: {})
         except DataError as error:
             checks.append(failure("captions", error))
         else:
@@ -152,7 +153,7 @@ def failure(name: str, error: DataError) -> Check:
 def caption_check(missing: Sequence[Reject], images: int) -> Check:
     """Return what the captions of the images that were looked at are like, where a run goes on without some."""
     if not missing:
-        return ok("captions", "one beside each image; no server needed")
+        return ok("captions", "each image has one; no server needed")
     found = f"{len(missing)} of {images} images have no usable caption, and are left out: {missing[0].detail}"
     return warn("captions", found, "write NAME.txt beside each image that you want to keep")
 

@@ -3,6 +3,7 @@
 Pillow keeps all metadata of a file in memory. It refuses a PNG with more than a megabyte of compressed text or colour
 profile, which programs that store their node graph write, and takes a minute to join a large EXIF block of a JPEG. What
 decides about pixels is kept: their data, palette, transparency, colour profile, and EXIF and XMP for the orientation.
+A header check keeps IPTC too, which may hold a description.
 
 Formats: PNG (third edition, sections 5 and 11), JPEG (ITU-T T.81 annex B; JFIF, Adobe, Exif 2.32, ICC.1 annex B.4),
 WebP (RFC 9649).
@@ -26,7 +27,7 @@ PNG_PIXELS = (b"IDAT", b"fdAT")
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of texts that may say how a picture is turned
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
-SOS, APP0, APP1, APP2, APP14, APP15, COM = 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
+SOS, APP0, APP1, APP2, APP13, APP14, APP15, COM = 0xDA, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF, 0xFE
 WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # of VP8X: which of them there are
 
@@ -157,7 +158,8 @@ def _jpeg(file: BinaryIO, pixels: bool) -> Pieces:
             raise Unusual(f"marker {marker:x}")
         body = _take(file, length - 2)
         wanted = not (APP0 <= marker <= APP15 or marker == COM)
-        if marker == APP1 and body.startswith((b"Exif\0\0", XMP)) and len(body) <= room:
+        told = body.startswith((b"Exif\0\0", XMP)) if marker == APP1 else marker == APP13 and not pixels  # IPTC
+        if told and len(body) <= room:
             room -= len(body)
             wanted = True
         elif marker == APP2 and body.startswith(b"ICC_PROFILE\0") and pixels and profiles < ICC_SEGMENTS:

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
 from nanodit.errors import ResourceError
+from prep.images.descriptions import descriptions, digests
 from prep.images.formats import (
     FORMATS,
     HEAD,
@@ -38,7 +39,9 @@ from prep.images.metadata import MAX_PROFILE, webp_size, without_metadata
 
 NO_MEMORY = "out of memory"  # in what Pillow raises, an OSError, when a decoder written in C gets none
 KEY_DIGITS = 32
-SIDECAR_SUFFIX = ".txt"
+ANY_SIZE = 1 << 62  # pixels, where nothing is decoded
+# how names of files end that captions are read from
+CAPTION_FILES = (".txt", ".caption", ".json", "metadata.jsonl", "metadata.csv")
 TRUTH_NAME = "truth.parquet"
 FIGURES_FILES = (TRUTH_NAME, "figures.json")  # what `prep figures` writes beside the images
 NOT_AN_IMAGE = "not_an_image"  # the reason for a file of another format
@@ -85,6 +88,7 @@ class Source:
     """A usable image: its name below the source folder (POSIX), content key, and upright size in pixels.
 
     ``gone`` is set for one that was prepared earlier and whose file is not there any more, or cannot be read.
+    ``described`` are the hashes of the descriptions inside it (:func:`prep.images.descriptions.digests`).
     """
 
     name: str
@@ -93,6 +97,7 @@ class Source:
     width: int
     height: int
     gone: bool = False
+    described: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ def find_files(folder: Path) -> Files:
                     refuse(name, BadImage(HIDDEN, "hidden folders are not read"))
                 else:
                     waiting.append(f"{name}/")
-            elif entry.name in FIGURES_FILES or entry.name.lower().endswith(SIDECAR_SUFFIX):
+            elif entry.name in FIGURES_FILES or entry.name.lower().endswith(CAPTION_FILES):
                 continue
             elif not (is_image_name(entry.name) or _is_hidden(entry)):
                 others.append(name)
@@ -228,9 +233,19 @@ def read_header(folder: Path, name: str, max_pixels: int) -> Source:
                 width, height = image.size
                 if read_orientation(image) >= 5:  # turned by a quarter
                     width, height = height, width
+                described = digests(image)
     except OSError as error:
         raise BadImage(UNREADABLE, error.strerror or str(error)) from error
-    return Source(name, key, size_bytes, width, height)
+    return Source(name, key, size_bytes, width, height, described=described)
+
+
+def read_descriptions(folder: Path, name: str) -> dict[str, str]:
+    """Return the descriptions inside an image (:func:`prep.images.descriptions.descriptions`). Raises BadImage."""
+    try:
+        with open(folder / name, "rb") as file, _open_image(file, ANY_SIZE, pixels=False) as image:
+            return descriptions(image)
+    except OSError as error:
+        raise BadImage(UNREADABLE, error.strerror or str(error)) from error
 
 
 def _open_image(file: BinaryIO, max_pixels: int, pixels: bool) -> Image.Image:
@@ -281,10 +296,17 @@ def _damage(what: str, error: Exception) -> BadImage:
     return BadImage("truncated" if short else "corrupt", f"{what}: {text}")
 
 
-def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan:
-    """Find, hash and check every file below ``folder``; of equal files the first name is kept.
+def scan(
+    folder: Path,
+    max_pixels: int,
+    look_all: LookAll | None = None,
+    captioned: Callable[[str], bool] = lambda name: False,
+) -> Scan:
+    """Find, hash and check every file below ``folder``; of equal files the first name is kept that has a caption.
 
-    ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is read.
+    Where none has one it is the first name. ``captioned`` tells of a name whether it has one, and is asked of equal
+    files alone. ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is
+    read.
     """
 
     def read(name: str) -> dict[str, Any] | Exception:
@@ -293,6 +315,7 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
     files = find_files(folder)
     names, rejects, others = files.names, files.rejects, list(files.others)
     kept: dict[str, Source] = {}
+    copies: list[tuple[str, str]] = []  # name and key
     with Progress("scan", None, "files") as progress:
         for count, (name, found) in enumerate(zip(names, (look_all or read_all)(names, read))):
             known = read(name) if found is None else found
@@ -302,14 +325,20 @@ def scan(folder: Path, max_pixels: int, look_all: LookAll | None = None) -> Scan
                 others.append(name)
             elif "reason" in known:
                 rejects.append(Reject(name, "source", **known))
-            elif first := kept.get(known["key"]):
-                rejects.append(Reject(name, "source", DUPLICATE, f"same bytes as {first.name}"))
+            elif (first := kept.get(known["key"])) and (captioned(first.name) or not captioned(name)):
+                copies.append((name, known["key"]))
             else:
+                copies += [(first.name, first.key)] if first else []
                 kept[known["key"]] = Source(name, **known)
             if count % COUNTED == 0:
                 progress.update(count)
-        progress.update(len(kept) + len(rejects))
-    return Scan(list(kept.values()), sorted(rejects, key=lambda reject: reject.source), _about(others, names))
+        progress.update(len(kept) + len(copies) + len(rejects))
+    rejects += [Reject(name, "source", DUPLICATE, f"same bytes as {kept[key].name}") for name, key in copies]
+    return Scan(
+        sorted(kept.values(), key=lambda source: source.name),
+        sorted(rejects, key=lambda reject: reject.source),
+        _about(others, names),
+    )
 
 
 def _about(others: Sequence[str], names: Sequence[str]) -> str:
@@ -338,7 +367,8 @@ def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | 
         if bad.reason == UNREADABLE:  # that may pass, and leaves no trace in the times of the file
             return bad
         return {"reason": bad.reason, "detail": bad.detail}
-    return {field: getattr(source, field) for field in ("key", "size_bytes", "width", "height")}
+    fields = ("key", "size_bytes", "width", "height", *(["described"] if source.described else []))
+    return {field: getattr(source, field) for field in fields}
 
 
 def load_canonical(

@@ -24,19 +24,21 @@ from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.captions import quality
 from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
 from prep.captions.hosts import HostPool, agreed_digest, list_faults, unload_models
 from prep.captions.quality import Accepted, Answer, Ask, CaptionRules, Flaw, next_step, next_steps
 from prep.captions.servers import SERVERS
-from prep.captions.sidecar import Caption, text_sample
+from prep.captions.sidecar import BadCaption, Caption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.codecs import decode_pixels
 from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_part, read_range
 from prep.dataset.writer import LayerWriter
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Node, caption_hosts
+from prep.passes.sidecars import came_with_images
 
 PROMPT = Path(__file__).parents[1] / "captions" / "caption_prompt.txt"
 JPEG_QUALITY = 90
@@ -63,6 +65,7 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
         "prompt": sha256_bytes(read_prompt(captions).encode()),
         "options": question(captions),
         "checks": {
+            "code": quality.CODE_VERSION,
             "min_words": captions.min_words,
             "max_words": captions.max_words,
             "reask_temperature": captions.reask_temperature,
@@ -72,7 +75,7 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
 
 def question(captions: CaptionConfig) -> dict[str, Any]:
     """Return the options of a first question, with the size of the picture that goes with it."""
-    options = captions.options.model_dump() | {"image_side": captions.image_side}
+    options = captions.options.asked() | {"image_side": captions.image_side}
     ignored = SERVERS[captions.backend].ignored_options
     return {name: value for name, value in options.items() if name not in ignored}
 
@@ -141,7 +144,8 @@ class Shard:
 
     task: ShardTask
     crops: Part
-    keys: list[str]
+    keys: list[str]  # those that came without a caption
+    came: dict[str, Caption | BadCaption] = field(default_factory=dict)  # the others
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -165,7 +169,7 @@ class CaptionPass:
         self.prompt = read_prompt(config.captions)
         captions = config.captions
         self.rules = CaptionRules(
-            captions.min_words, captions.max_words, question(captions), captions.reask_temperature
+            captions.min_words, captions.max_words, question(captions), captions.reask_temperature, self.prompt
         )
         self.counts: dict[str, Any] = {"samples": 0, "captioned": 0, "cached": 0, "rejected": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -196,12 +200,14 @@ class CaptionPass:
         self._loop, self._work = asyncio.get_running_loop(), asyncio.current_task()
         if self._stopped.is_set() or not self.tasks:
             return
-        recipe = self.tasks[0].recipes["text"]
-        kept = {name: recipe[name] for name in ("backend", "model", "digest", "prompt", "options")}
+        recipes = [task.recipes["text"] for task in self.tasks]
+        # of shards whose captions all came with the images nobody is asked
+        recipe = next((recipe for recipe in recipes if "digest" in recipe), {})
+        kept = {name: recipe.get(name) for name in ("backend", "model", "digest", "prompt", "options")}
         self.cache = CaptionCache(self.storage, kept)
         self.provenance = kept
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="captions") as self._pool:
-            async with HostPool(self.config.captions, recipe["digest"]) as self._hosts:
+            async with HostPool(self.config.captions, kept["digest"]) as self._hosts:
                 watch = asyncio.create_task(self._hosts.watch())
                 stream = asyncio.create_task(self._stream())
                 try:
@@ -269,6 +275,7 @@ class CaptionPass:
         self.counts["rejected"] += sum(isinstance(step, Accepted) for step in alone)
         self._tell()
         await self._offload(self._commit, shard)
+        refused += [key for key, caption in shard.came.items() if isinstance(caption, BadCaption)]
         self._committed(shard.task, len(refused), shard.seconds)
         opened.release()
 
@@ -290,7 +297,9 @@ class CaptionPass:
                 f"{unit} cannot be captioned: what it is made from disappeared. Run nanodit prep run again to restore "
                 "it"
             )
-        return Shard(task, crops, upstream.table["key"].to_pylist())
+        keys = upstream.table["key"].to_pylist()
+        came = dict(came_with_images(self.config, task, part, keys))
+        return Shard(task, crops, [key for key in keys if key not in came], came)
 
     def _jpeg(self, shard: Shard, key: str) -> bytes:
         """Return the crop of one image as it is sent."""
@@ -303,12 +312,14 @@ class CaptionPass:
     def _commit(self, shard: Shard) -> None:
         """Write the text unit, as ``LayerWorker.text`` does for sidecars."""
         with LayerWriter(self.storage, shard.unit, shard.recipe, facts={}) as writer:
-            for key, step in self._next_steps(shard).items():
-                if isinstance(step, Flaw):
+            for key, step in sorted({**shard.came, **self._next_steps(shard)}.items()):
+                if isinstance(step, Flaw | BadCaption):
                     writer.reject(key, step.reason, step.detail)
                     continue
-                options = {**self.provenance["options"], **step.options}
-                caption = Caption(step.text, self.provenance | {"options": options})
+                caption = step
+                if isinstance(step, Accepted):
+                    options = {**self.provenance["options"], **step.options}
+                    caption = Caption(step.text, self.provenance | {"options": options})
                 members, columns = text_sample(caption, shard.recipe)
                 writer.add(key, members, **columns)
             writer.commit()

@@ -66,6 +66,7 @@ def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) 
             asked, why = samples, reasons(plan, layer)
             workers = min(step.actors, len(units))
             if step.device == "captions":  # images, not shards, are handed out
+                asked -= sum(len(plan.recipes[unit].get("captions", ())) for unit in units)
                 asked -= (cached := cached_captions(plan, storage, units))
                 workers, why = step.actors, f"{why}; {cached} captions are cached" if cached else why
             known = {"seconds"} if (layer, step.device) in rates else set()
@@ -153,10 +154,18 @@ def reasons(plan: Plan, layer: str) -> str:
 
 def cached_captions(plan: Plan, storage: Storage, units: Sequence[Unit]) -> int:
     """How many samples of some text units have been captioned already, by the model and with the options of now."""
-    recipe = plan.recipes[units[0]]
+    recipe = next((plan.recipes[unit] for unit in units if "digest" in plan.recipes[unit]), None)
+    if recipe is None:
+        return 0
     cache = CaptionCache(storage, {name: recipe[name] for name in CACHED_BY})
     there = set(storage.names(f"{FOLDER}/"))
-    return sum(cache.name(key) in there for unit in units for key in plan.shards[unit.bucket, unit.shard])
+    open_ = [
+        key
+        for unit in units
+        for key in plan.shards[unit.bucket, unit.shard]
+        if key not in plan.recipes[unit].get("captions", ())
+    ]
+    return sum(cache.name(key) in there for key in open_)
 
 
 def measured_rates(storage: Storage) -> dict[tuple[str, str], float]:

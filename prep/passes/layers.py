@@ -24,15 +24,7 @@ import numpy as np
 from nanodit.errors import ConfigError, DataError
 from nanodit.faults import fault
 from nanodit.storage import open_storage
-from prep.captions.sidecar import (
-    SOURCE_GONE,
-    UNREADABLE,
-    BadCaption,
-    Caption,
-    SidecarCaptions,
-    gone_without_caption,
-    text_sample,
-)
+from prep.captions.sidecar import BadCaption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
 from prep.dataset.codecs import encode_pixels, npy_bytes
@@ -44,6 +36,7 @@ from prep.images.filters import blur_problem, persons_problem, sharpness
 from prep.images.sources import BadImage, Source, load_canonical
 from prep.passes.crops import Batch, CropCache, Sample, decode_batch, encode_beside
 from prep.passes.reuse import CommittedBatches, inputs_hash
+from prep.passes.sidecars import came_with_images
 
 
 @dataclass(frozen=True)
@@ -184,38 +177,15 @@ class LayerWorker:
 
     def text(self, job: Job) -> None:
         """Sidecars -> captions with their provenance."""
-        captions = SidecarCaptions(self.source)
-        sources = {source.key: source for source in job.task.sources}
         with self._writing(job, facts={}) as writer:
-            keys = self._upstream(job).table["key"].to_pylist()
-            before = captions_by_sidecar(read_part(self.root, job.unit))
-            for key in self._wanted(job, writer, keys, str):
-                wanted = job.recipe["captions"][key]  # the hash of the sidecar, or why there is none
-                try:
-                    if sources[key].gone and wanted in before:
-                        caption = before[wanted]
-                    elif wanted == SOURCE_GONE:
-                        raise gone_without_caption(sources[key].name)
-                    else:
-                        caption = self._caption(captions, sources[key].name, before.get(wanted))
-                    if caption.provenance["sha256"] != wanted:
-                        raise BadCaption("changed_during_run", "the sidecar changed after the run had begun")
-                except BadCaption as bad:
-                    reason = bad.reason if bad.reason == wanted else "changed_during_run"
-                    writer.reject(key, reason, bad.detail)
+            keys = self._wanted(job, writer, self._upstream(job).table["key"].to_pylist(), str)
+            before = read_part(self.root, job.unit)
+            for key, caption in came_with_images(self.config, job.task, before, keys):
+                if isinstance(caption, BadCaption):
+                    writer.reject(key, caption.reason, caption.detail)
                     continue
                 members, columns = text_sample(caption, job.recipe)
                 writer.add(key, members, **columns)
-
-    @staticmethod
-    def _caption(captions: SidecarCaptions, source: str, before: Caption | None) -> Caption:
-        """Return the caption beside a source, or the one of ``before`` where it cannot be read just now."""
-        try:
-            return captions.caption(source)
-        except BadCaption as bad:
-            if before is None or bad.reason != UNREADABLE:
-                raise
-            return before
 
     def t5(self, job: Job) -> None:
         """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others.
@@ -332,18 +302,6 @@ class LayerWorker:
         """Return what a layer's encoder says of itself in dataset.json."""
         encoder = self._encoder(job)
         return {name: getattr(encoder, name) for name in encoder_of(job.layer).facts}
-
-
-def captions_by_sidecar(part: Part | None) -> dict[str, Caption]:
-    """Return the sidecar captions of a committed unit by the hash of their sidecar; they outlive it."""
-    if part is None:
-        return {}
-    hashes = part.recipe.get("captions", {})
-    return {
-        hashes[key]: Caption(text, {"backend": "sidecar", "sha256": hashes[key]})
-        for key, text in zip(part.table["key"].to_pylist(), part.table["caption"].to_pylist())
-        if key in hashes
-    }
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

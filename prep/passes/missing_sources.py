@@ -122,11 +122,12 @@ def published_keys(storage: Storage) -> set[str]:
 
 
 def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:
-    """Return the hash of the sidecar of every committed caption, by key."""
+    """Return the fingerprint of every committed caption that came with its image, by key."""
     captions: dict[str, str] = {}
     for unit, part in parts.items():
         if unit.layer == "text" and "captions" in part.recipe:
-            captions |= {key: part.recipe["captions"][key] for key in part.table["key"].to_pylist()}
+            known = part.recipe["captions"]
+            captions |= {key: known[key] for key in part.table["key"].to_pylist() if key in known}
     return captions
 
 
@@ -161,7 +162,7 @@ def source_remarks(
 def is_as_planned(source: Source, caption: str | None, config: PrepConfig, cache: ScanCache) -> bool:
     """Whether a file that was refused because it had changed is what the plan takes it for, by reading it again."""
     folder = Path(config.source)
-    sidecars = SidecarCaptions(folder)
+    sidecars = SidecarCaptions(folder, config.captions.origins)
     try:
         good = read_header(folder, source.name, config.image.max_pixels).key == source.key
         good = good and caption in (None, sidecars.fingerprint(source.name))
@@ -169,7 +170,8 @@ def is_as_planned(source: Source, caption: str | None, config: PrepConfig, cache
         good = False
     if not good:
         cache.forget(source.name)
-        cache.forget(sidecars.path(source.name))
+        for name in sidecars.paths(source.name):
+            cache.forget(name)
     return good
 
 

@@ -50,9 +50,9 @@ from prep.passes.missing_sources import (
     unlisted_remark,
     worth_keeping,
 )
-from prep.passes.sidecars import read_captions
+from prep.passes.sidecars import has_caption, read_captions, text_recipe
 
-SCAN_VERSION = 4  # raised when the same sources give other rows
+SCAN_VERSION = 5  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -153,7 +153,9 @@ def make_plan(
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
     with ScanCache(root, folder, scan_settings(config)) as cache:
-        found = scan(folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead))
+        found = scan(
+            folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead), partial(has_caption, config)
+        )
         if not found.sources and not found.rejects:
             others = f" ({found.others})" if found.others else ""
             raise DataError(f"source {folder} holds no images{others}. Set source=FOLDER to where the images are")
@@ -175,7 +177,13 @@ def make_plan(
 
         captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all)
         parts = read_parts(root, texts) if config.captions.generated else {}
-        generated, silent = generated_captions(config, parts) if shards else ({}, [])
+        complete = sources.keys() <= captions.keys()
+        generated, silent = ({}, []) if complete else generated_captions(config, parts)
+        if generated and captions:
+            silent.append(
+                f"{len(captions)} of {len(sources)} images came with a caption; {config.captions.backend} writes the "
+                "others (captions.overwrite=true: all of them)"
+            )
         recipes = make_recipes(config, shards, captions, generated)
         parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
@@ -388,7 +396,7 @@ def make_recipes(
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
-                recipe |= generated or {"backend": "sidecar", "captions": {key: captions[key] for key in keys}}
+                recipe |= text_recipe(keys, captions, generated)
             if config.flips and (flip := LAYERS[layer].flip):  # without flips recipes do not name them, as always
                 recipe["flip"] = flip.code
             if layer in encoders:

@@ -363,6 +363,8 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
     layers = {}
     for layer in config.active_layers:
         units = [unit for unit in parts if unit.layer == layer]
+        # shards whose captions all came with the images say nothing of the model that wrote others
+        units.sort(key=lambda unit: parts[unit].recipe.get("backend") == "sidecar")
         recipe = {
             name: value
             for name, value in parts[units[0]].recipe.items()
@@ -393,7 +395,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
             "source": {
                 "image": config.image.model_dump(),
                 "filters": config.filters.model_dump(),
-                "captions": config.captions.model_dump(),
+                "captions": config.captions.recorded(),
             },
             "shards": {"shard_size": config.shard_size},
             "split": {

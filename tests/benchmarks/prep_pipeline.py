@@ -182,7 +182,7 @@ def captions(count: int = 360, hosts: int = 3, slots: int = 2, seconds: float = 
         write_images(folder / "source", count, size=(72, 72))
         hosts_text = ", ".join(f"{{url: '{url}', slots: {slots}}}" for url in urls)
         overrides = [f"source={folder}/source", f"output={folder}/out", "base=64", "encoders=demo", "shard_size=16"]
-        overrides += ["captions.backend=ollama", f"captions.hosts=[{hosts_text}]"]
+        overrides += ["captions.backend=ollama", "captions.overwrite=true", f"captions.hosts=[{hosts_text}]"]
         start = time.monotonic()
         command = [sys.executable, "-m", "prep", "run", *overrides]
         output = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -92,7 +92,7 @@ def test_a_submitted_job_ends_with_0_and_captions_nothing_twice(cluster, caption
     hosts = ", ".join(url for url, _ in caption_servers)
     overrides = [
         f"source={tmp_path}/source", f"output={tmp_path}/out", "encoders=demo", "base=64", "shard_size=8",
-        "captions.backend=ollama", f"captions.hosts=[{hosts}]", "captions.slots=1",
+        "captions.backend=ollama", "captions.overwrite=true", f"captions.hosts=[{hosts}]", "captions.slots=1",
     ]  # fmt: skip
     # the command line of the README; the interpreter is that of the cluster, and the config is uploaded
     job = subprocess.run(

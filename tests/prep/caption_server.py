@@ -10,6 +10,8 @@ the caption request (from 1), for every request from some number on, or by the S
     empty         no text                                 html       a login page, status 200
     short         a few words                             same       the same caption for every picture
     loop          the model is caught in a loop           preamble   "Here is a description ..."
+    thinks        closed reasoning before the caption     thinking   reasoning of its own, and no text
+    thought       reasoning that is not opened            chatty     "Is there anything else you need?"
     filtered      withheld by the server's filter (OpenAI)
 
 ``python tests/prep/caption_server.py --port 0`` runs one as a process and prints its URL; ``--log FILE`` gets one JSON
@@ -64,6 +66,12 @@ SPOILT = {
     "short": "A person.",
     "same": caption(b"every picture"),
     "loop": "A person stands " + "in the middle of the frame with both arms raised and " * 12 + "nothing else.",
+}
+AROUND = {
+    "thinks": "<think>\nI can't see a face, so I begin with the coat.\n</think>\n\n{}",
+    "thought": "One person, one wall.\n</think>\n\n{}",
+    "thinking": "",
+    "chatty": "{} Is there anything else you need?",
 }
 STATUSES = {"400": "invalid image", "404": "model 'x' not found", "429": "too many requests", "503": BUSY}
 STATUSES["500"] = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
@@ -159,6 +167,8 @@ class CaptionServer:
             return text[: len(text) // 2], "length"
         if fault == "preamble":
             return "Here is a detailed description of the image: " + text, "stop"
+        if fault in AROUND:
+            return AROUND[fault].format(text), "length" if fault == "thinking" else "stop"
         return SPOILT.get(fault or "", text), "stop"
 
 
@@ -213,6 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
             prompt = next(part["text"] for part in parts if part["type"] == "text")
             url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
             picture = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"), validate=True)
+            body["think"] = None
             options = {"num_predict": body["max_tokens"], "seed": body["seed"], "temperature": body["temperature"]}
         else:
             message = body["messages"][-1]
@@ -221,6 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         image = hashlib.sha256(picture).hexdigest()
         fault = server.next_fault(image)
         entry = self._entry(image=image, options=options, model=body["model"], prompt=prompt, fault=fault)
+        entry["think"] = body.get("think")
         if body["model"] != server.model:
             return self._send(entry, 404, {"error": f"model '{body['model']}' not found"})
         if fault in STATUSES:
@@ -250,6 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
         model, tokens = self.server_of_tests.model, len(text.split())
         if openai:
             message = {"role": "assistant", "content": text}
+            if fault == "thinking":
+                message["reasoning_content"] = "One person, one wall"
             if fault == "filtered":
                 message["content"], end = "", "content_filter"
             choice = {"index": 0, "message": message, "finish_reason": end}
@@ -258,6 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
             return answer | {"system_fingerprint": "fp_ollama", "choices": [choice], "usage": usage}
         answer = {"model": model, "created_at": "2026-01-01T00:00:00.000000Z", "done": True, "done_reason": end}
         answer["message"] = {"role": "assistant", "content": text}
+        if fault == "thinking":
+            answer["message"]["thinking"] = "One person, one wall"
         durations = {"total_duration": 7, "load_duration": 1, "prompt_eval_duration": 2, "eval_duration": 4}
         return answer | durations | {"prompt_eval_count": 500, "eval_count": tokens}
 

@@ -1,6 +1,7 @@
 """Whole runs in this process: ``prep run`` with everything but Ray, so that a test can break in at any moment."""
 
 import errno
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -281,7 +282,7 @@ def test_p17_only_who_asks_for_it_has_refused_pictures_captioned_again(folder, p
     alone.mkdir()
     write_images(alone / "source", 1)
     with CaptionServer() as server:
-        captions = {"backend": "ollama", "hosts": [server.url]} | FAST
+        captions = {"backend": "ollama", "hosts": [server.url], "overwrite": True} | FAST
         run(config(alone, layers=["text"], captions=captions))
         (picture,) = {request["image"] for request in server.log if request.get("image")}
         server.poison = {picture: "short"}  # of image-000.png
@@ -295,6 +296,75 @@ def test_p17_only_who_asks_for_it_has_refused_pictures_captioned_again(folder, p
         assert bool(again) == retry
 
 
+def captions_in(root: Path) -> dict[str, tuple[str, dict]]:
+    """The caption of every sample, and where it is from, by the name of its source."""
+    dataset = Dataset(root)
+    return {row["source"]: (row["caption"], json.loads(dataset.read(row, "text/json"))) for row in dataset.rows()}
+
+
+def test_a_backend_fills_exactly_what_is_missing(folder, pipeline, capsys):
+    """NAME.txt are kept, a description inside an image too; what cannot be used counts as missing."""
+    write_images(folder, 4, first=3)
+    for number in (1, 4, 5):
+        (folder / f"image-{number:03d}.txt").unlink()
+    (folder / "image-002.txt").write_text("\u200b")
+    (folder / "image-004.caption").write_text("From another tool.")
+    with CaptionServer() as server:
+        captions = {"backend": "ollama", "hosts": [server.url]} | FAST
+        settings = config(folder.parent, layers=["text"], captions=captions, shard_size=4)
+        run(settings)
+        said = capsys.readouterr().out
+        assert "4 of 7 images came with a caption; ollama writes the others (captions.overwrite=true" in said
+        assert (
+            "captions that came with images and cannot be used: 1 (1 caption_empty): image-002.txt has no text" in said
+        )
+        found = captions_in(Path(settings.output))
+        assert {name for name, (_, origin) in found.items() if origin["backend"] == "ollama"} == {
+            "image-001.png", "image-002.png", "image-005.png"
+        }  # fmt: skip
+        assert len(server.captioned) == 3
+        assert found["image-000.png"][0] == "Picture number 0."
+        assert (found["image-004.png"][0], found["image-004.png"][1]["from"]) == ("From another tool.", "caption")
+        info = json.loads((Path(settings.output) / "dataset.json").read_text())
+        assert info["layers"]["text"]["backend"] == "ollama"
+        verify(settings.output)
+
+        before, asked = files_of(Path(settings.output)), len(server.captioned)
+        run(settings)
+        assert files_of(Path(settings.output)) == before
+        (folder / "image-001.txt").write_text("By hand, at last.")  # which makes one shard's text again
+        run(settings)
+        assert len(server.captioned) == asked
+        assert captions_in(Path(settings.output))["image-001.png"][0] == "By hand, at last."
+        assert [name for name, (_, origin) in captions_in(Path(settings.output)).items() if "model" in origin] == [
+            name for name in found if name in ("image-002.png", "image-005.png")
+        ]
+        (folder / "image-000.png").unlink()
+        (folder / "image-000.txt").unlink()
+        run(settings)
+        assert captions_in(Path(settings.output))["image-000.png"][0] == "Picture number 0."  # it outlives its file
+
+        overwritten = settings.model_copy(update={"captions": settings.captions.model_copy(update={"overwrite": True})})
+        run(overwritten)
+        assert {origin["backend"] for _, origin in captions_in(Path(settings.output)).values()} == {"ollama"}
+        assert len(server.captioned) == 7
+
+
+def test_a_dataset_whose_images_all_have_captions_needs_no_backend(folder, pipeline):
+    """And one that was made from NAME.txt alone is the same with a backend named, to the last byte."""
+    settings = config(folder.parent, layers=["text"])
+    run(settings)
+    captions = {"backend": "ollama", "hosts": ["http://127.0.0.1:9"]} | FAST
+    named = config(folder.parent, layers=["text"], captions=captions)
+    assert make_plan(named).missing == {}
+    other = named.model_copy(update={"output": str(folder.parent / "other")})
+    run(other)
+    units = [{name: hash_ for name, hash_ in files_of(Path(root)).items() if "shard-" in name}
+             for root in (settings.output, other.output)]  # fmt: skip
+    assert units[0] == units[1]
+    assert len(units[0]) == 6
+
+
 def test_a_caption_server_on_the_card_leaves_it_to_the_passes(folder, pipeline, monkeypatch, capsys):
     """Its model is loaded for the captions alone: neither while crops are encoded before, nor for T5 afterwards."""
     card = Node("id", "127.0.0.1", "here", 2, 1, 8, memory_gb=8, driver=True)
@@ -304,7 +374,7 @@ def test_a_caption_server_on_the_card_leaves_it_to_the_passes(folder, pipeline, 
     with CaptionServer() as server:
         server.loaded = True  # by whoever used it last
         pipeline.before = lambda layers: loaded.update({layers: server.loaded})
-        captions = {"backend": "ollama", "hosts": [server.url]} | FAST
+        captions = {"backend": "ollama", "hosts": [server.url], "overwrite": True} | FAST
         run(config(folder.parent, layers=["text", "dino"], captions=captions))
         assert loaded == {("px",): False, ("dino",): False, ("t5",): False}
         assert len(server.captioned) == 3

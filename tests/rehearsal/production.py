@@ -152,7 +152,7 @@ def stages(output: Path, photos: Path) -> dict[str, list[str]]:
     tool = [sys.executable, "-m", "nanodit"]
     dataset, experiment = output / "dataset", output / "run"
     prep = ["--config", "configs/prep/production.yaml", f"source={photos}", f"output={dataset}"]
-    prep += ["captions.backend=ollama", f"captions.model={MODEL}"]
+    prep += ["captions.backend=ollama", "captions.overwrite=true", f"captions.model={MODEL}"]
     train = ["--config", "configs/train/production.yaml", f"dataset={dataset}", f"output={experiment}"]
     train += ["train.steps=2", "train.grad_accumulation_steps=2", "visual_debug.count=1"]
     draw = ["--prompt", PROMPT, "--size", "1024x1024", "--steps", "4", "--output"]

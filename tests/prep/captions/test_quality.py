@@ -1,9 +1,14 @@
 """Which answers are captions, and what is asked next: pure rules."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prep.captions import quality
+from prep.captions.config import CaptionConfig
 from prep.captions.quality import (
     Accepted,
     Answer,
@@ -12,11 +17,14 @@ from prep.captions.quality import (
     Flaw,
     find_flaw,
     has_loop,
+    has_stutter,
     next_step,
     next_steps,
     normalised,
+    readable,
     tidy,
 )
+from prep.passes.captions import read_prompt
 from tests.prep.caption_server import SPOILT, caption
 
 OPTIONS = {"num_predict": 400, "seed": 7, "temperature": 0.0}
@@ -58,7 +66,9 @@ def flaw(text: str, end: str | None = "stop") -> str | None:
         ("Here's a dense paragraph describing it:\n\n" + GOOD, "stop", "caption_preamble"),
         ("Sure! " + GOOD, "stop", "caption_preamble"),
         ("**Caption:** " + GOOD, "stop", "caption_preamble"),
-        (GOOD + " Would you like me to describe the background?", "stop", "caption_preamble"),
+        (GOOD + " Would you like me to describe the background?", "stop", "caption_closing"),
+        ("", "thinking", "caption_only_thinking"),
+        ("<think>One person, a wall, a lamp and", "length", "caption_only_thinking"),
         (GOOD + "\0", "stop", "caption_garbled"),
         (GOOD + "\ud800", "stop", "caption_garbled"),  # what JSON can say and UTF-8 cannot
         ("", "failed", "caption_failed"),
@@ -67,6 +77,105 @@ def flaw(text: str, end: str | None = "stop") -> str | None:
 )
 def test_flaws_have_reasons(text, end, reason):
     assert flaw(text, end) == reason
+
+
+ANSWERS_OF_MODELS = Path(__file__).parent / "answers"
+CAPTIONS = (ANSWERS_OF_MODELS / "good.txt").read_text(encoding="utf-8").strip().split("\n\n")
+BAD = [
+    line.split(" | ", 1)
+    for line in (ANSWERS_OF_MODELS / "bad.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+PROMPT = read_prompt(CaptionConfig())
+DEFAULTS = CaptionRules(60, 300, OPTIONS, 0.5, PROMPT)
+
+
+def filled(template: str, good: str) -> str:
+    """An answer of bad.txt around one of good.txt."""
+    sentences = re.split(r"(?<=[.!?]) ", good)
+    half = len(sentences) // 2
+    for name, text in {
+        "\\n": "\n", "{good}": good, "{start}": " ".join(sentences[:half]), "{end}": " ".join(sentences[half:])
+    }.items():  # fmt: skip
+        template = template.replace(name, text)
+    return template
+
+
+def test_captions_of_all_styles_are_kept():
+    """People, art, products, landscapes, dry and florid ones; quotations, numbers, other scripts, accents."""
+    assert len(set(CAPTIONS)) == 60
+    flaws = [(flaw.detail, text) for text in CAPTIONS if (flaw := find_flaw(answer(text), DEFAULTS))]
+    assert len(flaws) <= 2, flaws
+
+
+@pytest.mark.parametrize(("position", "reason", "template"), [(i, *row) for i, row in enumerate(BAD)])
+def test_whatever_models_add_to_a_caption_is_a_flaw(position, reason, template):
+    good = CAPTIONS[position % len(CAPTIONS)]
+    for text in (readable(filled(template, good)), readable(good)):
+        flaw = find_flaw(Answer(text, "stop", OPTIONS), DEFAULTS)
+        assert (flaw.reason if flaw else None) == (reason if text != readable(good) else None), flaw
+    assert len(BAD) >= len(CAPTIONS)
+
+
+REASONING = [
+    "<think>\nTwo people. I can't see the left one's hands.\n</think>\n\n{good}",
+    "<thinking>Sure! Here is a caption: ...</thinking>{good}",
+    "<Reasoning effort='low'>a <think>b</think> c</Reasoning> {good}",
+    "{good}\n<think>That is 160 words.</think>",
+    "[THINK]Two people.[/THINK]{good}",
+    "◁think▷Two people.◁/think▷{good}",
+    "<|channel|>analysis<|message|>Two people.<|end|><|start|>assistant<|channel|>final<|message|>{good}<|return|>",
+    "<|start|>assistant<|channel|>analysis<|message|>Two.<|channel|>final <|constrain|>text<|message|>{good}",
+    "<|channel|>analysis Two people. <|channel|>final {good}",
+    "<|channel|>final<|message|>{good}<|return|>",
+    "analysisThe user wants a paragraph.assistantfinal{good}",
+]
+
+
+@pytest.mark.parametrize("template", REASONING)
+def test_closed_reasoning_is_cut_away_and_the_rest_is_judged(template):
+    for good in (CAPTIONS[0], CAPTIONS[9]):
+        thought = Answer(readable(template.replace("{good}", good)), "stop", OPTIONS)
+        assert next_step([thought], DEFAULTS) == Accepted(tidy(good), OPTIONS)
+        assert next_step([thought], CaptionRules(5, 20, OPTIONS, 0.5)).options["seed"] == 8  # too long: asked again
+        spoilt = Answer(readable(template.replace("{good}", f"{good} Let me know if that helps.")), "stop", OPTIONS)
+        assert find_flaw(spoilt, DEFAULTS).reason == "caption_closing"
+
+
+def test_an_answer_that_is_only_thinking_says_what_to_do_and_gets_more_room():
+    thought = Answer("", "thinking", OPTIONS)
+    assert next_step([thought], DEFAULTS) == Ask(OPTIONS | {"num_predict": 800})
+    detail = "the model answered only in its thinking; set captions.options.think: false or a larger num_predict"
+    assert next_step([thought, thought], DEFAULTS) == Flaw("caption_only_thinking", detail, "room")
+
+
+GERMAN = next(text for reason, text in BAD if text.startswith("Eine junge Frau"))
+IN_GERMAN = "Beschreibe das Bild in einem Absatz, der alles nennt, was zu sehen ist, und nichts von dem, was fehlt."
+CHINESE = next(text for reason, text in BAD if text.startswith("这张照片"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "reason"),
+    [
+        (PROMPT, GERMAN, "caption_language"),
+        (PROMPT, CHINESE, "caption_language"),
+        (PROMPT + " Answer in German.", GERMAN, None),
+        (PROMPT + " Antworte auf Deutsch.", GERMAN, None),
+        (PROMPT + " Write it in English, never in German.", GERMAN, "caption_language"),
+        (PROMPT + " 请用中文回答。", CHINESE, None),
+        (IN_GERMAN,
+         GERMAN, None),
+        (IN_GERMAN,
+         CAPTIONS[0], "caption_language"),
+        ("请用一段话客观地描述这张照片。", CHINESE, None),
+        ("请用一段话客观地描述这张照片。", CAPTIONS[0], "caption_language"),
+        ("Caption:", GERMAN, None),  # nobody knows what language that is
+        ("", CHINESE, None),
+    ],
+)  # fmt: skip
+def test_the_language_is_one_that_the_prompt_has_or_names(prompt, text, reason):
+    flaw = find_flaw(answer(text), CaptionRules(30, 300, OPTIONS, 0.5, prompt))
+    assert (flaw.reason if flaw else None) == reason, flaw
 
 
 def test_scripts_without_spaces_count_characters():
@@ -83,6 +192,17 @@ def test_scripts_without_spaces_count_characters():
 def test_loops_are_runs_of_eight_words_that_come_three_times(words):
     runs = [tuple(words[start : start + 8]) for start in range(len(words) - 7)]
     assert has_loop(words) == any(runs.count(run) >= 3 for run in runs)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("ab"), max_size=30))
+def test_stutters_are_short_runs_that_follow_each_other(words):
+    runs = {length: times for length, times in quality.STUTTERS.items() if length * times <= len(words)}
+    assert has_stutter(words) == any(
+        all(words[start + step] == words[start + step + length] for step in range(length * (times - 1)))
+        for length, times in runs.items()
+        for start in range(len(words) - length * times + 1)
+    )
 
 
 @settings(deadline=None)  # a busy machine proves nothing

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from nanodit.errors import ConfigError
 from prep.captions.base import ENVIRONMENT, LONGEST_WAIT, HostFault, fault_of_status
+from prep.captions.config import CaptionOptions
+from prep.captions.quality import Answer
 from prep.captions.servers import SERVERS, OllamaServer, OpenAIServer
 from tests.prep.caption_server import MODEL, CaptionServer
 
@@ -85,6 +89,90 @@ def asked(backend: str, url: str) -> Exception:
 def reply(status: str, *headers: str, body: bytes = b"") -> bytes:
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def answered(backend: str, body: dict, **options: Any) -> Answer | Exception:
+    """What comes of a question that is answered with a JSON object."""
+
+    async def ask(url: str) -> Answer | Exception:
+        server = SERVERS[backend](url, MODEL, 5.0, None)
+        try:
+            return await server.caption(b"jpeg", "What is there?", OPTIONS | options)
+        except Exception as error:
+            return error
+        finally:
+            await server.close()
+
+    with answering(reply("200 OK", "Content-Type: application/json", body=json.dumps(body).encode())) as url:
+        return asyncio.run(ask(url))
+
+
+def chat(backend: str, content: Any, end: str = "stop", **message: Any) -> dict:
+    """A reply with this content."""
+    message = {"role": "assistant", "content": content, **message}
+    if backend == "ollama":
+        return {"model": MODEL, "message": message, "done": True, "done_reason": end}
+    return {"choices": [{"message": message, "finish_reason": end}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "A red "}, {"type": "text", "text": "hat."}], "A red hat."),
+        ([{"type": "output_text", "text": "A red hat."}], "A red hat."),
+        ([{"text": "A red"}, " hat."], "A red hat."),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "A."}], "A."),
+        ([], ""),
+        (None, ""),
+        ("A red\n hat.", "A red\nhat."),  # lines are what a list is known by
+    ],
+)
+def test_a_list_of_parts_is_their_text(content, text):
+    assert answered("openai", chat("openai", content)).text == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [7, 0, False, {}, {"text": "A red hat."}, [7], [None], [["A red hat."]], [{"type": "text", "text": None}],
+     [{"type": "text", "text": "A red hat."}, {"type": "image_url", "image_url": {"url": "data:"}}]],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", SERVERS)
+def test_content_that_is_no_text_is_a_fault(backend, content):
+    error = answered(backend, chat(backend, content))
+    assert isinstance(error, HostFault)
+    assert "something that is not a" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("backend", "content", "message"),
+    [
+        ("ollama", "", {"thinking": "One person, a wall."}),
+        ("openai", None, {"reasoning_content": "One person, a wall."}),
+        ("openai", "", {"reasoning": "One person, a wall."}),
+        ("openai", [{"type": "thinking", "thinking": []}], {}),
+    ],
+)
+def test_an_answer_that_is_only_thinking_ends_so(backend, content, message):
+    assert answered(backend, chat(backend, content, "length", **message)).end == "thinking"
+    assert answered(backend, chat(backend, "A red hat.", **message)).end == "stop"
+
+
+def test_a_refusal_among_the_parts_is_one():
+    assert answered("openai", chat("openai", [{"type": "refusal", "refusal": "No."}])).end == "refused"
+
+
+@pytest.mark.parametrize("think", [False, True, "low", None])
+def test_ollama_is_told_whether_to_think(think):
+    async def ask(url: str) -> None:
+        server = OllamaServer(url, MODEL, 5.0, None)
+        await server.caption(b"jpeg", "What is there?", OPTIONS | CaptionOptions(think=think).asked())
+        await server.close()
+
+    with CaptionServer() as server:
+        asyncio.run(ask(server.url))
+        (entry,) = server.captioned
+    assert entry["think"] == think
+    assert "think" not in entry["options"]
 
 
 @pytest.mark.parametrize("backend", SERVERS)

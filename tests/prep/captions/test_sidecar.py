@@ -127,10 +127,12 @@ def test_trap_09_without_hosts_the_address_is_that_of_the_environment(monkeypatc
 
 RECIPE_KEYS = {
     "backend": "openai", "model": "llava:7b", "digest": "e", "image_side": 64, "reask_temperature": 0.9,
-    "min_words": 1, "max_words": 999, "options": {"num_ctx": 2048, "num_predict": 9, "temperature": 0.1, "seed": 3},
+    "min_words": 1, "max_words": 999,
+    "options": {"num_ctx": 2048, "num_predict": 9, "temperature": 0.1, "seed": 3, "think": True},
 }  # fmt: skip
 # keys that say how captions are got and not what they are; their effects are tested in test_captioner.py
-OTHER_KEYS = {"on_missing", "hosts", "slots", "api_key_variable", "timeout", "cool_down", "patience"}
+OTHER_KEYS = {"from", "overwrite", "on_missing"}
+OTHER_KEYS |= {"hosts", "slots", "api_key_variable", "timeout", "cool_down", "patience"}
 
 
 def test_trap_09_every_key_has_an_effect(tmp_path):
@@ -139,6 +141,7 @@ def test_trap_09_every_key_has_an_effect(tmp_path):
         return caption_recipe(PrepConfig(source="s", output="o", captions=CaptionConfig(**captions)))
 
     base = recipe()
+    assert "think" not in base["options"]  # as it always was: the answers that are there keep their names
     for key, value in RECIPE_KEYS.items():
         for change in [{name: one} for name, one in value.items()] if isinstance(value, dict) else [value]:
             assert recipe(**{key: change}) != base, f"{key}: {change}"

@@ -85,6 +85,20 @@ def test_of_equal_files_the_first_name_is_kept(tmp_path):
     assert "a.png" in found.rejects[0].detail
 
 
+@pytest.mark.parametrize(
+    ("captioned", "kept"), [("", "a.png"), ("c", "c.png"), ("bc", "b.png"), ("ac", "a.png"), ("abc", "a.png")]
+)
+def test_of_equal_files_the_first_with_a_caption_is_kept(tmp_path, captioned, kept):
+    for number, name in enumerate(("a.png", "b.png", "c.png", "b2.png", "0.png")):
+        (tmp_path / name).write_bytes(encoded(picture(seed=max(0, number - 2))))
+    found = scan(tmp_path, CAP, captioned=lambda name: name[0] in captioned)
+    assert [source.name for source in found.sources] == sorted(["0.png", "b2.png", kept])
+    others = sorted({"a.png", "b.png", "c.png"} - {kept})
+    assert [(reject.source, reject.detail) for reject in found.rejects] == [
+        (name, f"same bytes as {kept}") for name in others
+    ]
+
+
 def test_links_and_hidden_names_are_refused_with_a_row(tmp_path):
     source, outside = tmp_path / "source", tmp_path / "outside"
     (source / ".git").mkdir(parents=True)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
+from prep.captions import quality
 from prep.captions.cache import forget_rejects
 from prep.captions.hosts import HostPool
 from prep.dataset.codecs import webp_bytes
@@ -168,6 +169,9 @@ def test_p17_an_image_that_servers_fail_on_is_rejected_and_no_other(tmp_path, se
         ("short", "caption_too_short", 1),
         ("loop", "caption_repeats", 1),
         ("preamble", "caption_preamble", 1),
+        ("chatty", "caption_closing", 1),
+        ("thought", "caption_reasoning", 1),
+        ("thinking", "caption_only_thinking", 0),
     ],
 )
 def test_p17_flawed_captions_are_asked_for_once_more_and_then_rejected(tmp_path, server, fault, reason, seed):
@@ -183,6 +187,34 @@ def test_p17_flawed_captions_are_asked_for_once_more_and_then_rejected(tmp_path,
     assert [options["num_predict"] for options in asked] == ([400, 400] if seed else [400, 800])
     assert [options["temperature"] for options in asked] == [0.0, 0.5 if seed else 0.0]
     assert captions_of(config, tasks)[second] == caption(sent[second])
+
+
+@pytest.mark.parametrize("backend", ["ollama", "openai"])
+def test_reasoning_is_not_published(tmp_path, server, backend):
+    server.always = (1, "thinks")
+    config = caption_config(tmp_path, [server.url], backend=backend)
+    tasks = commit_crops(config, shards=1, size=3)
+    run_captions(config, tasks)
+    assert captions_of(config, tasks) == {key: caption(jpeg) for key, jpeg in pictures(config, tasks).items()}
+    assert len(server.captioned) == 3
+
+
+def test_a_new_version_of_the_checks_judges_the_answers_that_are_there(tmp_path, server, monkeypatch):
+    """What an earlier version took for a caption is asked for again, and nothing else."""
+    config = caption_config(tmp_path, [server.url])
+    tasks = commit_crops(config, shards=1, size=4)
+    sent = pictures(config, tasks)
+    first = min(sent)
+    server.poison = {sha256_bytes(sent[first]): "chatty"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(quality, "CODE_VERSION", 1)
+        earlier.setattr(quality, "find_flaw", lambda answer, rules: None)
+        run_captions(config, tasks)
+    assert captions_of(config, tasks)[first].endswith("Is there anything else you need?")
+    server.poison, asked = {}, len(server.captioned)
+    run_captions(config, tasks)
+    assert [entry["image"] for entry in server.captioned[asked:]] == [sha256_bytes(sent[first])]
+    assert captions_of(config, tasks) == {key: caption(jpeg, seed=int(key == first)) for key, jpeg in sent.items()}
 
 
 def test_one_flawed_answer_is_mended_by_the_next(tmp_path, server):

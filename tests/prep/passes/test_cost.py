@@ -154,7 +154,9 @@ def test_a_gpu_is_no_faster_than_the_cpus_beside_it():
 def test_each_pass_says_its_device_and_its_time(tmp_path):
     """A layer that fits no card is on CPUs, and the line of its pass says how long that takes."""
     write_images(tmp_path / "source", 6)
-    settings = config(tmp_path, layers=["text", "dino"], captions={"backend": "ollama", "digest": "d" * 64})
+    settings = config(
+        tmp_path, layers=["text", "dino"], captions={"backend": "ollama", "digest": "d" * 64, "overwrite": True}
+    )
     plan = make_plan(settings)
     card = Node("id", "127.0.0.1", "laptop", 2, 1, 8, driver=True, memory_gb=16)
     steps, _ = plan_passes(settings, [card])

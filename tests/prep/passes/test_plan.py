@@ -208,3 +208,20 @@ def test_every_layer_has_members(tmp_path):
     write_images(tmp_path / "source", 1)
     recipes = make_plan(config(tmp_path, layers=["text", "dino", "pose"])).recipes
     assert {unit.layer for unit in recipes} == set(LAYERS)
+
+
+@pytest.mark.parametrize("layers", [["text"], ["dino"]])
+def test_of_byte_equal_copies_the_captioned_one_is_kept(tmp_path, layers):
+    write_images(tmp_path / "source", 1)
+    image = tmp_path / "source" / "image-000.png"
+    copy = tmp_path / "source" / "A.png"
+    copy.write_bytes(image.read_bytes())
+    (tmp_path / "source" / "A.txt").write_text("\u200b")  # no caption that can be used
+    plan = make_plan(config(tmp_path, layers=layers, captions={"on_missing": "reject"}))
+    (source,) = plan.sources.values()
+    assert source.name == ("image-000.png" if layers == ["text"] else "A.png")
+    assert [(reject.source, reject.reason) for reject in plan.rejects] == [
+        ("A.png" if layers == ["text"] else "image-000.png", "duplicate")
+    ]
+    copy.with_suffix(".txt").write_text("Both have one: the first name is kept.")
+    assert [source.name for source in make_plan(config(tmp_path, layers=layers)).sources.values()] == ["A.png"]

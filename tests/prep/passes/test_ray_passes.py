@@ -198,7 +198,7 @@ def test_another_caption_model_redoes_text_and_t5_and_more_images_fill_new_shard
     def changed_by(server: CaptionServer) -> dict[str, str]:
         """Run with the server's model; what has other bytes than before, by file."""
         before = files_of(root) if root.exists() else {}
-        captions = {"backend": "ollama", "hosts": [server.url], "model": server.model}
+        captions = {"backend": "ollama", "hosts": [server.url], "model": server.model, "overwrite": True}
         run(config(tmp_path, layers=["text", "dino", "pose"], captions=captions))
         return {name: digest for name, digest in files_of(root).items() if before.get(name) != digest}
 
