@@ -1,4 +1,4 @@
-"""The processes of a command and what each of them is there for, read from /proc: what a test may kill, what is left."""
+"""The processes of a command and what each is there for, read from /proc: what a test may kill, and what is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Process:
     pid: int
     parent: int
     begun: int  # clock ticks since the system started
-    state: str
     command: str
 
     @property
@@ -32,31 +31,31 @@ class Process:
         return next((role for role, words in ROLES.items() if words in self.command), "")
 
 
-def read_process(pid: int) -> Process | None:
+def read_process(pid: int, command: bool = True) -> Process | None:
     """Return the process with this number; None where there is none, or one that has ended and was not waited for."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes() if command else b""
     except OSError:
         return None
-    state = stat[0].decode()
-    return None if state in "ZX" else Process(pid, int(stat[1]), int(stat[19]), state, command)
+    if stat[0] in (b"Z", b"X"):
+        return None
+    return Process(pid, int(stat[1]), int(stat[19]), words.replace(b"\0", b" ").decode(errors="replace"))
 
 
-def all_processes() -> dict[int, Process]:
-    """Return every living process."""
-    found = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+def all_processes(command: bool = True) -> dict[int, Process]:
+    """Return every living process, with its command line or without."""
+    found = (read_process(int(name), command) for name in os.listdir("/proc") if name.isdigit())
     return {one.pid: one for one in found if one}
 
 
 def below(root: int) -> dict[int, Process]:
     """Return the living descendants of a process."""
-    everything, found, parents = all_processes(), {}, {root}
+    everything, found, parents = all_processes(command=False), set(), {root}
     while parents:
-        children = {pid: one for pid, one in everything.items() if one.parent in parents and pid not in found}
-        found |= children
-        parents = set(children)
-    return found
+        parents = {pid for pid, one in everything.items() if one.parent in parents} - found
+        found |= parents
+    return {pid: one for pid in found if (one := read_process(pid))}
 
 
 def with_role(role: str, root: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Ray itself is killed, as by the system for lack of memory: exit code 4, a sentence, and the same command continues."""
+"""Ray itself is killed, as for lack of memory: exit code 4, a sentence, and the same command continues."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ WAIT = 240  # seconds
 def killed(arguments: list[str], victim: Callable[[int], list[int]], when: Callable[[], bool], **environment: str):
     """Run a command, kill ``victim`` of it once ``when`` holds, and return its exit code and what it said."""
     process = subprocess.Popen(
-        arguments, cwd=PROJECT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        arguments, cwd=PROJECT, env=os.environ | environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
     deadline = time.monotonic() + WAIT
     while not (when() and (found := victim(process.pid))):
         assert process.poll() is None, process.stdout.read()
