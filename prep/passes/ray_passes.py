@@ -104,9 +104,10 @@ def _begin() -> None:
     else:
         with waiting("starting Ray on this machine"), _away():
             resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
-            ray.init(
-                address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
-            )
+            with _starting():
+                ray.init(
+                    address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
+                )
         protect_token(Path.home() / ".ray" / "auth_token")
 
 
@@ -115,6 +116,23 @@ def _ray_place() -> RayPlace | None:
     if (node := ray._private.worker._global_node) is None:
         return None
     return RayPlace(node.raylet_socket_name, node.gcs_address, node.get_logs_dir_path(), own=node.is_head())
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Say what kept Ray from starting here: a process of it that was killed, or a machine too busy for its limits."""
+    try:
+        yield
+    except Exception as error:
+        # most of what Ray raises here has no class of its own
+        if type(error) not in (Exception, RuntimeError, ConnectionError, TimeoutError) and not isinstance(
+            error, ray.exceptions.RayError
+        ):
+            raise
+        raise ResourceError(
+            f"Ray could not be started on this machine: {first_line(error)}. Where no process of it was killed and "
+            "there is memory left, the machine may be too busy. Run the same command again"
+        ) from error
 
 
 @contextmanager

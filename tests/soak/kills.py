@@ -20,6 +20,7 @@ LOOK, CLOSE_LOOK = 0.05, 0.002  # seconds between two looks; the second where a 
 CENSUS = 0.5  # seconds between two looks at which processes there are
 LONGEST = 12  # times what the undisturbed run took, after which a command counts as hanging
 LEAST = 120.0  # seconds that it may take at least
+ONCE = ("a scan", "a publish")  # of which a life has no more
 LEFT = 45.0  # seconds in which the last process has to be gone
 WORDS = 40  # letters of what it said last
 PLACES = 0.35  # share of the kills in a named place
@@ -86,10 +87,10 @@ def draw(subject: Subject, timeline: Timeline, count: int, seed: int) -> list[Mo
             kind = dice.choice(SIGNALS.get(victim, OTHERS))
             progress, delay = timeline.at(dice.uniform(0, timeline.points[-1][0]))
             place = dice.choice(list(subject.places)) if subject.places and dice.random() < PLACES else ""
-            if place == "a scan":
-                victim, progress = "driver", 0  # which alone does it
-            if place == "a publish":
-                victim, progress = "driver", timeline.points[-1][1] - 2  # the index and dataset.json
+            if place in ONCE and any(one.place == place for one in life):
+                place = ""
+            if place in ONCE:  # the index and dataset.json are still to come
+                victim, progress = "driver", 0 if place == "a scan" else timeline.points[-1][1] - 2
             life.append(Moment(victim, kind, progress, 0.0 if place else delay, place))
         order = {"a scan": -1, "a publish": 2}
         moments += sorted(life, key=lambda one: (order.get(one.place, 0), one.progress, one.delay))
@@ -218,12 +219,10 @@ class Soak:
         found = [driver] if moment.victim == "driver" else with_role(moment.victim, driver)
         if not found or (moment.victim == "driver" and not handles(driver, signal.SIGTERM)):
             return False  # not yet, or, of a driver, still Python on its own
-        roles = [one.role for one in below(driver).values() if one.role]
-        there = ", ".join(f"{roles.count(role)} {role}" for role in sorted(set(roles)))
-        work = self.subject.at_work(self.output, launch.clock)
-        said = launch.log.read_text(errors="replace").strip().rpartition("\n")[2].partition(":")[0][:WORDS]
-        there = "; ".join(filter(None, (there, said and f'said "{said}"')))
-        row = Row(self.subject.name, moment.victim, moment.signal, f"{work}{f'; {there}' if there else ''}")
+        # a place may last milliseconds, in which processes cannot be counted
+        words = [] if moment.place in ONCE else [counted(driver), last_words(launch.log)]
+        words.insert(0, self.subject.at_work(self.output, launch.clock))
+        row = Row(self.subject.name, moment.victim, moment.signal, "; ".join(filter(None, words)))
         try:
             os.kill(found[-1], number)
         except ProcessLookupError:
@@ -305,3 +304,15 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"| {'went on' if row.exit_code is None else row.exit_code} | {back} | {equal} |"
         )
     return lines
+
+
+def counted(driver: int) -> str:
+    """Return how many processes of which role a command has."""
+    roles = [one.role for one in below(driver).values() if one.role]
+    return ", ".join(f"{roles.count(role)} {role}" for role in sorted(set(roles)))
+
+
+def last_words(log: Path) -> str:
+    """Return the beginning of the last line that a command printed."""
+    said = log.read_text(errors="replace").strip().rpartition("\n")[2].partition(":")[0][:WORDS]
+    return f'said "{said}"' if said else ""
