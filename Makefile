@@ -7,7 +7,7 @@ STAMP := $(abspath $(VENV))/.built-from-pyproject
 CONSTRAINTS ?= constraints.txt
 Q := quickstart
 
-.PHONY: install constraints quickstart gpu-check test lint
+.PHONY: install constraints quickstart gpu-check test soak lint
 install: $(STAMP)
 	@# an environment that several clones share follows the clone it was last used from
 	@cd / && $(BIN)/python -c "import prep, sys; sys.exit(not prep.__path__[0].startswith('$(CURDIR)/'))" 2>/dev/null \
@@ -44,6 +44,12 @@ gpu-check: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# random kills over preparing, training and sweeping: `make soak SEED=7 KILLS=200`
+SEED ?= 1
+KILLS ?= 20
+soak: install
+	$(BIN)/python -m tests.soak --seed $(SEED) --kills $(KILLS)
 
 lint: install
 	$(BIN)/ruff check .

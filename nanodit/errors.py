@@ -11,9 +11,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 # what the system says when there is no more room to write in
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -189,6 +189,18 @@ def _report(error: NanoditError, cause: BaseException | None = None) -> int:
     lines = str(error).split(PROBLEM_BREAK)
     print(f"error: {PROBLEM_BREAK.join(map(printable, lines))}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def end_process(error: NanoditError) -> NoReturn:
+    """Report an error and end this process with its exit code, at once and from any thread.
+
+    For what the main thread cannot be told of any more. No ``finally`` is run, as after SIGKILL.
+    """
+    with suppress(Exception):  # stdout may be closed
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h\n")  # a live bar hides the cursor
+        _report(error)
+    os._exit(error.exit_code)
 
 
 def _unread(stream: TextIO) -> bool:

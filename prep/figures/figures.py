@@ -15,6 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from nanodit.console import Progress
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, write_atomic
 from prep.figures.captions import VOCABULARY, scene_caption
 from prep.figures.drawing import render
@@ -156,8 +157,14 @@ def _in_processes(draw: Callable[[range], list[dict]], batches: list[range], wor
     if workers == 1:
         yield from map(draw, batches)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(draw, batches)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(draw, batches)
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "prep figures: a process that draws has ended, killed from outside, or by the system for lack of memory. "
+            "Run the same command again"
+        ) from error
 
 
 def _write_batch(out: Path, size: int, seed: int, short_captions: bool, indices: range) -> list[dict]:

@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -35,6 +36,7 @@ from prep.config import PrepConfig
 from prep.images.sources import describe_file, read_all
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Node, Pass, local_gpus, nodes_from_ray
+from prep.passes.ray_watch import RayPlace, ended_with_ray
 from prep.passes.supervisor import ERRORS, Supervisor
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -48,6 +50,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 EXECUTOR_THREADS = "StreamingExecutor-"
 JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
+AGAIN = "Run the same command again: finished units are kept. Where that repeats itself, lower workers"
 NAMED = 5
 BLOCK = 500  # files that a task hashes
 TASKS = 2048  # shards that are handed to Ray at a time: 64 MB with all their sources and captions
@@ -66,11 +69,29 @@ LOST = (
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Use the Ray that is running in this process, else join ``RAY_ADDRESS``, else start one for this run alone."""
+def ray_session(advice: str = AGAIN) -> Iterator[None]:
+    """Use the Ray that is running in this process, else join ``RAY_ADDRESS``, else start one for this run alone.
+
+    Ends the process with exit code 4 where Ray itself dies meanwhile (``prep/passes/ray_watch.py``); ``advice`` is the
+    end of what is said then.
+    """
     if ray.is_initialized():
         yield
         return
+    try:
+        with ended_with_ray(_ray_place, advice) as started:
+            with _sigterm_kept():
+                _begin()
+            started()
+            try:
+                yield
+            finally:
+                end_jobs()
+    finally:
+        ray.shutdown()
+
+
+def _begin() -> None:
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     allow_open_files()
     if (address := os.environ.get("RAY_ADDRESS", "local")) not in ("", "local"):
@@ -83,15 +104,50 @@ def ray_session() -> Iterator[None]:
     else:
         with waiting("starting Ray on this machine"), _away():
             resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
-            ray.init(
-                address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
-            )
+            with _starting():
+                ray.init(
+                    address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
+                )
         protect_token(Path.home() / ".ray" / "auth_token")
+
+
+def _ray_place() -> RayPlace | None:
+    """Return where the Ray of this process listens, None before its node has begun to start."""
+    if (node := ray._private.worker._global_node) is None:
+        return None
+    return RayPlace(node.raylet_socket_name, node.gcs_address, node.get_logs_dir_path(), own=node.is_head())
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Say what kept Ray from starting here: a process of it that was killed, or a machine too busy for its limits."""
     try:
         yield
+    except Exception as error:
+        # most of what Ray raises here has no class of its own
+        if type(error) not in (Exception, RuntimeError, ConnectionError, TimeoutError) and not isinstance(
+            error, ray.exceptions.RayError
+        ):
+            raise
+        raise ResourceError(
+            f"Ray could not be started on this machine: {first_line(error)}. Where no process of it was killed and "
+            "there is memory left, the machine may be too busy. Run the same command again"
+        ) from error
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Let SIGTERM mean what it did before: ``ray.init`` makes it end the process with 1 or 15, from its begin on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as asked:  # by one of Ray's handlers
+        raise KeyboardInterrupt from asked
     finally:
-        end_jobs()
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def cluster_address(given: str) -> str:

@@ -14,11 +14,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from nanodit.console import say
-from nanodit.errors import DataError
+from nanodit.errors import DataError, Interrupted
 from prep.passes.ray_passes import ray_session
 from train.checkpoint.run_folder import lock_run_folder
 from train.sweep.actor import CURVE, SupervisedTrial
@@ -53,6 +54,8 @@ os.environ.update(
 import ray
 from ray import tune
 
+RESUME = "The same command with --resume continues: finished trials are kept, others go on from their last checkpoint"
+
 
 def run_sweep(
     sweep: Sweep, work: Work, *, arms: Sequence[str] = (), resume: bool = False, retry_failed: bool = False,
@@ -69,7 +72,7 @@ def run_sweep(
     with lock_run_folder(folder):
         check_folder(sweep, work, resume)
         sweep = sweep.choose([*chosen.arms, *planned_arms(folder)])
-        with ray_session():
+        with _resumable(folder), ray_session(f"{RESUME}, and lower concurrent where that repeats itself"):
             concurrent, fractional = capacity(sweep.config, ray.cluster_resources())
             check_cohort(sweep, new_cohort)
             write_plan(sweep, work, concurrent, fractional)
@@ -95,6 +98,15 @@ def run_sweep(
             f"warning: {len(failed)} of {len(chosen.trials)} trials failed: {', '.join(failed)}. Why stands in "
             "trials/*/trial.log; --resume --retry-failed tries them again"
         )
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say after a signal how the sweep goes on: the same command alone would be refused."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"{folder}: stopped by a signal. {RESUME}") from None
 
 
 def _run_trials(sweep: Sweep, fractional: bool) -> None:

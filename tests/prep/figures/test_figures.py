@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +33,7 @@ from prep.figures.scene import (
     Dice,
     ball_centre,
 )
+from tests.processes import below
 
 BUCKETS_64 = [(64, 64), (80, 56), (56, 80), (80, 48), (48, 80), (88, 48), (48, 88)]
 JOINT = {name: i for i, name in enumerate(BODY)}
@@ -360,3 +366,17 @@ def test_parameters_out_of_range_are_refused(tmp_path, count, size, seed):
     with pytest.raises(ConfigError, match="at least"):
         write_figures(tmp_path / "out", count, size, seed)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_process_that_draws_is_said(tmp_path):
+    command = [sys.executable, "-m", "prep", "figures", str(tmp_path / "out"), "--count", "3000", "--size", "256"]
+    drawing = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "out").glob("*.png")):
+        assert drawing.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(next(pid for pid, one in below(drawing.pid).items() if "spawn_main" in one.command), signal.SIGKILL)
+    _, said = drawing.communicate(timeout=60)
+    assert (drawing.returncode, said.count("\n")) == (4, 1), said
+    assert said.startswith("error: prep figures: a process that draws has ended, killed from outside")

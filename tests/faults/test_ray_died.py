@@ -1,0 +1,107 @@
+"""Ray itself is killed, as for lack of memory: exit code 4, a sentence, and the same command continues."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prep.run import run
+from tests.local_cluster import LocalCluster
+from tests.prep.passes.test_plan import write_images
+from tests.prep.runs import PROJECT, command, files_of, poses
+from tests.processes import with_role
+from tests.train.sweeps import write_sweep
+from tests.train.tiny import write_dataset
+from train.__main__ import main
+from train.sweep.config import load_sweep
+from train.sweep.record import read_record
+
+WAIT = 240  # seconds
+
+
+def killed(arguments: list[str], victim: Callable[[int], list[int]], when: Callable[[], bool], **environment: str):
+    """Run a command, kill ``victim`` of it once ``when`` holds, and return its exit code and what it said."""
+    process = subprocess.Popen(
+        arguments, cwd=PROJECT, env=os.environ | environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + WAIT
+    while not (when() and (found := victim(process.pid))):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(found[-1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=WAIT)
+    assert "Traceback" not in said
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_prep_run_says_that_its_ray_died_and_the_same_command_continues(tmp_path, victim):
+    write_images(tmp_path / "source", 24, size=(400, 400))
+    settings = poses(tmp_path, shard_size=2)
+    parts = tmp_path / "out" / "parts"
+    # slow enough that it cannot end by itself meanwhile
+    code, said = killed(
+        command(settings), lambda driver: with_role(victim, driver), lambda: len(list(parts.glob("*"))) > 2,
+        NANODIT_FAULT="px.decode@*:delay",
+    )  # fmt: skip
+    assert code == 4, said
+    error = said.splitlines()[-1]
+    whom = {"raylet": "error: the raylet of this command's own Ray", "gcs_server": "error: the GCS of this command's"}
+    assert error.startswith(whom[victim])
+    assert f"logs/{victim}.out" in error
+    assert "Run the same command again: finished units are kept" in error
+    committed = {path: path.stat().st_mtime_ns for path in parts.glob("*")}
+    assert 0 < len(committed) < 24
+    assert subprocess.run(command(settings), cwd=PROJECT, stdout=subprocess.DEVNULL, timeout=WAIT).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed
+    if victim == "raylet":
+        undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
+        run(undisturbed)
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_prep_run_in_a_cluster_says_that_the_raylet_beside_it_died(tmp_path):
+    write_images(tmp_path / "source", 24, size=(400, 400))
+    settings = poses(tmp_path, shard_size=2)
+    parts = tmp_path / "out" / "parts"
+    with LocalCluster(nodes=1, environment={"NANODIT_FAULT": "px.decode@*:delay"}) as cluster:
+        code, said = killed(
+            command(settings), lambda driver: cluster.raylets, lambda: len(list(parts.glob("*"))) > 2,
+            **cluster.environment,
+        )  # fmt: skip
+    assert code == 4, said
+    assert f"error: the raylet of Ray at {cluster.environment['RAY_ADDRESS']} on this machine" in said
+
+
+@pytest.mark.slow
+def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path):
+    dataset = write_dataset(tmp_path / "dataset")
+    straight = write_sweep(tmp_path / "straight", dataset, arms={"A": {}})
+    assert main(["sweep", "--config", str(straight), "--trial", "A-seed0"]) == 0
+    file = write_sweep(tmp_path / "killed", dataset, arms={"A": {}})
+    trial = load_sweep(file).trials_folder / "A-seed0"
+    sweep = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
+    code, said = killed(
+        sweep, lambda driver: with_role("raylet", driver), lambda: any(trial.glob("checkpoints/step-*")),
+        NANODIT_FAULT="train.step@A-seed0:delay",
+    )  # fmt: skip
+    assert code == 4, said
+    error = said.splitlines()[-1]
+    assert error.startswith("error: the raylet of this command's own Ray")
+    assert "The same command with --resume continues: finished trials are kept" in error
+    again = subprocess.run([*sweep, "--resume"], cwd=PROJECT, capture_output=True, text=True, timeout=WAIT)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (read_record(trial)["status"], read_record(trial)["attempts"]) == ("finished", 2)
+    last = Path("checkpoints/step-000012/model.safetensors")
+    assert (trial / last).read_bytes() == (straight.parent / "sweep/trials/A-seed0" / last).read_bytes()
