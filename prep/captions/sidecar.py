@@ -130,7 +130,8 @@ class SidecarCaptions:
         try:
             found = table_caption(self.folder, source, origin)
         except BadTable as bad:
-            raise BadCaption("caption_damaged", str(bad)) from bad
+            passing = isinstance(bad.__cause__, OSError)
+            raise BadCaption(UNREADABLE if passing else "caption_damaged", str(bad)) from bad
         return self._made(_checked(found[0], found[1]), origin) if found else None
 
     def missing(self, source: str) -> BadCaption:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanodit import __version__
 from nanodit.console import without_progress
-from nanodit.errors import DataError, NanoditError
+from nanodit.errors import DataError, NanoditError, ResourceError
 from nanodit.lock import LOCK
 from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.posix import fcntl
@@ -115,7 +115,10 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
     if not source.is_dir():
         found = f"{source} is not a folder" if source.exists() else f"the folder {source} does not exist"
         return [fail("source", SETUP, found, "set source to the folder with the images")], 0
-    folder = look_at_folder(config)
+    try:
+        folder = look_at_folder(config)
+    except ResourceError as error:
+        return [failure("source", error)], 0
     others = f"; {folder.others}" if folder.others else ""
     if not folder.seen:
         found = f"no image in {source}{others}"
@@ -144,10 +147,10 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
     return checks, count + folder.left
 
 
-def failure(name: str, error: DataError) -> Check:
+def failure(name: str, error: NanoditError) -> Check:
     """Return the check of what would end a run at its start."""
     found, _, fix = str(error).partition(". ")
-    return fail(name, DATA, found, fix or "repair the sources")
+    return fail(name, error.exit_code, found, fix or "repair the sources")
 
 
 def caption_check(missing: Sequence[Reject], images: int) -> Check:

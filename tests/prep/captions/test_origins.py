@@ -156,16 +156,16 @@ def test_a_reject_names_where_it_looked(tmp_path):
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": "Of another folder."}', "caption_missing"),
         ("metadata.jsonl", '{"file_name": "one/a.jpg", "text": null}', "caption_missing"),
         ("metadata.jsonl", '{"file_name": "one/a.jpg", "text": "\u200b"}', "caption_empty"),
-        ("metadata.jsonl", '{"file_name": "one/a.jpg"', "caption_unreadable"),
-        ("metadata.jsonl", "[]", "caption_unreadable"),
-        ("metadata.jsonl", " " * (MAX_TEXT + 1), "caption_unreadable"),
-        ("metadata.csv", "name,text\none/a.jpg,x\n", "caption_unreadable"),
-        ("metadata.csv", 'file_name,text\none/a.jpg,"' + "x" * (MAX_TEXT + 1), "caption_unreadable"),
+        ("metadata.jsonl", '{"file_name": "one/a.jpg"', "caption_damaged"),
+        ("metadata.jsonl", "[]", "caption_damaged"),
+        ("metadata.jsonl", " " * (MAX_TEXT + 1), "caption_damaged"),
+        ("metadata.csv", "name,text\none/a.jpg,x\n", "caption_damaged"),
+        ("metadata.csv", 'file_name,text\none/a.jpg,"' + "x" * (MAX_TEXT + 1), "caption_damaged"),
         ("one/a.json", '{"caption": "A hat.", "tags": "hat, red"}', "A hat., hat, red"),
         ("one/a.json", '{"tags": ["hat", "red"]}', "hat, red"),
         ("one/a.json", '{"url": "http://x"}', "caption_missing"),
-        ("one/a.json", "[" * 100_000, "caption_unreadable"),
-        ("one/a.json", "{", "caption_unreadable"),
+        ("one/a.json", "[" * 100_000, "caption_damaged"),
+        ("one/a.json", "{", "caption_damaged"),
         ("one/a.JSON", '{"text": "Capitals."}', "Capitals."),
         ("one/meta_cap.json", '{"a": {"caption": "By its stem."}}', "By its stem."),
         ("meta_lat.json", '{"one/a": {"tags": "below"}}', "below"),
@@ -177,9 +177,9 @@ def test_a_reject_names_where_it_looked(tmp_path):
 def test_tables_and_json(tmp_path, name, content, text):
     fill(tmp_path)
     (tmp_path / name).write_text(content.replace("FOLDER", str(tmp_path)), encoding="utf-8")
-    unreadable_for_all = text == "caption_unreadable" and name.startswith("metadata")
+    unreadable_for_all = text == "caption_damaged" and name.startswith("metadata")
     assert found(tmp_path) == {
-        "b.jpg": "caption_unreadable" if unreadable_for_all else "caption_missing", "one/a.jpg": text
+        "b.jpg": "caption_damaged" if unreadable_for_all else "caption_missing", "one/a.jpg": text
     }  # fmt: skip
 
 
@@ -196,10 +196,10 @@ def test_tables_that_lead_out_or_never_end_are_not_read(tmp_path):
     fill(source)
     (tmp_path / "secret.jsonl").write_text('{"file_name": "one/a.jpg", "text": "Secret."}')
     (source / "metadata.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    assert found(source)["one/a.jpg"] == "caption_unreadable"
+    assert found(source)["one/a.jpg"] == "caption_damaged"
     (source / "metadata.jsonl").unlink()
     os.mkfifo(source / "metadata.csv")
-    assert found(source)["one/a.jpg"] == "caption_unreadable"
+    assert found(source)["one/a.jpg"] == "caption_damaged"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from nanodit.errors import DataError, ResourceError
 from nanodit.storage import open_storage
 from prep.dataset.layout import read_part
-from prep.doctor.places import source_check
+from prep.doctor.places import source_checks
 from prep.images import scan_cache
 from prep.images.sources import find_files
 from prep.passes.plan import make_plan, read_manifest
@@ -127,10 +127,10 @@ def test_a_link_into_a_folder_that_cannot_be_entered_is_a_row(tree, tmp_path):
     (tree / "link.png").symlink_to(tree / SUB / image(3))
     with permissions_count():
         (tree / "sub").chmod(0)
-        names, rejects = find_files(tree)
+        found = find_files(tree)
         (tree / "sub").chmod(0o755)
-    assert len(names) == 3
-    assert [(item.source, item.reason) for item in rejects] == [
+    assert len(found.names) == 3
+    assert [(item.source, item.reason) for item in found.rejects] == [
         ("link.png", "unreadable"),
         ("sub", "unreadable_folder"),
     ]
@@ -177,15 +177,17 @@ def test_a_source_that_cannot_be_listed_itself_ends_with_a_sentence(published, t
         tree.chmod(0)
         with pytest.raises(ResourceError, match=r"source .* cannot be listed: Permission denied"):
             make_plan(poses(tmp_path))
-        check, _ = source_check(poses(tmp_path))
+        (check,), _ = source_checks(poses(tmp_path))
         tree.chmod(0o755)
-    assert check.status == "FAIL"
+    assert (check.status, check.code) == ("FAIL", 4)
 
 
 def test_doctor_names_the_folder(tree, closed, tmp_path):
-    check, images = source_check(poses(tmp_path))
-    assert (check.status, images.count) == ("WARN", 3)
-    assert f"{tree / 'sub'} cannot be read ({closed})" in check.found
+    checks, images = source_checks(poses(tmp_path))
+    check = checks[-1]
+    assert (check.name, check.status, images) == ("refused", "WARN", 3)
+    assert "1 unreadable_folder" in check.found
+    assert f"sub: {closed}" in check.fix
 
 
 def test_captions_that_cannot_be_read_stay_as_they_were(tree, tmp_path):
