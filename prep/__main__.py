@@ -74,6 +74,19 @@ def parser() -> argparse.ArgumentParser:
         "names", nargs="*", metavar="SAMPLE", help="its key, the first digits of it, or its file below the source"
     )
     left_out.add_argument("--include", action="store_true", help="take these samples in again")
+    captions = verbs.add_parser(
+        "captions", help="list a dataset's captions, or write a model's to files, to be mended", allow_abbrev=False,
+        description="List the captions of a dataset, or write those that a model made to NAME.txt files. A file that a "
+        "person changes is taken by the next prep run, and stays when another model writes the others.",
+    )  # fmt: skip
+    captions.add_argument("dataset", metavar="DATASET", help="a folder, or the URL of an object store")
+    what = captions.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="one line for each caption")
+    what.add_argument("--write-txt", action="store_true", help="write a model's captions to NAME.txt files")
+    captions.add_argument("--flagged", action="store_true", help="with --list: only the doubtful ones, with reasons")
+    place = captions.add_mutually_exclusive_group()
+    place.add_argument("--source", type=Path, metavar="FOLDER", help="write beside the images, which lie here")
+    place.add_argument("--to", type=Path, metavar="FOLDER", help="write below this folder instead")
     for command in (report, verify, export):
         command.add_argument("--dataset", metavar="PLACE", help="the dataset; default: the output of the config")
     for command in (run, plan, doctor, report, verify, export):
@@ -93,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb, and return the exit code."""
     options = parser().parse_args(arguments)
     claim("prep")
-    writes = next((name for name in ("repair", "drop", "older_than") if getattr(options, name, None)), None)
+    changing = ("repair", "drop", "older_than", "write_txt")
+    writes = next((name for name in changing if getattr(options, name, None)), None)
     if options.verb in ("run", "plan", "doctor", "exclude") or writes:
         require_posix(f"nanodit prep {options.verb}{f' --{writes}'.replace('_', '-') if writes else ''}")
     return VERBS[options.verb](options) or 0
@@ -148,6 +162,23 @@ def _versions(options: argparse.Namespace) -> None:
     show_versions(options.dataset, options.drop, options.older_than, options.yes)
 
 
+def _captions(options: argparse.Namespace) -> None:
+    from prep.caption_files import list_captions, write_captions
+
+    if options.list:
+        if options.source or options.to:
+            raise ConfigError("--source and --to say where --write-txt writes; leave them out with --list")
+        list_captions(options.dataset, options.flagged)
+        return
+    if options.flagged:
+        raise ConfigError("--flagged belongs to --list")
+    folder = options.source or options.to
+    if folder is None:
+        raise ConfigError("where to? Give --source FOLDER, the folder with the images, or --to FOLDER")
+    check_writable(folder, "--source" if options.source else "--to", folder=True)
+    write_captions(options.dataset, folder, beside=options.source is not None)
+
+
 def _exclude(options: argparse.Namespace) -> None:
     from prep.exclude import exclude
 
@@ -183,6 +214,7 @@ VERBS = {
     "report": _report,
     "verify": _verify,
     "versions": _versions,
+    "captions": _captions,
     "exclude": _exclude,
     "export": _export,
 }

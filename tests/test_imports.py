@@ -26,7 +26,7 @@ FLOORS = {
     ],
     "prep": [
         "dataset figures", "images", "captions", "config", "encoders", "passes", "doctor",
-        "run report verify versions exclude", "export", "__main__",
+        "run report verify versions exclude caption_files", "export", "__main__",
     ],
     "train": [
         "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",

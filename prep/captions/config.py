@@ -11,7 +11,8 @@ from nanodit.config import Config
 from prep.captions.servers import SERVERS
 from prep.captions.sidecar import ORIGINS
 
-LATER = {"from": None, "overwrite": False}  # keys that were added later, and what they mean where nobody sets them
+# keys that were added later, and what they mean where nobody sets them
+LATER = {"from": None, "overwrite": False, "keep_edited": True}
 
 
 class CaptionHost(Config):
@@ -44,6 +45,7 @@ class CaptionConfig(_From):
 
     backend: Literal["sidecar", *SERVERS] = "sidecar"
     overwrite: bool = False
+    keep_edited: bool = True
     on_missing: Literal["error", "reject"] = "error"
     model: str = Field("gemma3:27b", min_length=1)
     digest: str | None = None

@@ -27,6 +27,7 @@ from nanodit.console import Progress, waiting
 from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
+from prep.captions.written import read_written
 from prep.config import PrepConfig
 from prep.dataset.buckets import choose_bucket
 from prep.dataset.excluded import read_excluded
@@ -175,7 +176,8 @@ def make_plan(
             units = [unit for unit in texts if not keys.isdisjoint(shards[unit.bucket, unit.shard])]
             return committed_caption_hashes(read_parts(root, units))
 
-        captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all)
+        written = read_written(root) if config.captions.generated else {}
+        captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all, written)
         parts = read_parts(root, texts) if config.captions.generated else {}
         complete = sources.keys() <= captions.keys()
         generated, silent = ({}, []) if complete else generated_captions(config, parts)

@@ -37,17 +37,23 @@ def read_captions(
     sources: Mapping[str, Source],
     committed: Callable[[set[str]], Mapping[str, str]],
     look_all: LookAll = read_all,
+    written: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], list[Reject], list[str]]:
     """Return what every sample's text depends on: its caption's fingerprint, or the reason for having none.
 
     Where a model writes the captions that are missing, samples without a usable one are left out; where it writes all
     of them, every sample is. ``committed`` gives the fingerprints of captions of some keys that were used before: gone
     sources keep theirs, and so do those whose caption cannot be read now. Also returns what is going to be refused for
-    a bad caption, and lines for the user. Raises DataError with the count and the first paths when
-    ``captions.on_missing`` is "error" and a caption cannot be used, before anything expensive runs.
+    a bad caption, and lines for the user. ``written`` has what ``prep captions`` wrote
+    (:mod:`prep.captions.written`): where a model writes captions, a file that is as it was written there is no caption
+    of a person's. Raises DataError with the count and the first paths when ``captions.on_missing`` is "error" and a
+    caption cannot be used, before anything expensive runs.
     """
-    if "text" not in config.layers or config.captions.overwrite:
+    written = written if config.captions.generated and written else {}
+    if "text" not in config.layers or (config.captions.overwrite and not (config.captions.keep_edited and written)):
         return {}, [], []
+    if config.captions.overwrite:
+        sources = {key: source for key, source in sources.items() if key in written}
     captions: dict[str, str] = {}
     problems: list[tuple[Source, BadCaption]] = []
     gone = {key for key, source in sources.items() if source.gone}
@@ -66,7 +72,7 @@ def read_captions(
                 if isinstance(caption, BadCaption):
                     problems.append((source, caption))
                     caption = "" if config.captions.generated else caption.reason
-                if caption:
+                if caption and caption != written.get(source.key):
                     captions[source.key] = caption
             progress.advance(len(block))
     unread = {source.key for source, problem in problems if problem.reason == UNREADABLE}

@@ -16,7 +16,7 @@ from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 
 VERBS = {
-    "prep": "run plan figures doctor report verify versions exclude export",
+    "prep": "run plan figures doctor report verify versions exclude captions export",
     "train": "run plan sample sweep export gpu-check", "evaluate": "run report",
 }  # fmt: skip
 REFUSED = [
@@ -25,6 +25,7 @@ REFUSED = [
     "prep run --config configs/prep/quickstart.yaml", "prep plan --config configs/prep/quickstart.yaml", "prep doctor",
     "prep verify --repair --dataset nowhere", "prep versions nowhere --drop 0123 --yes",
     "prep versions nowhere --older-than 0d --yes", "prep exclude nowhere 0123",
+    "prep captions nowhere --write-txt --to x",
 ]  # fmt: skip
 
 
