@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -122,9 +122,16 @@ def download_file(reference: Reference, name: str, optional: bool = False) -> Pa
 
     Raises :class:`ConfigError`, which says what to do for gated models, wrong names and machines without network.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    if COMMIT.fullmatch(reference.revision or ""):  # whose files never change: what the cache knows of it is all
+        with suppress(HFValidationError):  # which is explained below
+            known = try_to_load_from_cache(reference.model, name, revision=reference.revision)
+            if isinstance(known, str):
+                return Path(known)
+            if known is _CACHED_NO_EXIST and optional:
+                return None
     try:
         with quiet_downloads():
             return Path(hf_hub_download(reference.model, name, revision=reference.revision))

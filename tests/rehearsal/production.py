@@ -70,8 +70,9 @@ def write_models(folder: Path) -> None:
             torch.manual_seed(0)
             with quiet_transformers():
                 kind(config).save_pretrained(folder / layer)
-    known = ["The", "a", *f"{WORDS} {THINGS} {VERBS}".split()]  # the words of the captions: a token each
-    T5Tokenizer(vocab=pieces(known), extra_ids=0, model_max_length=512).save_pretrained(folder / "t5")
+    if not (folder / "t5" / "tokenizer.json").is_file():
+        known = ["The", "a", *f"{WORDS} {THINGS} {VERBS}".split()]  # the words of the captions: a token each
+        T5Tokenizer(vocab=pieces(known), extra_ids=0, model_max_length=512).save_pretrained(folder / "t5")
     write_detector(folder / "pose" / "detector.onnx")
     write_pose(folder / "pose" / "pose.onnx")
     write_random_vgg(folder / "torch")

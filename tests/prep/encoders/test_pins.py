@@ -21,7 +21,7 @@ from prep.encoders.hub import Pin, Reference
 from prep.encoders.pins import MODELS, other_networks, pin_config, read_pins, resolve_models, unknown_models, write_pins
 from prep.encoders.registry import build_encoder, encoder_fingerprint, model_name
 from prep.encoders.t5 import T5Encoder
-from prep.encoders.weights import model_identity
+from prep.encoders.weights import model_identity, open_model
 from tests.prep.hub_server import HubServer, serve
 
 T5, DINO, POSE = "google-t5/t5-large", "facebook/dinov3-vitl16-pretrain-lvd1689m", "yzd-v/DWPose"
@@ -310,3 +310,11 @@ def test_all_models_are_asked_for_before_any_is_downloaded(
     assert "org/nowhere" in problems[1]
     assert remedy == f"To try the rest without them: --config {TRY_OUT} source=photos base=64"
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_commit_that_is_in_the_cache_needs_no_hub(hub: HubServer, config: PrepConfig) -> None:
+    pin = resolve_models(config, {})[T5]
+    hub.commits.clear()  # nothing can be had any more
+    folder, (_, revision, files) = open_model(T5, pin.revision)
+    assert (folder / "config.json").is_file()
+    assert (revision, files) == (pin.revision, pin.files)
