@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep.captions import quality
-from prep.captions.config import CaptionConfig
+from prep.captions.prompts import prompt_text
 from prep.captions.quality import (
     Accepted,
     Answer,
@@ -24,7 +24,6 @@ from prep.captions.quality import (
     readable,
     tidy,
 )
-from prep.passes.captions import read_prompt
 from tests.prep.caption_server import SPOILT, caption
 
 OPTIONS = {"num_predict": 400, "seed": 7, "temperature": 0.0}
@@ -86,7 +85,7 @@ BAD = [
     for line in (ANSWERS_OF_MODELS / "bad.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 ]
-PROMPT = read_prompt(CaptionConfig())
+PROMPT = prompt_text(None)
 DEFAULTS = CaptionRules(60, 300, OPTIONS, 0.5, PROMPT)
 
 
