@@ -45,7 +45,8 @@ ECHO_WORDS = 8  # of the prompt in a row
 THINKING = "thinking"  # why an answer ended that has reasoning and nothing else
 # the same eight words in a row three times: no prose, but a model that is caught in a loop
 LOOP_WORDS, LOOP_TIMES = 8, 3
-# ... and shorter runs that follow each other at once: words of a run -> how often it comes
+# ... or thirty that come twice, and shorter runs that follow each other at once: words of a run -> how often it comes
+TWICE_WORDS = 30
 STUTTERS = {1: 5, 2: 4, 3: 4, 4: 3, 5: 3, 6: 3, 7: 3}
 SAME_LETTERS = re.compile(r"(\S)\1{19}|[!-~]{160}")
 
@@ -149,7 +150,7 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         return Flaw("caption_empty", "the model answered without a word", "room")
     if CONTROL.search(text):
         return Flaw("caption_garbled", "the answer holds control characters or invalid Unicode", "quality")
-    if has_loop(words) or has_stutter(words):
+    if has_loop(words) or has_loop(words, TWICE_WORDS, 2) or has_stutter(words):
         return Flaw("caption_repeats", f"the answer repeats itself: {_short(' '.join(words[-LOOP_WORDS:]))}", "quality")
     if SAME_LETTERS.search(QUOTED.sub("", text)):
         return Flaw("caption_repeats", "the answer repeats letters, or has no spaces", "quality")
@@ -207,10 +208,10 @@ def _echo(words: Sequence[str], prompt: str) -> str:
     return ""
 
 
-def has_loop(words: Sequence[str]) -> bool:
-    """Tell whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
-    runs = Counter(zip(*(words[start:] for start in range(LOOP_WORDS))))
-    return any(count >= LOOP_TIMES for count in runs.values())
+def has_loop(words: Sequence[str], length: int = LOOP_WORDS, times: int = LOOP_TIMES) -> bool:
+    """Tell whether some ``length`` words in a row come ``times`` times."""
+    runs = Counter(zip(*(words[start:] for start in range(length))))
+    return any(count >= times for count in runs.values())
 
 
 def has_stutter(words: Sequence[str]) -> bool:

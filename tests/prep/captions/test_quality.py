@@ -107,6 +107,37 @@ def test_captions_of_all_styles_are_kept():
     assert len(flaws) <= 2, flaws
 
 
+HARMLESS = """Below is a narrow river, and above are two cranes.
+The following pages are blank.
+A T-shirt says I CAN'T KEEP CALM in white capitals.
+A sign asks visitors to PLEASE TRY AGAIN LATER.
+Great-grandmother and child share a blanket.
+Wait staff in white jackets carry trays.
+Looking at the camera, she shields her eyes from the sun.
+On the wall there is no picture, only a nail and a pale rectangle.
+The browser window is empty, and no image is visible on the screen.
+A woman in scrubs, as a dental assistant would wear them, holds a mirror.
+The photograph was attached to the page with two strips of tape.
+It is 3 p.m. – the hands of the clock show it.
+His jersey bears # 12, and another one has No. 1 on it.
+Subtitles read 'I'm sorry, I can't help you' in yellow.
+A card says „Es tut mir leid“ in gold letters.
+The banner says WELCOME TO ÇANAKKALE and, smaller, hoş geldiniz.
+The menu lists: 1. Soup 2. Salad 3. Fish.
+A neon sign reads 東京タワー.
+The screen shows x < 5 and y > 3.
+Elizabeth I, in a ruff of lace, looks to the left.
+Two words, "STOP": and "GO": are painted on the road.
+The road is long and straight and long and straight again.
+A painting titled La Liberté guidant le peuple hangs over the sofa.""".splitlines()
+
+
+@pytest.mark.parametrize("sentence", HARMLESS)
+def test_what_only_looks_like_talk_is_kept(sentence):
+    for text in (f"{CAPTIONS[0]} {sentence}", f"{sentence} {CAPTIONS[0]}", f"{CAPTIONS[0]} {sentence} {CAPTIONS[1]}"):
+        assert find_flaw(answer(text), DEFAULTS) is None
+
+
 @pytest.mark.parametrize(("position", "reason", "template"), [(i, *row) for i, row in enumerate(BAD)])
 def test_whatever_models_add_to_a_caption_is_a_flaw(position, reason, template):
     good = CAPTIONS[position % len(CAPTIONS)]
