@@ -41,6 +41,7 @@ CODE_VERSION = 2  # of the checks: raised when the same answers give other capti
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['-][^\W_]+)*")
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
 SENTENCE_ENDS = tuple(".!?\"')]。！？」』”»")
+LETTERS_PER_WORD = 40
 ECHO_WORDS = 8  # of the prompt in a row
 THINKING = "thinking"  # why an answer ended that has reasoning and nothing else
 # the same eight words in a row three times: no prose, but a model that is caught in a loop
@@ -107,7 +108,8 @@ class Ask:
 def readable(text: str) -> str:
     """Return the lines of an answer; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+    lines = "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+    return re.sub(r"\n{3,}", "\n\n", lines)
 
 
 def tidy(text: str) -> str:
@@ -133,7 +135,7 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         return Flaw("caption_timeout", "no server answered in time for this image", "final")
     if end == "refused":
         return Flaw("caption_refused", "the server's filter withheld the answer", "quality")
-    lines = without_reasoning(answer)
+    lines = without_reasoning(answer := readable(answer))
     cut = lines != answer
     lines = lines.replace("’", "'").replace("“", '"').replace("”", '"')
     text = tidy(lines)
@@ -154,6 +156,8 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         return Flaw("caption_repeats", f"the answer repeats itself: {_short(' '.join(words[-LOOP_WORDS:]))}", "quality")
     if SAME_LETTERS.search(QUOTED.sub("", text)):
         return Flaw("caption_repeats", "the answer repeats letters, or has no spaces", "quality")
+    if len(text) > LETTERS_PER_WORD * max_words:  # not worth looking at any closer
+        return Flaw("caption_too_long", f"{len(text)} letters, captions.max_words is {max_words}", "quality")
     if thinks:
         return _flaw("caption_reasoning", "the answer holds reasoning", thinks)
     for pattern in (REFUSAL, FOREIGN_REFUSAL):

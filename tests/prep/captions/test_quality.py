@@ -245,6 +245,12 @@ def test_whatever_a_server_sends_is_one_line_of_valid_text_or_a_flaw(text):
     assert flaw(text) is not None or len(clean.split()) >= 30
 
 
+def test_what_is_looked_at_is_bounded():
+    assert readable("a\r\n \n\n\n  b  c\u2028d ") == "a\n\nb c\nd"
+    long = Answer(" ".join(f"{number}-{number}" for number in range(3000)), "stop", OPTIONS)
+    assert find_flaw(long, RULES).reason == "caption_too_long"
+
+
 ANSWERS = st.sampled_from(
     [
         answer(GOOD), answer(""), answer(GOOD[:-9], "length"), answer(SPOILT["refusal"]), answer("Short."),
