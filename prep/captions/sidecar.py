@@ -7,6 +7,7 @@ description inside the image). The first that an image has is its caption, also 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -189,7 +190,8 @@ class SidecarCaptions:
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise BadCaption("caption_missing", f"{name}: {error.strerror}") from error
+            reason = "caption_missing" if error.errno in (errno.ENOENT, errno.ELOOP) else "caption_unreadable"
+            raise BadCaption(reason, f"{name}: {error.strerror}") from error
 
 
 def look_all_captions(
