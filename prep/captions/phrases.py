@@ -58,7 +58,7 @@ _LABELS = (
 )
 MARKDOWN = re.compile(
     r"(?:^|\n)\s*#{1,6}\s+\w|\s#{2,6}\s+\w|\*\*\S|\S\*\*|(?<!\w)__\w[^_]*__(?!\w)|(?<![\w*])\*\w[^*\n]{0,80}\*(?![\w*])"
-    r"|(?:^|\n|[.:;!?]\s)\s*[-*•‣◦●▪–]\s+\w"  # bullets
+    r"|(?:^|\n)\s*[-*•‣◦●▪–]\s+\w|[.:;!?]\s[*•‣◦●▪]\s+\w|(?:[.:;!?]\s[-–]\s\w.{1,600}?){2}"  # bullets
     r"|(?:^|\n)\s*\(?1[.)]\s(?=[^\n]*(?:\n|\s)\s*\(?2[.)]\s)|(?:[.:;]\s)\(?1[.)]\s+[A-Z].{0,600}[.;:]\s\(?2[.)]\s+[A-Z]"
     r"|!?\[[^\]\n]{1,80}\]\([^)\s]{1,200}\)|\|\s*:?-{3,}|(?:^|\n)\s*(?:-{3,}|={3,}|\*{3,}|_{3,})\s*(?:\n|$)"
     r"|(?:^|\n)\s*>\s+\w|\\(?:boxed|text|textbf|n)\b|\$\\"
@@ -70,7 +70,7 @@ MARKUP = re.compile(r"</?[A-Za-z][A-Za-z0-9_:-]{0,30}(?:\s[^<>]{0,200})?/?>|&(?:
 WORD_COUNT = re.compile(
     r"\bword[- ]?count\b|\b(?:total|number of) words\b|\bwords?\s*[:=]\s*\d{2,}"
     r"|[(\[]\s*[^()\[\]]{0,30}\b\d{2,4} words\b"
-    r"|^\s*\d{2,4} words\b|\bin (?:exactly |about |around |under |roughly )?\d{2,4} words\b"
+    r"|^\s*\d{2,4} words\b|\b\d{2,4} words\W*$|\bin (?:exactly |about |around |under |roughly )?\d{2,4} words\b"
     r"|\b(?:description|caption|paragraph|text|response|answer) (?:is|has|contains|consists of|runs to|comes to) "
     r"(?:exactly |about |around |approximately |roughly )?\d{2,4} words\b",
     re.IGNORECASE,
@@ -88,9 +88,11 @@ REFUSAL = re.compile(
     r"|\bas an? (?:\w+[ -])?(?:ai|(?:large )?language model|vision model)\b(?! art)"
     r"|\bi(?:'m| am) (?:just |only )?(?:an? )?(?:\w+ )?(?:ai|language model|text-based)\b"
     r"|\bi(?:'m| am) (?:unable|not able|not allowed|not permitted|not comfortable)\b"
-    r"|\bi (?:cannot|can't|can not|won't|will not|must decline|have to decline)\b(?: \w+)? ?"
-    r"(?:provide|describe|assist|help|identify|comply|fulfill?|see|view|process|create|generate|write|do|answer|engage"
-    r"|continue|discuss|complete|caption|make)?\b"
+    r"|\bi (?:cannot|can't|can not|won't|will not|am not going to)(?: \w+)? (?:provide|describe|assist|help|identify"
+    r"|comply"
+    r"|fulfill?|see|view|process|create|generate|write|answer|engage|continue|discuss|complete|caption|make out"
+    r"|do (?:this|that))\b"
+    r"|\bi (?:must|have to|need to) decline\b|\bi(?:'m| am) not (?:seeing|able)\b"
     rf"|\bi {_NOT}(?: \w+)? {_SEE}\b"
     r"|\bi (?:do not|don't) (?:actually |currently )?have (?:the ability|access|any image|an image|the image|a way)\b"
     rf"|\bi (?:see|have|received) no {_PICTURE}\b|^(?:there (?:is|was)|i see) no {_PICTURE}\b"
@@ -101,9 +103,12 @@ REFUSAL = re.compile(
     r"(?:attached|provided|uploaded|shared|included|supplied|sent|given|received)\b"
     rf"|\b{_PICTURE} (?:did not|didn't|failed to|could not|couldn't) (?:load|come through|upload|attach|be (?:loaded"
     rf"|opened))\b"
-    rf"|\bplease (?:\w+ )?(?:(?:upload|attach|re-?upload)\b|try again|(?:provide|share|send|paste"
+    rf"|\bplease (?:\w+ )?(?:(?:upload|attach|re-?upload)\b|(?:provide|share|send|paste"
     rf"|supply) (?:\w+ ){{0,3}}{_PICTURE}\b)"
-    rf"|\b(?:you|you've|you have)(?: \w+)? (?:forgotten|forgot|not (?:attached|provided|uploaded|shared))\b"
+    r"|\byou(?:'ve| have)?(?: \w+)? (?:forgotten|forgot)\b|\byou(?: have not| haven't| did not| didn't)(?: \w+)? "
+    r"(?:attach|upload|provid|shar|includ|sen[dt])|\b(?:could|can|would) you (?:please )?(?:upload|share|provide"
+    r"|send|attach)\b"
+    rf"|\bno {_PICTURE} (?:detected|found)\b"
     r"|\bagainst my (?:guidelines|policy|policies|programming|principles)\b|\bcontent polic(?:y|ies)\b"
     r"|\b(?:violates?|goes against) (?:\w+ )?(?:guidelines|polic(?:y|ies)|terms)\b",
     re.IGNORECASE,
@@ -116,9 +121,10 @@ FOREIGN_REFUSAL = re.compile(
     r"|\bje suis (?:vraiment )?désolée?\b|^désolée?\b|\bje ne (?:peux|vois|suis pas en mesure|puis)\b"
     r"|\ben tant qu'(?:ia|intelligence"
     r"|assistant|modèle)|\bmalheureusement, je\b"
-    r"|\blo siento\b|\bno puedo\b|\blo lamento\b|\bno veo ninguna\b|\bcomo (?:modelo|asistente|inteligencia)\b"
-    r"|\bmi dispiace\b|\bnon posso\b|\bnon sono in grado\b|\bnon vedo alcuna\b|\bcome modello\b"
-    r"|\bdesculp[ea]\b|\bsinto muito\b|\bnão (?:posso|consigo|vejo)\b|\blamento, mas\b|\bcomo (?:um )?modelo\b"
+    r"|\blo siento\b|\bno puedo\b|\blo lamento\b|\bno veo ninguna\b|\bcomo (?:modelo de|asistente (?:de|virtual)"
+    r"|inteligencia)\b"
+    r"|\bmi dispiace\b|\bnon posso\b|\bnon sono in grado\b|\bnon vedo alcuna\b|\bcome modello ling"
+    r"|\bdesculp[ea]\b|\bsinto muito\b|\bnão (?:posso|consigo|vejo)\b|\blamento, mas\b|\bcomo (?:um )?modelo de ling"
     r"|\bhet spijt me\b|\bik kan (?:\w+ ){0,5}(?:niet|geen)\b|\bsorry, maar ik\b|\bhelaas kan ik\b"
     r"|\bprzepraszam\b|\bprzykro mi\b|\bnie mogę\b|\bniestety\b|\bomlouvám se\b|\bbohužel\b|\bnemohu\b"
     r"|\btyvärr\b|\bjag kan (?:\w+ ){0,4}inte\b|\bbeklager\b|\bjeg kan (?:\w+ ){0,4}ikke\b|\bvalitettavasti\b"
@@ -142,9 +148,11 @@ PREAMBLE = re.compile(
     r"|gladly|happy to help)(?:\s*[,.!:]|\s+[–—-]\s|\s+(?:thing|here)\b)"
     r"|(?:^|[.!?:\n]\s*)\W{0,3}(?:and |now |so )?here(?:'s| is| are| you go| comes)\b[^.:]{0,80}\b" + _TEXT + r"s?\b"
     r"|^\W*(?:here you go|here it is)\b"
-    r"|(?:^|[.!?\n]\s*)(?:below|the following) (?:is|are|paragraph|description|caption)\b"
+    r"|(?:^|[.!?\n]\s*)(?:below|the following) (?:is|are) (?:\w+ ){0,4}" + _TEXT + r"s?\b"
+    r"|(?:^|[.!?\n]\s*)the following (?:paragraph|description|caption)\b"
+    r"|^\W*(?:image|photo|picture|figure) ?\d*\s*:\s"
     r"|(?:^|[.!?\n]\s*)\W*(?:(?:image|photo|picture|detailed|final|my|dense|the|one|short|long|revised)[- ]?){0,3}"
-    + _TEXT + r"s?\W*:\W*\s"
+    + _TEXT + r"s?(?: (?:of|for) (?:the|this) \w+)?\W*:\W*\s"
     r"|^(?:this is|that is|it is) (?:a|the|my) (?:\w+ ){0,3}" + _TEXT + r"\b"
     rf"|^(?:to describe\b|(?:based on|looking at) (?:the|this|your) (?:\w+ )?{_PICTURE}\b|as requested"
     rf"|(?:as )?per your|following your"

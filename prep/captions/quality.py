@@ -41,11 +41,13 @@ CODE_VERSION = 2  # of the checks: raised when the same answers give other capti
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['-][^\W_]+)*")
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
 SENTENCE_ENDS = tuple(".!?\"')]。！？」』”»")
+LETTERS_PER_WORD = 40
 ECHO_WORDS = 8  # of the prompt in a row
 THINKING = "thinking"  # why an answer ended that has reasoning and nothing else
 # the same eight words in a row three times: no prose, but a model that is caught in a loop
 LOOP_WORDS, LOOP_TIMES = 8, 3
-# ... and shorter runs that follow each other at once: words of a run -> how often it comes
+# ... or thirty that come twice, and shorter runs that follow each other at once: words of a run -> how often it comes
+TWICE_WORDS = 30
 STUTTERS = {1: 5, 2: 4, 3: 4, 4: 3, 5: 3, 6: 3, 7: 3}
 SAME_LETTERS = re.compile(r"(\S)\1{19}|[!-~]{160}")
 
@@ -106,7 +108,8 @@ class Ask:
 def readable(text: str) -> str:
     """Return the lines of an answer; what is not valid Unicode becomes U+FFFD, which :func:`find_flaw` refuses."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+    lines = "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+    return re.sub(r"\n{3,}", "\n\n", lines)
 
 
 def tidy(text: str) -> str:
@@ -132,7 +135,7 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         return Flaw("caption_timeout", "no server answered in time for this image", "final")
     if end == "refused":
         return Flaw("caption_refused", "the server's filter withheld the answer", "quality")
-    lines = without_reasoning(answer)
+    lines = without_reasoning(answer := readable(answer))
     cut = lines != answer
     lines = lines.replace("’", "'").replace("“", '"').replace("”", '"')
     text = tidy(lines)
@@ -149,10 +152,12 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         return Flaw("caption_empty", "the model answered without a word", "room")
     if CONTROL.search(text):
         return Flaw("caption_garbled", "the answer holds control characters or invalid Unicode", "quality")
-    if has_loop(words) or has_stutter(words):
+    if has_loop(words) or has_loop(words, TWICE_WORDS, 2) or has_stutter(words):
         return Flaw("caption_repeats", f"the answer repeats itself: {_short(' '.join(words[-LOOP_WORDS:]))}", "quality")
     if SAME_LETTERS.search(QUOTED.sub("", text)):
         return Flaw("caption_repeats", "the answer repeats letters, or has no spaces", "quality")
+    if len(text) > LETTERS_PER_WORD * max_words:  # not worth looking at any closer
+        return Flaw("caption_too_long", f"{len(text)} letters, captions.max_words is {max_words}", "quality")
     if thinks:
         return _flaw("caption_reasoning", "the answer holds reasoning", thinks)
     for pattern in (REFUSAL, FOREIGN_REFUSAL):
@@ -207,10 +212,10 @@ def _echo(words: Sequence[str], prompt: str) -> str:
     return ""
 
 
-def has_loop(words: Sequence[str]) -> bool:
-    """Tell whether some ``LOOP_WORDS`` words in a row come ``LOOP_TIMES`` times."""
-    runs = Counter(zip(*(words[start:] for start in range(LOOP_WORDS))))
-    return any(count >= LOOP_TIMES for count in runs.values())
+def has_loop(words: Sequence[str], length: int = LOOP_WORDS, times: int = LOOP_TIMES) -> bool:
+    """Tell whether some ``length`` words in a row come ``times`` times."""
+    runs = Counter(zip(*(words[start:] for start in range(length))))
+    return any(count >= times for count in runs.values())
 
 
 def has_stutter(words: Sequence[str]) -> bool:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from nanodit.console import say
-from nanodit.errors import ConfigError, DataError
+from nanodit.errors import DataError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.captions import quality
@@ -29,6 +28,7 @@ from prep.captions.base import UNKNOWN
 from prep.captions.cache import CaptionCache
 from prep.captions.config import CaptionConfig
 from prep.captions.hosts import HostPool, agreed_digest, list_faults, unload_models
+from prep.captions.prompts import PEOPLE, SHIPPED, prompt_text
 from prep.captions.quality import Accepted, Answer, Ask, CaptionRules, Flaw, next_step, next_steps
 from prep.captions.servers import SERVERS
 from prep.captions.sidecar import BadCaption, Caption, text_sample
@@ -40,7 +40,7 @@ from prep.passes.layers import ShardTask
 from prep.passes.placement import Node, caption_hosts
 from prep.passes.sidecars import came_with_images
 
-PROMPT = Path(__file__).parents[1] / "captions" / "caption_prompt.txt"
+PROMPT = SHIPPED[PEOPLE]
 JPEG_QUALITY = 90
 DECODERS = 4  # threads that read crops and write the cache
 LOOKAHEAD = 16  # crops that are ready when a slot gets free, besides one per slot
@@ -81,15 +81,8 @@ def question(captions: CaptionConfig) -> dict[str, Any]:
 
 
 def read_prompt(captions: CaptionConfig) -> str:
-    """Return the text of the prompt. Raises ConfigError when its file cannot be read or is empty."""
-    path = Path(captions.prompt) if captions.prompt else PROMPT
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"captions.prompt {path} cannot be read as UTF-8 text: {error}") from None
-    if not text:
-        raise ConfigError(f"captions.prompt {path} is empty. Write into it what the model should do, or set it to null")
-    return text
+    """Return the text of the prompt; errors as those of :func:`prep.captions.prompts.prompt_text`."""
+    return prompt_text(captions.prompt)
 
 
 def free_cards(config: PrepConfig, nodes: Sequence[Node]) -> bool:

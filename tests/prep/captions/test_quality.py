@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep.captions import quality
-from prep.captions.config import CaptionConfig
+from prep.captions.prompts import prompt_text
 from prep.captions.quality import (
     Accepted,
     Answer,
@@ -24,7 +24,6 @@ from prep.captions.quality import (
     readable,
     tidy,
 )
-from prep.passes.captions import read_prompt
 from tests.prep.caption_server import SPOILT, caption
 
 OPTIONS = {"num_predict": 400, "seed": 7, "temperature": 0.0}
@@ -86,7 +85,7 @@ BAD = [
     for line in (ANSWERS_OF_MODELS / "bad.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 ]
-PROMPT = read_prompt(CaptionConfig())
+PROMPT = prompt_text(None)
 DEFAULTS = CaptionRules(60, 300, OPTIONS, 0.5, PROMPT)
 
 
@@ -106,6 +105,37 @@ def test_captions_of_all_styles_are_kept():
     assert len(set(CAPTIONS)) == 60
     flaws = [(flaw.detail, text) for text in CAPTIONS if (flaw := find_flaw(answer(text), DEFAULTS))]
     assert len(flaws) <= 2, flaws
+
+
+HARMLESS = """Below is a narrow river, and above are two cranes.
+The following pages are blank.
+A T-shirt says I CAN'T KEEP CALM in white capitals.
+A sign asks visitors to PLEASE TRY AGAIN LATER.
+Great-grandmother and child share a blanket.
+Wait staff in white jackets carry trays.
+Looking at the camera, she shields her eyes from the sun.
+On the wall there is no picture, only a nail and a pale rectangle.
+The browser window is empty, and no image is visible on the screen.
+A woman in scrubs, as a dental assistant would wear them, holds a mirror.
+The photograph was attached to the page with two strips of tape.
+It is 3 p.m. – the hands of the clock show it.
+His jersey bears # 12, and another one has No. 1 on it.
+Subtitles read 'I'm sorry, I can't help you' in yellow.
+A card says „Es tut mir leid“ in gold letters.
+The banner says WELCOME TO ÇANAKKALE and, smaller, hoş geldiniz.
+The menu lists: 1. Soup 2. Salad 3. Fish.
+A neon sign reads 東京タワー.
+The screen shows x < 5 and y > 3.
+Elizabeth I, in a ruff of lace, looks to the left.
+Two words, "STOP": and "GO": are painted on the road.
+The road is long and straight and long and straight again.
+A painting titled La Liberté guidant le peuple hangs over the sofa.""".splitlines()
+
+
+@pytest.mark.parametrize("sentence", HARMLESS)
+def test_what_only_looks_like_talk_is_kept(sentence):
+    for text in (f"{CAPTIONS[0]} {sentence}", f"{sentence} {CAPTIONS[0]}", f"{CAPTIONS[0]} {sentence} {CAPTIONS[1]}"):
+        assert find_flaw(answer(text), DEFAULTS) is None
 
 
 @pytest.mark.parametrize(("position", "reason", "template"), [(i, *row) for i, row in enumerate(BAD)])
@@ -213,6 +243,12 @@ def test_whatever_a_server_sends_is_one_line_of_valid_text_or_a_flaw(text):
     assert tidy(clean) == clean
     assert "\n" not in clean
     assert flaw(text) is not None or len(clean.split()) >= 30
+
+
+def test_what_is_looked_at_is_bounded():
+    assert readable("a\r\n \n\n\n  b  c\u2028d ") == "a\n\nb c\nd"
+    long = Answer(" ".join(f"{number}-{number}" for number in range(3000)), "stop", OPTIONS)
+    assert find_flaw(long, RULES).reason == "caption_too_long"
 
 
 ANSWERS = st.sampled_from(

@@ -1,5 +1,6 @@
 """Sidecar captions: text or an error, never an empty string."""
 
+import errno
 import os
 from pathlib import PurePosixPath
 
@@ -99,6 +100,23 @@ def test_a_link_out_of_the_source_is_not_published(tmp_path):
         "f": "caption_unreadable",
         "g": "caption_missing",
     }
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.ENOENT, "caption_missing"), (errno.EACCES, "caption_unreadable"), (errno.EIO, "caption_unreadable")],
+)
+def test_a_caption_that_is_there_and_cannot_be_read_is_not_missing(tmp_path, monkeypatch, code, reason):
+    """A model would write another one over it."""
+    (tmp_path / "a.txt").write_text("A red shirt.")
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("prep.captions.sidecar.open", refuse, raising=False)
+    with pytest.raises(BadCaption, match=r"a\.txt: ") as bad:
+        SidecarCaptions(tmp_path).caption("a.png")
+    assert bad.value.reason == reason
 
 
 @pytest.mark.parametrize("host", ["ftp://a", "http://", "http://a?x=1", "http://user:secret@a:11434", "http://a:port"])

@@ -584,6 +584,20 @@ def test_images_without_a_caption_stop_the_doctor_as_they_stop_the_run(photos: P
     assert "nothing was accepted" in check.found
 
 
+def test_the_doctor_looks_for_captions_where_the_run_does(photos: Path, tmp_path: Path) -> None:
+    def check(**captions: Any) -> Check:
+        settings = config(source=str(photos), output=str(tmp_path), base=64, captions=captions)
+        return find(place_checks(settings), "captions")
+
+    (photos / "1.TXT").unlink()
+    assert "captions.backend=ollama or openai" in check().fix
+    (photos / "metadata.csv").write_text("file_name,text\n1.png,A red square.\n")
+    assert check().status == "OK"
+    assert "1 of 3 images have no caption: 1.txt missing" in check(**{"from": ["txt"]}).found
+    (photos / "2.TXT").write_text(" ")  # it is there, and no caption
+    assert "1 of 3 images have no caption: 2.txt missing" in check().found
+
+
 def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path: Path) -> None:
     def checks(base: int) -> list[Check]:
         return place_checks(config(source=str(photos), output=str(tmp_path / "set"), base=base))
