@@ -233,6 +233,8 @@ def _webp(file: BinaryIO, pixels: bool) -> Pieces:
     pieces, extended, absent = [b""], 0, set(WEBP_FLAGS)
     while file.tell() + 8 <= end:
         kind, length = struct.unpack("<4sI", head := _take(file, 8))
+        if kind == b"VP8X" and length < 10:
+            raise Unusual("a short header")
         most = {b"ICCP": MAX_PROFILE if pixels else 0}.get(kind, MAX_METADATA)
         if kind not in WEBP_PIXELS and (kind not in WEBP_FLAGS or length > most):
             file.seek(length + length % 2, os.SEEK_CUR)

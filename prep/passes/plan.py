@@ -27,7 +27,7 @@ from nanodit.errors import ConfigError, DataError, ResourceError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
-from prep.dataset.buckets import choose_bucket
+from prep.dataset.buckets import choose_bucket, reduction
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
@@ -50,6 +50,7 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import read_captions
 
+REDUCED = 1  # raised when reduced decoding gives other pixels
 SCAN_VERSION = 3  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
@@ -161,7 +162,8 @@ def make_plan(
         gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
         kept = away if prune else [*gone, *away]
         rejects, sources = list(found.rejects), {}
-        sizes: dict[tuple[int, int], tuple[Problem | None, str, float]] = {}
+        sizes: dict[tuple[int, int], tuple[Problem | None, str, float, bool]] = {}
+        large: set[str] = set()
         cropped: list[tuple[float, str]] = []
         buckets: dict[str, str] = {}
         for source in chain(found.sources, kept):
@@ -169,12 +171,15 @@ def make_plan(
             if size not in sizes:
                 problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
                 fitting = choose_bucket(*size, config.base)
-                sizes[size] = problem, str(fitting), lost_area(*size, fitting)
-            problem, bucket, lost = sizes[size]
+                reduced = reduction(*size, fitting) > 1
+                sizes[size] = problem, str(fitting), lost_area(*size, fitting), reduced
+            problem, bucket, lost, reduced = sizes[size]
             if problem:
                 rejects.append(Reject(source.name, "source", *problem))
             else:
                 sources[source.key], buckets[source.key] = source, bucket
+                if reduced:
+                    large.add(source.key)
                 if lost > CROPPED:
                     cropped.append((lost, source.name))
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
@@ -188,7 +193,7 @@ def make_plan(
         captions, expected, kept_captions = read_captions(config, sources, committed_captions, cache.look_all)
         parts = read_parts(root, texts) if config.captions.generated else {}
         generated, silent = generated_captions(config, parts) if shards else ({}, [])
-        recipes = make_recipes(config, shards, captions, generated)
+        recipes = make_recipes(config, shards, captions, generated, large)
         parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
@@ -342,8 +347,12 @@ def make_recipes(
     shards: Mapping[tuple[str, int], list[str]],
     captions: Mapping[str, str],
     generated: Mapping[str, Any],
+    large: set[str],
 ) -> dict[Unit, dict[str, Any]]:
-    """Everything each unit is made from, shard by shard in the order of the data flow."""
+    """Everything each unit is made from, shard by shard in the order of the data flow.
+
+    ``large`` are the keys of images that are reduced while they are decoded, if they are JPEGs.
+    """
     with waiting("loading the code of the encoders", at_once=False):  # folders of models are hashed, demo ones built
         encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
         encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
@@ -356,6 +365,8 @@ def make_recipes(
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
                 if config.image.format != "webp":  # which recipes need not name, as it was always so
                     recipe["format"] = config.image.format
+                if not large.isdisjoint(keys):  # nor this: pixels of other shards are as before
+                    recipe["reduced"] = REDUCED
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":

@@ -1,11 +1,11 @@
-"""What decoding large JPEGs at a reduced scale would save of the px layer's time, and what it would change.
+"""What decoding large JPEGs at a reduced scale saves of the px layer's time, and what it changes.
 
     python -m tests.benchmarks.reduced_decoding [--pictures 24] [--rounds 3] [--base 1024] [--enlarge 2.5]
 
 Photographs from scikit-image as JPEGs, enlarged by a factor so that they are of a camera's size at base 1024; with
-`--enlarge 1 --base 256` they keep their own detail and are as much larger than the bucket. "draft" lets the decoder
+`--enlarge 1 --base 256` they keep their own detail and are as much larger than the bucket. "draft" (`prep run`) lets the decoder
 scale by 1/2, 1/4 or 1/8 to at least twice the crop (`Image.draft`), "gap 2" and "gap 3" reduce by whole factors before
-Lanczos (`reducing_gap`). "stage" is all that the px layer does with an image. PSNR is to the crop of today; times are
+Lanczos (`reducing_gap`). "stage" is all that the px layer does with an image. PSNR is to the crop of all pixels; times are
 those of the processor, the shortest of the rounds.
 """
 
@@ -26,24 +26,14 @@ from prep.dataset.codecs import encode_pixels
 from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import sharpness
 from prep.images.jpeg_damage import find_damage
-from prep.images.sources import canonical_pixels, decode
+from prep.images.sources import decode
 from tests.rehearsal.photographs import pictures
 
 MAX_PIXELS = 178_956_970
 
 
-def drafted(data: bytes, bucket: Bucket) -> Image.Image:
-    """Decode at the smallest scale of at least twice the crop, then as today."""
-    find_damage(data)
-    with Image.open(io.BytesIO(data)) as image:
-        scale = 2 * centre_crop(*image.size, bucket).scale
-        image.draft(None, (round(image.width * scale), round(image.height * scale)))
-        image.load()
-        return crop_to_bucket(canonical_pixels(image), bucket)
-
-
 def reduced(gap: float) -> Callable[[bytes, Bucket], Image.Image]:
-    """Decode as today, and reduce by whole factors first."""
+    """Decode all, and reduce by whole factors first."""
 
     def crop(data: bytes, bucket: Bucket) -> Image.Image:
         image = decode(data, MAX_PIXELS)
@@ -54,8 +44,8 @@ def reduced(gap: float) -> Callable[[bytes, Bucket], Image.Image]:
 
 
 WAYS: dict[str, Callable[[bytes, Bucket], Image.Image]] = {
-    "today": lambda data, bucket: crop_to_bucket(decode(data, MAX_PIXELS), bucket),
-    "draft": drafted,
+    "all": lambda data, bucket: crop_to_bucket(decode(data, MAX_PIXELS), bucket),
+    "draft": lambda data, bucket: crop_to_bucket(decode(data, MAX_PIXELS, bucket), bucket),
     "gap 2": reduced(2.0),
     "gap 3": reduced(3.0),
 }
@@ -91,15 +81,15 @@ def main() -> None:
             find_damage(data)
             taken["damage"].append(time.process_time() - begun)
             begun = time.process_time()
-            rest_of_stage(crops["today"])
+            rest_of_stage(crops["all"])
             taken["rest"].append(time.process_time() - begun)
         rest.append(min(taken["rest"]))
         damage.append(min(taken["damage"]))
         for name, crop in crops.items():
             seconds[name].append(min(taken[name]))
-            error = np.square(crop.astype(np.float64) - crops["today"]).mean()
+            error = np.square(crop.astype(np.float64) - crops["all"]).mean()
             psnr[name].append(10 * np.log10(255**2 / max(error, 1e-9)))
-    stage = np.mean(seconds["today"]) + np.mean(rest)
+    stage = np.mean(seconds["all"]) + np.mean(rest)
     say(
         f"{len(rest)} pictures, base {options.base}, enlarged {options.enlarge}; "
         f"after the crop {1000 * np.mean(rest):.1f} ms"
