@@ -3,10 +3,10 @@
     python -m tests.benchmarks.reduced_decoding [--pictures 24] [--rounds 3] [--base 1024] [--enlarge 2.5]
 
 Photographs from scikit-image as JPEGs, enlarged by a factor so that they are of a camera's size at base 1024; with
-`--enlarge 1 --base 256` they keep their own detail and are as much larger than the bucket. "draft" (`prep run`) lets the decoder
-scale by 1/2, 1/4 or 1/8 to at least twice the crop (`Image.draft`), "gap 2" and "gap 3" reduce by whole factors before
-Lanczos (`reducing_gap`). "stage" is all that the px layer does with an image. PSNR is to the crop of all pixels; times are
-those of the processor, the shortest of the rounds.
+`--enlarge 1 --base 256` they keep their own detail and are as much larger than the bucket. "draft", as in `prep run`,
+lets the decoder scale by 1/2, 1/4 or 1/8 to at least twice the crop; "gap 2" and "gap 3" reduce by whole factors before
+Lanczos (`reducing_gap`). "stage" is all that the px layer does with an image. PSNR is to the crop of all pixels; times
+are those of the processor, the shortest of the rounds.
 """
 
 from __future__ import annotations
