@@ -157,7 +157,7 @@ def make_plan(
             raise DataError(f"source {folder} holds no images. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
         missing = compare_sources(manifest, found)
-        if prune:
+        if prune and len(manifest):
             refuse_to_prune(found.rejects, config.source)
         gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
         kept = away if prune else [*gone, *away]
