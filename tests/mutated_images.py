@@ -30,12 +30,13 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from nanodit.console import say
-from prep.dataset.buckets import choose_bucket, crop_to_bucket
+from prep.dataset.buckets import Bucket, choose_bucket, crop_to_bucket
 from prep.images.sources import BadImage, load_canonical, read_header
 
 PATIENCE = 10.0  # seconds
 MEMORY = 1 << 30
 MAX_PIXELS = 1 << 24  # of which the decoders may make some copies within MEMORY
+SMALL = Bucket(8, 8)
 VALUES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -199,8 +200,9 @@ def through_the_door(folder: Path, data: bytes) -> str:
         bad.detail.encode()  # its words can be written
         return bad.reason
     assert image.size == (source.width, source.height), f"{image.size}, its header said {source.width, source.height}"
-    bucket = choose_bucket(*image.size, 64)
-    assert np.asarray(crop_to_bucket(image, bucket)).shape == (bucket.height, bucket.width, 3)
+    small = load_canonical(folder, source, MAX_PIXELS, bucket=SMALL)  # reduced while it is decoded, if it is a JPEG
+    for pixels, bucket in ((image, choose_bucket(*image.size, 64)), (small, SMALL)):
+        assert np.asarray(crop_to_bucket(pixels, bucket)).shape == (bucket.height, bucket.width, 3)
     return "crop"
 
 

@@ -69,9 +69,9 @@ def look_at_folder(config: PrepConfig) -> Folder:
                 yield found
 
     found = scan(source, config.image.max_pixels, look_all, partial(has_caption, config))
-    usable, _, unwanted, _ = judge_sizes(config, found.sources)
-    refused = found.rejects + unwanted
-    return Folder(usable, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
+    fitting = judge_sizes(config, found.sources)
+    refused = found.rejects + fitting.rejects
+    return Folder(fitting.sources, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
 
 
 def project_check() -> Check:

@@ -6,7 +6,7 @@ decides about pixels is kept: their data, palette, transparency, colour profile,
 A header check keeps IPTC too, which may hold a description.
 
 Formats: PNG (third edition, sections 5 and 11), JPEG (ITU-T T.81 annex B; JFIF, Adobe, Exif 2.32, ICC.1 annex B.4),
-WebP (RFC 9649).
+WebP (RFC 9649), TIFF (revision 6.0, section 2; BigTIFF), whose large tags are made empty where they stand.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ SOS, APP0, APP1, APP2, APP13, APP14, APP15, COM = 0xDA, 0xE0, 0xE1, 0xE2, 0xED, 
 WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # of VP8X: which of them there are
 
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_PIXELS = (273, 279, 324, 325, 347)  # places and lengths of strips and tiles, and the tables of a JPEG inside
+TIFF_PROFILE = 34675
+TIFF_TYPES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes; others 1
+
 Pieces = tuple[list[bytes], bytes | None]
 
 
@@ -53,13 +58,65 @@ def without_metadata(file: BinaryIO, pixels: bool = True) -> tuple[BinaryIO, byt
     elif head.startswith(b"RIFF") and head[8:] == b"WEBP":
         read = _webp
     file.seek(0)
-    if read:
-        try:
+    try:
+        if read:
             pieces, profile = read(file, pixels)
             return io.BytesIO(b"".join(pieces)), profile
-        except Unusual:
+        if head.startswith(TIFF_MAGIC) and (patches := _large_tags(file, pixels)):
             file.seek(0)
+            patched = Patched(file, patches)
+            return io.BytesIO(patched.read()) if pixels else patched, None
+    except Unusual:
+        pass
+    file.seek(0)
     return file, None
+
+
+class Patched(io.RawIOBase, BinaryIO):
+    """A file in which some bytes are others: ``patches`` maps places to them."""
+
+    def __init__(self, file: BinaryIO, patches: dict[int, bytes]) -> None:
+        self.file, self.patches = file, patches
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move in the file below."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file below."""
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as the file below does, with the patches."""
+        start = self.file.tell()
+        data = bytearray(self.file.read(size))
+        for place, patch in self.patches.items():
+            for at, value in enumerate(patch, place - start):
+                if 0 <= at < len(data):
+                    data[at] = value
+        return bytes(data)
+
+
+def _large_tags(file: BinaryIO, pixels: bool) -> dict[int, bytes]:
+    """Return patches that give the large tags of a TIFF's first directory no values; the others are of more pages."""
+    head = _take(file, 16)
+    order, big = "<" if head[:1] == b"I" else ">", head[2:3] == b"+" or head[3:4] == b"+"
+    word, place, entry = ("Q", head[8:16], "HHQ") if big else ("L", head[4:8], "HHL")
+    file.seek(struct.unpack(order + word, place)[0])
+    number = struct.unpack(order + ("Q" if big else "H"), _take(file, 8 if big else 2))[0]
+    start, length = file.tell(), 20 if big else 12
+    entries = _take(file, number * length)
+    patches = {}
+    for at in range(0, len(entries), length):
+        tag, kind, count = struct.unpack_from(order + entry, entries, at)
+        most = MAX_PROFILE if tag == TIFF_PROFILE and pixels else MAX_METADATA
+        if tag not in TIFF_PIXELS and count * TIFF_TYPES.get(kind, 1) > most:
+            patches[start + at + 4] = bytes(8 if big else 4)
+    return patches
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
@@ -178,6 +235,8 @@ def _webp(file: BinaryIO, pixels: bool) -> Pieces:
     pieces, extended, absent = [b""], 0, set(WEBP_FLAGS)
     while file.tell() + 8 <= end:
         kind, length = struct.unpack("<4sI", head := _take(file, 8))
+        if kind == b"VP8X" and length < 10:
+            raise Unusual("a short header")
         most = {b"ICCP": MAX_PROFILE if pixels else 0}.get(kind, MAX_METADATA)
         if kind not in WEBP_PIXELS and (kind not in WEBP_FLAGS or length > most):
             file.seek(length + length % 2, os.SEEK_CUR)

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from nanodit.console import Progress
 from nanodit.errors import ResourceError
+from prep.dataset.buckets import REDUCED, Bucket, reduction
 from prep.images.descriptions import descriptions, digests
 from prep.images.formats import (
     FORMATS,
@@ -61,6 +62,7 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MIRRORED, UPSIDE_DOWN = (2, 3, 6, 7), (3, 4, 7, 8)  # orientations that reverse what is upright left to right, top down
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 THREADS = 8  # that look at files: hashing releases the GIL, and storage likes company
@@ -372,11 +374,15 @@ def describe_file(folder: Path, name: str, max_pixels: int) -> dict[str, Any] | 
 
 
 def load_canonical(
-    folder: Path, source: Source, max_pixels: int, begin: Callable[[], None] = lambda: None
+    folder: Path,
+    source: Source,
+    max_pixels: int,
+    begin: Callable[[], None] = lambda: None,
+    bucket: Bucket | None = None,
 ) -> Image.Image:
     """Decode a source to canonical pixels (RGB). Raises BadImage, also when the file is no longer what was planned.
 
-    ``begin`` is called when the file has been read and its decoding begins.
+    ``begin`` is called when the file has been read and its decoding begins; ``bucket`` as of :func:`decode`.
     """
     try:
         data = (folder / source.name).read_bytes()
@@ -389,18 +395,29 @@ def load_canonical(
     if hashlib.sha256(data).hexdigest()[:KEY_DIGITS] != source.key:
         raise BadImage("changed_during_run", "the content changed after the run had begun")
     begin()
-    return decode(data, max_pixels)
+    return decode(data, max_pixels, bucket)
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage."""
+def decode(data: bytes, max_pixels: int, bucket: Bucket | None = None) -> Image.Image:
+    """Return the canonical pixels (RGB) of the bytes of an image file. Raises BadImage.
+
+    A JPEG that is much larger than ``bucket`` comes reduced by a whole number (:func:`prep.dataset.buckets.reduction`).
+    """
     if damage := find_damage(data):
         raise BadImage("corrupt", f"damaged inside: {damage}")
     with _open_image(io.BytesIO(data), max_pixels, pixels=True) as image:
         orientation = read_orientation(image)
         try:
+            width, height = image.size if orientation < 5 else image.size[::-1]
+            factor = reduction(width, height, bucket) if bucket and image.format == "JPEG" else 1
+            if factor > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            return canonical_pixels(image, orientation)
+            pixels = canonical_pixels(image, orientation)
+            if factor > 1:  # the last column and row are incomplete, and may have come to be the first
+                corner = (-width % factor * (orientation in MIRRORED), -height % factor * (orientation in UPSIDE_DOWN))
+                pixels.info[REDUCED] = width, height, factor, *(side / factor for side in corner)
+            return pixels
         except (BadImage, MemoryError):
             raise
         except Exception as error:  # as in _open_image: any failure of a decoder is a property of the file

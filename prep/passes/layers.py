@@ -150,12 +150,13 @@ class LayerWorker:
         """Source files -> crops, lossless unless ``image.format`` is JPEG. The only place where a source is decoded."""
         bucket, (member,) = Bucket.parse(job.task.bucket), members_of("px", job.recipe)
         lossless, wanted_again = member == "webp", self._wanted_again(job)
+        reduced = bucket if "reduced" in job.recipe else None
         self._crops.open(fingerprint_of(job.recipe))
         with self._writing(job, facts={}) as writer:
             for source in self._wanted(job, writer, job.task.sources, lambda source: source.key):
                 begin = partial(self._begin_decoding, source.key)
                 try:
-                    image = load_canonical(self.source, source, self.config.image.max_pixels, begin)
+                    image = load_canonical(self.source, source, self.config.image.max_pixels, begin, reduced)
                 except BadImage as bad:
                     writer.reject(source.key, bad.reason, bad.detail)
                     continue

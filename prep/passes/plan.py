@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.captions.written import read_written
 from prep.config import PrepConfig
-from prep.dataset.buckets import choose_bucket
+from prep.dataset.buckets import choose_bucket, reduction
 from prep.dataset.excluded import read_excluded
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
@@ -53,7 +53,8 @@ from prep.passes.missing_sources import (
 )
 from prep.passes.sidecars import has_caption, read_captions, text_recipe
 
-SCAN_VERSION = 5  # raised when the same sources give other rows
+REDUCED = 1  # raised when reduced decoding gives other pixels
+SCAN_VERSION = 6  # raised when the same sources give other rows
 
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
@@ -162,14 +163,16 @@ def make_plan(
             raise DataError(f"source {folder} holds no images{others}. Set source=FOLDER to where the images are")
         manifest = read_manifest(root)
         missing = compare_sources(manifest, found)
-        if prune:
+        if prune and len(manifest):
             refuse_to_prune(found.rejects, config.source)
         gone, away = worth_keeping(root, missing.gone), worth_keeping(root, missing.away)
         kept = away if prune else [*gone, *away]
-        sources, buckets, unwanted, cropped = judge_sizes(config, chain(found.sources, kept))
-        rejects = found.rejects + unwanted
+        fitting = judge_sizes(config, chain(found.sources, kept))
+        sources, buckets = fitting.sources, fitting.buckets
+        rejects = found.rejects + fitting.rejects
         shards = assign_shards(buckets, earlier_places(root, manifest, buckets), config.shard_size)
-        del manifest, buckets  # a hundred MB each of a million samples
+        del manifest
+        buckets.clear()  # a hundred MB each of a million samples
         texts = [Unit(*place, "text") for place in shards if "text" in config.active_layers]
 
         def committed_captions(keys: set[str]) -> dict[str, str]:
@@ -186,7 +189,7 @@ def make_plan(
                 f"{len(captions)} of {len(sources)} images came with a caption; {config.captions.backend} writes the "
                 "others (captions.overwrite=true: all of them)"
             )
-        recipes = make_recipes(config, shards, captions, generated)
+        recipes = make_recipes(config, shards, captions, generated, fitting.large)
         parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
@@ -201,7 +204,7 @@ def make_plan(
     seen = len(found.sources) + len(found.rejects) + sum(source.name not in refused for source in kept)
     notes = silent + [found.others] * bool(found.others) + count_rejects(rejects + expected, seen)
     notes += unlisted_remark(rejects) + kept_captions
-    notes += [f"warning: {line}" for line in crop_remarks(cropped)]
+    notes += [f"warning: {line}" for line in crop_remarks(fitting.cropped)]
     notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
     excluded = read_excluded(root) & sources.keys()
     if excluded:
@@ -211,33 +214,42 @@ def make_plan(
     )
 
 
-def judge_sizes(
-    config: PrepConfig, found: Iterable[Source]
-) -> tuple[dict[str, Source], dict[str, str], list[Reject], list[tuple[float, str]]]:
-    """Judge sources by their size.
+@dataclass(frozen=True)
+class Fitting:
+    """Sources by what their sizes say.
 
-    Returns the usable ones by key, the bucket of each, what is refused, and the share that is cut away with the name of
-    each source that loses most of its area.
+    ``sources`` has the usable ones by key, ``buckets`` the bucket of each, ``rejects`` what is refused; ``cropped`` are
+    those that lose most of their area to the crop, with the share, and ``large`` the keys of those whose JPEG is
+    decoded at a reduced scale.
     """
-    sources: dict[str, Source] = {}
-    buckets: dict[str, str] = {}
-    rejects: list[Reject] = []
-    cropped: list[tuple[float, str]] = []
-    sizes: dict[tuple[int, int], tuple[Problem | None, str, float]] = {}
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    buckets: dict[str, str] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+    cropped: list[tuple[float, str]] = field(default_factory=list)
+    large: set[str] = field(default_factory=set)
+
+
+def judge_sizes(config: PrepConfig, found: Iterable[Source]) -> Fitting:
+    """Judge sources by their sizes."""
+    result = Fitting()
+    sizes: dict[tuple[int, int], tuple[Problem | None, str, float, bool]] = {}
     for source in found:
         size = source.width, source.height
         if size not in sizes:
             problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
-            fitting = choose_bucket(*size, config.base)
-            sizes[size] = problem, str(fitting), lost_area(*size, fitting)
-        problem, bucket, lost = sizes[size]
+            bucket = choose_bucket(*size, config.base)
+            sizes[size] = problem, str(bucket), lost_area(*size, bucket), reduction(*size, bucket) > 1
+        problem, name, lost, reduced = sizes[size]
         if problem:
-            rejects.append(Reject(source.name, "source", *problem))
+            result.rejects.append(Reject(source.name, "source", *problem))
             continue
-        sources[source.key], buckets[source.key] = source, bucket
+        result.sources[source.key], result.buckets[source.key] = source, name
+        if reduced:
+            result.large.add(source.key)
         if lost > CROPPED:
-            cropped.append((lost, source.name))
-    return sources, buckets, rejects, cropped
+            result.cropped.append((lost, source.name))
+    return result
 
 
 def scan_settings(config: PrepConfig) -> dict[str, Any]:
@@ -381,8 +393,12 @@ def make_recipes(
     shards: Mapping[tuple[str, int], list[str]],
     captions: Mapping[str, str],
     generated: Mapping[str, Any],
+    large: set[str],
 ) -> dict[Unit, dict[str, Any]]:
-    """Everything each unit is made from, shard by shard in the order of the data flow."""
+    """Everything each unit is made from, shard by shard in the order of the data flow.
+
+    ``large`` are the keys of images that are reduced while they are decoded, if they are JPEGs.
+    """
     with waiting("loading the code of the encoders", at_once=False):  # folders of models are hashed, demo ones built
         encoded = [layer for layer in config.active_layers if layer in ENCODER_LAYERS]
         encoders = {layer: encoder_fingerprint(config, layer) for layer in encoded}
@@ -395,6 +411,8 @@ def make_recipes(
                 recipe |= {"bucket": bucket, "members": sha256_bytes(" ".join(keys).encode())}
                 if config.image.format != "webp":  # which recipes need not name, as it was always so
                     recipe["format"] = config.image.format
+                if not large.isdisjoint(keys):  # nor this: pixels of other shards are as before
+                    recipe["reduced"] = REDUCED
             else:
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":

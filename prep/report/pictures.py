@@ -18,7 +18,7 @@ from nanodit.errors import NanoditError
 from nanodit.storage import Storage
 from prep.dataset.layout import Unit, read_parquet
 from prep.dataset.reader import Dataset
-from prep.images.sources import HIDDEN, BadImage, decode, leads_out
+from prep.images.sources import HIDDEN, UNREADABLE, UNREADABLE_FOLDER, BadImage, decode, leads_out
 
 SMALL, LARGE = 176, 320  # pixels of the longer side
 QUALITY = 74  # of lossy WebP
@@ -27,7 +27,8 @@ THREADS = 4  # decoders release the GIL, and object stores like company
 # A report must not die of what killed a worker; and what a decoder refused once it will refuse again.
 NEVER_DECODED = {
     *("crashes_worker", "hangs_worker", "out_of_memory", "too_many_pixels", "truncated", "corrupt", "empty"),
-    *("not_an_image", "animated", "unreadable", "unsupported_mode", "outside_source", "linked_folder", HIDDEN),
+    *("not_an_image", "animated", "unsupported_mode", "outside_source", "linked_folder"),
+    *(UNREADABLE, UNREADABLE_FOLDER, HIDDEN),
 }
 MAX_FILE_BYTES, MAX_PIXELS = 64 << 20, 64_000_000  # of a refused source that is decoded for its thumbnail
 

@@ -12,8 +12,15 @@ IMAGES, PASSES, VERIFY = "tests/prep/images", "tests/prep/passes", "tests/prep/v
 TRAIN, EVALUATE, SWEEP = "tests/train", "tests/evaluate", "tests/train/sweep/test_sweep.py"
 
 LISTED: dict[str, dict[str, tuple[str, ...]]] = {  # id -> file -> tests
-    "P01": {"tests/prep/test_bad_input.py": ("test_p01_p02_bad_files_become_rows_and_the_run_goes_on",)},
-    "P02": {f"{IMAGES}/test_sources.py": ("test_bombs_cost_no_memory", "test_bad_files_are_refused_from_their_header")},
+    "P01": {
+        "tests/prep/test_bad_input.py": ("test_p01_p02_bad_files_become_rows_and_the_run_goes_on",),
+        f"{IMAGES}/test_mutated.py": ("test_what_mutants_found", "test_some_mutants_end_well"),
+        f"{IMAGES}/test_jpeg_damage.py": ("test_zeros_inside_are_refused_and_pillow_alone_takes_them",),
+    },
+    "P02": {
+        f"{IMAGES}/test_sources.py": ("test_bombs_cost_no_memory", "test_bad_files_are_refused_from_their_header"),
+        f"{IMAGES}/test_metadata.py": ("test_metadata_cost_no_memory",),
+    },
     "P03": {
         f"{IMAGES}/test_sources.py": (
             "test_trap_05_the_exif_orientation_is_applied", "test_trap_05_one_bit_and_cmyk",
@@ -35,7 +42,11 @@ LISTED: dict[str, dict[str, tuple[str, ...]]] = {  # id -> file -> tests
         f"{IMAGES}/test_sources.py": (
             "test_links_and_hidden_names_are_refused_with_a_row",
             "test_a_name_that_is_not_utf8_is_refused_under_a_printable_name",
-        )
+        ),
+        f"{IMAGES}/test_out_of_reach.py": (
+            "test_a_folder_that_cannot_be_listed_is_a_row_and_nothing_below_it_is_gone",
+            "test_prune_refuses_and_names_the_folder",
+        ),
     },
     "P07": {
         VERIFY: (

@@ -59,13 +59,19 @@ LARGE = {
     "JPEG with 16 MB of XMP": jpeg(*[(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + b"x" * 65000)] * 250),
     "JPEG with 16 MB of comments": jpeg(*[(0xFE, b"x" * 65000)] * 250),
     "WebP with 16 MB of XMP": encoded(picture(), "WEBP", lossless=True, xmp=b"x" * 16 * MB),
+    "TIFF with 16 MB of XMP": encoded(picture(), "TIFF", tiffinfo={700: b"x" * 16 * MB}),
+    "TIFF with LZW and 16 MB of XMP": encoded(
+        picture(), "TIFF", tiffinfo={700: b"x" * 16 * MB}, compression="tiff_lzw"
+    ),
+    "TIFF with 15 MB of profile": encoded(picture(), "TIFF", icc_profile=b"x" * 15 * MB),
+    "BigTIFF with 16 MB of XMP": encoded(picture(), "TIFF", tiffinfo={700: b"x" * 16 * MB}, big_tiff=True),
     "WebP with 4 MB of EXIF": encoded(picture(), "WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 4 * MB),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_pixels_are_read_and_the_rest_is_skipped(tmp_path, name):
-    kind = name.split()[0] if name.startswith(("JPEG", "WebP")) else "PNG"
+    kind = name.split()[0] if name.startswith(("JPEG", "WebP")) else "PNG"  # a TIFF has the same pixels
     (tmp_path / "x").write_bytes(LARGE[name])
     assert describe_file(tmp_path, "x", CAP)["width"] == 60
     plain = np.asarray(Image.open(io.BytesIO(PLAIN[kind.upper()])).convert("RGB"))

@@ -30,6 +30,7 @@ def canvas(width: int, height: int) -> bytes:
 
 KEPT = {
     "a WebP whose chunk promises 1.9 GB": (webp_chunk(b"VP8X", 0x6E650C00), "corrupt"),
+    "a WebP whose header is empty": (NAMED["webp"][:16] + bytes(4) + NAMED["webp"][30:], "corrupt"),
     "a WebP whose profile promises 2 GB": (webp_chunk(b"ICCP", 0x7FFFFFF0), "truncated"),
     "a WebP with a canvas of 268 megapixels": (canvas(16384, 16384), "too_many_pixels"),
     "a PNG whose palette promises 2 GB": (
