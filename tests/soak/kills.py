@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,8 +115,11 @@ class Launch:
 class Soak:
     """One subject, killed again and again below ``folder``; ``say`` tells of each kill."""
 
-    def __init__(self, subject: Subject, folder: Path, environment: dict[str, str], say: Callable[[str], None]) -> None:
-        self.subject, self.folder, self.environment, self.say = subject, folder, environment, say
+    def __init__(
+        self, subject: Subject, folder: Path, environment: dict[str, str], say: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self.subject, self.folder, self.environment, self.say, self.stop = subject, folder, environment, say, stop
         self.rows: list[Row] = []
         self.faults: list[str] = []
         self.seen: set[tuple[int, int]] = set()
@@ -165,6 +169,8 @@ class Soak:
         return max(LEAST, LONGEST * self.timeline.seconds)
 
     def _launch(self) -> Launch:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
         command = self.subject.command(self.output)
         self.launches += 1
         clock = time.time()
