@@ -263,8 +263,9 @@ class Soak:
         self._look(launch, rows)
         for row in launch.rows if not launch.fatal else launch.rows[-1:]:
             row.exit_code = code
-        launch.too_busy = code == 4 and not launch.fatal and NOT_STARTED in launch.log.read_bytes()
-        if launch.too_busy and self.retries > 0:
+        not_started = code == 4 and not launch.fatal and NOT_STARTED in launch.log.read_bytes()
+        launch.too_busy = not_started and self.retries > 0
+        if launch.too_busy:
             self.retries -= 1
             self.say(f"{self.subject.name}: Ray did not start in time; the same command again")
         elif code not in (wanted_codes(launch.rows[-1]) if launch.fatal else (0,)):
