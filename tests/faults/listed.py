@@ -8,6 +8,7 @@ from __future__ import annotations
 FAULTS, MACHINES, SWEEPS = (
     f"tests/faults/test_{name}.py" for name in ("train_faults", "train_machines", "sweep_faults")
 )
+RAY_DIED = "tests/faults/test_ray_died.py"
 IMAGES, PASSES, VERIFY = "tests/prep/images", "tests/prep/passes", "tests/prep/verify/test_verify.py"
 TRAIN, EVALUATE, SWEEP = "tests/train", "tests/evaluate", "tests/train/sweep/test_sweep.py"
 
@@ -56,7 +57,13 @@ LISTED: dict[str, dict[str, tuple[str, ...]]] = {  # id -> file -> tests
     },
     "P08": {VERIFY: ("test_p08_pickles_are_never_loaded",)},
     "P09": {VERIFY: ("test_p09_truncated_tars_and_missing_halves_are_found",)},
-    "P10": {f"{PASSES}/test_killed.py": ("test_p10_a_killed_worker_or_actor_costs_nothing_but_its_time",)},
+    "P10": {
+        f"{PASSES}/test_killed.py": ("test_p10_a_killed_worker_or_actor_costs_nothing_but_its_time",),
+        RAY_DIED: (
+            "test_prep_run_says_that_its_ray_died_and_the_same_command_continues",
+            "test_prep_run_in_a_cluster_says_that_the_raylet_beside_it_died",
+        ),
+    },
     "P11": {
         f"{PASSES}/test_killed.py": (
             "test_p11_a_killed_run_continues_and_ends_with_the_same_bytes",
@@ -157,7 +164,10 @@ LISTED: dict[str, dict[str, tuple[str, ...]]] = {  # id -> file -> tests
         )
     },
     "S01": {SWEEPS: ("test_S01_a_trial_that_dies_harms_no_other",)},
-    "S02": {SWEEPS: ("test_S02_a_sweep_whose_driver_is_killed_goes_on",)},
+    "S02": {
+        SWEEPS: ("test_S02_a_sweep_whose_driver_is_killed_goes_on",),
+        RAY_DIED: ("test_a_sweep_says_that_its_ray_died_and_goes_on",),
+    },
     "S03": {SWEEP: ("test_S03_a_gpu_that_is_still_used_is_waited_for_and_its_user_named",)},
     "S04": {SWEEP: ("test_S04_asha_stops_the_worse_and_marks_it",)},
     "S05": {SWEEP: ("test_S05_code_that_changed_is_refused_or_a_cohort_of_its_own",)},

@@ -16,7 +16,7 @@ from prep.run import run
 from tests.local_cluster import LocalCluster
 from tests.prep.passes.test_plan import write_images
 from tests.prep.runs import PROJECT, command, files_of, poses
-from tests.processes import with_role
+from tests.processes import left, with_role
 from tests.train.sweeps import write_sweep
 from tests.train.tiny import write_dataset
 from train.__main__ import main
@@ -26,8 +26,11 @@ from train.sweep.record import read_record
 WAIT = 240  # seconds
 
 
-def killed(arguments: list[str], victim: Callable[[int], list[int]], when: Callable[[], bool], **environment: str):
-    """Run a command, kill ``victim`` of it once ``when`` holds, and return its exit code and what it said."""
+def killed(
+    arguments: list[str], victim: Callable[[int], list[int]], when: Callable[[], bool],
+    number: signal.Signals = signal.SIGKILL, **environment: str,
+) -> tuple[int, str]:  # fmt: skip
+    """Run a command, send a signal to ``victim`` of it once ``when`` holds; return its exit code and what it said."""
     process = subprocess.Popen(
         arguments, cwd=PROJECT, env=os.environ | environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,7 +40,7 @@ def killed(arguments: list[str], victim: Callable[[int], list[int]], when: Calla
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(found[-1], signal.SIGKILL)
+    os.kill(found[-1], number)
     said, _ = process.communicate(timeout=WAIT)
     assert "Traceback" not in said
     return process.returncode, said
@@ -105,3 +108,15 @@ def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path):
     assert (read_record(trial)["status"], read_record(trial)["attempts"]) == ("finished", 2)
     last = Path("checkpoints/step-000012/model.safetensors")
     assert (trial / last).read_bytes() == (straight.parent / "sweep/trials/A-seed0" / last).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_ends_with_75_and_its_trial_with_it(tmp_path):
+    file = write_sweep(tmp_path / "stopped", write_dataset(tmp_path / "dataset"), arms={"A": {}})
+    sweep = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
+    code, said = killed(
+        sweep, lambda driver: [driver] if with_role("trial", driver) else [], lambda: True, signal.SIGTERM
+    )
+    assert code == 75, said
+    assert "stopped by a signal. The same command with --resume continues" in said.splitlines()[-1]
+    assert left(set(), str(file.parent), seconds=WAIT) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_what_differs_is_found(tmp_path):
 def test_a_command_that_is_killed_again_and_again(tmp_path, monkeypatch, fault, found):
     monkeypatch.setattr(kills, "LEFT", 0.2)
     monkeypatch.setattr(kills, "LOOK", 0.01)
-    soak = Soak(subject(fault), tmp_path, dict(os.environ), lambda text: None)
+    soak = Soak(subject(fault), tmp_path, dict(os.environ), lambda text: None, threading.Event())
     soak.run(draw(soak.subject, soak.timeline, 4, seed=5))
     assert len(soak.rows) == 4
     assert sum(row.hit for row in soak.rows) >= 3

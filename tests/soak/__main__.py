@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.only.split(",")
     if unknown := [name for name in names if name not in SUBJECTS]:
         parser.error(f"--only {', '.join(unknown)}: choose among {', '.join(SUBJECTS)}")
-    start, lock = time.monotonic(), threading.Lock()
+    start, lock, stop = time.monotonic(), threading.Lock(), threading.Event()
 
     def say(text: str) -> None:
         with lock:
@@ -80,14 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in members:
             if name in counts:
                 (work / name).mkdir()
-                soak = Soak(SUBJECTS[name](work / "inputs"), work / name, environment, say)
+                soak = Soak(SUBJECTS[name](work / "inputs"), work / name, environment, say, stop)
                 soak.run(draw(soak.subject, soak.timeline, counts[name], options.seed))
                 done.append(soak)
         return done
 
     try:
         with ThreadPoolExecutor(len(LANES)) as pool:
-            soaks = [soak for done in pool.map(lane, LANES) for soak in done]
+            try:
+                soaks = [soak for done in pool.map(lane, LANES) for soak in done]
+            except BaseException:  # Ctrl-C reaches the commands as well
+                stop.set()
+                raise
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
     rows = [row for soak in soaks for row in soak.rows]

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ LONGEST = 12  # times what the undisturbed run took, after which a command count
 LEAST = 120.0  # seconds that it may take at least
 ONCE = ("a scan", "a publish")  # of which a life has no more
 LEFT = 45.0  # seconds in which the last process has to be gone
+NOT_STARTED = b"Ray could not be started on this machine"
+RETRIES = 10  # of a command whose Ray did not start in its 30 seconds, which are its own
 WORDS = 40  # letters of what it said last
 PLACES = 0.35  # share of the kills in a named place
 SIGNALS = {"driver": ("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")}
@@ -109,17 +112,22 @@ class Launch:
     rows: list[Row] = field(default_factory=list)
     fatal: bool = False
     census: float = 0.0
+    too_busy: bool = False  # Ray did not start in time, which the command says, and asks to be run again
 
 
 class Soak:
     """One subject, killed again and again below ``folder``; ``say`` tells of each kill."""
 
-    def __init__(self, subject: Subject, folder: Path, environment: dict[str, str], say: Callable[[str], None]) -> None:
-        self.subject, self.folder, self.environment, self.say = subject, folder, environment, say
+    def __init__(
+        self, subject: Subject, folder: Path, environment: dict[str, str], say: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self.subject, self.folder, self.environment, self.say, self.stop = subject, folder, environment, say, stop
         self.rows: list[Row] = []
         self.faults: list[str] = []
         self.seen: set[tuple[int, int]] = set()
         self.launches = self.lives = self.told = 0
+        self.retries = RETRIES
         self.output = folder / "undisturbed"
         self.timeline = self._undisturbed()
 
@@ -137,6 +145,8 @@ class Soak:
                     self._tell(rows[-1], len(moments))
                 missed = bool(waiting) and not launch.fatal
                 code = self._end(launch, rows)
+                if launch.too_busy:
+                    continue
                 if missed:
                     late = waiting.pop(0)
                     rows.append(Row(self.subject.name, late.victim, late.signal, ENDED, exit_code=code))
@@ -147,17 +157,21 @@ class Soak:
             self.rows += rows
 
     def _undisturbed(self) -> Timeline:
-        start, points = time.monotonic(), [(0.0, 0)]
-        launch = self._launch()
-        while launch.process.poll() is None:
-            if (done := self.subject.progress(self.output)) > points[-1][1]:
-                points.append((time.monotonic() - start, done))
-            time.sleep(LOOK)
-        if launch.process.returncode:
-            raise RuntimeError(f"the undisturbed run ended with {launch.process.returncode}: {launch.log}")
-        seconds = time.monotonic() - start
-        self.say(f"{self.subject.name}: undisturbed in {seconds:.1f} s")
-        return Timeline(seconds, tuple(points), self.subject.outcome(self.output))
+        while True:
+            start, points = time.monotonic(), [(0.0, 0)]
+            launch = self._launch()
+            while launch.process.poll() is None:
+                if (done := self.subject.progress(self.output)) > points[-1][1]:
+                    points.append((time.monotonic() - start, done))
+                time.sleep(LOOK)
+            seconds = time.monotonic() - start
+            if not launch.process.returncode:
+                self.say(f"{self.subject.name}: undisturbed in {seconds:.1f} s")
+                return Timeline(seconds, tuple(points), self.subject.outcome(self.output))
+            if NOT_STARTED not in launch.log.read_bytes() or not self.retries:
+                raise RuntimeError(f"the undisturbed run ended with {launch.process.returncode}: {launch.log}")
+            self.retries -= 1
+            shutil.rmtree(self.output, ignore_errors=True)
 
     @property
     def limit(self) -> float:
@@ -165,6 +179,8 @@ class Soak:
         return max(LEAST, LONGEST * self.timeline.seconds)
 
     def _launch(self) -> Launch:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
         command = self.subject.command(self.output)
         self.launches += 1
         clock = time.time()
@@ -247,7 +263,12 @@ class Soak:
         self._look(launch, rows)
         for row in launch.rows if not launch.fatal else launch.rows[-1:]:
             row.exit_code = code
-        if code not in (wanted_codes(launch.rows[-1]) if launch.fatal else (0,)):
+        not_started = code == 4 and not launch.fatal and NOT_STARTED in launch.log.read_bytes()
+        launch.too_busy = not_started and self.retries > 0
+        if launch.too_busy:
+            self.retries -= 1
+            self.say(f"{self.subject.name}: Ray did not start in time; the same command again")
+        elif code not in (wanted_codes(launch.rows[-1]) if launch.fatal else (0,)):
             last = launch.rows[-1] if launch.rows else None
             self._fault(
                 launch, f"ended with {code} after {f'{last.signal} to its {last.victim}' if last else 'nothing'}"

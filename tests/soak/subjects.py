@@ -18,8 +18,8 @@ from tests.prep.runs import files_of
 from tests.train.sweeps import write_sweep
 from tests.train.tiny import write_config, write_dataset
 
-FIGURES, STEPS, TRIAL_STEPS = 32, 160, 60
-EVERY = 20  # steps between checkpoints
+FIGURES, STEPS, TRIAL_STEPS = 24, 120, 40
+EVERY = 10  # steps between checkpoints
 DONE = "nothing: everything was written"
 FATAL = ("driver", "raylet", "gcs_server")  # whose death ends the command
 
@@ -108,7 +108,7 @@ def prep_at_work(root: Path, since: float) -> str:
 
 
 def train(inputs: Path) -> Subject:
-    """``train run`` of a tiny network, which saves every twenty steps."""
+    """``train run`` of a tiny network, which saves every ten steps."""
     dataset = made_up(inputs)
 
     def command(output: Path) -> list[str]:

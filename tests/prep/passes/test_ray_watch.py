@@ -1,0 +1,162 @@
+"""The thread that watches Ray, on sockets of the test's own; with a real Ray that is killed: tests/faults."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from nanodit.errors import ResourceError
+from prep.passes.ray_passes import _starting
+from tests.processes import with_role
+
+# counts on stdout while it is watched; "end" as the last argument leaves at once
+WATCHED = """
+import sys, time
+from prep.passes.ray_watch import RayPlace, ended_with_ray
+raylet, gcs, own, end = sys.argv[1:]
+with ended_with_ray(lambda: RayPlace(raylet, gcs, "/logs", own == "own"), "Run it again") as started:
+    started()
+    while end == "stay":
+        print("here", flush=True)
+        time.sleep(0.1)
+print("left", flush=True)
+"""
+
+
+@dataclass
+class Listener:
+    """A socket that takes connections; ``die`` closes it and what it took, as the death of a process does."""
+
+    socket: socket.socket
+    taken: list[socket.socket] = field(default_factory=list)
+
+    def accept(self) -> None:
+        self.taken.append(self.socket.accept()[0])
+
+    def drop(self) -> None:
+        """Close what was taken, and go on listening, as a server does that minds a silent client."""
+        for one in self.taken:
+            one.close()
+        self.taken.clear()
+
+    def die(self) -> None:
+        self.socket.close()
+        self.drop()
+
+
+@pytest.fixture
+def ray(tmp_path) -> Iterator[tuple[Listener, Listener]]:
+    """A raylet's socket and a GCS."""
+    raylet, gcs = socket.socket(socket.AF_UNIX), socket.socket()
+    raylet.bind(os.path.relpath(tmp_path / "raylet"))  # its path may have 107 letters
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    gcs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    gcs.bind(address)  # a port that was asked for is kept by a socket that listens no more
+    listeners = Listener(raylet), Listener(gcs)
+    for one in listeners:
+        one.socket.settimeout(60)
+        one.socket.listen()
+    yield listeners
+    for one in listeners:
+        one.die()
+
+
+def watched(ray: tuple[Listener, Listener], own: bool = True, end: str = "stay") -> subprocess.Popen[str]:
+    raylet, gcs = (one.socket.getsockname() for one in ray)
+    arguments = [raylet, f"{gcs[0]}:{gcs[1]}", "own" if own else "joined", end]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for one in ray:
+        one.accept()
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_the_death_of_the_raylet_ends_the_process_with_a_sentence(ray):
+    process = watched(ray)
+    assert process.stdout.readline() == "here\n"
+    ray[0].die()
+    assert ended(process) == (
+        4,
+        "error: the raylet of this command's own Ray on this machine has ended, killed from outside, or by the system "
+        "for lack of memory; /logs/raylet.out may say more. Run it again\n",
+    )
+
+
+def test_the_death_of_ones_own_gcs_ends_it_too(ray):
+    process = watched(ray)
+    ray[1].die()
+    code, said = ended(process)
+    assert code == 4
+    assert said.startswith("error: the GCS of this command's own Ray, which knows its nodes and actors, has ended")
+
+
+def test_a_gcs_that_minds_a_silent_connection_is_not_dead(ray):
+    process = watched(ray)
+    ray[1].drop()
+    ray[1].accept()  # it comes again
+    assert process.poll() is None
+    ray[0].die()
+    assert ended(process)[1].startswith("error: the raylet of")
+
+
+def test_a_cluster_may_start_its_gcs_again(ray):
+    process = watched(ray, own=False)
+    host, port = ray[1].socket.getsockname()
+    ray[1].socket.shutdown(socket.SHUT_RDWR)  # refuses, and keeps its port
+    ray[1].drop()
+    for _ in range(15):
+        assert process.stdout.readline() == "here\n"
+    ray[1].socket.listen()
+    ray[1].accept()
+    ray[0].die()
+    assert ended(process)[1].startswith(f"error: the raylet of Ray at {host}:{port} on this machine")
+
+
+def test_the_end_of_the_session_ends_the_watch(ray):
+    process = watched(ray, end="end")
+    assert ended(process) == (0, "")
+
+
+def test_a_ray_that_does_not_start_is_said():
+    said = r"could not be started on this machine: Failed to start GCS\. .* same command again"
+    with pytest.raises(ResourceError, match=said), _starting():
+        raise RuntimeError("Failed to start GCS.\nLast 0 lines")
+    with pytest.raises(KeyError), _starting():  # a defect stays one
+        raise KeyError("node")
+
+
+def test_sigterm_while_ray_starts_ends_with_75():
+    code = (
+        "from nanodit.errors import run_command\n"
+        "from prep.passes.ray_passes import ray_session\n"
+        "def main():\n"
+        "    with ray_session():\n"
+        "        input()\n"
+        "raise SystemExit(run_command(main))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": ""}, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "starting Ray on this machine\n"
+
+    while not with_role("gcs_server", process.pid):
+        assert process.poll() is None
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert said.startswith("error: stopped by a signal; finished work is kept")
