@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from nanodit.errors import PROBLEM_BREAK, ConfigError
 
 MOST_SHOWN = 200  # letters of a wrong value
+MOST_LETTERS = 1_000_000  # of a file: ours have ten thousand
 MOST_VALUES = 100_000  # of a document with its aliases written out: ours have a hundred
 
 
@@ -146,7 +147,10 @@ def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) ->
     if own in chain:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_LETTERS + 1)  # /dev/zero has no end
+        if len(text) > MOST_LETTERS:
+            raise ConfigError(f"{path}: is no config: it has more than {MOST_LETTERS:,} letters")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
