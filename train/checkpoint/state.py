@@ -53,7 +53,7 @@ class _State(_Part):
 
 
 def checked_state(state: Any, step_folder: Path) -> dict[str, Any]:
-    """Return the state of a checkpoint as it is; raises :class:`DataError` naming what is missing or of another type."""
+    """Return a checkpoint's state as it is; raises :class:`DataError` naming what is missing or of another type."""
     try:
         _State.model_validate(state)
     except ValidationError as error:
