@@ -29,6 +29,9 @@ MOST_LETTERS = 1_000_000  # of a file: ours have ten thousand
 MOST_VALUES = 100_000  # of a document with its aliases written out: ours have a hundred
 
 
+TAG = re.compile(r"[\[\]()-]")  # in the names that pydantic has for members of a union
+
+
 class Config(BaseModel):
     """Base of every config section: immutable, and an unknown key is an error."""
 
@@ -260,7 +263,10 @@ def _origin(path: Sequence[str], origins: dict[str, str]) -> str | None:
 
 def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: Path | str | None) -> str:
     # drop the parts that pydantic adds for members of a union; they are no keys
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
+    *above, last = problem["loc"] or ("",)
+    unknown = problem["type"] == "extra_forbidden"  # whose last part is a key, whatever it looks like
+    path = [str(part) for part in above if isinstance(part, int) or not TAG.search(part)]
+    path += [str(last)] if unknown or isinstance(last, int) or not TAG.search(last) else []
     dotted = ".".join(path)
     origin = _origin(path, origins) or next(
         # a missing key, or a section: whatever file set something inside it

@@ -157,6 +157,8 @@ def test_any_override_is_taken_or_refused(key, more, value):
 
 @FEW
 @given(st.text())
+@example(")=")  # its path was empty, like that of the next
+@example("train-steps=3")
 def test_any_text_is_an_override_or_none(text):
     with bounded(ConfigError):
         load_config(TrainConfig, None, [text])
