@@ -25,7 +25,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from nanodit.errors import PROBLEM_BREAK, ConfigError
 
 MOST_SHOWN = 200  # letters of a wrong value
+MOST_LETTERS = 1_000_000  # of a file: ours have ten thousand
 MOST_VALUES = 100_000  # of a document with its aliases written out: ours have a hundred
+
+
+TAG = re.compile(r"[\[\]()-]")  # in the names that pydantic has for members of a union
 
 
 class Config(BaseModel):
@@ -146,7 +150,10 @@ def _read_file(path: Path, model: type[Config], chain: tuple[Path, ...] = ()) ->
     if own in chain:
         raise ConfigError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_LETTERS + 1)  # /dev/zero has no end
+        if len(text) > MOST_LETTERS:
+            raise ConfigError(f"{path}: is no config: it has more than {MOST_LETTERS:,} letters")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
@@ -256,7 +263,10 @@ def _origin(path: Sequence[str], origins: dict[str, str]) -> str | None:
 
 def _describe(problem: Any, model: type[Config], origins: dict[str, str], file: Path | str | None) -> str:
     # drop the parts that pydantic adds for members of a union; they are no keys
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
+    *above, last = problem["loc"] or ("",)
+    unknown = problem["type"] == "extra_forbidden"  # whose last part is a key, whatever it looks like
+    path = [str(part) for part in above if isinstance(part, int) or not TAG.search(part)]
+    path += [str(last)] if unknown or isinstance(last, int) or not TAG.search(last) else []
     dotted = ".".join(path)
     origin = _origin(path, origins) or next(
         # a missing key, or a section: whatever file set something inside it

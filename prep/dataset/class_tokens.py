@@ -66,7 +66,10 @@ def _tokens(storage: Storage, places: pa.Table) -> np.ndarray:
         raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
     for key, data, length, sha256 in zip(keys, members, lengths, hashes):
         checked(data, unit, key, "cls.npy", length, sha256)
-    first = load_npy(members[0])
+    try:
+        first = load_npy(members[0])
+    except ValueError as error:
+        raise DataError(f"{unit.tar}, sample {keys[0]}, member cls.npy: {error}. Run nanodit prep verify.") from error
     header = members[0][: len(members[0]) - first.nbytes]
     if first.dtype == np.float32 and all(len(data) == len(members[0]) and data.startswith(header) for data in members):
         return np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)[:, len(header) :].view("<f4")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 from PIL import Image
+
+HEADER = 16384  # bytes of an .npy file of which its header is in any case, as far as numpy reads one
+NPY_VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -16,8 +20,32 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def load_npy(data: bytes | memoryview) -> np.ndarray:
-    """Read the array of an ``.npy`` file's bytes; object arrays are refused (they would be pickles)."""
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    """Read the array of an ``.npy`` file's bytes; ValueError as :func:`parse_npy`."""
+    return parse_npy(data).copy(order="K")
+
+
+def parse_npy(data: bytes | memoryview) -> np.ndarray:
+    """Return the array in the bytes of an ``.npy`` file, without a copy, and so not to be written to.
+
+    Raises ValueError for pickles, which are never loaded, for lengths that are not those of the shape, before anything
+    is allocated for it, and for what is no such file.
+    """
+    stream = io.BytesIO(data[:HEADER])
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in NPY_VERSIONS:
+            raise ValueError(f"is NPY version {version}")
+        shape, fortran, dtype = NPY_VERSIONS[version](stream)
+    except ValueError:
+        raise
+    except Exception as error:  # of Python's own tokenizer, to which numpy gives headers that it does not understand
+        raise ValueError(f"has a header that is none of an array ({type(error).__name__})") from None
+    if dtype.hasobject:
+        raise ValueError("holds Python objects, that is a pickle; such arrays are never loaded")
+    start = stream.tell()
+    if min(shape, default=1) < 0 or len(data) - start != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(data) - start} bytes are not {dtype} {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
 def webp_bytes(pixels: np.ndarray) -> bytes:

@@ -28,6 +28,13 @@ from prep.dataset.layers import LAYERS
 SCHEMA_VERSION = 1
 
 TAR_BLOCK = 512
+# what an index may say: bytes of a member, where it begins in its tar, the number of a shard, how wide features are; so
+# nobody allocates what a damaged or hostile file asks for
+MOST = {"length": 1 << 28, "offset": 1 << 42, "shard": (1 << 31) - 1, "width": 1 << 16}
+# kinds of columns; of what width a number is does not matter
+KINDS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_boolean, pa.types.is_binary)
+# what damaged content raises where it is read and looked through; pyarrow has OSErrors of its own
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, pa.ArrowException)
 
 Bytes = TypeVar("Bytes", bytes, memoryview)
 
@@ -148,25 +155,51 @@ def read_part(
     data = storage.read_if_there(unit.part)
     if data is None:
         return None
+    tar_bytes = storage.size(unit.tar)
+    expected = (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer, tar_bytes)
     try:
         sha256 = sha256_bytes(data)
         # a fraction of the time that pyarrow.parquet.read_table takes for a file as small as these
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         record = json.loads((file.schema_arrow.metadata or {}).get(b"nanodit", b"{}"))
         table = file.read(columns=columns if sha256 == known else None, use_threads=False)
+        if sha256 != known:
+            recipe, types = record["recipe"], {field.name: field.type for field in file.schema_arrow}
+            needed = {"key": pa.string(), **member_columns(unit.layer, recipe)}
+            own = {name: kind for name, kind in LAYERS[unit.layer].columns_of(recipe).items() if name in types}
+            check_columns(types, table, needed, own)
+            fingerprint_of(recipe)
         if columns is not None:
             table = table.select(columns).replace_schema_metadata(None)
-    except (OSError, ValueError, KeyError, pa.ArrowException):  # pyarrow has OSErrors for damaged content, too
+        if tuple(record[name] for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
+            return None
+        rejects = tuple(Rejection(**reject) for reject in record["rejects"])
+        batches = tuple((digest, count) for digest, count in record.get("batches", ()))
+        return Part(
+            unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table, sha256, batches
+        )
+    except DAMAGED:
         return None
-    tar_bytes = storage.size(unit.tar)
-    expected = (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer, tar_bytes)
-    if tuple(record.get(name) for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
-        return None
-    rejects = tuple(Rejection(**reject) for reject in record["rejects"])
-    batches = tuple((digest, count) for digest, count in record.get("batches", ()))
-    return Part(
-        unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table, sha256, batches
-    )
+
+
+def check_columns(
+    types: Mapping[str, pa.DataType],
+    table: pa.Table,
+    needed: Mapping[str, pa.DataType],
+    others: Mapping[str, pa.DataType],
+) -> None:
+    """Raise ValueError for an index or a part of one without a column that readers need, or with one of another type.
+
+    ``types`` are those in the file, of which ``table`` may have some in other ones. Of ``needed`` no value is missing.
+    """
+    if missing := sorted({*needed, *others} - set(types)):
+        raise ValueError(f"has no column {', '.join(missing)}")
+    for name, kind in {**others, **needed}.items():
+        if types[name] != kind and not any(is_kind(types[name]) and is_kind(kind) for is_kind in KINDS):
+            raise ValueError(f"has a column {name} of type {types[name]}, not {kind}")
+    for name in needed:
+        if table[name].null_count:
+            raise ValueError(f"{table[name].null_count} rows have no {name}")
 
 
 def read_members(
@@ -199,10 +232,12 @@ def fetch(
     root: Path | str | Storage, unit: Unit, key: str, member: str, offset: int, length: int, tar: str | None = None
 ) -> bytes:
     """Read bytes of a unit's tar, or of the one that ``tar`` names, for a member; errors as :func:`read_range`."""
+    where = f"{unit.tar}, sample {key}, member {member}"
+    if not (0 <= offset <= MOST["offset"] and 0 <= length <= MOST["length"]):
+        raise DataError(f"{where}: {length:,} bytes at {offset:,} are not in a tar. Run nanodit prep run again.")
     try:
         return open_storage(root).read_range(tar or unit.tar, offset, length)
     except OSError as error:
-        where = f"{unit.tar}, sample {key}, member {member}"
         raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
 
 

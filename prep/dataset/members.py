@@ -17,11 +17,11 @@ from PIL import Image
 
 from nanodit.errors import DataError
 from prep.dataset.buckets import Bucket
+from prep.dataset.codecs import parse_npy
 
 if TYPE_CHECKING:
     from prep.dataset.layout import Part
 
-NPY_VERSIONS = ((1, 0), (2, 0))
 Row = Mapping[str, Any]
 
 
@@ -94,22 +94,3 @@ class Member:
 
     name: str
     kind: Array | Picture | Text | Json
-
-
-def parse_npy(data: bytes) -> np.ndarray:
-    """Return the array in the bytes of an ``.npy`` file, without a copy.
-
-    Raises :class:`DataError` for pickles and wrong lengths.
-    """
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in NPY_VERSIONS:
-        raise DataError(f"is NPY version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if dtype.hasobject:
-        raise DataError("holds Python objects, that is a pickle; such arrays are never loaded")
-    start = stream.tell()
-    if len(data) - start != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{len(data) - start} bytes are not {dtype} {shape}")
-    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")

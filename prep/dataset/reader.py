@@ -20,27 +20,23 @@ import pyarrow.compute as pc
 from nanodit.errors import DataError
 from nanodit.storage import Storage, open_storage
 from prep.dataset import versions
-from prep.dataset.buckets import Bucket, buckets_for
+from prep.dataset.buckets import Bucket
+from prep.dataset.checks import check_index, check_info, undamaged
 from prep.dataset.codecs import decode_pixels, load_npy
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
-    SCHEMA_VERSION,
     TAR_BLOCK,
     Unit,
     checked,
     fetch,
-    member_columns,
     members_of,
     read_parquet,
 )
 from prep.dataset.members import Array
 from prep.dataset.quantise import Quantised, dequantise
-from prep.dataset.rows import Columns, Rows, column_names, read_columns
+from prep.dataset.rows import Columns, Rows, column_types, read_columns
 
 TEXTS = LAYERS["text"].columns.keys() | LAYERS["text"].flip.columns.keys()  # long ones, read when they are asked for
-# what an index may say: bytes of a member, where it begins in its tar, the number of a shard; so nobody allocates what
-# a damaged or hostile file asks for
-MOST = {"length": 1 << 28, "offset": 1 << 42, "shard": (1 << 31) - 1}
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
@@ -90,20 +86,21 @@ class Dataset:
         manifest, index = (self.storage.where(name) for name in (described, "index.parquet"))
         try:
             self.info: dict[str, Any] = json.loads(self.storage.read(described))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{manifest} is damaged ({error}). Run nanodit prep run again.") from error
         check_info(self.info, manifest)
         (self._pixels,) = members_of("px", self.info["layers"].get("px", {}))
-        with self._published("index.parquet") as file:
-            names = column_names(file)
+        with self._published("index.parquet") as file, undamaged(index):
+            types = column_types(file)
+            names = [name for name, _ in types]
             loaded = read_columns(file, [name for name in names if name not in TEXTS])
         self._columns = Columns(names, loaded, self._load)
-        check_index(pa.table(loaded), self.info, index)
+        check_index(types, pa.table(loaded), self.info, index)
 
     def _load(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Read columns that were left out; the index may have been kept since, and another one be in its place."""
         try:
-            with self._published("index.parquet") as file:
+            with self._published("index.parquet") as file, undamaged(self.storage.where("index.parquet")):
                 return read_columns(file, names)
         except DataError as error:
             raise self._unreadable("index.parquet", error) from error
@@ -296,9 +293,8 @@ class Dataset:
         """
         if "truth.parquet" not in self.info["hashes"]:
             return None
-        with self._published("truth.parquet") as file:
-            table = read_parquet(file.read())
-        truth = {row["key"]: row for row in table.to_pylist()}
+        with self._published("truth.parquet") as file, undamaged(self.storage.where("truth.parquet")):
+            truth = {row["key"]: row for row in read_parquet(file.read()).to_pylist()}
         if unknown := [row["source"] for row in self._rows if row["key"] not in truth]:
             raise DataError(
                 f"{self.storage.where('truth.parquet')} has no row for {len(unknown)} samples, for example "
@@ -344,45 +340,3 @@ def _span(row: Mapping[str, Any], layer: str, name: str) -> tuple[int, int]:
                     break
                 end = place(other)[1]
     return start, end
-
-
-def check_info(info: Any, path: str) -> None:
-    """Raise DataError, naming the file, unless dataset.json has the schema of this version and what readers rely on."""
-    schema = info.get("schema") if isinstance(info, dict) else None
-    if schema != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: schema is {schema}, but this version reads {SCHEMA_VERSION}. "
-            "Prepare the dataset again with this version."
-        )
-    kinds = {"fingerprint": str, "base": int, "layers": dict, "hashes": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind)]
-    if wrong or "index.parquet" not in info["hashes"]:
-        raise DataError(
-            f"{path} is damaged (no usable {', '.join(wrong) or 'hash of the index'}). Run nanodit prep run again."
-        )
-
-
-def check_index(table: pa.Table, info: dict[str, Any], path: str) -> None:
-    """Raise DataError, naming the file, for an index without a column that readers use or with an unknown bucket."""
-    columns = ["key", "source", "bucket", "shard", "split"]
-    for layer in set(info["layers"]) & set(LAYERS):
-        columns += member_columns(layer, info["layers"][layer])
-    if missing := sorted(set(columns) - set(table.column_names)):
-        raise DataError(f"{path} has no column {', '.join(missing)}. Run nanodit prep run again.")
-    known = {str(bucket) for bucket in buckets_for(info["base"])}
-    if unknown := sorted(map(str, set(pc.unique(table["bucket"]).to_pylist()) - known)):
-        raise DataError(
-            f"{path} names bucket {', '.join(unknown)}, but base {info['base']} has "
-            f"{', '.join(sorted(known))}. Run nanodit prep run again."
-        )
-    for name in columns:
-        column, most = table[name], MOST.get(name.rpartition("/")[2], MOST["shard"])
-        if column.null_count:
-            raise DataError(f"{path}: {column.null_count} rows have no {name}. Run nanodit prep run again.")
-        if pa.types.is_integer(column.type) and len(column):
-            least, largest = pc.min_max(column).as_py().values()
-            if least < 0 or largest > most:
-                wrong = least if least < 0 else largest
-                raise DataError(f"{path}: {name} is {wrong:,}, and no more than {most:,}. Run nanodit prep run again.")
-    if odd := sorted(set(pc.unique(table["split"]).to_pylist()) - {"train", "holdout"}):
-        raise DataError(f"{path} names a split {', '.join(map(str, odd))}. Run nanodit prep run again.")

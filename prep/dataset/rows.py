@@ -162,9 +162,9 @@ class _ByKey(Mapping[str, Row]):
         return len(self._rows)
 
 
-def column_names(file: BinaryIO) -> list[str]:
-    """Return the columns of a Parquet file."""
-    return pq.ParquetFile(file).schema_arrow.names
+def column_types(file: BinaryIO) -> list[tuple[str, pa.DataType]]:
+    """Return the names and types of the columns of a Parquet file. Raises as :func:`read_columns`."""
+    return [(field.name, field.type) for field in pq.ParquetFile(file).schema_arrow]
 
 
 def read_columns(file: BinaryIO, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
@@ -188,6 +188,8 @@ def _read(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray:
         digests = [_digests(chunk) for chunk in chunks]
         chunks = digests if None not in digests else chunks
     column = pa.chunked_array(chunks, chunks[0].type if chunks else kind)
+    if pa.types.is_string(column.type):
+        column.validate(full=True)  # that it is UTF-8
     if column.num_chunks > 1 and column.nbytes < WHOLE:
         column = pa.chunked_array([column.unify_dictionaries().combine_chunks()])
     return column

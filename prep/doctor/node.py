@@ -224,7 +224,8 @@ def _listening(port: int) -> list[str]:
 def _address(digits: str) -> str:
     """Return an address of /proc/net/tcp as text: 32-bit words in the byte order of the machine."""
     words = [int(digits[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(digits), 8)]
-    return str(ipaddress.ip_address(b"".join(words)))
+    address = ipaddress.ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address)  # ::ffff:127.0.0.1 is 127.0.0.1
 
 
 def _token_files() -> list[Path]:

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanodit.errors import ResourceError
+from prep.captions.base import is_loopback
 from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
@@ -397,7 +398,8 @@ def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | Non
         return node.driver
     if host in (node.address, node.hostname.lower(), node.hostname.lower().partition(".")[0]):
         return True
-    return node.address in (resolve or addresses)(host)
+    found = (resolve or addresses)(host)
+    return node.address in found or (is_loopback(node.address) and any(map(is_of_this_machine, found)))
 
 
 def addresses(host: str) -> set[str]:
@@ -406,3 +408,13 @@ def addresses(host: str) -> set[str]:
         return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return set()
+
+
+def is_of_this_machine(address: str) -> bool:
+    """Whether an address is one of this machine's: nobody can bind a socket to another one."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True

@@ -32,6 +32,7 @@ from nanodit.errors import ConfigError, NanoditError, ResourceError, first_line,
 from nanodit.place import PROJECT, hides
 from nanodit.posix import resource
 from nanodit.storage import absolute_place
+from prep.captions.base import is_loopback
 from prep.config import PrepConfig
 from prep.images.sources import describe_file, read_all
 from prep.passes.layers import ShardTask
@@ -102,13 +103,15 @@ def _begin() -> None:
             except (ConnectionError, RuntimeError) as error:
                 raise ResourceError(f"RAY_ADDRESS {address}: no cluster can be joined: {first_line(error)}") from error
     else:
-        with waiting("starting Ray on this machine"), _away():
+        with waiting("starting Ray on this machine"), _away(), _loopback():
             resources = {"vram_gb": sum(gpus)} if (gpus := local_gpus()) else {}
             with _starting():
                 ray.init(
                     address="local", include_dashboard=False, resources=resources, _temp_dir=temporary_folder(), **quiet
                 )
         protect_token(Path.home() / ".ray" / "auth_token")
+        if not is_loopback(here := ray.util.get_node_ip_address()):
+            say(f"Ray {ray.__version__} listens at {here}, not on loopback alone: keep this machine behind a firewall")
 
 
 def _ray_place() -> RayPlace | None:
@@ -221,6 +224,21 @@ def _away() -> AbstractContextManager[None]:
     """
     alone = threading.current_thread() is threading.main_thread()
     return chdir(PROJECT) if alone and hides(os.getcwd()) else nullcontext()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let the Ray that starts here listen on the loopback address alone, as Ray does where it knows no clusters.
+
+    Its processes listen on all interfaces unless the address of their node is loopback, and ``_node_ip_address`` of
+    ``ray.init`` takes loopback for "one that others reach" unless this constant, set on Windows and macOS, is False.
+    """
+    constants = ray._private.ray_constants
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def end_jobs() -> None:

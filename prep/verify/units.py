@@ -13,14 +13,23 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import pyarrow as pa
 from PIL import Image
 
 from nanodit.errors import DataError, NanoditError
 from nanodit.files import sha256_bytes
 from nanodit.storage import Storage
 from prep.dataset.layers import LAYERS
-from prep.dataset.layout import SCHEMA_VERSION, TAR_BLOCK, Part, Rejection, Unit, members_of, part_schema, read_parquet
+from prep.dataset.layout import (
+    DAMAGED,
+    SCHEMA_VERSION,
+    TAR_BLOCK,
+    Part,
+    Rejection,
+    Unit,
+    members_of,
+    part_schema,
+    read_parquet,
+)
 
 KEY = re.compile(r"[0-9a-f]{32}")
 READERS = 4  # tars in memory at a time, half a gigabyte each at most
@@ -90,7 +99,7 @@ def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
         expected = part_schema(unit.layer, part.recipe)
         if not isinstance(part.tar_bytes, int):
             raise TypeError(f"tar_bytes is {part.tar_bytes!r}")
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         checked.damaged(unit.part, f"is not an index part ({type(error).__name__}: {error})")
         return None
     if described != (SCHEMA_VERSION, unit.bucket, unit.shard, unit.layer):

@@ -29,9 +29,9 @@ from nanodit.files import sha256_bytes
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
 from prep.dataset import versions
+from prep.dataset.checks import check_index, check_info
 from prep.dataset.layers import LAYERS
-from prep.dataset.layout import Part, Unit, fingerprint_of, member_columns, read_parquet
-from prep.dataset.reader import check_index, check_info
+from prep.dataset.layout import DAMAGED, Part, Unit, fingerprint_of, member_columns, read_parquet
 from prep.images import duplicates
 from prep.images.compared import compared_tokens
 from prep.verify.kept import check_kept
@@ -176,7 +176,7 @@ def check_published(storage: Storage, checked: list[CheckedUnit], full: bool = F
     try:
         info = json.loads(storage.read("dataset.json"))
         check_info(info, "dataset.json")
-    except (OSError, ValueError, DataError) as error:
+    except (OSError, ValueError, RecursionError, DataError) as error:
         bad("dataset.json", f"cannot be used ({error})")
         return 0, findings
     described = {name: value for name, value in info.items() if name != "fingerprint"}
@@ -189,19 +189,19 @@ def check_published(storage: Storage, checked: list[CheckedUnit], full: bool = F
             if sha256_bytes(data) != info["hashes"].get(name):
                 bad(name, "is not the file that dataset.json names (SHA-256 differs)")
             tables[name] = read_parquet(data)
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGED as error:
             bad(name, f"cannot be read ({error})")
     index = tables.get("index.parquet")
     if index is None:
         return 0, findings
     try:
-        check_index(index, info, "index.parquet")
+        check_index([(field.name, field.type) for field in index.schema], index, info, "index.parquet")
         findings += compare_index(index, info, checked, tables)
         findings += check_counts(index, info, tables)
         findings += find_leaks(storage, index, info, checked, full)
     except DataError as error:
         bad("index.parquet", str(error))
-    except (TypeError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:  # whoever wrote them, not we
+    except DAMAGED as error:  # whoever wrote them, not we
         bad("dataset.json", f"it or a file that it names is not of the expected form ({type(error).__name__}: {error})")
     return len(index), findings
 

@@ -3,11 +3,13 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,42 @@ def caption_servers(tmp_path) -> Iterator[list[tuple[str, Path]]]:
     for process in processes:
         process.kill()
         process.wait()
+
+
+PACK = """
+import sys
+from pathlib import Path
+from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
+folder = sys.argv[1]
+print(get_uri_for_directory(folder, include_gitignore=True))
+create_package(folder, Path(sys.argv[2]), include_gitignore=True)
+"""
+
+
+def test_a_job_takes_code_and_configs_with_it_and_nothing_else(tmp_path):
+    """By Ray's own packer: what lies beside them is private, large, or has no end."""
+    clone, package = tmp_path / "clone", tmp_path / "package.zip"
+    for name in ("nanodit", "prep", "train", "evaluate", "configs"):
+        shutil.copytree(PROJECT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore", "cluster.yaml"):
+        shutil.copy(PROJECT / name, clone)
+    wanted = {path.relative_to(clone).as_posix() for path in clone.rglob("*") if path.is_file()}
+    wanted -= {".gitignore", ".rayignore"}
+    (clone / "my.yaml").write_text("extends: configs/prep/production.yaml\n")
+    for name in ("hf_token", ".env", "token.txt", "configs/hf_token", "configs/.env.local", "prep/server.key"):
+        (clone / name).write_text("secret")
+    for name in ("holiday pictures/a.png", "out/bucket_64x64/shard-000000.px.tar", "runs/x/model.safetensors"):
+        (clone / name).parent.mkdir(parents=True)
+        (clone / name).write_bytes(bytes(1 << 20))
+    os.mkfifo(clone / "pipe")
+    (clone / "self").symlink_to(clone / "self")
+    (clone / "above").symlink_to(clone)
+    command = [sys.executable, "-c", PACK, str(clone), str(package)]
+    packed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert packed.returncode == 0, packed.stderr
+    with zipfile.ZipFile(package) as archive:
+        assert {name for name in archive.namelist() if not name.endswith("/")} == wanted | {"my.yaml"}
+    assert package.stat().st_size < 4 << 20
 
 
 @pytest.mark.slow

@@ -164,6 +164,7 @@ def verify(path: Path) -> list[str]:
     manifest = read_json(path / "manifest.json")
     files = manifest.get("files") if isinstance(manifest, dict) else None
     whole = isinstance(files, dict) and set(files) - set(_OPTIONAL_FILES) == set(_FILES)
+    whole = whole and all(isinstance(one, dict) and {"bytes", "sha256"} <= set(one) for one in files.values())
     if not whole or manifest.get("schema") != SCHEMA:
         raise DataError(f"{path}/manifest.json: not the manifest of a checkpoint of schema {SCHEMA}")
     for name, expected in files.items():

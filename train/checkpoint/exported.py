@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from nanodit.errors import ConfigError, DataError, first_line
+from nanodit.files import read_json
 from train.checkpoint.checkpoint import load_weights
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
@@ -72,8 +71,10 @@ def _read(described: Mapping[str, Any], where: str) -> tuple[TrainConfig, dict[s
             **{name: dict(described[name]) for name in SECTIONS},
         )  # fmt: skip
         Features.from_dataset(described["dataset"])
-        state = {"step": described["step"], "dataset": described["dataset"], "source": described["source"]}
-    except (KeyError, TypeError, ValidationError) as error:
+        state = {name: described[name] for name in ("step", "dataset", "source")}
+        if not isinstance(state["source"]["weights"], str):
+            raise TypeError("source.weights is not text")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: not the description of a model of this version: {error}") from None
     return config, state
 
@@ -91,10 +92,7 @@ def load_exported(folder: Path, weights: str = "ema") -> tuple[NanoDiT, TrainCon
     the folder holds; :class:`ConfigError` for any others. Raises :class:`DataError` for files that are damaged, or are
     not what this version writes.
     """
-    try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    described = read_json(folder / CONFIG)
     if not isinstance(described, dict):
         raise DataError(f"{folder / CONFIG}: not the description of a model")
     config, state = _read(described, str(folder / CONFIG))

@@ -12,6 +12,7 @@ from nanodit.files import read_json
 from train.checkpoint.checkpoint import load_weights, resolve_checkpoint, verify
 from train.checkpoint.exported import build_as, is_exported, load_exported
 from train.checkpoint.posthoc import parse_weights, reconstruct
+from train.checkpoint.state import checked_state
 from train.checkpoint.tensorfile import read_tensors
 from train.config import TrainConfig
 from train.model.network import TRAINING_ONLY, NanoDiT
@@ -30,7 +31,7 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
     sigma_rel = parse_weights(weights)
     step_folder = resolve_checkpoint(Path(path))
     names = verify(step_folder)
-    state = read_json(step_folder / "state.json")
+    state = checked_state(read_json(step_folder / "state.json"), step_folder)
     try:
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:

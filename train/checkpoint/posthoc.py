@@ -13,7 +13,6 @@ sum of .99 would shrink the network.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from safetensors.torch import load as load_tensors
 
 from nanodit.console import say
 from nanodit.errors import ConfigError, DataError
-from nanodit.files import canonical_json, sha256_bytes, sha256_file, sync_folder, write_atomic
+from nanodit.files import canonical_json, read_json, sha256_bytes, sha256_file, sync_folder, write_atomic
 from train.checkpoint.tensorfile import Tensors, sync_file, write_tensors
 from train.method.ema import UNIFORM, PowerAverages, gamma_of, split_averages
 
@@ -210,10 +209,12 @@ def _remedy(file: Path) -> str:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; {_remedy(path)}") from None
+        record = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_remedy(path)}") from None
     known = isinstance(record, dict) and record.get("schema") == SCHEMA
-    if not known or not {"bytes", "sha256", "sigma_rel"} <= set(record):
+    widths = record.get("sigma_rel") if known else None
+    whole = isinstance(widths, list) and all(type(width) is float and 0 < width < UNIFORM for width in widths)
+    if not whole or not {"bytes", "sha256"} <= set(record):
         raise DataError(f"{path}: not the record of a snapshot of schema {SCHEMA}; {_remedy(path)}")
     return record

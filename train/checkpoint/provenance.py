@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from nanodit.files import canonical_json, write_atomic
+from nanodit.errors import DataError
+from nanodit.files import canonical_json, read_json, write_atomic
 from train.hardware import can_compile, cpu_bf16
 
 _PACKAGES = ("torch", "numpy", "safetensors", "transformers", "pillow", "pyarrow")
@@ -42,7 +42,10 @@ def write_provenance(
     ``parent`` is the checkpoint whose weights the run began with, as its state says.
     """
     path = run_folder / "provenance.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["started_at_steps"] if path.exists() else []
+    try:
+        starts = [*read_json(path)["started_at_steps"]] if path.exists() else []
+    except (DataError, KeyError, TypeError):  # a damaged one, of which nothing else is used
+        starts = []
     record = {
         "schema": 1,
         "git": git_state(Path(__file__).parent),

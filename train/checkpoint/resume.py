@@ -20,6 +20,7 @@ from train.checkpoint.checkpoint import (
     remove_leftovers,
     resolve_checkpoint,
 )
+from train.checkpoint.state import checked_state
 from train.config import TrainConfig
 from train.data.noise import noise_record
 from train.hardware import has_fast_bf16
@@ -43,9 +44,7 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
     remove_leftovers(run_folder)
     if resume == "auto":
         latest = find_latest(run_folder)
-        if latest is None:
-            return None
-        return load_checkpoint(latest)
+        return None if latest is None else _load(latest)
     steps = checkpoint_steps(run_folder)
     if resume == "never":
         if steps or (run_folder / "metrics.jsonl").exists():
@@ -53,13 +52,19 @@ def choose_checkpoint(run_folder: Path, resume: str) -> Checkpoint | None:
                 f"{run_folder} already holds a run; choose another `output`, or leave out `--resume never` to continue"
             )
         return None
-    checkpoint = load_checkpoint(resolve_checkpoint(Path(resume)))
+    checkpoint = _load(resolve_checkpoint(Path(resume)))
     later = [path.name for path in steps if int(path.name[5:]) > checkpoint.state["step"]]
     if later:
         raise ConfigError(
             f"{run_folder} has checkpoints after step {checkpoint.state['step']} ({later[-1]} to {later[0]}); "
             "leave out --resume to continue from the newest, or choose another `output` for the branch"
         )
+    return checkpoint
+
+
+def _load(path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(path)
+    checked_state(checkpoint.state, path)
     return checkpoint
 
 

@@ -41,7 +41,7 @@ def change(dataset: Path, name: str, value: object) -> None:
     ("name", "value", "said"),
     [
         ("key", None, "1 rows have no key"),
-        ("bucket", None, "names bucket None"),
+        ("bucket", None, "1 rows have no bucket"),
         ("shard", None, "1 rows have no shard"),
         ("shard", -1, "shard is -1"),
         ("shard", 1 << 40, "shard is 1,099,511,627,776, and no more than"),

@@ -18,6 +18,7 @@ from prep.passes.placement import (
     captions_vram,
     gpu_offers,
     in_order,
+    local_node,
     memory_need,
     nodes_from_ray,
     plan_passes,
@@ -323,6 +324,13 @@ def test_caption_hosts_are_recognised_by_name_and_address():
     assert serves("http://host2:11434", there, resolve=lambda host: [])
     assert serves("http://captions.lan:11434", there, resolve=lambda host: ["10.0.0.2"])
     assert not serves("http://captions.lan:11434", here, resolve=lambda host: ["10.0.0.2"])
+
+
+def test_a_caption_host_under_an_outer_address_of_this_machine_is_here():
+    """A Ray of one's own knows its machine as 127.0.0.1 alone."""
+    alone = local_node()
+    assert serves("http://captions.lan:11434", alone, resolve=lambda host: ["127.0.0.7"])  # of Linux, like all of 127
+    assert not serves("http://captions.lan:11434", alone, resolve=lambda host: ["198.51.100.7"])
 
 
 # --- Ray's description of the nodes -----------------------------------------------------------------------------------

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import resource
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from nanodit.errors import ConfigError, ResourceError
+from prep.doctor.node import _address
 from prep.passes import ray_passes
-from prep.passes.ray_passes import cluster_address, temporary_folder
+from prep.passes.ray_passes import cluster_address, ray_session, temporary_folder
+from tests.prep.passes.test_plan import write_images
+from tests.prep.runs import PROJECT, command, parent_of, poses
 
 STARTED = (
     "import ray\n"
@@ -93,3 +98,60 @@ def test_too_few_open_files_are_said():
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
     assert f"ulimit -n {ray_passes.OPEN_FILES}" in done.stderr
+
+
+def listening(parent: int) -> dict[str, set[str]]:
+    """Names of a process and all below it -> addresses at which they listen."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = parent_of(int(folder.name))
+        except (OSError, StopIteration):  # it has ended
+            continue
+    tree = {parent}
+    while more := {process for process, above in parents.items() if above in tree} - tree:
+        tree |= more
+    inodes = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for fields in map(str.split, Path(table).read_text().splitlines()[1:]):
+            if fields[3] == "0A":  # LISTEN
+                inodes[f"socket:[{fields[9]}]"] = _address(fields[1].partition(":")[0])
+    found: dict[str, set[str]] = {}
+    for process in tree:
+        try:
+            name = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip().partition(" ")[0]
+            sockets = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()} & set(inodes)
+        except OSError:
+            continue
+        if sockets:
+            found.setdefault(name.rpartition("/")[2], set()).update(inodes[one] for one in sockets)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_of_ones_own_listens_on_loopback_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    write_images(tmp_path / "source", 40, size=(400, 400))
+    process = subprocess.Popen(command(poses(tmp_path, shard_size=1)), cwd=PROJECT, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out" / "parts"
+    while process.poll() is None and not list(parts.glob("*.parquet")):
+        time.sleep(0.05)
+    found = listening(process.pid)
+    process.terminate()
+    assert process.wait(timeout=60) == 75  # it was at work
+    assert {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= set(found)
+    outside = {one for at in found.values() for one in at if not ipaddress.ip_address(one).is_loopback}
+    assert {name: at for name, at in found.items() if at & outside} == {}
+
+
+def test_a_ray_that_listens_elsewhere_is_said(monkeypatch, capsys):
+    """As a version of Ray would that decides in another way where it listens."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for name in ("init", "shutdown"):  # a Ray of this test worker goes on
+        monkeypatch.setattr(f"ray.{name}", lambda **options: None)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "192.0.2.7")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session():
+        pass
+    assert "listens at 192.0.2.7" in capsys.readouterr().out

@@ -253,14 +253,19 @@ def test_units_of_an_older_version_are_upgraded_not_repaired(root, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"counts": 3}, {"stages": []}, {"layers": {"px": None, "t5": 1}}, {"stages": {"split": {"cls_cosine": "no"}}}],
+    ("changes", "said"),
+    [
+        ({"counts": 3}, "not of the expected form"),
+        ({"stages": []}, "not of the expected form"),
+        ({"layers": {"px": None, "t5": 1}}, "no usable layer px, layer t5"),
+        ({"stages": {"split": {"cls_cosine": "no"}}}, "not of the expected form"),
+    ],
 )
-def test_descriptions_of_another_form_are_findings(root, capsys, changes):
+def test_descriptions_of_another_form_are_findings(root, capsys, changes, said):
     info = json.loads((root / "dataset.json").read_text()) | changes
     del info["fingerprint"]
     (root / "dataset.json").write_text(canonical_json(info | {"fingerprint": fingerprint_of(info)}))
-    found(root, capsys, "dataset.json", "not of the expected form")
+    found(root, capsys, "dataset.json", said)
 
 
 def test_p05_a_near_duplicate_on_the_other_side_is_a_leak(root, capsys):
