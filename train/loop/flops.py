@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 from train.method.loss import Loss
 from train.model.conditions import Conditions
@@ -147,3 +147,22 @@ def _on_meta(argument: Argument) -> Argument:
         return None
     size = (1, *argument.shape[1:])
     return torch.empty(size, dtype=argument.dtype, device=META, requires_grad=argument.requires_grad)
+
+
+# Attention of one image after another, of which torch knows nothing
+
+
+def _shapes(q: Any, keys: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of which attention costs as much: every image has the mean number of keys, times images."""
+    _, n, h, size = q
+    return (1, h, n, size), (1, h, keys[0], size), (1, h, keys[0], size)
+
+
+@register_flop_formula(torch.ops.nanodit.attend_each)
+def _(q: Any, keys: Any, values: Any, lengths: Any, *, out_shape: Any = None, **_: Any) -> int:
+    return sdpa_flop_count(*_shapes(q, keys))
+
+
+@register_flop_formula(torch.ops.nanodit.attend_each_backward)
+def _(gradient: Any, q: Any, keys: Any, *others: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * sdpa_flop_count(*_shapes(q, keys))  # scores that are computed again are not model FLOPs
