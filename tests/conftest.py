@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, and one small dataset built through the real ``prep run``."""
 
 import os
+import sys
 
 # before anything imports torch: two test workers share two cores, and a second thread makes both slower
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -33,6 +34,14 @@ def ray_session():
         yield
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``prep run`` compute in this process: for what a run promises wherever its passes are computed."""
+    from tests.prep.prepared import LocalPipeline
+
+    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+
+
 @pytest.fixture(scope="session")
 def figures_folder(shared_folder) -> Path:
     """80 figures of about 96 pixels with captions and truth. Read only: copy what a test changes."""
@@ -51,13 +60,17 @@ def figures_config(shared_folder, figures_folder) -> PrepConfig:
 
 
 @pytest.fixture(scope="session")
-def figures_dataset(shared_folder, figures_config, request) -> Path:
-    """The figures prepared at base 64 with the demo encoders, once per test run. Read only, as the figures."""
-    with FileLock(shared_folder / "dataset.lock"):
-        if not (Path(figures_config.output) / "dataset.json").exists():
-            request.getfixturevalue("ray_session")  # only the worker that builds it needs one
-            from prep.run import run
+def figures_dataset(shared_folder, figures_config) -> Path:
+    """The figures prepared at base 64 with the demo encoders, once per test run. Read only, as the figures.
 
+    Without Ray, which takes as long again; that it gives the same bytes is tests/prep/passes/test_killed.py's.
+    """
+    from prep.run import run
+    from tests.prep.prepared import LocalPipeline
+
+    with FileLock(shared_folder / "dataset.lock"), pytest.MonkeyPatch.context() as patch:
+        if not (Path(figures_config.output) / "dataset.json").exists():
+            patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
             run(figures_config)
             (Path(figures_config.output) / "readers").touch()  # no folder: who reads it cannot leave a record there
     return Path(figures_config.output)
