@@ -16,6 +16,22 @@ from prep.config import PrepConfig
 from prep.figures.figures import write_figures
 
 FIGURES = 80  # 64 for training, 16 held out
+# Minutes each, the longest first: a worker of `--dist loadfile` that began one of them last would end alone
+LONG = (
+    "train/check/test_check.py", "faults/test_sweep_faults.py", "train/sweep/test_sweep.py",
+    "faults/test_prep_cluster.py", "test_seed.py", "faults/test_train_faults.py", "evaluate/test_run.py",
+    "prep/passes/test_crops.py", "prep/passes/test_killed.py", "train/test_presets.py",
+    "prep/passes/test_preflight.py", "train/plan/test_plan.py", "nanodit/test_storage.py",
+    "faults/test_version_faults.py", "extensions/test_extensions.py", "nanodit/test_place.py",
+    "faults/test_prep_job.py", "prep/passes/test_ray_passes.py", "train/draw/test_draw.py",
+    "prep/images/test_photographs.py", "train/loop/test_everything.py", "platforms/test_windows.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with ``LONG``."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")
