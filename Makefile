@@ -43,7 +43,7 @@ gpu-check: install
 	$(BIN)/nanodit train gpu-check $(CHECK)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # random kills over preparing, training and sweeping: `make soak SEED=7 KILLS=200`
 SEED ?= 1

@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, and one small dataset built through the real ``prep run``."""
 
 import os
+import sys
 
 # before anything imports torch: two test workers share two cores, and a second thread makes both slower
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,6 +16,22 @@ from prep.config import PrepConfig
 from prep.figures.figures import write_figures
 
 FIGURES = 80  # 64 for training, 16 held out
+# Minutes each, the longest first: a worker of `--dist loadfile` that began one of them last would end alone
+LONG = (
+    "train/check/test_check.py", "faults/test_sweep_faults.py", "train/sweep/test_sweep.py",
+    "faults/test_prep_cluster.py", "test_seed.py", "faults/test_train_faults.py", "evaluate/test_run.py",
+    "prep/passes/test_crops.py", "prep/passes/test_killed.py", "train/test_presets.py",
+    "prep/passes/test_preflight.py", "train/plan/test_plan.py", "nanodit/test_storage.py",
+    "faults/test_version_faults.py", "extensions/test_extensions.py", "nanodit/test_place.py",
+    "faults/test_prep_job.py", "prep/passes/test_ray_passes.py", "train/draw/test_draw.py",
+    "prep/images/test_photographs.py", "train/loop/test_everything.py", "platforms/test_windows.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with ``LONG``."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +48,14 @@ def ray_session():
 
     with ray_session():
         yield
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``prep run`` compute in this process: for what a run promises wherever its passes are computed."""
+    from tests.prep.prepared import LocalPipeline
+
+    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +76,17 @@ def figures_config(shared_folder, figures_folder) -> PrepConfig:
 
 
 @pytest.fixture(scope="session")
-def figures_dataset(shared_folder, figures_config, request) -> Path:
-    """The figures prepared at base 64 with the demo encoders, once per test run. Read only, as the figures."""
-    with FileLock(shared_folder / "dataset.lock"):
-        if not (Path(figures_config.output) / "dataset.json").exists():
-            request.getfixturevalue("ray_session")  # only the worker that builds it needs one
-            from prep.run import run
+def figures_dataset(shared_folder, figures_config) -> Path:
+    """The figures prepared at base 64 with the demo encoders, once per test run. Read only, as the figures.
 
+    Without Ray, which takes as long again; that it gives the same bytes is tests/prep/passes/test_killed.py's.
+    """
+    from prep.run import run
+    from tests.prep.prepared import LocalPipeline
+
+    with FileLock(shared_folder / "dataset.lock"), pytest.MonkeyPatch.context() as patch:
+        if not (Path(figures_config.output) / "dataset.json").exists():
+            patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
             run(figures_config)
             (Path(figures_config.output) / "readers").touch()  # no folder: who reads it cannot leave a record there
     return Path(figures_config.output)

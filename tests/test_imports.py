@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.conftest import LONG
+
 PACKAGES = ("nanodit", "prep", "train", "evaluate")  # each imports itself and those to its left
 # The command and the trainer's entry point know more than they import from: inside functions, when it is asked for.
 EXCEPTIONS = {"nanodit/cli.py": {"prep", "train", "evaluate"}, "train/__main__.py": {"evaluate"}}
@@ -116,6 +118,7 @@ def test_an_upward_import_is_seen():
     ("modules", "heavy"),
     [
         ("nanodit.cli, prep.__main__, prep.config", {"torch", "transformers", "ray", "httpx"}),
+        ("train.run, train.draw.draw, evaluate.run", {"torch._dynamo", "transformers", "ray"}),
         ("evaluate.config, evaluate.report.report, evaluate.sweep.report", {"transformers", "onnxruntime", "ray"}),
     ],
 )
@@ -123,3 +126,7 @@ def test_what_takes_seconds_is_imported_where_it_is_used(modules, heavy):
     code = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not heavy & set(done.stdout.split())
+
+
+def test_the_tests_that_begin_first_exist():
+    assert [name for name in LONG if not Path("tests", name).is_file()] == []

@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanodit.rng import generator
+from train.loop.flops import META  # with what it tells torch's counter of our attention
 from train.method.dropout import PRESETS, ConditioningConfig, deal
 from train.model.conditions import Conditions, Subset, subset_name
 from train.model.config import ModelConfig
@@ -43,7 +44,7 @@ class Counter:
         """Return the number of context tokens and the operations."""
         if (subset, routed) not in self._known:
             conditions = self._conditions(subset)
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            with META, FlopCounterMode(display=False) as counter:
                 keep_ids = torch.zeros(1, self.tread.kept(TOKENS), dtype=torch.int64) if routed else None
                 self.model(torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1), conditions, keep_ids)
             tokens = self.model.encode_context(conditions, SIDE, SIDE).tokens.shape[0]

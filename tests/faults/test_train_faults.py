@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -15,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanodit.config import load_config, walk_keys
 from nanodit.errors import ConfigError, ResourceError
 from prep.dataset.reader import Dataset
+from tests.forked import in_child
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint.checkpoint import find_latest, load_checkpoint, save_checkpoint
@@ -36,7 +35,6 @@ from train.loop.tracking import read_metrics
 
 PARTS = ("model", "ema", "optimizer")
 STEPS = 12
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +72,6 @@ def train_process(config: Path, *arguments: str, fault: str | None = None) -> su
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"NANODIT_FAULT": fault} if fault else {})}
     command = [sys.executable, "-m", "train", "run", "--config", str(config), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def in_child(function: Callable[[], None], fault: str | None = None) -> int:
-    """Run ``function`` in a forked process and return its exit code, minus the signal's number if one ended it."""
-
-    def work() -> None:
-        if fault:
-            os.environ["NANODIT_FAULT"] = fault
-        function()
-
-    child = FORK.Process(target=work)
-    child.start()
-    child.join(60)
-    return child.exitcode
 
 
 def weights(run: Path, step: int = STEPS) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """Runs a command as Windows would see it, as far as Linux can show that: without what Python lacks there.
 
-    python tests/platforms/windows.py nanodit|prep|train|evaluate ARGUMENTS
+    python tests/platforms/windows.py nanodit|prep|train|evaluate ARGUMENTS [+ PACKAGE ARGUMENTS]...
 
+Several commands run one after another, up to the first that fails.
 The project's own code finds neither modules that exist on POSIX alone nor the names of ``os``, ``signal``, ``select``
 and ``socket`` that Windows has not. Libraries keep them: their own code for Windows cannot run here.
 """
@@ -67,11 +68,17 @@ def hide() -> None:
 
 
 def main() -> None:
-    package, *arguments = sys.argv[1:]
+    rest = sys.argv[1:]
     sys.path[0] = os.getcwd()
-    sys.argv = [package, *arguments]
     hide()
-    runpy.run_module(package, run_name="__main__", alter_sys=True)
+    while rest:
+        end = rest.index("+") if "+" in rest else len(rest)
+        sys.argv, rest = rest[:end], rest[end + 1 :]
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            if ended.code or not rest:
+                raise
 
 
 if __name__ == "__main__":

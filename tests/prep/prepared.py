@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
 from prep.config import PrepConfig
-from prep.passes.layers import LayerWorker
+from prep.passes.layers import LayerWorker, ShardTask
+from prep.passes.placement import Pass, local_node
 from prep.passes.plan import Plan, make_plan, write_manifest
 from prep.passes.publish import publish
 from prep.run import current_parts
@@ -18,3 +23,30 @@ def prepare(config: PrepConfig) -> Plan:
         worker.run(task)
     publish(plan, current_parts(plan), "runs/0001/rejects.parquet")
     return plan
+
+
+class LocalPipeline(ModuleType):
+    """What ``prep/passes/ray_passes.py`` offers, on one worker of this process.
+
+    ``before`` is called with the layers of every pass, before it begins.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("prep.passes.ray_passes")
+        self.before = lambda layers: None
+
+    @contextmanager
+    def ray_session(self) -> Iterator[None]:
+        yield
+
+    def cluster_nodes(self) -> list:
+        return [local_node()]
+
+    def on_every_node(self, function, *arguments, timeout=30.0) -> dict:
+        return {"this": function(*arguments)}
+
+    def run_pass(self, settings: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict]]:
+        self.before(step.layers)
+        worker = LayerWorker(settings)
+        for task in tasks:
+            yield worker.run(ShardTask.from_json(task.to_json()))

@@ -48,7 +48,7 @@ def test_p01_p02_bad_files_become_rows_and_the_run_goes_on(tmp_path, ray_session
 
 
 @pytest.mark.slow
-def test_p04_images_without_a_usable_caption_are_left_out_when_allowed(tmp_path, ray_session):
+def test_p04_images_without_a_usable_caption_are_left_out_when_allowed(tmp_path, without_ray):
     source = tmp_path / "source"
     write_images(source, 6)
     (source / "image-000.txt").unlink()
@@ -72,7 +72,7 @@ def test_p04_images_without_a_usable_caption_are_left_out_when_allowed(tmp_path,
     assert len(Dataset(tmp_path / "out")) == 5
 
 
-def test_hidden_files_of_other_systems_are_rows_that_do_not_count(tmp_path, ray_session):
+def test_hidden_files_of_other_systems_are_rows_that_do_not_count(tmp_path, without_ray):
     """A folder from a Mac has a hidden file beside every picture and every caption."""
     write_images(tmp_path / "source", 2)
     hidden = [f"._image-{number:03d}{suffix}" for number in range(2) for suffix in (".png", ".txt")]
@@ -98,7 +98,7 @@ def test_missing_captions_close_the_gate_before_anything_is_computed(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["runs"]
 
 
-def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, ray_session):
+def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, without_ray):
     (tmp_path / "source").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         run(config(tmp_path))
@@ -110,7 +110,7 @@ def test_p18_nothing_accepted_ends_with_numbers_and_publishes_nothing(tmp_path, 
     assert pq.read_table(tmp_path / "out" / "runs" / "0002" / "rejects.parquet").num_rows == 3
 
 
-def test_p18_a_single_image_makes_a_dataset_and_a_warning(tmp_path, ray_session, capsys):
+def test_p18_a_single_image_makes_a_dataset_and_a_warning(tmp_path, without_ray, capsys):
     write_images(tmp_path / "source", 1)
     run(poses(tmp_path))
     assert Dataset(tmp_path / "out").info["counts"] == {"samples": 1, "train": 1, "holdout": 0, "rejects": 0}

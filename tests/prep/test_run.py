@@ -3,10 +3,7 @@
 import errno
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +12,8 @@ from nanodit.errors import DataError, Interrupted, ResourceError
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.images.sources import Reject
-from prep.passes.layers import LayerWorker, ShardTask
-from prep.passes.placement import Node, Pass, local_node
+from prep.passes.layers import LayerWorker
+from prep.passes.placement import Node
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import gate, publish
 from prep.run import current_parts, print_plan, run
@@ -24,35 +21,9 @@ from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import FAST
 from tests.prep.passes.test_plan import config, write_images
+from tests.prep.prepared import LocalPipeline
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
 from tests.prep.verify.test_verify import publish_again
-
-
-class LocalPipeline(ModuleType):
-    """What ``prep/passes/ray_passes.py`` offers, on one worker of this process.
-
-    ``before`` is called with the layers of every pass, before it begins.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("prep.passes.ray_passes")
-        self.before = lambda layers: None
-
-    @contextmanager
-    def ray_session(self) -> Iterator[None]:
-        yield
-
-    def cluster_nodes(self) -> list:
-        return [local_node()]
-
-    def on_every_node(self, function, *arguments, timeout=30.0) -> dict:
-        return {"this": function(*arguments)}
-
-    def run_pass(self, settings: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict]]:
-        self.before(step.layers)
-        worker = LayerWorker(settings)
-        for task in tasks:
-            yield worker.run(ShardTask.from_json(task.to_json()))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from prep.verify.verify import verify
 from prep.versions import list_versions
 from tests.prep.dataset.test_versions import change
 from tests.prep.passes.test_plan import config, write_images
-from tests.prep.test_run import LocalPipeline
+from tests.prep.prepared import LocalPipeline
 
 
 @pytest.fixture

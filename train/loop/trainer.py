@@ -39,7 +39,6 @@ from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
 from train.hardware import autocast, autocast_dtype, has_fast_bf16, peak_flops
 from train.loop.compiling import compile_if_asked
-from train.loop.flops import flop_counter
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
 from train.loop.microbatch import Accumulated, Group, MicroBatch, MicroBatches
 from train.loop.observers import finite, keep_warning, observe
@@ -105,7 +104,11 @@ class Trainer:
         self._take_fast_bf16(has_fast_bf16())
         self.images_per_step = config.train.batch_size * config.train.grad_accumulation_steps
         self.peak_flops = peak_flops(device, self.autocast_dtype)
-        self.flops = flop_counter(self.model, losses) if self.peak_flops else None
+        self.flops = None
+        if self.peak_flops:
+            from train.loop.flops import flop_counter  # torch's counter imports Triton
+
+            self.flops = flop_counter(self.model, losses)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; raises :class:`DataError` where its tensors do not fit."""

@@ -9,19 +9,16 @@ Shape letters as in :mod:`train.model.spans`; T is b n + M, the keys of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from train.model.spans import Spans
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None
+varlen_attn: Callable[..., Tensor] | None = None  # torch's, from the first time that a GPU takes it
 
 # An image's scores that padding would add, at which a call of its own pays on a CPU (tests/benchmarks/attention.py)
 WORTH_A_CALL = 1 << 16
@@ -49,9 +46,20 @@ def reads_packed(device: torch.device, dtype: torch.dtype, head_size: int) -> bo
     Source: the checks of ``mha_varlen_fwd`` in torch's ``flash_api.cpp``; ``scaled_dot_product_attention`` has other
     kernels for what fails them, varlen attention has none.
     """
-    if device.type != "cuda" or varlen_attn is None or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size % 8 or head_size > 256:
         return False
-    return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _has_varlen()
+
+
+def _has_varlen() -> bool:
+    """Import torch's varlen attention, which takes a second or two; False: this torch is older than it."""
+    global varlen_attn
+    if varlen_attn is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return False
+    return True
 
 
 def seen(spans: Spans, tokens: int, heads: int, head_size: int, dtype: torch.dtype, compiled: bool) -> Seen:
@@ -227,19 +235,3 @@ def _each_backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None
 
 
 attend_each.register_autograd(_each_backward, setup_context=_each_setup)
-
-
-def _shapes(q: Any, keys: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of which attention costs as much: every image has the mean number of keys, times images."""
-    _, n, h, size = q
-    return (1, h, n, size), (1, h, keys[0], size), (1, h, keys[0], size)
-
-
-@register_flop_formula(torch.ops.nanodit.attend_each)
-def _(q: Any, keys: Any, values: Any, lengths: Any, *, out_shape: Any = None, **_: Any) -> int:
-    return sdpa_flop_count(*_shapes(q, keys))
-
-
-@register_flop_formula(torch.ops.nanodit.attend_each_backward)
-def _(gradient: Any, q: Any, keys: Any, *others: Any, out_shape: Any = None, **_: Any) -> int:
-    return 2 * sdpa_flop_count(*_shapes(q, keys))  # scores that are computed again are not model FLOPs

@@ -29,11 +29,11 @@ from prep.passes.plan import make_plan
 from prep.run import print_plan, run
 from prep.verify.verify import verify
 from prep.versions import list_versions
+from tests.forked import in_child
 from tests.prep.object_store import s3_server
 from tests.prep.passes.test_plan import config, write_images
-from tests.prep.prepared import prepare
-from tests.prep.runs import PROJECT, command, files_of
-from tests.prep.test_run import LocalPipeline
+from tests.prep.prepared import LocalPipeline, prepare
+from tests.prep.runs import files_of
 
 Content = dict[str, tuple]
 
@@ -167,17 +167,7 @@ def test_p11_a_kill_between_keeping_and_replacing_loses_neither_version(settings
     dataset = Dataset(settings.output)
     expected = content(dataset)
     change(Path(settings.source))
-    code = """
-import sys
-from tests.prep.test_run import LocalPipeline
-sys.modules["prep.passes.ray_passes"] = LocalPipeline()
-from prep.__main__ import main
-main(sys.argv[1:])
-"""
-    arguments = [sys.executable, "-c", code, *command(settings, "--prune")[3:]]
-    environment = os.environ | {"NANODIT_FAULT": moment}
-    killed = subprocess.run(arguments, cwd=PROJECT, env=environment, timeout=120, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert in_child(lambda: run(settings, prune=True), moment) == -signal.SIGKILL
     assert content(dataset) == expected
     assert content(open_version(settings.output, dataset.fingerprint)) == expected
     run(settings, prune=True)

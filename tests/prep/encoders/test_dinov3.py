@@ -186,21 +186,3 @@ def test_a_model_that_does_not_load_is_explained(tmp_path: Path) -> None:
         DINOv3Encoder(tmp_path / "missing")
     with pytest.raises(ConfigError, match="save_pretrained"):
         DINOv3Encoder(tmp_path)
-
-
-@pytest.mark.slow
-def test_full_size_vit_large(tmp_path: Path) -> None:
-    """ViT-L/16 at random weights: two images of a production bucket give (1024,) and (h, w, 1024)."""
-    config = DINOv3ViTConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4
-    )
-    DINOv3ViTModel._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    encoder = DINOv3Encoder(tmp_path, input_scale=0.5)
-    (tmp_path / "model.safetensors").unlink()  # 610 MB, loaded by now
-    images = np.random.default_rng(0).integers(0, 256, (2, 704, 1344, 3), dtype=np.uint8)
-    cls, patches = encoder.encode(images)
-    assert cls.shape == (2, 1024)
-    assert patches.shape == (2, 22, 42, 1024)
-    q, scale = quantise(patches[0].reshape(-1, 1024))
-    assert q.shape == (924, 1024)
-    assert scale.shape == (924, 16)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from nanodit.errors import ConfigError, DataError
-from prep.encoders.demo import build_t5, pieces
+from prep.encoders.demo import build_t5
 from prep.encoders.t5 import T5Encoder, fingerprint
 
 SHORT = "A red ball."
@@ -106,21 +105,3 @@ def test_fingerprint_follows_content_not_place(folder: Path, tmp_path: Path) -> 
 def test_a_model_that_does_not_load_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_pretrained"):
         T5Encoder(tmp_path)
-
-
-@pytest.mark.slow
-def test_full_size_t5_large(tmp_path: Path) -> None:
-    """T5-Large's encoder at random weights: two captions give (L, 1024)."""
-    config = T5Config(
-        vocab_size=32128, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, feed_forward_proj="relu"
-    )
-    folder = tmp_path / "t5-large"
-    T5EncoderModel._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    T5Tokenizer(vocab=pieces(("a", "red", "ball")), extra_ids=0).save_pretrained(folder)
-    encoder = T5Encoder(folder)
-    (folder / "model.safetensors").unlink()  # 670 MB, loaded by now
-    short, long = encoder.encode([SHORT, LONG])
-    assert encoder.width == 1024
-    assert short.embedding.shape == (5, 1024)
-    assert long.embedding.shape == (len(encoder.tokenize(LONG)[0]), 1024)
-    assert np.isfinite(long.embedding).all()

@@ -1,10 +1,7 @@
 """What was found about class tokens is written down: it saves work, and never changes a group."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +23,13 @@ from prep.images import compared as module
 from prep.images.compared import FOLDER, NAME, Record, compared, compared_tokens
 from prep.passes import last_publication
 from prep.verify.verify import verify
+from tests.forked import in_child
 from tests.prep.images.test_cosine import as_sets, chains, features, near_labels
 from tests.prep.object_store import s3_server
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import prepare
 
-PROJECT = Path(__file__).parents[3]
+MANY_FILES = module.MANY_FILES
 
 
 class Samples:
@@ -239,23 +237,16 @@ def test_without_leave_to_write_nothing_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-CODE = """
-import sys
-from nanodit.storage import open_storage
-from prep.images import compared
-from tests.prep.images.test_compared import samples
-compared.BATCH = 7
-samples(int(sys.argv[2])).groups(open_storage(sys.argv[1]))
-"""
-
-
 @pytest.mark.parametrize("number", [1, 3, 6])
 @pytest.mark.parametrize("moment", ["tokens.after_file", "tokens.after_record"])
 def test_killed_between_two_writes(tmp_path, small, moment, number):
     storage = open_storage(tmp_path / "out")
-    arguments = [sys.executable, "-c", CODE, storage.place, "40"]
-    environment = os.environ | {"NANODIT_FAULT": f"{moment}:kill:{number}"}
-    assert subprocess.run(arguments, cwd=PROJECT, env=environment, timeout=100).returncode == -signal.SIGKILL
+
+    def compare() -> None:
+        module.MANY_FILES = MANY_FILES
+        samples().groups(storage)
+
+    assert in_child(compare, f"{moment}:kill:{number}") == -signal.SIGKILL
     again = samples()
     again.groups(storage)
     committed = number - (moment == "tokens.after_file")

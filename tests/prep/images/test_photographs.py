@@ -67,7 +67,7 @@ def write_photographs(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(image) for name, image in upright.items()}
 
 
-def test_photographs_of_every_kind_become_upright_production_crops(tmp_path, ray_session):
+def test_photographs_of_every_kind_become_upright_production_crops(tmp_path, without_ray):
     upright = write_photographs(tmp_path / "photos")
     settings = PrepConfig(
         source=str(tmp_path / "photos"),

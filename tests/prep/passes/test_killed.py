@@ -14,6 +14,7 @@ from prep.dataset.reader import Dataset
 from prep.passes.plan import make_plan
 from prep.run import run
 from tests.prep.passes.test_plan import write_images
+from tests.prep.prepared import prepare
 from tests.prep.runs import PROJECT, command, files_of, parent_of, poses
 
 
@@ -56,7 +57,7 @@ def test_a_run_asked_to_stop_ends_with_75_and_continues(tmp_path, ray_session):
 
 
 @pytest.mark.parametrize("moment", ["shards.before_tar", "shards.before_part"])
-def test_p11_a_kill_between_the_steps_of_a_commit_leaves_no_half_unit(tmp_path, ray_session, moment):
+def test_p11_a_kill_between_the_steps_of_a_commit_leaves_no_half_unit(tmp_path, without_ray, moment):
     """The second unit dies: the first is committed, nothing of the second counts, and the rest is as undisturbed."""
     write_images(tmp_path / "source", 5)
     settings = poses(tmp_path)
@@ -87,7 +88,7 @@ for task in plan.tasks(("px",)):
 
 
 @pytest.mark.parametrize("moment", ["publish.after_index", "publish.after_rejects", "publish.after_dataset"])
-def test_p11_a_kill_while_publishing_is_repaired(tmp_path, ray_session, moment):
+def test_p11_a_kill_while_publishing_is_repaired(tmp_path, without_ray, moment):
     write_images(tmp_path / "source", 4)
     settings, root = poses(tmp_path), tmp_path / "out"
     run(settings)
@@ -127,5 +128,5 @@ def test_p10_a_killed_worker_or_actor_costs_nothing_but_its_time(tmp_path, ray_s
     assert killed[0] != os.getpid()
     assert message in capsys.readouterr().out
     undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
-    run(undisturbed)
+    prepare(undisturbed)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")

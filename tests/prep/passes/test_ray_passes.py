@@ -191,7 +191,7 @@ def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_ses
 
 
 @pytest.mark.slow
-def test_another_caption_model_redoes_text_and_t5_and_more_images_fill_new_shards(tmp_path, ray_session, capsys):
+def test_another_caption_model_redoes_text_and_t5_and_more_images_fill_new_shards(tmp_path, without_ray, capsys):
     write_images(tmp_path / "source", 5)
     root = tmp_path / "out"
 
@@ -231,7 +231,7 @@ def test_models_are_called_what_they_are(figures_dataset, figures_config, tmp_pa
     assert model_name(hub, layer, {"model": "org/name"}) == ("dwpose" if layer == "pose" else "org/name")
 
 
-def test_layers_can_be_switched_off(tmp_path, ray_session):
+def test_layers_can_be_switched_off(tmp_path, without_ray):
     write_images(tmp_path / "source", 5)
     settings = poses(tmp_path)
     run(settings)
