@@ -27,7 +27,7 @@ from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_part, same_recipe
 from prep.dataset.versions import collect_garbage, keep_unit
 from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, unknown_models, write_pins
-from prep.images.sources import Reject
+from prep.images.scan import Reject
 from prep.passes import cost
 from prep.passes.placement import Node, Pass, local_node, plan_passes
 from prep.passes.plan import Plan, check_folders, make_plan, remaining, write_manifest

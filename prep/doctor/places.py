@@ -21,9 +21,11 @@ from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
+from prep.images.scan import Read, Reject, read_all, scan
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import Read, Reject, Source, read_all, scan
-from prep.passes.plan import count_rejects, judge_sizes, scan_settings
+from prep.images.sources import Source
+from prep.passes.fitting import judge_sizes
+from prep.passes.plan import count_rejects, scan_settings
 from prep.passes.publish import gate
 from prep.passes.sidecars import has_caption, read_captions
 

@@ -1,6 +1,6 @@
 """Near duplicates and the split into train and holdout: by content, with every group on one side.
 
-Exact duplicates never come this far (``prep/images/sources.py`` refuses them). Two samples are near duplicates when
+Exact duplicates never come this far (``prep/images/scan.py`` refuses them). Two samples are near duplicates when
 their perceptual hashes differ in at most ``MAX_DISTANCE`` bits *and* their thumbnails confirm it: drawings and product
 shots on one background share a hash by the dozen and are still different pictures. They are also when the cosine of
 their DINO class tokens is above a threshold (``cosine.py``), which sees crops, mirrored copies and the next frame of a

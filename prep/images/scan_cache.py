@@ -25,7 +25,7 @@ from nanodit.errors import NanoditError
 from nanodit.lock import LOCK
 from nanodit.storage import Storage
 from prep.dataset.layout import parquet_bytes, read_parquet
-from prep.images.sources import COUNTED, THREADS, Read
+from prep.images.scan import COUNTED, THREADS, Read
 
 NAME = "runs/scan.parquet"
 # A file may change twice within one tick of its file system's clock (two seconds on FAT): a younger one is read again.

@@ -21,8 +21,9 @@ from prep.captions.sidecar import SidecarCaptions
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_parquet
 from prep.images.filters import DECISIONS
+from prep.images.scan import UNREADABLE_FOLDER, Reject, Scan
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import UNREADABLE, UNREADABLE_FOLDER, BadImage, Reject, Scan, Source, read_header
+from prep.images.sources import UNREADABLE, BadImage, Source, read_header
 
 INDEX = "index.parquet"
 # reasons for which a sample is tried again without being asked

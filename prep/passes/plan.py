@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,15 +29,16 @@ from nanodit.files import sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.captions.written import read_written
 from prep.config import PrepConfig
-from prep.dataset.buckets import choose_bucket, reduction
 from prep.dataset.excluded import read_excluded
 from prep.dataset.layers import ENCODER_LAYERS, LAYERS, SOURCE
 from prep.dataset.layout import Part, Unit, fingerprint_of, parquet_bytes, read_parquet, read_part, same_recipe
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import encoder_fingerprint
-from prep.images.filters import CROPPED, Problem, crop_remarks, filter_recipe, header_problem, lost_area
+from prep.images.filters import crop_remarks, filter_recipe
+from prep.images.scan import Reject, scan
 from prep.images.scan_cache import ReadAhead, ScanCache
-from prep.images.sources import Reject, Source, scan
+from prep.images.sources import Source
+from prep.passes.fitting import judge_sizes
 from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
@@ -212,44 +213,6 @@ def make_plan(
     return Plan(
         config, sources, shards, rejects, expected, seen, recipes, current, reasons, list(again), notes, excluded
     )
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """Sources by what their sizes say.
-
-    ``sources`` has the usable ones by key, ``buckets`` the bucket of each, ``rejects`` what is refused; ``cropped`` are
-    those that lose most of their area to the crop, with the share, and ``large`` the keys of those whose JPEG is
-    decoded at a reduced scale.
-    """
-
-    sources: dict[str, Source] = field(default_factory=dict)
-    buckets: dict[str, str] = field(default_factory=dict)
-    rejects: list[Reject] = field(default_factory=list)
-    cropped: list[tuple[float, str]] = field(default_factory=list)
-    large: set[str] = field(default_factory=set)
-
-
-def judge_sizes(config: PrepConfig, found: Iterable[Source]) -> Fitting:
-    """Judge sources by their sizes."""
-    result = Fitting()
-    sizes: dict[tuple[int, int], tuple[Problem | None, str, float, bool]] = {}
-    for source in found:
-        size = source.width, source.height
-        if size not in sizes:
-            problem = header_problem(*size, config.filters, config.base, config.image.max_upscale)
-            bucket = choose_bucket(*size, config.base)
-            sizes[size] = problem, str(bucket), lost_area(*size, bucket), reduction(*size, bucket) > 1
-        problem, name, lost, reduced = sizes[size]
-        if problem:
-            result.rejects.append(Reject(source.name, "source", *problem))
-            continue
-        result.sources[source.key], result.buckets[source.key] = source, name
-        if reduced:
-            result.large.add(source.key)
-        if lost > CROPPED:
-            result.cropped.append((lost, source.name))
-    return result
 
 
 def scan_settings(config: PrepConfig) -> dict[str, Any]:

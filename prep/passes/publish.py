@@ -23,7 +23,7 @@ from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
-from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes, cut_away
+from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -40,9 +40,10 @@ from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
 from prep.images import duplicates
 from prep.images.compared import Alike, compared_tokens
-from prep.images.filters import CHOICES, CROPPED, crop_remarks
-from prep.images.sources import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
+from prep.images.filters import CHOICES
+from prep.images.scan import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
 from prep.passes import last_publication
+from prep.passes.advice import CROP_COLUMNS, count_values, warn
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
@@ -51,10 +52,7 @@ ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
 BLOCK = 1024  # parts that are read at a time
 LINKS_SPLITS, EXCLUDED = "links_splits", "excluded"
 NO_DAMAGE = frozenset({HIDDEN, LINKED_FOLDER, DUPLICATE, LINKS_SPLITS, EXCLUDED, *CHOICES})  # reasons, see `is_damage`
-FEW = 1000  # training samples that a network learns by heart
-LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 HIDDEN_COLUMNS = ("thumbnail",)  # of the parts; needed to find near duplicates, not to read the dataset
-CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
 REJECT_SCHEMA = pa.schema(dict.fromkeys(("source", "stage", "reason", "detail"), pa.string()))
 
 
@@ -407,49 +405,3 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
             },
         },
     }
-
-
-def count_values(column: pa.ChunkedArray) -> Counter[str]:
-    """Count each value of a column."""
-    return Counter({item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()})
-
-
-def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
-    """Return what a user should know about a dataset that is formally right."""
-    warnings = []
-    splits = count_values(table["split"])
-    if 0 < splits["train"] < FEW:
-        warnings.append(
-            f"{splits['train']} training images are few: a network that begins with nothing learns them by heart, a "
-            "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
-        )
-    if not splits["holdout"]:
-        warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
-    alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
-    if alone:
-        warnings.append(
-            f"buckets with a single sample: {', '.join(alone)}. A micro-batch comes from one bucket, so such an image "
-            "fills one alone; crop it to another shape, or add images of its own"
-        )
-    groups = pc.value_counts(table["duplicate_group"])  # in the order of the table
-    if torn := len(table.group_by(["duplicate_group", "split"]).aggregate([])) - len(groups):
-        warnings.append(
-            f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
-            f"rules found them, and published samples stay where they are. Delete {INDEX} and run again to split anew"
-        )
-    sizes = groups.field("counts").to_numpy()
-    name, size, alike = groups.field("values")[int(np.argmax(sizes))].as_py(), int(sizes.max()), sizes[sizes > 1]
-    if size > max(1, LARGE_GROUP * len(table)):
-        others = f", the largest of {len(alike)} groups with {alike.sum()} samples" if len(alike) > 1 else ""
-        warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name}{others})")
-    if CROP_COLUMNS[0] in table.column_names:
-        lost = cut_away(*(table[name].to_numpy() for name in ("width", "height", *CROP_COLUMNS)))
-        rows = np.flatnonzero(lost > CROPPED)
-        warnings += crop_remarks(zip(lost[rows].tolist(), table["source"].take(rows).to_pylist()))
-    if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
-        warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
-    if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):
-        warnings.append(
-            f"{unsure} of {len(table)} captions cannot be flipped safely: training never mirrors their images"
-        )
-    return warnings

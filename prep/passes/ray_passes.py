@@ -34,7 +34,7 @@ from nanodit.posix import resource
 from nanodit.storage import absolute_place
 from prep.captions.base import is_loopback
 from prep.config import PrepConfig
-from prep.images.sources import describe_file, read_all
+from prep.images.scan import describe_file, read_all
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Node, Pass, local_gpus, nodes_from_ray
 from prep.passes.ray_watch import RayPlace, ended_with_ray

@@ -23,7 +23,8 @@ from prep.captions.sidecar import (
 )
 from prep.config import PrepConfig
 from prep.dataset.layout import Part
-from prep.images.sources import LookAll, Reject, Source, read_all
+from prep.images.scan import LookAll, Reject, read_all
+from prep.images.sources import Source
 
 if TYPE_CHECKING:
     from prep.passes.layers import ShardTask

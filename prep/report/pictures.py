@@ -18,7 +18,8 @@ from nanodit.errors import NanoditError
 from nanodit.storage import Storage
 from prep.dataset.layout import Unit, read_parquet
 from prep.dataset.reader import Dataset
-from prep.images.sources import HIDDEN, UNREADABLE, UNREADABLE_FOLDER, BadImage, decode, leads_out
+from prep.images.scan import HIDDEN, UNREADABLE_FOLDER
+from prep.images.sources import UNREADABLE, BadImage, decode, leads_out
 
 SMALL, LARGE = 176, 320  # pixels of the longer side
 QUALITY = 74  # of lossy WebP

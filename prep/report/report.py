@@ -22,7 +22,8 @@ from prep.dataset import versions
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import read_parquet
 from prep.dataset.reader import Dataset
-from prep.passes.publish import REJECTS, warn
+from prep.passes.advice import warn
+from prep.passes.publish import REJECTS
 from prep.report import facts, views
 from prep.report.pictures import RejectThumbnails, SampleThumbnails
 

@@ -19,7 +19,7 @@ from nanodit.svg import FOUND, SURE, histogram, skeleton
 from prep.dataset.buckets import Bucket, cut_away
 from prep.dataset.reader import Dataset
 from prep.dataset.rows import Row, Rows
-from prep.passes.publish import CROP_COLUMNS
+from prep.passes.advice import CROP_COLUMNS
 from prep.report.pictures import LARGE, SMALL, RejectThumbnails, SampleThumbnails, in_parallel
 
 SHEET = 24  # pictures of a contact sheet

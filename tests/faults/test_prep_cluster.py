@@ -12,7 +12,7 @@ import pytest
 
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
-from prep.images.sources import scan
+from prep.images.scan import scan
 from tests.local_cluster import LocalCluster
 from tests.prep.passes.test_plan import write_images
 from tests.prep.runs import NETWORKS, files_of

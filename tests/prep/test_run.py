@@ -11,7 +11,7 @@ import pytest
 from nanodit.errors import DataError, Interrupted, ResourceError
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
-from prep.images.sources import Reject
+from prep.images.scan import Reject
 from prep.passes.layers import LayerWorker
 from prep.passes.placement import Node
 from prep.passes.plan import make_plan, write_manifest

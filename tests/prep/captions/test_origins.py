@@ -20,8 +20,8 @@ from prep.captions.tables import MAX_TEXT
 from prep.config import PrepConfig
 from prep.images import sources
 from prep.images.descriptions import MAX_BYTES, xmp_description
+from prep.images.scan import describe_file, read_all, scan
 from prep.images.scan_cache import ScanCache
-from prep.images.sources import describe_file, read_all, scan
 from prep.passes.plan import make_plan
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>

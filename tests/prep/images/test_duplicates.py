@@ -28,9 +28,10 @@ from prep.images.duplicates import (
     thumbnail,
     thumbnail_rows,
 )
+from prep.passes.advice import warn
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
-from prep.passes.publish import cls_cosine, publish, warn
+from prep.passes.publish import cls_cosine, publish
 from prep.run import current_parts
 from tests.prep.images.test_cosine import near_labels
 

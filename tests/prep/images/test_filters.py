@@ -22,8 +22,9 @@ from prep.images.filters import (
     persons_problem,
     sharpness,
 )
+from prep.passes.advice import warn
 from prep.passes.plan import make_plan
-from prep.passes.publish import gate, warn
+from prep.passes.publish import gate
 from prep.report.report import render
 from tests.prep.passes.test_missing_sources import poses, prepare
 from tests.prep.passes.test_plan import config, pretend_committed, write_images

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from prep.images.formats import foreign_format, is_image_name, other_files, suffix_of
-from prep.images.sources import BadImage, decode, scan
+from prep.images.scan import scan
+from prep.images.sources import BadImage, decode
 from tests.prep.images.test_sources import CAP, encoded, picture, reason_of
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prep.images.sources import BadImage, decode, describe_file
+from prep.images.scan import describe_file
+from prep.images.sources import BadImage, decode
 from tests.prep.images.test_sources import CAP, encoded, picture, swapped_profile
 
 PLAIN = {
@@ -147,7 +148,7 @@ def test_metadata_cost_no_memory(tmp_path):
     for number, data in enumerate(LARGE.values()):
         (tmp_path / f"{number}.x").write_bytes(data)
     code = (
-        "import re, sys; from pathlib import Path; from prep.images.sources import describe_file\n"
+        "import re, sys; from pathlib import Path; from prep.images.scan import describe_file\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) // 1024\n"
         "before, folder = peak(), Path(sys.argv[1])\n"
         f"widths = {{describe_file(folder, path.name, {CAP}).get('width') for path in folder.iterdir()}}\n"

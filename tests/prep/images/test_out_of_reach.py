@@ -12,7 +12,7 @@ from nanodit.storage import open_storage
 from prep.dataset.layout import read_part
 from prep.doctor.places import source_checks
 from prep.images import scan_cache
-from prep.images.sources import find_files
+from prep.images.scan import find_files
 from prep.passes.plan import make_plan, read_manifest
 from tests.prep.passes.test_missing_sources import image, poses, prepare, rejects_of, sources_of, text_only
 from tests.prep.passes.test_plan import config, write_images

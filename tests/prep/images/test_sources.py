@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from prep.images.sources import BadImage, canonical_pixels, decode, load_canonical, read_header, scan
+from prep.images.scan import scan
+from prep.images.sources import BadImage, canonical_pixels, decode, load_canonical, read_header
 
 CAP = 178_956_970
 
@@ -207,7 +208,7 @@ def test_bombs_cost_no_memory(tmp_path):
     webp[24:30] = b"\xff\x3f\x00" * 2  # a canvas of 16384 x 16384, for which its reader makes room at once
     (tmp_path / "canvas.webp").write_bytes(webp)
     code = (  # VmHWM, because ru_maxrss of a child starts at what its parent used
-        "import re, sys; from pathlib import Path; from prep.images.sources import scan\n"
+        "import re, sys; from pathlib import Path; from prep.images.scan import scan\n"
         f"found = scan(Path(sys.argv[1]), {CAP})\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
         "print(len(found.sources), len(found.rejects), int(peak) // 1024)"

@@ -25,10 +25,10 @@ from prep.figures.keypoints import scene_keypoints
 from prep.figures.mirror import mirror_scene
 from prep.figures.pose import sample_scene
 from prep.figures.scene import Dice
+from prep.passes.advice import warn
 from prep.passes.captions import caption_units
 from prep.passes.cost import sample_bytes
 from prep.passes.plan import make_plan
-from prep.passes.publish import warn
 from prep.report.report import write_report
 from prep.verify import units as verify_units
 from prep.verify.verify import verify

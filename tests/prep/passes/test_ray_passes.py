@@ -23,7 +23,7 @@ from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.encoders.registry import model_name
-from prep.images.sources import describe_file
+from prep.images.scan import describe_file
 from prep.passes import ray_passes as pipeline
 from prep.passes.layers import ShardTask
 from prep.passes.placement import Pass

@@ -1,0 +1,65 @@
+"""What a user should know about a dataset that is formally right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prep.dataset.buckets import cut_away
+from prep.images.filters import CROPPED, crop_remarks
+
+CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
+FEW = 1000  # training samples that a network learns by heart
+LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
+
+
+def count_values(column: pa.ChunkedArray) -> Counter[str]:
+    """Count each value of a column."""
+    return Counter({item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()})
+
+
+def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
+    """Return what a user should know about a dataset that is formally right."""
+    warnings = []
+    splits = count_values(table["split"])
+    if 0 < splits["train"] < FEW:
+        warnings.append(
+            f"{splits['train']} training images are few: a network that begins with nothing learns them by heart, a "
+            "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
+        )
+    if not splits["holdout"]:
+        warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
+    alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
+    if alone:
+        warnings.append(
+            f"buckets with a single sample: {', '.join(alone)}. A micro-batch comes from one bucket, so such an image "
+            "fills one alone; crop it to another shape, or add images of its own"
+        )
+    groups = pc.value_counts(table["duplicate_group"])  # in the order of the table
+    if torn := len(table.group_by(["duplicate_group", "split"]).aggregate([])) - len(groups):
+        warnings.append(
+            f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
+            f"rules found them, and published samples stay where they are. Delete index.parquet and run again to split "
+            "anew"
+        )
+    sizes = groups.field("counts").to_numpy()
+    name, size, alike = groups.field("values")[int(np.argmax(sizes))].as_py(), int(sizes.max()), sizes[sizes > 1]
+    if size > max(1, LARGE_GROUP * len(table)):
+        others = f", the largest of {len(alike)} groups with {alike.sum()} samples" if len(alike) > 1 else ""
+        warnings.append(f"{size} of {len(table)} samples are near duplicates of each other (group {name}{others})")
+    if CROP_COLUMNS[0] in table.column_names:
+        lost = cut_away(*(table[name].to_numpy() for name in ("width", "height", *CROP_COLUMNS)))
+        rows = np.flatnonzero(lost > CROPPED)
+        warnings += crop_remarks(zip(lost[rows].tolist(), table["source"].take(rows).to_pylist()))
+    if "t5_truncated" in table.column_names and (cut := pc.sum(table["t5_truncated"]).as_py()):
+        warnings.append(f"{cut} captions were longer than t5.max_tokens and were cut")
+    if "caption_flip" in table.column_names and (unsure := table["caption_flip"].null_count):
+        warnings.append(
+            f"{unsure} of {len(table)} captions cannot be flipped safely: training never mirrors their images"
+        )
+    return warnings
