@@ -11,7 +11,7 @@ from pathlib import Path
 ROLES = {
     "raylet": "/raylet --", "gcs_server": "/gcs_server --", "worker": " prep.passes.worker ", "trial": " --trial ",
 }  # fmt: skip
-ACTORS = ("MapWorker", "SupervisedTrial")  # in the titles that Ray gives them
+ACTORS = ("MapWorker", "SupervisedTrial", "ResourceTrainable")  # in the titles that Ray gives them
 
 
 @dataclass(frozen=True)

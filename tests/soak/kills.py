@@ -206,7 +206,7 @@ class Soak:
         """Wait for the moment and kill; return whether that came before the command's end."""
         # what was done by an earlier launch, or before the kill before this one, is not this one's moment
         before = launch.rows[-1].progress if launch.rows else launch.progress
-        reached, looked = None, 0.0
+        reached, looked, progress = None, 0.0, launch.progress
         while launch.process.poll() is None:
             now = time.monotonic()
             if now - launch.begun > self.limit:
@@ -222,7 +222,8 @@ class Soak:
             if close and not self.subject.places[moment.place](self.output, launch.clock):
                 time.sleep(CLOSE_LOOK)
                 continue
-            if reached is None or now - reached < moment.delay:
+            late = progress > max(moment.progress, before)  # what the delay was drawn for is over
+            if reached is None or (now - reached < moment.delay and not late):
                 time.sleep(LOOK)
                 continue
             if self._send(launch, moment, rows):
@@ -240,7 +241,8 @@ class Soak:
         words.insert(0, self.subject.at_work(self.output, launch.clock))
         row = Row(self.subject.name, moment.victim, moment.signal, "; ".join(filter(None, words)))
         try:
-            os.kill(found[-1], number)
+            # the raylet forks before it starts a worker
+            os.kill(found[0] if moment.victim in FATAL else found[-1], number)
         except ProcessLookupError:
             return False
         row.killed_at, row.progress = time.monotonic(), self.subject.progress(self.output)
