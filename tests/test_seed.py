@@ -312,7 +312,7 @@ def test_the_arms_add_tread_then_muon_then_repa(name):
 
 @pytest.mark.slow
 def test_the_recipe_runs_resumes_validates_and_reports(
-    figures_config, ray_session, random_alexnet, tmp_path, capsys, monkeypatch
+    figures_config, without_ray, random_alexnet, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
     prepare(figures_config.model_copy(update={"output": str(tmp_path / "dataset"), "flips": True}))
