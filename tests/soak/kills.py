@@ -215,7 +215,8 @@ class Soak:
                 return False
             if now - looked >= LOOK:
                 looked, progress = now, self._look(launch, rows)
-                fresh = moment.place or not moment.progress or progress != before
+                # three deaths with nothing done between them end a command, which is right
+                fresh = progress != before or (not launch.rows and (moment.place or not moment.progress))
                 if reached is None and progress >= moment.progress and fresh:
                     reached = now
             close = reached is not None and moment.place
