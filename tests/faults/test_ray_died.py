@@ -41,7 +41,10 @@ def killed(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(found[0], number)  # the raylet forks before it starts a worker
-    said, _ = process.communicate(timeout=WAIT)
+    try:
+        said, _ = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()  # one that hangs
     assert "Traceback" not in said
     return process.returncode, said
 

@@ -206,19 +206,20 @@ class Soak:
         """Wait for the moment and kill; return whether that came before the command's end."""
         # what was done by an earlier launch, or before the kill before this one, is not this one's moment
         before = launch.rows[-1].progress if launch.rows else launch.progress
-        reached, looked, progress = None, 0.0, launch.progress
+        reached, looked, progress, close = None, 0.0, launch.progress, ""
         while launch.process.poll() is None:
             now = time.monotonic()
             if now - launch.begun > self.limit:
                 self._fault(launch, f"is not at {moment} after {self.limit:.0f} s")
                 launch.process.kill()
                 return False
-            if now - looked >= LOOK:
+            if now - looked >= LOOK and close not in ONCE:  # which are over before all processes are looked at
                 looked, progress = now, self._look(launch, rows)
-                fresh = moment.place or not moment.progress or progress != before
+                # three deaths with nothing done between them end a command, which is right
+                fresh = progress != before or (not launch.rows and (moment.place or not moment.progress))
                 if reached is None and progress >= moment.progress and fresh:
                     reached = now
-            close = reached is not None and moment.place
+            close = moment.place if reached is not None else ""
             if close and not self.subject.places[moment.place](self.output, launch.clock):
                 time.sleep(CLOSE_LOOK)
                 continue
