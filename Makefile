@@ -6,8 +6,10 @@ STAMP := $(abspath $(VENV))/.built-from-pyproject
 # the versions that the suite was run with; `make install CONSTRAINTS=` takes the newest ones instead
 CONSTRAINTS ?= constraints.txt
 Q := quickstart
+# what `make lowest` runs: `make lowest LOWEST=tests` runs all
+LOWEST ?= tests/nanodit tests/prep/dataset tests/prep/captions tests/train/checkpoint tests/train/model tests/evaluate/statistics
 
-.PHONY: install constraints quickstart gpu-check test soak lint
+.PHONY: install constraints lowest quickstart gpu-check test soak lint
 install: $(STAMP)
 	@# an environment that several clones share follows the clone it was last used from
 	@cd / && $(BIN)/python -c "import prep, sys; sys.exit(not prep.__path__[0].startswith('$(CURDIR)/'))" 2>/dev/null \
@@ -25,6 +27,15 @@ constraints:
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-newest/bin/python -m pip install --quiet --editable '.[export,s3,test]'
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable > constraints.txt
+
+# the lowest versions that pyproject.toml allows, in an environment of their own; then a few tests of all packages
+lowest:
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --upgrade pip uv
+	$(VENV)-lowest/bin/uv pip compile --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+		--all-extras --output-file $(VENV)-lowest/lowest.txt pyproject.toml
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --requirement $(VENV)-lowest/lowest.txt
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest $(LOWEST)
 
 # figures -> shards -> a trained model -> a report, without any download
 quickstart: install
