@@ -104,7 +104,7 @@ def check_same_run(
             + "\n       Set these back, choose another `output`, or name them in --allow-change"
             + ("\n       train.steps may be raised only at a run's end, or before wsd decays" if more_steps else "")
         )
-    saved = _with_cpu_bf16(state["environment"], environment["cpu_bf16"])
+    saved = _with_cpu_bf16(state.get("environment", {}), environment["cpu_bf16"])
     changes = [f"{key}: {before!r} -> {after!r}" for key, before, after in differences(saved, environment)]
     if changes and not allow_environment_change:
         raise ConfigError(
@@ -119,7 +119,9 @@ def goes_on_with_fast_bf16(state: Mapping[str, Any]) -> bool:
     That is what it began with, so that it goes on in the types that it has computed in: a CPU whose instructions only a
     later version knows of does not change them. On a CPU without any it cannot.
     """
-    before = state.get("fast_bf16", state["environment"].get("fast_bf16", False))  # where versions before wrote it
+    before = state.get(
+        "fast_bf16", state.get("environment", {}).get("fast_bf16", False)
+    )  # where versions before wrote it
     return before and has_fast_bf16()
 
 

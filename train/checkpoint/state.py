@@ -45,7 +45,7 @@ class _State(_Part):
     step: Count
     config: _Config
     dataset: _Dataset
-    environment: dict[str, Any]
+    environment: dict[str, Any] = {}
     totals: Annotated[list[Count], Field(min_length=1)] = [0]
     earlier_datasets: list[_Earlier] = []
     noise: _Noise | None = None

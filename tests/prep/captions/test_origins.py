@@ -18,10 +18,10 @@ from prep.captions.config import CaptionConfig
 from prep.captions.sidecar import ORIGINS, BadCaption, SidecarCaptions, kept_caption, look_all_captions
 from prep.captions.tables import MAX_TEXT
 from prep.config import PrepConfig
-from prep.images import sources
 from prep.images.descriptions import MAX_BYTES, xmp_description
 from prep.images.scan import describe_file, read_all, scan
 from prep.images.scan_cache import ScanCache
+from prep.images.sources import read_header
 from prep.passes.plan import make_plan
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -269,11 +269,10 @@ def test_a_source_is_opened_once(tmp_path, monkeypatch):
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "manifest.parquet").write_text("")
     opened: list[str] = []
-    read = sources.read_header
     monkeypatch.setattr(
-        sources, "read_header", lambda folder, name, cap: opened.append(name) or read(folder, name, cap)
+        "prep.images.scan.read_header", lambda folder, name, cap: opened.append(name) or read_header(folder, name, cap)
     )
-    monkeypatch.setattr(sources, "read_descriptions", lambda *_: pytest.fail("opened again"))
+    monkeypatch.setattr("prep.captions.sidecar.read_descriptions", lambda *_: pytest.fail("opened again"))
     for _ in range(2):
         with ScanCache(open_storage(tmp_path / "out"), tmp_path / "source", {}) as cache:
             cache._start += 10**10  # the files are older than ten seconds

@@ -573,7 +573,7 @@ def test_images_without_a_caption_stop_the_doctor_as_they_stop_the_run(photos: P
     (photos / "1.TXT").rename(photos / "._1.txt")  # a Mac's, and nobody's caption
     check = find(checks("error"), "captions")
     assert check.code == 3
-    assert "1 of 3 images have no usable caption (1 caption_missing): 1.txt: No such file" in check.found
+    assert "1 of 3 images have no usable caption (1 caption_missing): 1.png has no caption" in check.found
     assert "captions.on_missing=reject" in check.fix
     assert find(checks("reject"), "captions").status == "WARN"
     (photos / "2.TXT").unlink()  # more than max_reject_rate, but the user has chosen to leave them out
@@ -593,9 +593,9 @@ def test_the_doctor_looks_for_captions_where_the_run_does(photos: Path, tmp_path
     assert "captions.backend=ollama or openai" in check().fix
     (photos / "metadata.csv").write_text("file_name,text\n1.png,A red square.\n")
     assert check().status == "OK"
-    assert "1 of 3 images have no caption: 1.txt missing" in check(**{"from": ["txt"]}).found
+    assert "1 caption_missing): 1.png has no caption (looked for 1.txt)" in check(**{"from": ["txt"]}).found
     (photos / "2.TXT").write_text(" ")  # it is there, and no caption
-    assert "1 of 3 images have no caption: 2.txt missing" in check().found
+    assert "1 of 3 images have no usable caption (1 caption_empty): 2.txt has no text" in check().found
 
 
 def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path: Path) -> None:
