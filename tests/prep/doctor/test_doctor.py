@@ -595,7 +595,7 @@ def test_the_doctor_looks_for_captions_where_the_run_does(photos: Path, tmp_path
     assert check().status == "OK"
     assert "1 caption_missing): 1.png has no caption (looked for 1.txt)" in check(**{"from": ["txt"]}).found
     (photos / "2.TXT").write_text(" ")  # it is there, and no caption
-    assert "1 of 3 images have no usable caption (1 caption_empty): 2.txt has no text" in check().found
+    assert "1 of 3 images have no usable caption (1 caption_empty): 2.TXT has no text" in check().found
 
 
 def test_images_that_are_too_small_for_the_base_are_seen(photos: Path, tmp_path: Path) -> None:
