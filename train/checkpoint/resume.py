@@ -119,9 +119,8 @@ def goes_on_with_fast_bf16(state: Mapping[str, Any]) -> bool:
     That is what it began with, so that it goes on in the types that it has computed in: a CPU whose instructions only a
     later version knows of does not change them. On a CPU without any it cannot.
     """
-    before = state.get(
-        "fast_bf16", state.get("environment", {}).get("fast_bf16", False)
-    )  # where versions before wrote it
+    earlier = state.get("environment", {}).get("fast_bf16", False)  # where versions before wrote it
+    before = state.get("fast_bf16", earlier)
     return before and has_fast_bf16()
 
 
