@@ -162,8 +162,8 @@ def _t5_sizes(config: Config, bucket: Bucket) -> Sequence[float]:
 
 
 # T5-Large's encoder, .335 G parameters in bf16. 16 x 512 tokens: 16 heads x 512 x 512 scores x 16 captions in bf16 and
-# fp32 are .4 GB, the feed-forward's 4,096 channels .07 GB a tensor. x 2 x 220 tokens = .15 TFLOP; a core does about .05
-# a second, a card like a 3060 about 25 in bf16 at what such networks reach.
+# fp32 are .4 GB, the feed-forward's 4,096 channels .07 GB a tensor. x 2 x 220 tokens = .15 TFLOP; a core does about .02
+# a second (the rehearsal, docs/measurements.md), a card like a 3060 about 25 in bf16 at what such networks reach.
 T5 = Layer(
     "t5",
     code=1,
@@ -175,7 +175,7 @@ T5 = Layer(
         members=(Member("t5_flip.npy", Array(np.float16, lambda row, facts: (row["t5_flip_tokens"], facts["width"]))),),
         columns={"t5_flip_tokens": pa.int32()},
     ),
-    rates={"cpu": 0.3, "cuda": 60.0},
+    rates={"cpu": 0.12, "cuda": 60.0},
     sizes=_t5_sizes,
     encoder=Encoder(
         "prep.encoders.t5",
@@ -222,7 +222,7 @@ DINO = Layer(
     members=_dino_members(),
     columns={"dino_h": pa.int32(), "dino_w": pa.int32(), "dino_cosine": pa.float32()},  # worst token's, after int8
     flip=Flip(code=1, members=_dino_members("_flip")),  # which are no mirror image of the others
-    rates={"cpu": 0.07, "cuda": 25.0},
+    rates={"cpu": 0.06, "cuda": 25.0},
     work=lambda config: _area(config) * (option(config, "dino", "input_scale") / 0.5) ** 2,
     sizes=_dino_sizes,
     encoder=Encoder(
