@@ -16,20 +16,21 @@ from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.images.sources import Reject
 from prep.passes.layers import LayerWorker, ShardTask
-from prep.passes.placement import Node, Pass, local_node
+from prep.passes.nodes import Node, local_node
+from prep.passes.placement import Pass
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import gate, publish
 from prep.run import current_parts, print_plan, run
 from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
-from tests.prep.captioning import FAST
+from tests.prep.captioning import FAST, ask_here
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
 from tests.prep.verify.test_verify import publish_again
 
 
 class LocalPipeline(ModuleType):
-    """What ``prep/passes/ray_passes.py`` offers, on one worker of this process.
+    """What ``prep/passes/ray_passes.py`` and ``ray_captions.py`` offer, on one worker of this process.
 
     ``before`` is called with the layers of every pass, before it begins.
     """
@@ -45,6 +46,8 @@ class LocalPipeline(ModuleType):
     def cluster_nodes(self) -> list:
         return [local_node()]
 
+    ask_all = staticmethod(ask_here)
+
     def on_every_node(self, function, *arguments, timeout=30.0) -> dict:
         return {"this": function(*arguments)}
 
@@ -58,7 +61,8 @@ class LocalPipeline(ModuleType):
 @pytest.fixture
 def pipeline(monkeypatch) -> LocalPipeline:
     local = LocalPipeline()
-    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", local)
+    for name in ("ray_passes", "ray_captions"):
+        monkeypatch.setitem(sys.modules, f"prep.passes.{name}", local)
     return local
 
 

@@ -26,7 +26,8 @@ from prep.passes.cost import (
     table,
 )
 from prep.passes.layers import LayerWorker
-from prep.passes.placement import Node, Pass, plan_passes
+from prep.passes.nodes import Node
+from prep.passes.placement import Pass, plan_passes
 from prep.passes.plan import make_plan, write_manifest
 from tests.prep.passes.test_plan import config, pretend_committed, write_images
 
@@ -180,7 +181,7 @@ def test_each_pass_says_its_device_and_its_time(tmp_path):
 def test_cached_captions_are_not_waited_for(tmp_path):
     write_images(tmp_path / "source", 6)
     captions = {
-        "backend": "ollama", "model": "gemma3:27b", "digest": "d" * 64,
+        "backend": "ollama", "model": "gemma3:27b", "digest": "d" * 64, "overwrite": True,
         "hosts": ["http://192.0.2.1:11434", {"url": "http://192.0.2.2:11434", "slots": 2}],
     }  # fmt: skip
     settings = config(tmp_path, captions=captions)
