@@ -26,17 +26,19 @@ from prep.captions.cache import forget_rejects
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_part, same_recipe
 from prep.dataset.versions import collect_garbage, keep_unit
+from prep.encoders.hub import Pin
 from prep.encoders.pins import other_networks, pin_config, read_pins, resolve_models, unknown_models, write_pins
 from prep.images.scan import Reject
 from prep.passes import cost
-from prep.passes.placement import Node, Pass, local_node, plan_passes
-from prep.passes.plan import Plan, check_folders, make_plan, remaining, write_manifest
+from prep.passes.nodes import Node, local_node
+from prep.passes.placement import Pass, plan_passes
+from prep.passes.plan import UNTIL_THE_RUN, Plan, check_folders, make_plan, remaining, write_manifest
 from prep.passes.preflight import preflight
 from prep.passes.publish import Published, gate, publish
 
 PART_FILE = re.compile(r"parts/bucket_(?P<bucket>\d+x\d+)-shard-(?P<shard>\d+)\.(?P<layer>\w+)\.parquet")
 TAR_FILE = re.compile(r"bucket_(?P<bucket>\d+x\d+)/shard-(?P<shard>\d+)\.(?P<layer>\w+)\.tar")
-CARD_SECONDS = 3.0  # in which the last workers of a pass notice that it has ended, and CUDA gives back their memory
+CARD_SECONDS = 3.0  # in which the last workers of a pass, or servers, end, and CUDA gives back their memory
 UPLOAD_INTERVAL = 30.0  # seconds between two versions of a log in an object store
 
 
@@ -172,6 +174,8 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
             for line in check_downloads(config, unknown):
                 say(line)
         resolved = resolve_models(config, pins) if plan.missing else pins
+        if any(plan.recipes[unit].get("digest") == UNTIL_THE_RUN for unit in plan.missing):
+            resolved = resolved | caption_pin(config)
         if resolved == pins:
             break
         write_pins(folder.storage, resolved)
@@ -182,6 +186,16 @@ def prepare(config: PrepConfig, folder: RunFolder, prune: bool, retry_rejects: b
         say(line)
     write_manifest(plan)
     return plan
+
+
+def caption_pin(config: PrepConfig) -> dict[str, Pin]:
+    """Return which weights the caption model has, by its name: one of the servers that a run starts knows it."""
+    with waiting("loading Ray"):
+        from prep.passes.ray_captions import digest_on_a_node
+
+    digest = digest_on_a_node(config)
+    say(f"{config.captions.model} is pinned to {digest}")
+    return {config.captions.model: Pin(digest, {})}
 
 
 @dataclass
@@ -205,13 +219,18 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
     for line in other_networks(config):
         say(line)
     with interruptible(), ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
-        passes, remarks = place(config, cluster_nodes(), {unit.layer for unit in plan.missing})
+        nodes = cluster_nodes()
+        if config.captions.own_servers:
+            from prep.passes.ray_captions import with_ollama
+
+            nodes = with_ollama(nodes)
+        passes, remarks = place(config, nodes, {unit.layer for unit in plan.missing})
         lines = cost.estimate(plan, passes, folder.storage)
         for line in [*remarks, *cost.table(lines), *cost.pass_times(lines, passes)]:
             say(line)
         preflight(config, plan, on_every_node)
         computed: list[str] = []
-        on_gpus = False
+        on_cards = False  # whether the pass before was on cards, which CUDA gives back with the end of its processes
         while passes:
             step = passes.pop(0)
             tasks = plan.tasks(step.layers)
@@ -221,14 +240,18 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
             total = sum(len(task.sources) * len(task.recipes) for task in tasks)
             with Progress("+".join(layers), total, unit="samples x layers") as progress:
                 asked, rejected = step.device == "captions", 0
+                if on_cards and (asked or step.device == "cuda"):  # a server looks for room once, when it loads
+                    time.sleep(CARD_SECONDS)
+                    on_cards = False
                 if asked:
-                    from prep.passes.captions import caption_units
+                    from prep.passes.caption_stage import caption_units
+                    from prep.passes.captions import free_all_cards
+                    from prep.passes.ray_captions import ask_all
 
-                    if on_gpus:  # a server looks for room on its card once, when it loads the model
-                        time.sleep(CARD_SECONDS)
                     results = caption_units(
-                        config, tasks, lambda counts: progress.update(counts.pop("samples"), **counts)
-                    )
+                        config, tasks, step.actors,
+                        lambda counts: progress.update(counts.pop("samples"), **counts), ask_all,
+                    )  # fmt: skip
                 else:
                     results = run_pass(config, step, tasks)
                 for units in results:
@@ -243,11 +266,15 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
                     if not asked:  # the captions say for each sample when it is through
                         rejected += sum(unit["rejected"] for unit in units)
                         progress.advance(sum(unit["samples"] for unit in units), rejected=rejected)
-            on_gpus |= step.device == "cuda"
-            if asked and passes:  # which may use the cards of the caption servers now
-                passes, remarks = place(config, cluster_nodes(), {layer for one in passes for layer in one.layers})
-                for line in remarks:
-                    say(line)
+            on_cards = step.device == "cuda" or (asked and config.captions.own_servers)
+            if asked:
+                nodes = cluster_nodes()
+                loaded = not free_all_cards(config, nodes)
+                if passes:  # which may use the cards of the caption servers now
+                    layers = {layer for one in passes for layer in one.layers}
+                    passes, remarks = plan_passes(config, nodes, layers, loaded)
+                    for line in remarks:
+                        say(line)
             if passes:
                 computed += layers
                 gate(config, known_rejects(plan, computed), plan.seen, folder.rejects)

@@ -53,9 +53,9 @@ def ray_session():
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``prep run`` compute in this process: for what a run promises wherever its passes are computed."""
-    from tests.prep.prepared import LocalPipeline
+    from tests.prep.prepared import compute_here
 
-    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+    compute_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

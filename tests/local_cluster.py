@@ -15,13 +15,17 @@ from typing import Self
 
 
 class LocalCluster:
-    """``nodes`` raylets with ``cpus`` CPUs each; ``raylets`` are their process ids, the head's first."""
+    """``nodes`` raylets with ``cpus`` CPUs each; ``raylets`` are their process ids, the head's first.
 
-    def __init__(self, nodes: int, cpus: int = 1, environment: dict[str, str] | None = None) -> None:
+    With ``vram_gb`` each has also a card of that size, which is none: Ray believes what it is told.
+    """
+
+    def __init__(self, nodes: int, cpus: int = 1, environment: dict[str, str] | None = None, vram_gb: int = 0) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
-        self.environment = {**(environment or {}), **token}
+        patient = {"RAY_raylet_start_wait_time_s": "180"}  # where other tests have the processors
+        self.environment = {**(environment or {}), **token, **patient}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(nodes), str(cpus)],
+            [sys.executable, __file__, str(nodes), str(cpus), str(vram_gb)],
             env=os.environ | self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         started = self._answer()
@@ -49,21 +53,23 @@ class LocalCluster:
         self._process.wait(timeout=60)
 
 
-def main(nodes: int, cpus: int) -> None:
+def main(nodes: int, cpus: int, vram_gb: int) -> None:
     """Start the nodes and serve ``add`` until the input is closed."""
     from ray.cluster_utils import Cluster
 
     def pid(node) -> int:
         return node.all_processes["raylet"][0].process.pid
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
-    raylets = [pid(cluster.head_node)] + [pid(cluster.add_node(num_cpus=cpus)) for _ in range(nodes - 1)]
+    card = {"num_gpus": 1, "resources": {"vram_gb": vram_gb}} if vram_gb else {}
+    each = {"num_cpus": cpus, **card}
+    cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
+    raylets = [pid(cluster.head_node)] + [pid(cluster.add_node(**each)) for _ in range(nodes - 1)]
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"raylet": pid(cluster.add_node(num_cpus=cpus))}), flush=True)
+        print(json.dumps({"raylet": pid(cluster.add_node(**each))}), flush=True)
     cluster.shutdown()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -1,8 +1,9 @@
 """The common side of all caption servers: requests over HTTP, facts about a kind of server, and kinds of failure.
 
-Every failure becomes one of three: a ConfigError that ends the run (the model is missing, the request is refused), a
+Every failure becomes one of three: a ConfigError that ends the run (the model is missing, access is refused), a
 :class:`HostFault` (ask elsewhere, leave this host alone for a while), or a :class:`SampleFault` (the server failed on
-this image). Redirects are never followed and no key is sent that the config does not name.
+this image, or refuses it; whether the image is to blame is found out in ``prep/captions/hosts.py``). Redirects are
+never followed and no key is sent that the config does not name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ UNKNOWN = "unknown"
 LISTING_TIMEOUT = 30.0  # seconds to say which models there are
 CONNECT_TIMEOUT = 10.0  # seconds
 LONGEST_WAIT = 3600.0  # seconds that a host may ask to be left alone
+REFUSED = (400, 413, 422)  # a request that it cannot read, that is too large, or that it cannot work on
 # what HTTP clients read, as do the client of Ollama and that of the hub
 ENVIRONMENT = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
@@ -46,7 +48,11 @@ class HostUnreachable(HostFault):
 
 
 class SampleFault(Exception):
-    """A server that failed on this image (HTTP 500)."""
+    """A server that failed on this image (HTTP 500), in the server's words."""
+
+
+class RequestRefused(SampleFault):
+    """A server that refuses the request with this image (HTTP 400, 413, 422)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,7 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
 def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exception:
     """Return the failure that an HTTP status means.
 
-    404 and 400 end the run, 500 is about the sample, the rest is about the host.
+    404 ends the run, 500 and a refusal of the request are about the sample, the rest is about the host.
     """
     said = " ".join(str(said).split())[:200]
     proxy = proxy_of(url)
@@ -234,8 +240,8 @@ def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exce
         )
     if 300 <= status < 400:
         return HostFault(f"redirects elsewhere (HTTP {status}), which is refused: {said}".rstrip(": "))
-    if status == 500:
-        return SampleFault(said)
+    if status == 500 or status in REFUSED:
+        return (RequestRefused if status in REFUSED else SampleFault)(f"HTTP {status}: {said}".rstrip(": "))
     if status in (408, 409, 425, 429) or status > 500:
         return HostFault(f"is busy or failing (HTTP {status}): {said}".rstrip(": "), wait)
     return ConfigError(

@@ -2,7 +2,8 @@
 
 ``captions/KK/KEY-HASH.json`` below the dataset, where KEY is the image's key, KK its first two digits and HASH the
 SHA-256 of everything the answers depend on: key, prompt, model, digest and options. A file holds the list of answers so
-far, good or bad; whether one of them is a caption is decided when it is read (``prep/captions/quality.py``).
+far, good or bad; whether one of them is a caption is decided when it is read (``prep/captions/quality.py``). That
+servers gave none is no answer: they may give one the next time.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
-from prep.captions.quality import Answer
+from prep.captions.quality import UNANSWERED, Answer
 from prep.dataset.layout import Unit, read_part
 
 FOLDER = "captions"
+CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # of a text unit's recipe, what answers depend on
 
 
 class CaptionCache:
@@ -37,14 +39,14 @@ class CaptionCache:
         """Return the answers about an image so far; none where the file is missing or damaged."""
         try:
             entry = json.loads(self.storage.read(self.name(key)))
-            return [Answer(**answer) for answer in entry["answers"]]
+            return _given(Answer(**answer) for answer in entry["answers"])
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return []
 
     def write(self, key: str, answers: Sequence[Answer]) -> None:
-        """Keep the answers about an image, durably."""
+        """Keep the answers about an image, durably, but those that servers did not give."""
         fault("captions.before_cache")
-        entry = {"key": key, **self.recipe, "answers": [asdict(answer) for answer in answers]}
+        entry = {"key": key, **self.recipe, "answers": [asdict(answer) for answer in _given(answers)]}
         self.storage.write(self.name(key), canonical_json(entry))
         fault("captions.after_cache")
 
@@ -65,6 +67,10 @@ def forget_rejects(root: Path | str | Storage, units: Iterable[Unit]) -> int:
     """
     parts = (read_part(root, unit) for unit in units if unit.layer == "text")
     return forget_captions(root, [reject.key for part in parts if part for reject in part.rejects])
+
+
+def _given(answers: Iterable[Answer]) -> list[Answer]:
+    return [answer for answer in answers if answer.end not in UNANSWERED]
 
 
 def _prefix(key: str) -> str:

@@ -49,7 +49,7 @@ class CaptionConfig(_From):
     on_missing: Literal["error", "reject"] = "error"
     model: str = Field("gemma3:27b", min_length=1)
     digest: str | None = None
-    hosts: Annotated[list[str | CaptionHost], Field(min_length=1)] | None = None
+    hosts: Literal["auto"] | Annotated[list[str | CaptionHost], Field(min_length=1)] | None = None
     slots: int = Field(1, ge=1)
     api_key_variable: str | None = None
     prompt: str | None = None
@@ -66,6 +66,11 @@ class CaptionConfig(_From):
     def generated(self) -> bool:
         """Tell whether a model writes the captions."""
         return self.backend != "sidecar"
+
+    @property
+    def own_servers(self) -> bool:
+        """Tell whether a run starts the caption servers itself, on the machines that it has."""
+        return self.generated and self.hosts == "auto"
 
     @property
     def fills(self) -> bool:
@@ -85,13 +90,17 @@ class CaptionConfig(_From):
 
     @property
     def servers(self) -> tuple[CaptionHost, ...]:
-        """Return the caption servers with their slots; without ``hosts`` those that the backend has by default."""
-        hosts = (self.hosts or SERVERS[self.backend].default_hosts()) if self.generated else []
+        """Return the servers that others started, with their slots; without ``hosts`` the backend's default ones."""
+        if not self.generated or self.own_servers:
+            return ()
+        hosts = self.hosts or SERVERS[self.backend].default_hosts()
         return tuple(CaptionHost(url=host, slots=self.slots) if isinstance(host, str) else host for host in hosts)
 
     @field_validator("hosts")
     @classmethod
-    def _are_urls(cls, hosts: list[str | CaptionHost] | None) -> list[str | CaptionHost] | None:
+    def _are_urls(cls, hosts: str | list[str | CaptionHost] | None) -> str | list[str | CaptionHost] | None:
+        if hosts == "auto":
+            return hosts
         urls = [host if isinstance(host, str) else host.url for host in hosts or []]
         for url in urls:
             _check_url(url)
@@ -105,7 +114,9 @@ class CaptionConfig(_From):
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
         if self.overwrite and not self.generated:
             raise ValueError(f"overwrite needs a backend that writes captions: {' or '.join(SERVERS)}")
-        if self.generated and not self.servers:
+        if self.own_servers and self.backend != "ollama":
+            raise ValueError(f"hosts auto starts Ollama; with backend {self.backend} name the hosts that run")
+        if self.generated and not self.own_servers and not self.servers:
             example = SERVERS[self.backend].example_url
             raise ValueError(f"backend {self.backend} needs hosts, for example hosts: [{example}]")
         return self

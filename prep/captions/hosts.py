@@ -3,27 +3,37 @@
 There is no queue per host: a question waits for the next free slot anywhere, so that unequal hosts are busy to the end.
 A host that fails cools down, twice as long each time; then it is asked which weights it serves and gets one single
 question, and all its slots again when that is answered. All of it runs in one event loop.
+
+An image is to blame only where a host fails on it, answers another question, and fails on it again. Where no other
+image's question came between, that is the control question: a token about a plain picture.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from PIL import Image
 
 from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
-from prep.captions.base import CaptionServer, HostFault, HostTimeout, HostUnreachable, SampleFault
+from prep.captions.base import CaptionServer, HostFault, HostTimeout, HostUnreachable, RequestRefused, SampleFault
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.captions.quality import Answer
 from prep.captions.servers import SERVERS
 
 LONGEST_COOL_DOWN = 120.0  # seconds
 TICK = 0.1  # seconds between looks at hosts whose cool-down may be over
-SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often a server may fail on one image before that is the image's fault
+SAMPLE_FAULTS, SAMPLE_TIMEOUTS = 2, 3  # so often servers may fail on one image before that is the image's fault
+CONTROL_SIDE = 224  # pixels of the picture of a control question; some models refuse smaller ones
+ADDRESS = re.compile(r"\S*(?:\d+\.\d+\.\d+\.\d+|:\d{2,5}\b)\S*")  # in a server's words, which a dataset keeps
 
 
 @dataclass
@@ -32,6 +42,7 @@ class HostState:
 
     server: CaptionServer
     slots: int
+    name: str  # in messages
     active: int = 0
     admitted: bool = False  # it has said, since it last failed, that it serves the right weights
     failures: int = 0  # in a row
@@ -40,11 +51,7 @@ class HostState:
     down_since: float | None = None
     fault: str = ""
     pace: float = 0.0  # seconds per answer, as lately observed
-
-    @property
-    def url(self) -> str:
-        """Return the URL as the config gives it."""
-        return self.server.url
+    proven_at: float = 0.0  # when it was asked what it answered last
 
     def free(self, now: float) -> bool:
         """Tell whether another question may be sent: one at a time to a host that has yet to prove itself."""
@@ -53,26 +60,37 @@ class HostState:
 
 
 class HostPool:
-    """The hosts of a config, all of which must serve the weights of ``digest``.
+    """Caption hosts, all of which must serve the weights of ``digest``; by default those of the config.
 
-    Use as an async context manager; :meth:`watch` must run beside the questions.
+    ``tell`` gets lines for the user. Use as an async context manager; :meth:`watch` must run beside the questions.
     """
 
-    def __init__(self, config: CaptionConfig, digest: str) -> None:
-        self.config, self.digest = config, digest
-        self.hosts = [HostState(open_server(host, config), host.slots) for host in config.servers]
+    def __init__(
+        self,
+        config: CaptionConfig,
+        digest: str,
+        hosts: Sequence[CaptionHost] | None = None,
+        tell: Callable[[str], None] = say,
+    ) -> None:
+        self.config, self.digest, self._tell = config, digest, tell
+        self.hosts = [
+            HostState(open_server(host, config), host.slots, f"caption host {host.url}")
+            for host in (config.servers if hosts is None else hosts)
+        ]
         self._changed = asyncio.Condition()
+        self._left: list[CaptionServer] = []
 
     async def __aenter__(self) -> HostPool:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await asyncio.gather(*(host.server.close() for host in self.hosts))
+        await asyncio.gather(*(server.close() for server in [*self._left, *(host.server for host in self.hosts)]))
 
-    @property
-    def slots(self) -> int:
-        """Return how many questions all hosts together answer at a time."""
-        return sum(host.slots for host in self.hosts)
+    def move(self, host: HostState, url: str) -> None:
+        """Ask a host at another URL from now on."""
+        self._left.append(host.server)  # which somebody may be waiting for
+        host.server = open_server(CaptionHost(url=url, slots=host.slots), self.config)
+        host.admitted, host.resume_at = False, 0.0
 
     @property
     def up(self) -> int:
@@ -82,31 +100,33 @@ class HostPool:
     async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> tuple[Answer, float]:
         """Return the answer of some host, and the seconds that hosts spent on it.
 
-        After ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` on this image the answer says that the image failed. This waits
-        as long as it takes: :meth:`watch` ends the wait when no host is left. Raises ConfigError.
+        After ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` for which the image is to blame its ``end`` says so, and its text
+        is what the server said. This waits as long as it takes: :meth:`watch` ends the wait when no host is left.
+        Raises ConfigError.
         """
         faults = timeouts = 0
-        alive, spent = False, 0.0
+        failed_at, spent = 0.0, 0.0
         last: HostState | None = None
         while True:
             last = host = await self._take(avoid=last)
-            start = time.monotonic()
+            start = asked_at = time.monotonic()
             try:
-                alive = await self._admit(host) or not host.failures
-                answer = await host.server.caption(jpeg, prompt, options)
-            except SampleFault as fault:
-                faults += 1
-                self._failed(host, start, HostFault(f"failed (HTTP 500): {fault}".rstrip(": ")), patient=True)
-                if faults == SAMPLE_FAULTS:
-                    return Answer("", "failed", options), spent + time.monotonic() - start
+                await self._admit(host)
+                if failed_at and host.proven_at < failed_at:
+                    await self._prove(host, prompt, options)
+                asked_at = time.monotonic()
+                answer = await self._caption(host, jpeg, prompt, options)
+            except (SampleFault, HostTimeout) as fault:
+                late = isinstance(fault, HostTimeout)
+                faults, timeouts, failed_at = faults + (not late), timeouts + late, time.monotonic()
+                self._failed(host, asked_at, fault if late else HostFault(f"failed ({fault})"), patient=not late)
+                if faults == SAMPLE_FAULTS or timeouts == SAMPLE_TIMEOUTS:
+                    words = ADDRESS.sub("...", str(fault))
+                    return Answer(words, "timeout" if late else "failed", options), spent + failed_at - start
             except HostFault as fault:
-                # what times out on a host that was failing already says nothing about the image
-                timeouts += isinstance(fault, HostTimeout) and alive
-                self._failed(host, start, fault)
-                if timeouts == SAMPLE_TIMEOUTS:
-                    return Answer("", "timeout", options), spent + time.monotonic() - start
+                self._failed(host, asked_at, fault)
             else:
-                self._answered(host, start)
+                self._answered(host, asked_at)
                 return answer, spent + time.monotonic() - start
             finally:
                 spent += time.monotonic() - start
@@ -124,8 +144,8 @@ class HostPool:
             if time.monotonic() - max(since) > self.config.patience:
                 raise ResourceError(
                     f"no caption host has answered for {duration(self.config.patience)} (captions.patience): "
-                    f"{list_faults((host.url, host.fault) for host in self.hosts)}. The captions made so far are kept: "
-                    "repair the hosts and run the same command again"
+                    f"{list_faults((host.name, host.fault) for host in self.hosts)}. The captions made so far are "
+                    "kept: repair the hosts and run the same command again"
                 )
 
     async def _take(self, avoid: HostState | None) -> HostState:
@@ -146,30 +166,56 @@ class HostPool:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _admit(self, host: HostState) -> bool:
+    async def _admit(self, host: HostState) -> None:
         """Make sure that a host serves the right weights, when it is first used and whenever it comes back.
 
-        Return whether it was asked just now. Raises ConfigError for other weights, HostFault as the server does.
+        Raises ConfigError for other weights, HostFault as the server does.
         """
         if host.admitted:
-            return False
+            return
         try:
             digest = await host.server.digest()
-        except HostTimeout as fault:  # not about the image
+        except (HostTimeout, SampleFault) as fault:  # not about the image
             raise HostFault(str(fault)) from fault
         if digest != self.digest:
-            raise unequal_weights({host.url: digest}, self.digest)
+            raise unequal_weights({host.name: digest}, self.digest)
         host.admitted = True
         await self._wake()
-        return True
+
+    async def _caption(self, host: HostState, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
+        """Ask about one picture; a refusal of a host that has yet to answer anything may be one of every picture."""
+        try:
+            return await host.server.caption(jpeg, prompt, options)
+        except RequestRefused:
+            if not host.proven_at:
+                await self._prove(host, prompt, options)
+            raise
+
+    async def _prove(self, host: HostState, prompt: str, options: Mapping[str, Any]) -> None:
+        """Ask the control question. Raises HostFault where a host fails on it, ConfigError where it refuses it."""
+        start = time.monotonic()
+        try:
+            await host.server.caption(control_picture(), prompt, {**options, "num_predict": 1})
+        except RequestRefused as refusal:
+            raise ConfigError(
+                f"{host.name} refuses the request ({refusal}). Check captions.model and captions.options; the model "
+                "must accept images"
+            ) from refusal
+        except (SampleFault, HostTimeout) as fault:
+            raise HostFault(f"fails on any picture ({fault})") from fault
+        self._is_well(host, start)
 
     def _answered(self, host: HostState, start: float) -> None:
         seconds = time.monotonic() - start
         host.pace = 0.7 * host.pace + 0.3 * seconds if host.pace else seconds
+        self._is_well(host, start)
+
+    def _is_well(self, host: HostState, start: float) -> None:
+        host.proven_at = max(host.proven_at, start)
         if start < host.failed_at:  # it was under way when the host failed: not a sign that it is back
             return
         if host.down_since is not None:
-            say(f"caption host {host.url} answers again")
+            self._tell(f"{host.name} answers again")
         host.failures, host.down_since = 0, None
 
     def _failed(self, host: HostState, start: float, fault: HostFault, patient: bool = False) -> None:
@@ -186,7 +232,15 @@ class HostPool:
         host.admitted = False
         if host.down_since is None:
             host.down_since = now
-            say(f"caption host {host.url} {fault}; trying it again in {duration(host.resume_at - now)}")
+            self._tell(f"{host.name} {fault}; trying it again in {duration(host.resume_at - now)}")
+
+
+@cache
+def control_picture() -> bytes:
+    """Return a plain picture as JPEG, which any server that is well can answer a question about."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (CONTROL_SIDE, CONTROL_SIDE), (128, 128, 128)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def open_server(host: CaptionHost, config: CaptionConfig) -> CaptionServer:
@@ -259,12 +313,12 @@ async def unload_models(config: CaptionConfig, urls: Collection[str]) -> dict[st
 
 def list_faults(faults: Iterable[tuple[str, str]]) -> str:
     """Return hosts and what is wrong with each, for a message."""
-    return "; ".join(f"{url} {fault}" for url, fault in faults)
+    return "; ".join(f"{host} {fault}" for host, fault in faults)
 
 
 def unequal_weights(digests: Mapping[str, str], wanted: str | None) -> ConfigError:
     """Return the error for hosts that serve other weights under the same name."""
-    found = ", ".join(f"{url} has {digest}" for url, digest in digests.items())
+    found = ", ".join(f"{host} has {digest}" for host, digest in digests.items())
     rest = f", but the captions are made with {wanted}" if wanted else ""
     return ConfigError(
         f"the caption hosts do not all serve the same model: {found}{rest}. Pull the same version on all of them, "

@@ -59,12 +59,15 @@ class Answer:
     ``text`` has the lines of the answer, and its reasoning where the server does not keep that apart. ``end`` is
     "stop", "length" (cut off), "refused" (the server's own filter), "thinking" (reasoning, which the server kept apart,
     was all there was), None where the server does not say, and "failed" or "timeout" for a sample that servers could
-    not answer for. ``options`` are those of the question.
+    not answer for, with their words as ``text``. ``options`` are those of the question.
     """
 
     text: str
     end: str | None
     options: Mapping[str, Any]
+
+
+UNANSWERED = ("failed", "timeout")  # ends of an answer that a server did not give
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,9 @@ def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
 @lru_cache(maxsize=1 << 13)  # an answer is judged when it comes, and when its shard is complete
 def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt: str) -> Flaw | None:
     if end == "failed":
-        return Flaw("caption_failed", "the server failed twice on this image (HTTP 500)", "final")
+        return Flaw("caption_failed", f"servers that answered others failed on this image: {answer}", "final")
     if end == "timeout":
-        return Flaw("caption_timeout", "no server answered in time for this image", "final")
+        return Flaw("caption_timeout", f"servers that answered others did not for this image: {answer}", "final")
     if end == "refused":
         return Flaw("caption_refused", "the server's filter withheld the answer", "quality")
     lines = without_reasoning(answer := readable(answer))

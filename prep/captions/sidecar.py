@@ -1,4 +1,4 @@
-"""Captions that came with the images; those of a model are made in ``prep/passes/captions.py``.
+"""Captions that came with the images; those of a model are made in ``prep/passes/caption_stage.py``.
 
 In this order, of which ``captions.from`` may take a part: "txt" and "caption" (NAME.txt and NAME.caption beside the
 image), "metadata" (metadata.jsonl and metadata.csv), "json" (NAME.json, and kohya's table), "xmp", "iptc" and "exif" (a

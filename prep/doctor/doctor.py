@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nanodit.console import say
-from nanodit.errors import NanoditError, ResourceError
+from nanodit.errors import NanoditError
 from prep.captions.base import ServerFacts
 from prep.captions.config import CaptionConfig, CaptionHost
 from prep.config import PrepConfig
@@ -50,7 +50,8 @@ from prep.doctor.places import cache_check, place_checks, project_check, store_c
 from prep.doctor.rules import Needs, cluster_checks, counted, named, needs_of, node_checks
 from prep.encoders.registry import NETWORKS
 from prep.passes.cost import foreseen_times
-from prep.passes.placement import Node, local_node, plan_passes
+from prep.passes.nodes import Node, local_node
+from prep.passes.placement import plan_passes
 
 SAMPLES = 1000  # of which the times of the passes are
 LIMIT = 14.0  # seconds for everything
@@ -150,8 +151,8 @@ def tasks_for(config: PrepConfig, address: str) -> list[CheckTask]:
 
 
 def caption_tasks(config: PrepConfig) -> list[CheckTask]:
-    """Return the checks of the servers that captions come from; none for sidecars."""
-    if "text" not in config.active_layers or not config.captions.generated:  # sidecars lie in the source
+    """Return the checks of the servers that captions come from; none for sidecars, nor of those that a run starts."""
+    if "text" not in config.active_layers or not config.captions.servers:
         return []
     return [CheckTask(config.captions.backend, lambda: caption_servers(config.captions))]
 
@@ -177,9 +178,9 @@ def pass_check(config: PrepConfig, nodes: Sequence[Node]) -> Check:
     """Say how long each pass takes on the devices that it is placed on."""
     try:
         passes, remarks = plan_passes(config, nodes)
-    except ResourceError as error:
+    except NanoditError as error:
         found, _, fix = str(error).partition(". ")
-        return fail("passes", RESOURCE, found, fix)
+        return fail("passes", error.exit_code, found, fix)
     found = f"{SAMPLES:,} images: {', then '.join(foreseen_times(config, passes, SAMPLES))} (estimates)"
     slow = [remark for remark in remarks if "runs on CPUs" in remark]
     if not slow:
@@ -241,7 +242,10 @@ class ClusterExamination(threading.Thread):
                 self.before = time.time()
                 answers = on_every_node(examine_node, True, timeout=NODE_SECONDS)
                 self.after = time.time()
-                self.placed = cluster_nodes()
+                seen = {node: facts for node, facts in answers.items() if isinstance(facts, dict)}
+                self.placed = [
+                    replace(node, ollama=node.id not in seen or seen[node.id]["ollama"]) for node in cluster_nodes()
+                ]
                 addresses = {node.id: node.address for node in self.placed}
             # a host with several GPUs may be several nodes of Ray, and counts once
             machines = {addresses.get(node, node[:8]): answer for node, answer in answers.items()}

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from prep.captions.own_server import has_program
+
 PROBE_SECONDS = 10.0  # importing torch takes 1-5 s
 SMI_SECONDS = 4.0
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm")
@@ -74,6 +76,7 @@ def examine_node(in_ray: bool = False) -> dict[str, Any]:
         "runtimes": [name for name in RUNTIMES if _version(name)],
         **smi,
         "probe": _probe("cuda" if smi["gpus"] else "cpu", in_ray),
+        "ollama": has_program(),
         "compiler": bool(shutil.which("cc") or shutil.which("gcc"))
         and Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

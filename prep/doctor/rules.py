@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prep.captions.own_server import INSTALL, PROGRAM
 from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
@@ -35,7 +36,7 @@ class Needs:
 
     ``workers`` is the number of actors, None for one per CPU; ``device`` is ``placement.device``. On CPUs ``slow``
     encoders take seconds an image. ``unloads``: the run asks the caption server to unload its model before encoders use
-    its card.
+    its card. ``ollama``: the model that it captions with by servers that it starts itself, if any.
     """
 
     vram_gb: dict[str, float]
@@ -44,6 +45,7 @@ class Needs:
     device: str
     slow: bool = True
     unloads: bool = False
+    ollama: str = ""
 
 
 def needs_of(config: PrepConfig) -> Needs:
@@ -56,6 +58,7 @@ def needs_of(config: PrepConfig) -> Needs:
         config.placement.device,
         slow=bool(encoders) and config.encoders != "demo",
         unloads=config.captions.generated and SERVERS[config.captions.backend].unloads,
+        ollama=config.captions.model if "text" in config.active_layers and config.captions.own_servers else "",
     )
 
 
@@ -64,6 +67,7 @@ def node_checks(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check
     return [
         _packages(facts),
         *_gpus(facts, needs, joined),
+        *_ollama(facts, needs, joined),
         _onnxruntime(facts),
         _memory(facts, needs),
         _shm(facts),
@@ -103,6 +107,17 @@ def _gpus(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check]:
         for gpu in gpus
     ]
     return [*checks, _cuda(facts), _bf16(gpus), *(_vram(gpu, facts, needs) for gpu in gpus), _compiler(facts)]
+
+
+def _ollama(facts: dict[str, Any], needs: Needs, joined: bool) -> list[Check]:
+    if not needs.ollama:
+        return []
+    if facts["ollama"]:
+        found = f"the run starts its own servers, and pulls {needs.ollama} into their store where it is not there"
+        return [ok("ollama", found)]
+    if joined:
+        return [warn("ollama", f"no program {PROGRAM}: this machine writes no captions", INSTALL)]
+    return [fail("ollama", SETUP, f"captions.hosts is auto, and there is no program {PROGRAM}", INSTALL)]
 
 
 def _no_gpu(facts: dict[str, Any], needs: Needs, joined: bool) -> Check:

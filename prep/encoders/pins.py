@@ -3,6 +3,7 @@
 ``models.json`` maps a model as the config names it to its commit and the SHA-256 of its files. A config filled in from
 it (:func:`pin_config`) says all of that itself, so that workers on any machine, and runs after the hub's ``main`` has
 moved, load the same bytes or refuse. Folders and files on this machine need none of it: their content is hashed.
+A caption model whose servers a run starts is recorded likewise, with the digest that Ollama has for it as its commit.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def pin_config(config: PrepConfig, pins: Mapping[str, Pin]) -> PrepConfig:
             update[layer] = section.model_copy(update=chosen)
     if config.encoders == "production" or config.pose.detector or config.pose.pose:
         update["pose"] = config.pose.model_copy(update=_pin_pose(config, models, pins))
+    captions = config.captions
+    if captions.own_servers and not captions.digest and (pin := pins.get(captions.model)):
+        update["captions"] = captions.model_copy(update={"digest": pin.revision})
     return config.model_copy(update=update)
 
 

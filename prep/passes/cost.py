@@ -18,7 +18,7 @@ from pathlib import Path
 from nanodit.console import data_size, duration
 from nanodit.errors import ResourceError
 from nanodit.storage import Storage, open_storage
-from prep.captions.cache import FOLDER, CaptionCache
+from prep.captions.cache import CACHED_BY, FOLDER, CaptionCache
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
 from prep.dataset.layers import FULL_SIDE, LAYERS
@@ -29,7 +29,6 @@ from prep.passes.plan import Plan
 
 DEMO_RATE = 20.0
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}
-CACHED_BY = ("backend", "model", "digest", "prompt", "options")  # as ``prep/passes/captions.py`` keeps answers
 TAR = re.compile(r"bucket_(\d+x\d+)/shard-(\d+)\.\w+\.tar")
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 

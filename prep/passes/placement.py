@@ -13,21 +13,18 @@ its model is asked to before a pass on its card (``prep/passes/captions.py``). O
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from nanodit.errors import ResourceError
-from prep.captions.base import is_loopback
 from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.layers import ENCODER_LAYERS
 from prep.encoders.registry import encoder_of
+from prep.passes.caption_placement import book_captions, caption_seats
 from prep.passes.crops import CACHE_BYTES
+from prep.passes.nodes import Node, ray_options
 
 DEMO_VRAM_GB = 0.2
 DEMO_WORKER_GB = 1.6  # of main memory: an actor and its worker with all demo encoders (docs/measurements.md)
@@ -37,37 +34,16 @@ TABLE_BATCH = 16  # of ``Encoder.activations_gb``
 
 ACTOR_CPUS = 4  # of a GPU's actor at most, for what is beside the GPU; a node that joins later must have them too
 JOINS = 4  # a pool may grow to so many times its size when nodes join
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
-
-
-@dataclass(frozen=True)
-class Node:
-    """One Ray node: ``gpus`` cards with ``vram_gb`` GB in all (0: not registered), ``memory_gb`` of main memory.
-
-    ``driver`` is true where the driver runs, unless told otherwise the head. Several nodes may share an ``address``.
-    """
-
-    id: str
-    address: str
-    hostname: str
-    cpus: float
-    gpus: float = 0.0
-    vram_gb: float = 0.0
-    memory_gb: float = 0.0
-    driver: bool = False
-
-    def __str__(self) -> str:
-        cards = f", {self.gpus:g} GPU with {self.vram_gb:g} GB" if self.vram_gb else f", {self.gpus:g} GPU"
-        return f"{self.hostname or self.address} ({self.cpus:g} CPUs{cards if self.gpus else ''})"
 
 
 @dataclass(frozen=True)
 class Pass:
     """Some layers computed by one pool of ``actors``.
 
-    ``device`` is "cpu", "cuda", or "captions": asked from servers by the driver, ``actors`` at a time. Each actor takes
-    ``cpus``, ``gpus`` (a fraction of a card), ``vram_gb`` and ``memory_gb`` (0: not demanded) of a node that is not
-    ``excluded``. ``max_actors`` is what the pool may grow to when nodes join.
+    ``device`` is "cpu", "cuda", or "captions": asked from servers, ``actors`` at a time (``caption_placement.py`` says
+    where the actors that ask are). Each actor takes ``cpus``, ``gpus`` (a fraction of a card), ``vram_gb`` and
+    ``memory_gb`` (0: not demanded) of a node that is not ``excluded``. ``max_actors`` is what the pool may grow to when
+    nodes join.
     """
 
     layers: tuple[str, ...]
@@ -87,14 +63,7 @@ class Pass:
 
     def demands(self) -> dict[str, Any]:
         """Return what one actor demands, in the names of Ray's options."""
-        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
-        if self.vram_gb:
-            options["resources"] = {"vram_gb": self.vram_gb}
-        if self.memory_gb:
-            options["memory"] = int(self.memory_gb * 1e9)
-        if self.excluded:
-            options["label_selector"] = {"ray.io/node-id": f"!in({', '.join(self.excluded)})"}
-        return options
+        return ray_options(self.cpus, self.gpus, self.vram_gb, self.memory_gb, off=self.excluded)
 
 
 @dataclass(frozen=True)
@@ -111,49 +80,6 @@ class Offer:
     def holds(self, need: float) -> int:
         """How many processes of ``need`` GB its tightest card can hold; one where nobody knows."""
         return 1 if math.isinf(self.free) else int((self.free + 1e-6) // need)
-
-
-def nodes_from_ray(nodes: Iterable[Mapping[str, Any]], driver: str | None = None) -> list[Node]:
-    """Return the living nodes of ``ray.nodes()`` by address; ``driver`` is the driver's node id, if not the head's."""
-    found = []
-    for node in nodes:
-        if not (node.get("Alive") or node.get("alive")):
-            continue
-        resources = node.get("Resources") or {}
-        here = node["NodeID"] == driver if driver else "node:__internal_head__" in resources
-        found.append(
-            Node(
-                node["NodeID"],
-                node.get("NodeManagerAddress", ""),
-                node.get("NodeManagerHostname", ""),
-                float(resources.get("CPU", 0)),
-                float(resources.get("GPU", 0)),
-                float(resources.get("vram_gb", 0)),
-                float(resources.get("memory", 0)) / 1e9,
-                here,
-            )
-        )
-    return sorted(found, key=lambda node: (node.address, node.id))
-
-
-def local_gpus() -> list[int]:
-    """Whole GB of each card that this process may use, as Ray demands them; empty without NVIDIA's driver."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-        command.append(f"--id={visible}")
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return [int(line) // 1024 for line in lines]  # nvidia-smi counts MiB; less is safe
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
-
-
-def local_node() -> Node:
-    """Return this machine as the only node, which is what a private Ray has."""
-    gpus = local_gpus()
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    cpus = float(os.cpu_count() or 1)
-    return Node("", "127.0.0.1", socket.gethostname(), cpus, float(len(gpus)), float(sum(gpus)), memory_gb, driver=True)
 
 
 def vram_need(config: PrepConfig, layers: Collection[str]) -> float:
@@ -201,7 +127,7 @@ def plan_passes(
     steps = []
     for group, device in in_order(config, devices):
         if device == "captions":
-            slots = sum(server.slots for server in config.captions.servers)
+            slots = sum(seat.slots for seat in caption_seats(config, nodes, remarks)[0])
             steps.append(Pass(group, device, actors=slots, cpus=0, max_actors=slots))
         elif device == "cpu":
             steps.append(_cpu_pass(config, group, nodes, remarks))
@@ -346,75 +272,3 @@ def gpu_offers(config: PrepConfig, nodes: Sequence[Node], remarks: list[str], lo
         for node in nodes
         if node.id in cards
     ]
-
-
-def book_captions(config: PrepConfig, nodes: Sequence[Node], cards: dict[str, list[float]], remarks: list[str]) -> None:
-    """Take the memory of the caption model from the cards of every node that serves captions.
-
-    Ollama loads a model onto the card with the most room, and spreads one that fits no card over all of them.
-    """
-    need = captions_vram(config)
-    for address in sorted({node.address for node in nodes if node.id in cards and need}):
-        here = [node for node in nodes if node.address == address]
-        if not caption_hosts(config, here):
-            continue
-        places = [(name, index) for name in cards for index in range(len(cards[name])) if name in {n.id for n in here}]
-        places.sort(key=lambda place: -cards[place[0]][place[1]])
-        left = need
-        for name, index in places:
-            if not math.isinf(cards[name][index]):
-                taken = min(left, cards[name][index])
-                cards[name][index], left = cards[name][index] - taken, left - taken
-        remarks.append(
-            f"{here[0].hostname or address} serves captions: {need:g} GB of its GPU memory are kept for "
-            f"{config.captions.model} (placement.vram_gb.captions=GB changes that)"
-        )
-
-
-def captions_vram(config: PrepConfig) -> float:
-    """Return the GB that the caption model takes on each of its hosts: as configured, else as its server says.
-
-    0 for sidecars, which no model writes.
-    """
-    if "text" not in config.active_layers or not config.captions.generated:
-        return 0.0
-    if "captions" in config.placement.vram_gb:
-        return config.placement.vram_gb["captions"]
-    return SERVERS[config.captions.backend].vram_gb(config.captions.model)
-
-
-def caption_hosts(config: PrepConfig, nodes: Sequence[Node]) -> list[str]:
-    """Return the URLs of the caption hosts that are on some of these nodes; none for sidecars."""
-    if "text" not in config.active_layers:
-        return []
-    urls = [host.url for host in config.captions.servers]
-    return [url for url in urls if any(serves(url, node) for node in nodes)]
-
-
-def serves(url: str, node: Node, resolve: Callable[[str], Collection[str]] | None = None) -> bool:
-    """Whether a caption host's URL leads to a node; names that are neither its address nor its name are looked up."""
-    host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").lower()
-    if host in LOCAL_NAMES:  # the captions are asked for by the driver
-        return node.driver
-    if host in (node.address, node.hostname.lower(), node.hostname.lower().partition(".")[0]):
-        return True
-    found = (resolve or addresses)(host)
-    return node.address in found or (is_loopback(node.address) and any(map(is_of_this_machine, found)))
-
-
-def addresses(host: str) -> set[str]:
-    """Return the addresses of a host name; none where it is unknown."""
-    try:
-        return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return set()
-
-
-def is_of_this_machine(address: str) -> bool:
-    """Whether an address is one of this machine's: nobody can bind a socket to another one."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True

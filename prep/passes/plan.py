@@ -57,6 +57,7 @@ from prep.passes.sidecars import has_caption, read_captions, text_recipe
 REDUCED = 1  # raised when reduced decoding gives other pixels
 SCAN_VERSION = 6  # raised when the same sources give other rows
 
+UNTIL_THE_RUN = "unknown until the run"  # a digest that only a server tells which a run starts
 MANIFEST = "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema(
     {
@@ -332,7 +333,8 @@ def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[
     """Return the recipe of generated captions, and a note when no host answers; empty for sidecars.
 
     The hosts know which weights the model's name stands for. Where they are down, it is taken to be the weights of the
-    captions that are there, so that a finished dataset needs no host. Raises ResourceError where nobody knows.
+    captions that are there, so that a finished dataset needs no host. Raises ResourceError where nobody knows; but
+    where a run starts the hosts, it is unknown until then.
     """
     if "text" not in config.active_layers or not config.captions.generated:
         return {}, []
@@ -344,10 +346,13 @@ def generated_captions(config: PrepConfig, parts: Mapping[Unit, Part]) -> tuple[
         name = config.captions.backend, config.captions.model
         recipes = [part.recipe for unit, part in parts.items() if unit.layer == "text"]
         known = {recipe["digest"] for recipe in recipes if (recipe["backend"], recipe.get("model")) == name}
-        if len(known) != 1:
+        if len(known) != 1 and not config.captions.own_servers:
             raise
-        captions = config.captions.model_copy(update={"digest": known.pop()})
+        digest = known.pop() if len(known) == 1 else UNTIL_THE_RUN
+        captions = config.captions.model_copy(update={"digest": digest})
         recipe = caption_recipe(config.model_copy(update={"captions": captions}))
+        if digest == UNTIL_THE_RUN:
+            return recipe, [str(error)]
         return recipe, [f"{error}. Planning with the weights that made the existing captions"]
 
 

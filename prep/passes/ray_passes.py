@@ -36,7 +36,8 @@ from prep.captions.base import is_loopback
 from prep.config import PrepConfig
 from prep.images.scan import describe_file, read_all
 from prep.passes.layers import ShardTask
-from prep.passes.placement import Node, Pass, local_gpus, nodes_from_ray
+from prep.passes.nodes import Node, local_gpus, nodes_from_ray
+from prep.passes.placement import Pass
 from prep.passes.ray_watch import RayPlace, ended_with_ray
 from prep.passes.supervisor import ERRORS, Supervisor
 
@@ -293,7 +294,7 @@ def read_sources(folder: str, names: Sequence[str], max_pixels: int) -> Iterator
     read on another one.
     """
     blocks = [{"names": json.dumps(names[start : start + BLOCK])} for start in range(0, len(names), BLOCK)]
-    _quiet_data()
+    quiet_data()
     rows = ray.data.from_items(blocks, override_num_blocks=len(blocks))
     for row in rows.map(partial(_read_block, absolute_place(folder), max_pixels), num_cpus=1).iter_rows():
         yield json.loads(row["found"])
@@ -343,15 +344,16 @@ def run_pass(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     )
 
 
-def _quiet_data() -> None:
+def quiet_data() -> None:
+    """Let Ray Data show no progress and log nothing: its errors come to us as exceptions."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors come to us as exceptions
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:
-    _quiet_data()
+    quiet_data()
     shards = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks))
     actors = min(step.actors, len(tasks))
     # no node joins a Ray of one's own
@@ -370,11 +372,15 @@ def _results(config: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator
     return results.iter_rows()
 
 
+def with_absolute_places(config: PrepConfig) -> PrepConfig:
+    """Return the config for actors, which may have another working directory."""
+    places = {"source": str(Path(config.source).absolute()), "output": absolute_place(config.output)}
+    return config.model_copy(update=places)
+
+
 def actor_class(config: PrepConfig, step: Pass) -> type:
     """Return the class that Ray Data runs in its actors; the config travels with it."""
-    # actors may have another working directory
-    places = {"source": str(Path(config.source).absolute()), "output": absolute_place(config.output)}
-    config = config.model_copy(update=places)
+    config = with_absolute_places(config)
 
     class LayerActor:
         def __init__(self) -> None:

@@ -32,7 +32,8 @@ from prep.images.duplicates import perceptual_hash, thumbnail
 from prep.images.filters import sharpness
 from prep.passes.cost import estimated_rate
 from prep.passes.layers import LayerWorker
-from prep.passes.placement import Node, plan_passes
+from prep.passes.nodes import Node
+from prep.passes.placement import plan_passes
 from prep.passes.plan import make_plan
 from tests.benchmarks.prep_pipeline import photographs, px_config, write_sources
 

@@ -1,4 +1,4 @@
-"""``ray job submit`` of the production config with demo encoders and three caption servers, one of which dies."""
+"""``ray job submit`` of the production config with demo encoders, captioned by servers of others and by its own."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from prep.dataset.reader import Dataset
+from tests.prep.fake_ollama import install, requests, wait_for_none
 from tests.prep.passes.test_plan import write_images
 
 PROJECT = Path(__file__).parents[2]
@@ -40,8 +41,13 @@ def cluster(tmp_path) -> Iterator[tuple[str, dict[str, str]]]:
     port, dashboard, client, agent = free_ports(4)
     environment = os.environ | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": f"/tmp/ray-{secrets.token_hex(3)}", "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+        "RAY_TMPDIR": f"/tmp/ray-{secrets.token_hex(3)}", "FAKE_OLLAMA": str(tmp_path / "log"),
+        "PATH": f"{tmp_path / 'bin'}:{Path(RAY).parent}:{os.environ['PATH']}",
+        "OLLAMA_MODELS": str(tmp_path / "models"),
     }  # fmt: skip
+    for name in ("bin", "log"):
+        (tmp_path / name).mkdir()
+    install(tmp_path / "bin")
     head = subprocess.Popen(
         [
             RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true",
@@ -123,19 +129,38 @@ def test_a_job_takes_code_and_configs_with_it_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_submitted_job_ends_with_0_and_captions_nothing_twice(cluster, caption_servers, tmp_path):
-    address, environment = cluster
     write_images(tmp_path / "source", IMAGES, size=(96, 80))
     hosts = ", ".join(url for url, _ in caption_servers)
+    said = submit(tmp_path, cluster, "named", [f"captions.hosts=[{hosts}]", "captions.slots=1"])
+    served = [json.loads(line) for _, log in caption_servers for line in log.read_text().splitlines()]
+    answered = Counter(entry["image"] for entry in served if entry.get("status") == 200 and entry["image"])
+    assert len(answered) == IMAGES
+    assert set(answered.values()) == {1}  # nothing is captioned twice
+    assert "hosts 2 of 3" in said
+
+    said = submit(tmp_path, cluster, "auto", ["captions.hosts=auto", "placement.vram_gb.captions=0.1"])
+    started = requests(tmp_path / "log")
+    answered = Counter(entry["image"] for entry in started if entry.get("status") == 200 and entry["image"])
+    assert len(answered) == IMAGES
+    assert set(answered.values()) == {1}
+    assert [entry["pulled"] for entry in started if entry.get("pulled")] == ["gemma3:27b"]
+    assert "gemma3:27b is pinned to" in said
+    assert wait_for_none(tmp_path / "bin" / "ollama") == []
+
+
+def submit(folder: Path, cluster: tuple[str, dict[str, str]], name: str, more: list[str]) -> str:
+    """Submit a job that prepares the pictures with generated captions, and return what it said when it ended with 0."""
+    address, environment = cluster
     overrides = [
-        f"source={tmp_path}/source", f"output={tmp_path}/out", "encoders=demo", "base=64", "shard_size=8",
-        "captions.backend=ollama", "captions.overwrite=true", f"captions.hosts=[{hosts}]", "captions.slots=1",
+        f"source={folder}/source", f"output={folder}/{name}", "encoders=demo", "base=64", "shard_size=8",
+        "captions.backend=ollama", "captions.overwrite=true", *more,
     ]  # fmt: skip
     # the command line of the README; the interpreter is that of the cluster, and the config is uploaded
     job = subprocess.run(
         [
-            RAY, "job", "submit", "--address", address, "--working-dir", ".", "--submission-id", "prep", "--",
+            RAY, "job", "submit", "--address", address, "--working-dir", ".", "--submission-id", name, "--",
             sys.executable, "-m", "prep", "run", "--config", "configs/prep/production.yaml", *overrides,
         ],
         cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400,
@@ -143,13 +168,9 @@ def test_a_submitted_job_ends_with_0_and_captions_nothing_twice(cluster, caption
     assert job.returncode == 0, job.stdout + job.stderr
     code = (
         "from ray.job_submission import JobSubmissionClient as Client; "
-        f"print(Client({address!r}).get_job_info('prep').driver_exit_code)"
+        f"print(Client({address!r}).get_job_info({name!r}).driver_exit_code)"
     )
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "0"
-    assert len(Dataset(tmp_path / "out")) == IMAGES
-    requests = [json.loads(line) for _, log in caption_servers for line in log.read_text().splitlines()]
-    answered = Counter(entry["image"] for entry in requests if entry.get("status") == 200 and entry["image"])
-    assert len(answered) == IMAGES
-    assert set(answered.values()) == {1}  # nothing is captioned twice
-    assert "hosts 2 of 3" in job.stdout
+    assert len(Dataset(folder / name)) == IMAGES
+    return job.stdout

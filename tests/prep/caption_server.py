@@ -4,7 +4,7 @@ A caption is a function of the picture's bytes (and of the seed, above temperatu
 the caption request (from 1), for every request from some number on, or by the SHA-256 of a picture:
 
     429 500 503   that status, with Ollama's words        hang       no answer until the client gives up
-    400 404       likewise; these end a run               reset      the connection is closed without an answer
+    400 404 413 422   likewise                            reset      the connection is closed without an answer
     refusal       the model will not                      die        the server is gone from then on
     truncated     cut off, end "length"                   redirect   307 to ``redirect_to``
     empty         no text                                 html       a login page, status 200
@@ -73,7 +73,8 @@ AROUND = {
     "thinking": "",
     "chatty": "{} Is there anything else you need?",
 }
-STATUSES = {"400": "invalid image", "404": "model 'x' not found", "429": "too many requests", "503": BUSY}
+STATUSES = {"413": "request too large", "422": "cannot process the image"}
+STATUSES |= {"400": "invalid image", "404": "model 'x' not found", "429": "too many requests", "503": BUSY}
 STATUSES["500"] = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
 
 
@@ -112,15 +113,19 @@ class CaptionServer:
         self._open: set[Any] = set()
         outer = self
 
-        class Handler(_Handler):
+        class OwnHandler(self.handler_class()):
             server_of_tests = outer
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), OwnHandler)
         self._http.daemon_threads = True
         self._http.block_on_close = False
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
+
+    def handler_class(self) -> type[Handler]:
+        """What answers requests."""
+        return Handler
 
     def __enter__(self) -> CaptionServer:
         return self
@@ -172,7 +177,9 @@ class CaptionServer:
         return SPOILT.get(fault or "", text), "stop"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection."""
+
     server_of_tests: CaptionServer
     protocol_version = "HTTP/1.1"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,9 @@ from prep.dataset.codecs import encode_pixels
 from prep.dataset.layout import Part, Unit, members_of, read_part
 from prep.dataset.writer import LayerWriter
 from prep.images.sources import Source
-from prep.passes.captions import caption_recipe, caption_units
+from prep.passes.caption_stage import caption_units
+from prep.passes.caption_worker import CaptionItem, CaptionWorker
+from prep.passes.captions import caption_recipe
 from prep.passes.layers import ShardTask
 
 FAST = {"cool_down": 0.05, "patience": 2.0, "timeout": 5.0, "min_words": 30, "max_words": 200, "image_side": 64}
@@ -66,10 +72,40 @@ def with_recipes(config: PrepConfig, tasks: list[ShardTask]) -> list[ShardTask]:
     return found
 
 
+def ask_here(
+    config: PrepConfig, recipe: Mapping[str, Any], prompt: str, items: Sequence[CaptionItem]
+) -> Iterator[dict[str, Any]]:
+    """What the actors of ``prep/passes/ray_captions.py`` do, by one worker in this process."""
+    worker, events = CaptionWorker(config, recipe, prompt), queue.SimpleQueue()
+
+    def caption(item: CaptionItem) -> None:
+        for event in worker.caption(item):
+            events.put(event)
+
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(caption, item) for item in items]
+        try:
+            while not events.empty() or not all(one.done() for one in work):
+                with contextlib.suppress(queue.Empty):
+                    yield events.get(timeout=0.02)
+        finally:
+            for one in work:
+                one.cancel()
+            worker.close()
+
+
+def captioning(
+    config: PrepConfig, tasks: list[ShardTask], advance: Callable[[dict[str, Any]], None] = lambda counts: None
+) -> Iterator[list[dict[str, Any]]]:
+    """Caption tasks with recipes in this process."""
+    slots = sum(host.slots for host in config.captions.servers) or config.captions.slots
+    return caption_units(config, tasks, slots, advance, ask_here)
+
+
 def run_captions(config: PrepConfig, tasks: list[ShardTask]) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Caption the tasks; returns what was yielded and all counts."""
     counts: list[dict[str, Any]] = []
-    return list(caption_units(config, with_recipes(config, tasks), counts.append)), counts
+    return list(captioning(config, with_recipes(config, tasks), counts.append)), counts
 
 
 def text_parts(config: PrepConfig, tasks: list[ShardTask]) -> list[Part]:

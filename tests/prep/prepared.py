@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import pytest
+
 from prep.config import PrepConfig
 from prep.passes.layers import LayerWorker, ShardTask
-from prep.passes.placement import Pass, local_node
+from prep.passes.nodes import local_node
+from prep.passes.placement import Pass
 from prep.passes.plan import Plan, make_plan, write_manifest
 from prep.passes.publish import publish
 from prep.run import current_parts
+from tests.prep.captioning import ask_here
 
 
 def prepare(config: PrepConfig) -> Plan:
@@ -26,7 +31,7 @@ def prepare(config: PrepConfig) -> Plan:
 
 
 class LocalPipeline(ModuleType):
-    """What ``prep/passes/ray_passes.py`` offers, on one worker of this process.
+    """What ``prep/passes/ray_passes.py`` and ``ray_captions.py`` offer, on one worker of this process.
 
     ``before`` is called with the layers of every pass, before it begins.
     """
@@ -42,6 +47,8 @@ class LocalPipeline(ModuleType):
     def cluster_nodes(self) -> list:
         return [local_node()]
 
+    ask_all = staticmethod(ask_here)
+
     def on_every_node(self, function, *arguments, timeout=30.0) -> dict:
         return {"this": function(*arguments)}
 
@@ -50,3 +57,11 @@ class LocalPipeline(ModuleType):
         worker = LayerWorker(settings)
         for task in tasks:
             yield worker.run(ShardTask.from_json(task.to_json()))
+
+
+def compute_here(monkeypatch: pytest.MonkeyPatch) -> LocalPipeline:
+    """Let ``prep run`` compute in this process."""
+    local = LocalPipeline()
+    for name in ("ray_passes", "ray_captions"):
+        monkeypatch.setitem(sys.modules, f"prep.passes.{name}", local)
+    return local

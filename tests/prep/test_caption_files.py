@@ -13,14 +13,12 @@ from prep.caption_files import list_captions, write_captions
 from prep.captions.written import NAME
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
-from prep.passes.captions import caption_units
-from prep.passes.layers import LayerWorker, ShardTask
-from prep.passes.plan import make_plan, remaining, write_manifest
-from prep.passes.publish import publish
-from prep.run import current_parts
+from prep.passes.plan import make_plan
+from prep.run import run
 from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import FAST
 from tests.prep.passes.test_plan import config, write_images
+from tests.prep.prepared import compute_here
 
 MENDED = "Two dogs sleep beside a grey wall, as a person wrote it."
 
@@ -40,23 +38,16 @@ def settings(tmp_path: Path, server: CaptionServer) -> PrepConfig:
     return config(tmp_path, layers=["text"], captions=captions, shard_size=6)
 
 
-def prepare(settings: PrepConfig) -> list[list[str]]:
-    """Do what ``prep run`` does; returns the layers that were computed."""
-    plan, worker = make_plan(settings), LayerWorker(settings)
-    write_manifest(plan)
-    computed: list[list[str]] = []
-    while plan.missing:
-        computed.append(sorted(unit.layer for unit in plan.missing))
-        for layer in settings.active_layers:
-            tasks = plan.tasks((layer,))
-            if layer == "text" and any("digest" in task.recipes["text"] for task in tasks):
-                list(caption_units(settings, tasks, lambda counts: None))
-                continue
-            for task in tasks:
-                worker.run(ShardTask(task.bucket, task.shard, task.sources, task.recipes))
-        plan = remaining(plan)
-    publish(plan, current_parts(plan), "runs/rejects.parquet")
-    return computed
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_here(monkeypatch)
+
+
+def prepare(settings: PrepConfig) -> list[str]:
+    """Do what ``prep run`` does; returns the layers that had to be computed."""
+    missing = sorted({unit.layer for unit in make_plan(settings).missing})
+    run(settings)
+    return missing
 
 
 def captions_of(settings: PrepConfig) -> dict[str, str]:
@@ -77,7 +68,7 @@ def test_a_mended_file_is_taken_and_the_others_stay_the_models(settings: PrepCon
         assert files[name.replace(".png", ".txt")].read_text().strip() == text
     assert prepare(settings) == []  # files that nobody changed change nothing
     files["image-003.txt"].write_text(MENDED)
-    assert prepare(settings) == [["t5", "text"]]
+    assert prepare(settings) == ["t5", "text"]
     assert captions_of(settings) == before | {"image-003.png": MENDED}
     assert asked(server) == questions
 

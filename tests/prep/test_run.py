@@ -2,7 +2,6 @@
 
 import errno
 import json
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.images.scan import Reject
 from prep.passes.layers import LayerWorker
-from prep.passes.placement import Node
+from prep.passes.nodes import Node
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import gate, publish
 from prep.run import current_parts, print_plan, run
@@ -21,16 +20,14 @@ from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import FAST
 from tests.prep.passes.test_plan import config, write_images
-from tests.prep.prepared import LocalPipeline
+from tests.prep.prepared import LocalPipeline, compute_here
 from tests.prep.runs import NETWORKS, files_of, poses, rejects_of
 from tests.prep.verify.test_verify import publish_again
 
 
 @pytest.fixture
 def pipeline(monkeypatch) -> LocalPipeline:
-    local = LocalPipeline()
-    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", local)
-    return local
+    return compute_here(monkeypatch)
 
 
 @pytest.fixture

@@ -22,13 +22,13 @@ from prep.verify.verify import verify
 from prep.versions import list_versions
 from tests.prep.dataset.test_versions import change
 from tests.prep.passes.test_plan import config, write_images
-from tests.prep.prepared import LocalPipeline
+from tests.prep.prepared import compute_here
 
 
 @pytest.fixture
 def changed(tmp_path, monkeypatch) -> tuple[PrepConfig, str]:
     """The config of a dataset after a change, and the fingerprint of the version before."""
-    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+    compute_here(monkeypatch)
     write_images(tmp_path / "source", 10)
     settings = config(tmp_path)
     run(settings)

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from prep.versions import list_versions
 from tests.forked import in_child
 from tests.prep.object_store import s3_server
 from tests.prep.passes.test_plan import config, write_images
-from tests.prep.prepared import LocalPipeline, prepare
+from tests.prep.prepared import compute_here, prepare
 from tests.prep.runs import files_of
 
 Content = dict[str, tuple]
@@ -63,7 +62,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("versions")
     write_images(folder / "source", 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+        compute_here(patch)
         run(config(folder))
     return folder
 
@@ -71,7 +70,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(made, tmp_path, monkeypatch) -> PrepConfig:
     """The config of a copy of it."""
-    monkeypatch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+    compute_here(monkeypatch)
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return config(tmp_path)
 
@@ -151,7 +150,7 @@ def undisturbed(made, tmp_path_factory) -> dict[str, str]:
     shutil.copytree(made, folder, dirs_exist_ok=True)
     change(folder / "source")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
+        compute_here(patch)
         run(config(folder), prune=True)
     return files_of(folder / "out")
 

@@ -37,7 +37,8 @@ from prep.doctor.node import examine_node, read_gpus, read_ollama_memory
 from prep.doctor.places import disk_check, lock_check, output_check, place_checks, source_checks
 from prep.doctor.rules import Needs, clock_difference, cluster_checks, named, needs_of, node_checks
 from prep.encoders.backbones import ALEXNET, VGG16
-from prep.passes.placement import DEMO_WORKER_GB, Node
+from prep.passes.nodes import Node
+from prep.passes.placement import DEMO_WORKER_GB
 from prep.run import print_plan
 from tests.local_cluster import LocalCluster
 
@@ -65,6 +66,7 @@ HEALTHY = {
         "provider": "CUDAExecutionProvider",
     },
     "compiler": True,
+    "ollama": True,
     "cpus": 8,
     "memory": 64e9,
     "memory_free": 60e9,
@@ -176,6 +178,22 @@ def test_a_gpu_that_must_be_there_is_a_failure_without_one() -> None:
     assert find(judge({"gpus": []}, Needs({}, 0.0, None, "auto", slow=False)), "gpu").status == "OK"
     # in a cluster any machine may have it
     assert find(judge({"gpus": []}, required, joined=True), "gpu").status == "OK"
+
+
+def test_where_a_run_starts_caption_servers_their_program_must_be_there() -> None:
+    assert not [check for check in judge({"ollama": False}) if check.name == "ollama"]
+    starts = replace(FULL_SIZE, ollama="gemma3:27b")
+    assert "pulls gemma3:27b" in find(judge({}, starts), "ollama").found
+    alone = find(judge({"ollama": False}, starts), "ollama")
+    assert (alone.status, alone.code) == ("FAIL", 2)
+    assert "ollama.com/download" in alone.fix
+    assert find(judge({"ollama": False}, starts, joined=True), "ollama").status == "WARN"  # others may have it
+    auto = config(captions={"backend": "ollama", "hosts": "auto"})
+    assert needs_of(auto).ollama == "gemma3:27b"
+    assert not needs_of(config(captions={"hosts": "auto"})).ollama
+    never = pass_check(auto, [Node("id", "10.0.0.1", "box", 8, 1, 24, 32, ollama=False)])
+    assert (never.status, never.code) == ("FAIL", 2)
+    assert "no machine has Ollama (box)" in never.found
 
 
 def test_dashboards_on_loopback_addresses_are_as_they_should_be() -> None:

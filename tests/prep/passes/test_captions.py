@@ -16,21 +16,22 @@ import pytest
 from PIL import Image
 
 from nanodit.errors import ConfigError, DataError, ResourceError
-from nanodit.files import sha256_bytes
+from nanodit.files import canonical_json, sha256_bytes
 from prep.captions import quality
-from prep.captions.cache import forget_rejects
+from prep.captions.cache import CACHED_BY, CaptionCache, forget_rejects
 from prep.captions.hosts import HostPool
 from prep.dataset.codecs import webp_bytes
 from prep.dataset.layout import Unit, fingerprint_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
-from prep.passes.captions import PROMPT, caption_recipe, caption_units, free_cards, picture_bytes, read_prompt
+from prep.passes.captions import PROMPT, caption_recipe, free_all_cards, free_cards, picture_bytes, read_prompt
 from prep.passes.layers import ShardTask
-from prep.passes.placement import Node
+from prep.passes.nodes import Node
 from prep.passes.plan import make_plan
 from prep.run import place
-from tests.prep.caption_server import DIGEST, MODEL, CaptionServer, caption
+from tests.prep.caption_server import DIGEST, MODEL, STATUSES, CaptionServer, caption
 from tests.prep.captioning import (
     caption_config,
+    captioning,
     captions_of,
     commit_crops,
     rejects_of,
@@ -109,7 +110,7 @@ def test_three_unequal_hosts_of_which_one_dies_caption_everything_once(tmp_path,
         tasks = commit_crops(config, shards=10, size=12)
         tasks = with_recipes(config, tasks)
         start = time.monotonic()
-        list(caption_units(config, tasks, lambda counts: None))
+        list(captioning(config, tasks))
         rate = 120 / (time.monotonic() - start)
         log = [entry["image"] for server in (slow, middle, fast) for entry in server.captioned]
     assert len(captions_of(config, tasks)) == 120
@@ -148,16 +149,79 @@ def test_p17_an_image_that_servers_fail_on_is_rejected_and_no_other(tmp_path, se
     run_captions(config, tasks)
     assert rejects_of(config, tasks) == {poison: reason}
     assert len(captions_of(config, tasks)) == 5
+    (reject,) = text_parts(config, tasks)[0].rejects
+    assert {"500": STATUSES["500"], "hang": "no answer within 0.4 s"}[fault] in reject.detail  # the server's words
+    assert server.url not in reject.detail
     asked = len(server.log)
+    list(captioning(config, with_recipes(config, tasks)))
+    assert [entry for entry in server.log[asked:] if entry["image"]] == []  # it is final until somebody wants another
+    server.poison = {}
+    assert forget_rejects(config.output, [Unit("64x64", 0, "text"), Unit("64x64", 0, "px")]) == 0
     (tmp_path / "out" / Unit("64x64", 0, "text").part).unlink()
     run_captions(config, tasks)
-    assert [entry for entry in server.log[asked:] if entry["image"]] == []  # rejects are remembered
-    assert server.url not in str(text_parts(config, tasks)[0].rejects)
-    server.poison = {}
-    assert forget_rejects(config.output, [Unit("64x64", 0, "text"), Unit("64x64", 0, "px")]) == 1
-    (tmp_path / "out" / Unit("64x64", 0, "text").part).unlink()
+    assert rejects_of(config, tasks) == {}  # which it then gets: that servers failed was not kept
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+@pytest.mark.parametrize("first", [True, False])
+def test_f4_a_refusal_among_good_answers_belongs_to_its_image(tmp_path, server, status, first):
+    config = caption_config(tmp_path, [server.url])
+    tasks = commit_crops(config, shards=1, size=5)
+    sent = pictures(config, tasks)
+    poison = sorted(sent)[0 if first else -1]  # also of a host that has answered nothing else yet
+    server.poison = {sha256_bytes(sent[poison]): status}
+    run_captions(config, tasks)
+    assert rejects_of(config, tasks) == {poison: "caption_failed"}
+    (reject,) = text_parts(config, tasks)[0].rejects
+    assert f"HTTP {status}: {STATUSES[status]}" in reject.detail
+    assert len(captions_of(config, tasks)) == 4
+
+
+@pytest.mark.parametrize("fault", ["500", "hang", "reset"])
+def test_f2_a_host_that_fails_for_a_while_costs_no_image(tmp_path, server, fault):
+    """From the fifth question on it fails on all of them, and then it is well again."""
+    server.always = (5, fault)
+    config = caption_config(tmp_path, [{"url": server.url, "slots": 4}], timeout=0.3, patience=60.0)
+    tasks = commit_crops(config, shards=2, size=12)
+    threading.Timer(2.5, lambda: setattr(server, "always", None)).start()
     run_captions(config, tasks)
     assert rejects_of(config, tasks) == {}
+    assert len(captions_of(config, tasks)) == 24
+    assert len([entry for entry in server.log if entry.get("fault") == fault]) > 4
+
+
+def test_f2_a_run_that_ends_with_its_host_leaves_no_reject_behind(tmp_path, server):
+    server.always = (3, "500")
+    config = caption_config(tmp_path, [server.url], patience=0.5)
+    tasks = commit_crops(config, shards=1, size=8)
+    with pytest.raises(ResourceError, match=f"no caption host has answered.*{STATUSES['500'][:20]}"):
+        run_captions(config, tasks)
+    server.always = None
+    run_captions(config, tasks)
+    assert rejects_of(config, tasks) == {}
+    assert len(captions_of(config, tasks)) == 8
+
+
+def test_f2_an_image_is_blamed_though_it_is_the_last_one_to_ask_about(tmp_path, server):
+    """No other image's question can come between: the control question does."""
+    config = caption_config(tmp_path, [server.url])
+    tasks = commit_crops(config, shards=1, size=1)
+    server.poison = dict.fromkeys(map(sha256_bytes, pictures(config, tasks).values()), "500")
+    run_captions(config, tasks)
+    assert list(rejects_of(config, tasks).values()) == ["caption_failed"]
+    assert [entry.get("fault") for entry in server.log if entry["image"]] == ["500", None, "500"]
+
+
+def test_f2_faults_that_an_earlier_version_cached_are_asked_about_again(tmp_path, server):
+    config = caption_config(tmp_path, [server.url])
+    tasks = commit_crops(config, shards=1, size=2)
+    recipe = {name: with_recipes(config, tasks)[0].recipes["text"][name] for name in CACHED_BY}
+    cache = CaptionCache(config.output, recipe)
+    key = tasks[0].sources[0].key
+    entry = {"key": key, **recipe, "answers": [{"text": "", "end": "timeout", "options": {}}]}
+    cache.storage.write(cache.name(key), canonical_json(entry))
+    run_captions(config, tasks)
+    assert len(captions_of(config, tasks)) == 2
 
 
 @pytest.mark.parametrize(
@@ -277,14 +341,16 @@ def test_p17_keys_go_to_nobody_unless_the_config_names_them(tmp_path, server, ba
         caption_recipe(config)
 
 
-@pytest.mark.parametrize("fault", ["400", "404"])
-def test_what_no_host_can_do_ends_the_run_at_once(tmp_path, server, fault):
-    server.faults = {3: fault}
+@pytest.mark.parametrize(("number", "fault"), [(3, "400"), (1, "400"), (3, "404")])
+def test_what_no_host_can_do_ends_the_run_at_once(tmp_path, server, number, fault):
+    """A refusal of every picture, the control question's too, is no picture's fault."""
+    server.always = (number, fault)
     config = caption_config(tmp_path, [server.url])
     tasks = commit_crops(config, shards=1, size=6)
-    with pytest.raises(ConfigError, match=rf"refuses the request .HTTP {fault}."):
+    with pytest.raises(ConfigError, match=rf"refuses the request .HTTP {fault}.*captions.options"):
         run_captions(config, tasks)
-    server.faults = {}
+    assert len(server.log) < 12
+    server.always = None
     run_captions(config, tasks)
     log = [entry["image"] for entry in server.captioned]
     assert len(log) == len(set(log)) == 6  # what was captioned was kept
@@ -342,7 +408,7 @@ def test_a_caller_that_stops_loses_nothing_that_was_answered(tmp_path):
     with CaptionServer(seconds=0.05) as server:
         config = caption_config(tmp_path, [{"url": server.url, "slots": 3}])
         tasks = commit_crops(config, shards=4, size=6)
-        units = caption_units(config, with_recipes(config, tasks), lambda counts: None)
+        units = captioning(config, with_recipes(config, tasks))
         next(units)
         with pytest.raises(KeyboardInterrupt):
             units.throw(KeyboardInterrupt)
@@ -475,6 +541,17 @@ def test_a_server_on_a_card_of_the_run_is_asked_to_unload(tmp_path, server, caps
     assert free_cards(config, [card])  # where nobody listens, nothing is loaded
 
 
+def test_all_servers_unload_when_the_captions_are_through(tmp_path, server):
+    with CaptionServer() as other:
+        config = caption_config(tmp_path, [server.url, other.url], timeout=0.5)
+        card = Node("id", "127.0.0.1", "here", 4, 1, 12, driver=True)
+        for stubborn, here, freed in ((False, [card], True), (True, [], True), (True, [card], False)):
+            server.loaded = other.loaded = True
+            server.stubborn = stubborn
+            assert free_all_cards(config, here) is freed
+            assert (server.loaded, other.loaded) == (stubborn, False)
+
+
 def test_passes_are_placed_on_cards_that_the_servers_have_left(tmp_path, server, capsys):
     """Before the captions, and for T5 after them; beside a server that keeps its model, on what is left."""
     config = caption_config(tmp_path, [server.url], timeout=0.5)
@@ -528,12 +605,12 @@ def test_with_filters_on_persons_only_those_who_passed_them_are_captioned(tmp_pa
         writer.commit()
     upstream = fingerprint_of(pose)
     recipes = {"text": {"layer": "text", "code": 1, "upstream": upstream, **caption_recipe(config)}}
-    list(caption_units(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)], lambda counts: None))
+    list(captioning(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)]))
     assert list(captions_of(config, tasks)) == keys[::2]
     assert len(server.captioned) == 3
     recipes["text"]["upstream"] = "something else"
     with pytest.raises(DataError, match="what it is made from disappeared"):
-        list(caption_units(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)], lambda counts: None))
+        list(captioning(config, [ShardTask("64x64", 0, tasks[0].sources, recipes)]))
 
 
 def test_crops_may_be_jpeg(tmp_path, server):

@@ -26,7 +26,8 @@ from prep.passes.cost import (
     table,
 )
 from prep.passes.layers import LayerWorker
-from prep.passes.placement import Node, Pass, plan_passes
+from prep.passes.nodes import Node
+from prep.passes.placement import Pass, plan_passes
 from prep.passes.plan import make_plan, write_manifest
 from tests.prep.passes.test_plan import config, pretend_committed, write_images
 

@@ -26,14 +26,13 @@ from prep.figures.mirror import mirror_scene
 from prep.figures.pose import sample_scene
 from prep.figures.scene import Dice
 from prep.passes.advice import warn
-from prep.passes.captions import caption_units
 from prep.passes.cost import sample_bytes
 from prep.passes.plan import make_plan
 from prep.report.report import write_report
 from prep.verify import units as verify_units
 from prep.verify.verify import verify
 from tests.prep.caption_server import CaptionServer
-from tests.prep.captioning import caption_config, commit_crops, run_captions, text_parts, with_recipes
+from tests.prep.captioning import caption_config, captioning, commit_crops, run_captions, text_parts, with_recipes
 from tests.prep.prepared import prepare
 from tests.prep.runs import files_of
 
@@ -154,7 +153,7 @@ def test_generated_captions_are_flipped_without_asking_anybody(tmp_path):
         asked = len(server.captioned)
         (task,) = with_recipes(settings, tasks)
         flipping = replace(task, recipes={"text": task.recipes["text"] | {"flip": 1}})
-        list(caption_units(settings, [flipping], lambda counts: None))
+        list(captioning(settings, [flipping]))
         assert len(server.captioned) == asked
     (part,) = text_parts(settings, tasks)
     assert part.table.num_rows == 3

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanodit.errors import ResourceError
+from nanodit.errors import ConfigError, ResourceError
 from prep.captions.config import CaptionConfig
 from prep.config import PrepConfig
-from prep.passes.placement import (
-    DEMO_WORKER_GB,
-    Node,
-    caption_hosts,
-    captions_vram,
-    gpu_offers,
-    in_order,
-    local_node,
-    memory_need,
-    nodes_from_ray,
-    plan_passes,
-    serves,
-    vram_need,
-)
+from prep.passes.caption_placement import caption_hosts, caption_seats, captions_vram, serves
+from prep.passes.nodes import Node, local_node, nodes_from_ray
+from prep.passes.placement import DEMO_WORKER_GB, gpu_offers, in_order, memory_need, plan_passes, vram_need
 
 
 def config(**changes) -> PrepConfig:
@@ -331,6 +321,81 @@ def test_a_caption_host_under_an_outer_address_of_this_machine_is_here():
     alone = local_node()
     assert serves("http://captions.lan:11434", alone, resolve=lambda host: ["127.0.0.7"])  # of Linux, like all of 127
     assert not serves("http://captions.lan:11434", alone, resolve=lambda host: ["198.51.100.7"])
+
+
+# --- caption servers that a run starts --------------------------------------------------------------------------------
+
+
+def auto(model: str = "gemma3:27b", **changes) -> PrepConfig:
+    captions = {"backend": "ollama", "model": model, "hosts": "auto", "slots": 3} | changes.pop("captions", {})
+    return config(captions=captions, **changes)
+
+
+def seats_of(settings_: PrepConfig, nodes: list[Node]) -> tuple[list[tuple], list[str]]:
+    """Node, cards, GB of GPU memory, CPUs and GB of main memory of each seat; the remarks."""
+    remarks: list[str] = []
+    seats, _ = caption_seats(settings_, nodes, remarks)
+    assert all(seat.slots == 3 for seat in seats)
+    return [(*seat.on, seat.gpus, seat.vram_gb, seat.cpus, seat.memory_gb) for seat in seats], remarks
+
+
+def test_servers_of_the_config_are_asked_by_one_actor_where_the_driver_is():
+    seats, joining = caption_seats(captioned(), MIXED, [])
+    assert [(seat.slots, seat.demands()) for seat in seats] == [
+        (1, {"num_cpus": 0.0, "num_gpus": 0.0, "label_selector": {"ray.io/node-id": "in(id-4)"}})
+    ]
+    assert joining is None
+
+
+def test_every_card_that_holds_the_model_gets_a_server_and_no_other():
+    two = node("6", 2, 48, gpus=2)
+    seats, remarks = seats_of(auto(), [*MIXED, two])
+    assert seats == [("id-1", 1, 20, 1, 0), ("id-6", 1, 20, 1, 0), ("id-6", 1, 20, 1, 0)]
+    assert [remark for remark in remarks if "writes no captions on its GPU" in remark and "20 GB" in remark][1:]
+    small, _ = seats_of(auto(placement={"vram_gb": {"captions": 9}}), MIXED)
+    assert [seat[0] for seat in small] == ["id-1", "id-2", "id-3"]
+    assert len(seats_of(auto(placement={"vram_gb": {"captions": 9}}, workers=2), MIXED)[0]) == 2
+    (step,), _ = plan_passes(auto(layers=["text"]), MIXED, {"text"})
+    assert (step.device, step.actors) == ("captions", 3)
+
+
+def test_a_model_larger_than_a_card_takes_all_cards_of_its_node():
+    seats, _ = seats_of(auto(), [node("7", 16, 24, gpus=2), SMALL])
+    assert seats == [("id-7", 2, 24, 1, 0)]
+
+
+def test_without_a_card_that_holds_it_cpus_caption_and_that_is_said():
+    seats, remarks = seats_of(auto(), [SMALL, node("8", 6, memory=30), node("9", 4, memory=8)])
+    assert seats == [("id-2", 0, 0, 8, 20), ("id-8", 0, 0, 6, 20)]
+    assert any("written on CPUs" in remark for remark in remarks)
+    assert seats_of(auto(placement={"device": "cpu"}), [BIG])[0] == [("id-1", 0, 0, 16, 20)]
+    with pytest.raises(ResourceError, match="no more than 8 GB"):
+        seats_of(auto(), [node("9", 4, memory=8)])
+    with pytest.raises(ResourceError, match=r"placement\.device is cuda"):
+        seats_of(auto(placement={"device": "cuda"}), [SMALL])
+
+
+def test_machines_without_ollama_write_no_captions():
+    without = replace(BIG, ollama=False)
+    seats, remarks = seats_of(auto("gemma3:12b"), [without, SMALL])
+    assert [seat[0] for seat in seats] == ["id-2"]
+    assert any("host1" in remark and "has no Ollama" in remark for remark in remarks)
+    with pytest.raises(ConfigError, match=r"no machine has Ollama .host1.*ollama\.com/download"):
+        caption_seats(auto(), [without], [])
+
+
+def test_a_node_that_joins_gets_a_server_too_and_none_that_was_there_a_second_one():
+    joining = caption_seats(auto(), MIXED, [])[1]
+    assert joining.demands() == {
+        "num_cpus": 1.0, "num_gpus": 1.0, "resources": {"vram_gb": 20.0},
+        "label_selector": {"ray.io/node-id": "!in(id-1, id-2, id-3, id-4)"},
+    }  # fmt: skip
+
+
+def test_own_servers_keep_no_memory_from_encoders():
+    steps, remarks = plan_passes(auto(), [node("1", 16, 24, driver=True)], loaded=True)
+    assert steps[1].actors == 2
+    assert remarks == []
 
 
 # --- Ray's description of the nodes -----------------------------------------------------------------------------------
