@@ -131,9 +131,9 @@ def came_with_images(
     captions, known = sidecars_of(config), captions_by_fingerprint(before)
     sources = {source.key: source for source in task.sources}
     planned = task.recipes["text"].get("captions", {})
-    for key in keys:
-        if key not in planned:
-            continue
+    found: dict[str, Caption | BadCaption] = {}
+    listed = [key for key in keys if key in planned]
+    for key in sorted(listed, key=lambda key: sources[key].name):  # those of a folder together, which may have a table
         source, wanted = sources[key], planned[key]
         try:
             if source.gone and wanted in known:
@@ -144,9 +144,11 @@ def came_with_images(
                 caption = read_or_keep(captions, source.name, known.get(wanted))
             if caption.fingerprint != wanted:
                 raise BadCaption("changed_during_run", "the caption changed after the run had begun")
-            yield key, caption
+            found[key] = caption
         except BadCaption as bad:
-            yield key, bad if bad.reason == wanted else BadCaption("changed_during_run", bad.detail)
+            found[key] = bad if bad.reason == wanted else BadCaption("changed_during_run", bad.detail)
+    for key in listed:
+        yield key, found[key]
 
 
 def read_or_keep(captions: SidecarCaptions, source: str, before: Caption | None) -> Caption:
