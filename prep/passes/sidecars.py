@@ -53,7 +53,9 @@ def read_captions(
     written = written if config.captions.generated and written else {}
     if "text" not in config.layers or (config.captions.overwrite and not (config.captions.keep_edited and written)):
         return {}, [], []
-    if config.captions.overwrite:
+    origins = config.captions.origins
+    if config.captions.overwrite:  # what was written are NAME.txt alone
+        origins = tuple(origin for origin in origins if origin == "txt")
         sources = {key: source for key, source in sources.items() if key in written}
     captions: dict[str, str] = {}
     problems: list[tuple[Source, BadCaption]] = []
@@ -64,7 +66,7 @@ def read_captions(
         for start in range(0, len(listed), BLOCK):
             block = [sources[key] for key in listed[start : start + BLOCK]]
             asked = [source for source in block if not (source.gone and source.key in before)]
-            looked = look_all_captions(sidecars_of(config), asked, look_all)
+            looked = look_all_captions(SidecarCaptions(Path(config.source), origins), asked, look_all)
             found = {source.key: caption for source, caption in zip(asked, looked)}
             for source in block:
                 caption = found.get(source.key, before.get(source.key, ""))
