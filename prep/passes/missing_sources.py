@@ -137,11 +137,22 @@ def whole_for_good(
 
 def published_keys(storage: Storage) -> set[str]:
     """Return the keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
+    table = _published(storage, ["key"])
+    return set(table["key"].to_pylist()) if table else set()
+
+
+def published_sides(storage: Storage) -> dict[str, str]:
+    """Return the side of the split of each key of the published index; otherwise as :func:`published_keys`."""
+    table = _published(storage, ["key", "split"])
+    return dict(zip(table["key"].to_pylist(), table["split"].to_pylist())) if table else {}
+
+
+def _published(storage: Storage, columns: list[str]) -> pa.Table | None:
     data = storage.read_if_there(INDEX)
     try:
-        return set(read_parquet(data, columns=["key"])["key"].to_pylist()) if data else set()
+        return read_parquet(data, columns=columns) if data else None
     except (OSError, ValueError, pa.ArrowException):
-        return set()
+        return None
 
 
 def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:

@@ -209,7 +209,7 @@ def make_plan(
     notes += unlisted_remark(rejects) + kept_captions
     notes += [f"warning: {line}" for line in crop_remarks(fitting.cropped)]
     notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
-    excluded = read_excluded(root) & sources.keys()
+    excluded = read_excluded(root).keys & sources.keys()
     if excluded:
         notes.append(f"{len(excluded)} of {len(sources)} samples are excluded (nanodit prep exclude {root} lists them)")
     return Plan(
