@@ -83,11 +83,10 @@ def write_captions(dataset: str, folder: Path, beside: bool) -> None:
             record_written(storage, written)
     say(f"wrote {counts['written']} captions below {folder}, {counts['equal']} were there already")
     if kept := counts["kept"]:
-        say(f"{kept} {'file stays' if kept == 1 else 'files stay'} as a person wrote them")
+        say(f"{kept} {'file stays as a person wrote it' if kept == 1 else 'files stay as a person wrote them'}")
     if shared:  # the next run would take the caption of one for both
-        say(
-            f"{len(shared)} images would share a file with another, such as {min(shared)}; nothing was written for them"
-        )
+        images = f"{len(shared)} image{'' if len(shared) == 1 else 's'}"
+        say(f"{images} would share a file with another, such as {min(shared)}; nothing was written")
     if gone := counts["gone"]:
         say(f"{gone} images are not in {folder} any more; nothing was written for them")
 

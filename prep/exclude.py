@@ -50,7 +50,10 @@ def exclude(dataset: str, names: Sequence[str], include: bool = False) -> None:
     what = "taken in again" if include else "excluded"
     say(f"{changed} {'sample' if changed == 1 else 'samples'} {what}, {len(after)} excluded in all")
     if changed:
-        say("`nanodit prep run` publishes the version without them; trainings that read an earlier one go on")
+        say(
+            f"`nanodit prep run` publishes the version {'with' if include else 'without'} them; trainings that read an "
+            "earlier one go on"
+        )
 
 
 def _find(names: Sequence[str], known: dict[str, str]) -> frozenset[str]:

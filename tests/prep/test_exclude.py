@@ -118,10 +118,14 @@ def test_the_command_lists_changes_and_waits_for_no_run(
     key, *_ = published(settings)
     capsys.readouterr()
     assert main(["exclude", settings.output, key]) == 0
-    assert "1 sample excluded, 1 excluded in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 sample excluded, 1 excluded in all" in out
+    assert "publishes the version without them" in out
     assert main(["exclude", settings.output]) == 0
     assert key in capsys.readouterr().out
     assert main(["exclude", settings.output, key, "--include"]) == 0
-    assert "1 sample taken in again, 0 excluded in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 sample taken in again, 0 excluded in all" in out
+    assert "publishes the version with them" in out
     with locked(settings.output), pytest.raises(ConfigError, match="is being written by another prep run"):
         main(["exclude", settings.output, key])

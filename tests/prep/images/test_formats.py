@@ -61,6 +61,9 @@ def test_a_raw_photograph_without_a_picture_of_its_name_is_said(tmp_path: Path) 
     assert others.endswith(
         "2 raw photographs have no picture of the same name beside them: export them as JPEG or TIFF"
     )
+    (tmp_path / "c.nef").unlink()
+    others = scan(tmp_path, CAP).others
+    assert others.endswith("1 raw photograph has no picture of the same name beside it: export it as JPEG or TIFF")
 
 
 def test_many_kinds_of_other_files_make_one_line() -> None:
