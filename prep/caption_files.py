@@ -61,7 +61,8 @@ def write_captions(dataset: str, folder: Path, beside: bool) -> None:
     """Write each generated caption to ``NAME.txt`` below ``folder``, which mirrors the source.
 
     ``beside``: the folder is the source itself, where no file is written whose image is not there. A file that is there
-    and was not written by this command, or was changed since, stays. Raises ConfigError for a folder that is not there.
+    and was not written by this command, or was changed since, stays. Images that would share a file get none. Raises
+    ConfigError for a folder that is not there.
     """
     if beside and not folder.is_dir():
         raise ConfigError(f"--source {folder} is not a folder. Name the folder with the images, or --to FOLDER")
@@ -70,7 +71,10 @@ def write_captions(dataset: str, folder: Path, beside: bool) -> None:
     counts: Counter[str] = Counter()
     with locked(storage):
         written = read_written(storage) if beside else {}
-        captions = [caption for caption in read_captioned(opened) if caption.generated]
+        files = Counter(map(usual_name, opened.table["source"].to_pylist()))
+        generated = [caption for caption in read_captioned(opened) if caption.generated]
+        captions = [caption for caption in generated if files[usual_name(caption.source)] == 1]
+        shared = [caption.source for caption in generated if files[usual_name(caption.source)] > 1]
         with Progress("write", len(captions), "captions") as progress:
             for caption in captions:
                 counts[_write(caption, folder, beside, written)] += 1
@@ -79,7 +83,10 @@ def write_captions(dataset: str, folder: Path, beside: bool) -> None:
             record_written(storage, written)
     say(f"wrote {counts['written']} captions below {folder}, {counts['equal']} were there already")
     if kept := counts["kept"]:
-        say(f"{kept} {'file stays' if kept == 1 else 'files stay'} as a person wrote them")
+        say(f"{kept} {'file stays as a person wrote it' if kept == 1 else 'files stay as a person wrote them'}")
+    if shared:  # the next run would take the caption of one for both
+        images = f"{len(shared)} image{'' if len(shared) == 1 else 's'}"
+        say(f"{images} would share a file with another, such as {min(shared)}; nothing was written")
     if gone := counts["gone"]:
         say(f"{gone} images are not in {folder} any more; nothing was written for them")
 

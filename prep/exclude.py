@@ -1,8 +1,8 @@
 """``prep exclude``: which samples the next version of a dataset leaves out, and which it takes in again.
 
-The keys stand in ``excluded.json`` of the dataset. Nothing is computed or deleted for them: an excluded sample keeps
-its features in the tars, and publishing leaves it out of the index. ``prep run --prune`` drops what is gone from the
-source.
+The keys stand in ``excluded.json`` of the dataset, with the side of the split that each was published on. Nothing is
+computed or deleted for them: an excluded sample keeps its features in the tars, and publishing leaves it out of the
+index. ``prep run --prune`` drops what is gone from the source.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from nanodit.files import canonical_json
 from nanodit.lock import locked
 from nanodit.storage import Storage, open_storage
 from prep.dataset.excluded import NAME, read_excluded
+from prep.passes.missing_sources import published_sides
 from prep.passes.plan import MANIFEST, read_manifest
 
 SHORTEST = 6  # digits of a key that name a sample
@@ -37,17 +38,22 @@ def exclude(dataset: str, names: Sequence[str], include: bool = False) -> None:
     with locked(storage):
         before = read_excluded(storage)
         if not names:
-            _list(storage, before, known)
+            _list(storage, before.keys, known)
             return
         chosen = _find(names, known)
-        after = before - chosen if include else before | chosen
-        if after != before:
-            storage.write(NAME, canonical_json({"keys": sorted(after)}))
-    changed = len(after ^ before)
+        after = before.keys - chosen if include else before.keys | chosen
+        if after != before.keys:
+            sides = published_sides(storage) if after - before.keys else {}
+            splits = before.splits | {key: sides[key] for key in after - before.keys if key in sides}
+            storage.write(NAME, canonical_json({"keys": sorted(after)} | ({"splits": splits} if splits else {})))
+    changed = len(after ^ before.keys)
     what = "taken in again" if include else "excluded"
     say(f"{changed} {'sample' if changed == 1 else 'samples'} {what}, {len(after)} excluded in all")
     if changed:
-        say("`nanodit prep run` publishes the version without them; trainings that read an earlier one go on")
+        say(
+            f"`nanodit prep run` publishes the version {'with' if include else 'without'} them; trainings that read an "
+            "earlier one go on"
+        )
 
 
 def _find(names: Sequence[str], known: dict[str, str]) -> frozenset[str]:

@@ -28,6 +28,7 @@ TEXT_COLUMNS = ("text", "caption")
 NAME_COLUMNS = ("file_name", "image_path")  # the second one is sd-scripts' in its own JSONL
 MAX_TABLE_BYTES = 1 << 30
 MAX_TEXT = 1 << 20  # letters of a line or a field
+OUTSIDE = "the link leads out of the source folder"
 
 
 class BadTable(Exception):
@@ -50,11 +51,12 @@ def table_caption(folder: Path, source: str, kind: str) -> tuple[str, str] | Non
             except OSError:
                 continue
             try:
-                if leads_out(path, folder):
-                    raise ValueError("the link leads out of the source folder")
-                rows = _read(str(path), stat.st_size, stat.st_mtime_ns)
-            except (OSError, ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
+                linked = leads_out(path, folder)
+                rows = OUTSIDE if linked else _rows_or_problem(str(path), stat.st_size, stat.st_mtime_ns)
+            except OSError as error:
                 raise BadTable(f"{place / name} cannot be read as a table of captions: {error}") from error
+            if isinstance(rows, str):
+                raise BadTable(f"{place / name} cannot be read as a table of captions: {rows}")
             for key in keys(folder, source, place):
                 if key in rows:
                     return rows[key], str(place / name)
@@ -85,8 +87,16 @@ def _kohya_keys(folder: Path, source: str, place: PurePosixPath) -> Iterator[str
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, size: int, _: int) -> dict[str, str]:
-    """Return the captions of a table by the names in it; of a name that comes twice the last."""
+def _rows_or_problem(path: str, size: int, _: int) -> dict[str, str] | str:
+    """Return the captions of a table by the names in it, or what is wrong: each of its images asks for them."""
+    try:
+        return _read(path, size)
+    except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
+        return str(error)
+
+
+def _read(path: str, size: int) -> dict[str, str]:
+    """Return the captions of a table; of a name that comes twice the last."""
     if size > MAX_TABLE_BYTES:
         raise ValueError(f"larger than {MAX_TABLE_BYTES} bytes")
     if not os.path.isfile(path):

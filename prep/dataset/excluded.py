@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from nanodit.errors import DataError
 from nanodit.storage import Storage
@@ -10,16 +11,27 @@ from nanodit.storage import Storage
 NAME = "excluded.json"
 
 
-def read_excluded(storage: Storage) -> frozenset[str]:
-    """Return the keys that are to be left out. Raises DataError for a damaged file."""
+@dataclass(frozen=True)
+class Excluded:
+    """The keys that are left out, and the side of the split of each key that ever was: it returns to that one."""
+
+    keys: frozenset[str]
+    splits: dict[str, str]
+
+
+def read_excluded(storage: Storage) -> Excluded:
+    """Return what is to be left out. Raises DataError for a damaged file."""
     data = storage.read_if_there(NAME)
     if data is None:
-        return frozenset()
+        return Excluded(frozenset(), {})
     try:
-        keys = json.loads(data)["keys"]
+        record = json.loads(data)
+        keys, splits = record["keys"], record.get("splits", {})
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise ValueError("keys is not a list of texts")
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(splits, dict) or not {*map(str, splits.values())} <= {"train", "holdout"}:
+            raise ValueError("splits does not map keys to train or holdout")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         where = storage.where(NAME)
         raise DataError(f"{where} is damaged ({error}). Restore it, or delete it to exclude nothing") from error
-    return frozenset(keys)
+    return Excluded(frozenset(keys), splits)

@@ -25,7 +25,8 @@ from prep.images.scan import Read, Reject, read_all, scan
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Source
 from prep.passes.fitting import judge_sizes
-from prep.passes.plan import count_rejects, scan_settings
+from prep.passes.missing_sources import unusual_names
+from prep.passes.plan import count_rejects, read_manifest, scan_settings
 from prep.passes.publish import gate
 from prep.passes.sidecars import has_caption, read_captions
 
@@ -70,7 +71,8 @@ def look_at_folder(config: PrepConfig) -> Folder:
                 seen += 1
                 yield found
 
-    found = scan(source, config.image.max_pixels, look_all, partial(has_caption, config))
+    names = unusual_names(read_manifest(storage)) if storage.is_local else ()
+    found = scan(source, config.image.max_pixels, look_all, partial(has_caption, config), names)
     fitting = judge_sizes(config, found.sources)
     refused = found.rejects + fitting.rejects
     return Folder(fitting.sources, refused, found.others, len(found.sources) + len(found.rejects), total - seen)
@@ -119,7 +121,7 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
         return [fail("source", SETUP, found, "set source to the folder with the images")], 0
     try:
         folder = look_at_folder(config)
-    except ResourceError as error:
+    except (ResourceError, DataError) as error:  # also of a damaged manifest of the output
         return [failure("source", error)], 0
     others = f"; {folder.others}" if folder.others else ""
     if not folder.seen:

@@ -93,7 +93,6 @@ def other_files(names: Counter[str], raw_alone: int) -> str:
     total = names.total()
     line = f"{total} other {'file' if total == 1 else 'files'} ignored: {', '.join(kinds)}"
     if raw_alone:
-        line += (
-            f"; {raw_alone} raw photographs have no picture of the same name beside them: export them as JPEG or TIFF"
-        )
+        have, them = ("photograph has", "it") if raw_alone == 1 else ("photographs have", "them")
+        line += f"; {raw_alone} raw {have} no picture of the same name beside {them}: export {them} as JPEG or TIFF"
     return line

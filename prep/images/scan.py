@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ class Files:
     others: list[str]
 
 
-def find_files(folder: Path) -> Files:
-    """List what is below ``folder``.
+def find_files(folder: Path, known: Collection[str] = ()) -> Files:
+    """List what is below ``folder``; those of the names ``known`` may be images, whatever their suffix.
 
     Caption sidecars, hidden ones too, and the figures' tables are no sources and are left out. Links to folders are not
     followed and hidden folders not entered; both are reported, so that nothing disappears silently, and so are folders
@@ -96,7 +96,7 @@ def find_files(folder: Path) -> Files:
                     waiting.append(f"{name}/")
             elif entry.name in FIGURES_FILES or entry.name.lower().endswith(CAPTION_FILES):
                 continue
-            elif not (is_image_name(entry.name) or _is_hidden(entry)):
+            elif not (is_image_name(entry.name) or name in known or _is_hidden(entry)):
                 others.append(name)
             elif problem := _problem(entry, name, root):
                 refuse(name, problem)
@@ -152,35 +152,36 @@ def scan(
     max_pixels: int,
     look_all: LookAll | None = None,
     captioned: Callable[[str], bool] = lambda name: False,
+    known: Collection[str] = (),
 ) -> Scan:
     """Find, hash and check every file below ``folder``; of equal files the first name is kept that has a caption.
 
     Where none has one it is the first name. ``captioned`` tells of a name whether it has one, and is asked of equal
     files alone. ``look_all`` answers for files that have not changed (``ScanCache.look_all``); without it every file is
-    read.
+    read. ``known`` as of :func:`find_files`.
     """
 
     def read(name: str) -> dict[str, Any] | Exception:
         return describe_file(folder, name, max_pixels)
 
-    files = find_files(folder)
+    files = find_files(folder, known)
     names, rejects, others = files.names, files.rejects, list(files.others)
     kept: dict[str, Source] = {}
     copies: list[tuple[str, str]] = []  # name and key
     with Progress("scan", None, "files") as progress:
         for count, (name, found) in enumerate(zip(names, (look_all or read_all)(names, read))):
-            known = read(name) if found is None else found
-            if isinstance(known, BadImage):
-                rejects.append(Reject(name, "source", known.reason, known.detail))
-            elif known.get("reason") == NOT_AN_IMAGE and not suffix_of(name):
+            facts = read(name) if found is None else found
+            if isinstance(facts, BadImage):
+                rejects.append(Reject(name, "source", facts.reason, facts.detail))
+            elif facts.get("reason") == NOT_AN_IMAGE and not suffix_of(name):
                 others.append(name)
-            elif "reason" in known:
-                rejects.append(Reject(name, "source", **known))
-            elif (first := kept.get(known["key"])) and (captioned(first.name) or not captioned(name)):
-                copies.append((name, known["key"]))
+            elif "reason" in facts:
+                rejects.append(Reject(name, "source", **facts))
+            elif (first := kept.get(facts["key"])) and (captioned(first.name) or not captioned(name)):
+                copies.append((name, facts["key"]))
             else:
                 copies += [(first.name, first.key)] if first else []
-                kept[known["key"]] = Source(name, **known)
+                kept[facts["key"]] = Source(name, **facts)
             if count % COUNTED == 0:
                 progress.update(count)
         progress.update(len(kept) + len(copies) + len(rejects))

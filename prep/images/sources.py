@@ -144,8 +144,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _check_header(image: Image.Image, max_pixels: int) -> None:
     _check_size(*image.size, max_pixels)
     try:
-        # HEIF may have more pictures beside the primary one: a still picture
-        animated = image.format != "HEIF" and getattr(image, "is_animated", False)
+        # HEIF and MPO (a JPEG with a second one behind it) may have more pictures beside the first: still pictures
+        animated = image.format not in ("HEIF", "MPO") and getattr(image, "is_animated", False)
     except MemoryError:
         raise
     except Exception as error:

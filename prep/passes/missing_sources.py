@@ -21,6 +21,7 @@ from prep.captions.sidecar import SidecarCaptions
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, read_parquet
 from prep.images.filters import DECISIONS
+from prep.images.formats import is_image_name
 from prep.images.scan import UNREADABLE_FOLDER, Reject, Scan
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import UNREADABLE, BadImage, Source, read_header
@@ -62,6 +63,11 @@ def compare_sources(manifest: pa.Table, found: Scan) -> Missing:
     away = [row for row in absent if closed and not closed.isdisjoint(_path_to(row["source"]))]
     known = {row["key"] for row in away}
     return Missing([row for row in absent if row["key"] not in known], away, len(missing) - len(absent))
+
+
+def unusual_names(manifest: pa.Table) -> frozenset[str]:
+    """Return the sources without the suffix of an image; they were taken when content alone decided, and are still."""
+    return frozenset(name for name in manifest["source"].to_pylist() if not is_image_name(name))
 
 
 def _path_to(name: str) -> Iterable[str]:
@@ -113,13 +119,40 @@ def worth_keeping(storage: Storage, rows: Iterable[Mapping[str, Any]]) -> list[S
     ]
 
 
+def whole_for_good(
+    shards: Mapping[tuple[str, int], Sequence[str]],
+    sources: Mapping[str, Source],
+    large: set[str],
+    read_parts: Callable[[list[Unit]], Mapping[Unit, Part]],
+) -> set[str]:
+    """Return the members of shards with images of ``large`` whose pixels were made without reducing, and stay so.
+
+    Those are shards with a source that is gone: to make their pixels again would lose that sample.
+    """
+    places = [place for place, keys in shards.items() if any(sources[key].gone for key in keys)]
+    units = [Unit(*place, "px") for place in places if not large.isdisjoint(shards[place])]
+    whole = [unit for unit, part in read_parts(units).items() if "reduced" not in part.recipe]
+    return {key for unit in whole for key in shards[unit.bucket, unit.shard]}
+
+
 def published_keys(storage: Storage) -> set[str]:
     """Return the keys of the published index; empty where there is none, or a damaged one. Raises ResourceError."""
+    table = _published(storage, ["key"])
+    return set(table["key"].to_pylist()) if table else set()
+
+
+def published_sides(storage: Storage) -> dict[str, str]:
+    """Return the side of the split of each key of the published index; otherwise as :func:`published_keys`."""
+    table = _published(storage, ["key", "split"])
+    return dict(zip(table["key"].to_pylist(), table["split"].to_pylist())) if table else {}
+
+
+def _published(storage: Storage, columns: list[str]) -> pa.Table | None:
     data = storage.read_if_there(INDEX)
     try:
-        return set(read_parquet(data, columns=["key"])["key"].to_pylist()) if data else set()
+        return read_parquet(data, columns=columns) if data else None
     except (OSError, ValueError, pa.ArrowException):
-        return set()
+        return None
 
 
 def committed_caption_hashes(parts: Mapping[Unit, Part]) -> dict[str, str]:

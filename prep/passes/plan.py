@@ -50,6 +50,8 @@ from prep.passes.missing_sources import (
     units_behind,
     units_to_make_again,
     unlisted_remark,
+    unusual_names,
+    whole_for_good,
     worth_keeping,
 )
 from prep.passes.sidecars import has_caption, read_captions, text_recipe
@@ -156,14 +158,13 @@ def make_plan(
     """
     check_folders(config)
     folder, root = Path(config.source), open_storage(config.output)
+    manifest = read_manifest(root)
     with ScanCache(root, folder, scan_settings(config)) as cache:
-        found = scan(
-            folder, config.image.max_pixels, partial(cache.look_all, ahead=ahead), partial(has_caption, config)
-        )
+        look_all, captioned = partial(cache.look_all, ahead=ahead), partial(has_caption, config)
+        found = scan(folder, config.image.max_pixels, look_all, captioned, unusual_names(manifest))
         if not found.sources and not found.rejects:
             others = f" ({found.others})" if found.others else ""
             raise DataError(f"source {folder} holds no images{others}. Set source=FOLDER to where the images are")
-        manifest = read_manifest(root)
         missing = compare_sources(manifest, found)
         if prune and len(manifest):
             refuse_to_prune(found.rejects, config.source)
@@ -191,7 +192,8 @@ def make_plan(
                 f"{len(captions)} of {len(sources)} images came with a caption; {config.captions.backend} writes the "
                 "others (captions.overwrite=true: all of them)"
             )
-        recipes = make_recipes(config, shards, captions, generated, fitting.large)
+        large = fitting.large - whole_for_good(shards, sources, fitting.large, partial(read_parts, root))
+        recipes = make_recipes(config, shards, captions, generated, large)
         parts = read_parts(root, recipes, recipes)
         reasons = outdated(config, root, recipes, parts)
         current = {unit: part for unit, part in parts.items() if unit not in reasons}
@@ -208,7 +210,7 @@ def make_plan(
     notes += unlisted_remark(rejects) + kept_captions
     notes += [f"warning: {line}" for line in crop_remarks(fitting.cropped)]
     notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
-    excluded = read_excluded(root) & sources.keys()
+    excluded = read_excluded(root).keys & sources.keys()
     if excluded:
         notes.append(f"{len(excluded)} of {len(sources)} samples are excluded (nanodit prep exclude {root} lists them)")
     return Plan(

@@ -24,6 +24,7 @@ from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
+from prep.dataset.excluded import read_excluded
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -287,7 +288,8 @@ def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
         return {}
     sides = table["split"].combine_chunks().dictionary_encode()
     names = sides.dictionary.to_pylist()  # one string for all, not a million
-    return dict(zip(table["key"].to_pylist(), map(names.__getitem__, sides.indices.to_pylist())))
+    index = zip(table["key"].to_pylist(), map(names.__getitem__, sides.indices.to_pylist()))
+    return read_excluded(storage).splits | dict(index)  # the others were published before they were excluded
 
 
 def add_split(

@@ -53,7 +53,9 @@ def read_captions(
     written = written if config.captions.generated and written else {}
     if "text" not in config.layers or (config.captions.overwrite and not (config.captions.keep_edited and written)):
         return {}, [], []
-    if config.captions.overwrite:
+    origins = config.captions.origins
+    if config.captions.overwrite:  # what was written are NAME.txt alone
+        origins = tuple(origin for origin in origins if origin == "txt")
         sources = {key: source for key, source in sources.items() if key in written}
     captions: dict[str, str] = {}
     problems: list[tuple[Source, BadCaption]] = []
@@ -64,7 +66,7 @@ def read_captions(
         for start in range(0, len(listed), BLOCK):
             block = [sources[key] for key in listed[start : start + BLOCK]]
             asked = [source for source in block if not (source.gone and source.key in before)]
-            looked = look_all_captions(sidecars_of(config), asked, look_all)
+            looked = look_all_captions(SidecarCaptions(Path(config.source), origins), asked, look_all)
             found = {source.key: caption for source, caption in zip(asked, looked)}
             for source in block:
                 caption = found.get(source.key, before.get(source.key, ""))
@@ -131,9 +133,9 @@ def came_with_images(
     captions, known = sidecars_of(config), captions_by_fingerprint(before)
     sources = {source.key: source for source in task.sources}
     planned = task.recipes["text"].get("captions", {})
-    for key in keys:
-        if key not in planned:
-            continue
+    found: dict[str, Caption | BadCaption] = {}
+    listed = [key for key in keys if key in planned]
+    for key in sorted(listed, key=lambda key: sources[key].name):  # those of a folder together, which may have a table
         source, wanted = sources[key], planned[key]
         try:
             if source.gone and wanted in known:
@@ -144,9 +146,11 @@ def came_with_images(
                 caption = read_or_keep(captions, source.name, known.get(wanted))
             if caption.fingerprint != wanted:
                 raise BadCaption("changed_during_run", "the caption changed after the run had begun")
-            yield key, caption
+            found[key] = caption
         except BadCaption as bad:
-            yield key, bad if bad.reason == wanted else BadCaption("changed_during_run", bad.detail)
+            found[key] = bad if bad.reason == wanted else BadCaption("changed_during_run", bad.detail)
+    for key in listed:
+        yield key, found[key]
 
 
 def read_or_keep(captions: SidecarCaptions, source: str, before: Caption | None) -> Caption:

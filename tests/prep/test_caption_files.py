@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nanodit.errors import ConfigError
 from prep.__main__ import main
@@ -99,6 +100,35 @@ def test_files_of_a_person_are_never_written_over(settings: PrepConfig, tmp_path
     assert "wrote 1 captions" in out
     assert "2 files stay as a person wrote them" in out
     assert "1 images are not in" in out
+
+
+def test_only_a_file_that_was_written_counts_as_changed(settings: PrepConfig) -> None:
+    source, section = Path(settings.source), settings.captions.model_copy(update={"overwrite": True})
+    settings = settings.model_copy(update={"captions": section})
+    (source / "metadata.csv").write_text("file_name,text\nimage-003.png,From a table.\n")
+    prepare(settings)
+    before = captions_of(settings)
+    write_captions(settings.output, source, beside=True)
+    (source / "image-003.txt").unlink()
+    assert prepare(settings) == []
+    assert captions_of(settings) == before
+
+
+def test_two_images_that_would_share_a_file_get_none(settings: PrepConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(settings.source)
+    Image.effect_noise((80, 64), 50).convert("RGB").save(source / "image-004.jpg")
+    prepare(settings)
+    before = captions_of(settings)
+    assert before["image-004.jpg"] != before["image-004.png"]
+    capsys.readouterr()
+    write_captions(settings.output, source, beside=True)
+    assert prepare(settings) == []
+    assert captions_of(settings) == before
+    assert not (source / "image-004.txt").exists()
+    assert "2 images would share a file with another, such as image-004.jpg" in capsys.readouterr().out
+    (source / "image-004.txt").write_text(MENDED)  # of a person it is the caption of both
+    prepare(settings)
+    assert captions_of(settings) == before | dict.fromkeys(("image-004.jpg", "image-004.png"), MENDED)
 
 
 def test_another_folder_gets_all_and_is_not_remembered(settings: PrepConfig, tmp_path: Path) -> None:

@@ -65,6 +65,23 @@ def test_excluded_samples_can_be_read_in_the_earlier_version(settings: PrepConfi
     assert key in {row["key"] for row in Dataset(settings.output, version=earlier).rows()}
 
 
+def test_a_sample_that_comes_back_is_on_the_side_that_it_was_on(tmp_path: Path) -> None:
+    settings = config(tmp_path, shard_size=10)
+    write_images(tmp_path / "source", 10)
+    prepare(settings)
+    sides = {row["key"]: row["split"] for row in Dataset(settings.output).rows()}
+    held = [key for key in sides if sides[key] == "holdout"]
+    trained = next(key for key in sides if sides[key] == "train")
+    assert len(held) == 2
+    exclude(settings.output, [trained, *held])
+    published(settings)
+    exclude(settings.output, [trained], include=True)  # there is room in the holdout
+    published(settings)
+    exclude(settings.output, held, include=True)
+    published(settings)
+    assert {row["key"]: row["split"] for row in Dataset(settings.output).rows()} == sides
+
+
 def test_nothing_is_changed_where_a_name_is_not_known(settings: PrepConfig) -> None:
     key, *_ = published(settings)
     with pytest.raises(ConfigError) as error:
@@ -101,10 +118,14 @@ def test_the_command_lists_changes_and_waits_for_no_run(
     key, *_ = published(settings)
     capsys.readouterr()
     assert main(["exclude", settings.output, key]) == 0
-    assert "1 sample excluded, 1 excluded in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 sample excluded, 1 excluded in all" in out
+    assert "publishes the version without them" in out
     assert main(["exclude", settings.output]) == 0
     assert key in capsys.readouterr().out
     assert main(["exclude", settings.output, key, "--include"]) == 0
-    assert "1 sample taken in again, 0 excluded in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 sample taken in again, 0 excluded in all" in out
+    assert "publishes the version with them" in out
     with locked(settings.output), pytest.raises(ConfigError, match="is being written by another prep run"):
         main(["exclude", settings.output, key])

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from nanodit.errors import DataError
 from nanodit.storage import open_storage
+from prep.captions import tables
 from prep.captions.config import CaptionConfig
 from prep.captions.sidecar import ORIGINS, BadCaption, SidecarCaptions, kept_caption, look_all_captions
 from prep.captions.tables import MAX_TEXT
@@ -22,7 +23,9 @@ from prep.images.descriptions import MAX_BYTES, xmp_description
 from prep.images.scan import describe_file, read_all, scan
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import read_header
-from prep.passes.plan import make_plan
+from prep.passes.layers import LayerWorker
+from prep.passes.plan import make_plan, write_manifest
+from tests.prep.passes.test_plan import config
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -200,6 +203,34 @@ def test_tables_that_lead_out_or_never_end_are_not_read(tmp_path):
     (source / "metadata.jsonl").unlink()
     os.mkfifo(source / "metadata.csv")
     assert found(source)["one/a.jpg"] == "caption_damaged"
+
+
+def test_a_table_is_read_once_also_a_damaged_one(tmp_path, monkeypatch):
+    reads: list[str] = []
+
+    def counting(path, size, read=tables._read):
+        reads.append(Path(path).parent.name)
+        return read(path, size)
+
+    monkeypatch.setattr(tables, "_read", counting)
+    folders = [f"folder {number}" for number in range(6)]
+    for number in range(24):
+        write_image(tmp_path / "source" / folders[number % 6] / f"{number}.png", seed=number)
+    lines = [f"{number}.png,Picture number {number}." for number in range(24)]
+    for folder in folders:
+        (tmp_path / "source" / folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    damaged = tmp_path / "source" / folders[5] / "metadata.csv"
+    damaged.write_bytes(damaged.read_bytes() + b"\n24.png,K\xfcste")  # as Excel writes it
+    settings = config(tmp_path, captions={"on_missing": "reject"}, shard_size=24)
+    plan = make_plan(settings)
+    assert sum(reject.reason == "caption_damaged" for reject in plan.expected) == 4
+    assert sorted(reads) == folders
+    write_manifest(plan)
+    reads.clear()
+    tables._rows_or_problem.cache_clear()
+    for task in plan.tasks(("px", "text")):
+        LayerWorker(settings).run(task)
+    assert sorted(reads) == folders
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from prep.images.formats import foreign_format, is_image_name, other_files, suffix_of
 from prep.images.scan import scan
-from prep.images.sources import BadImage, decode
+from prep.images.sources import BadImage, decode, read_header
 from tests.prep.images.test_sources import CAP, encoded, picture, reason_of
 
 
@@ -61,6 +61,9 @@ def test_a_raw_photograph_without_a_picture_of_its_name_is_said(tmp_path: Path) 
     assert others.endswith(
         "2 raw photographs have no picture of the same name beside them: export them as JPEG or TIFF"
     )
+    (tmp_path / "c.nef").unlink()
+    others = scan(tmp_path, CAP).others
+    assert others.endswith("1 raw photograph has no picture of the same name beside it: export it as JPEG or TIFF")
 
 
 def test_many_kinds_of_other_files_make_one_line() -> None:
@@ -123,3 +126,13 @@ def test_of_several_pictures_in_one_file_the_primary_one_is_taken_and_a_moving_o
     taken = np.asarray(decode(data, CAP)).astype(int)
     assert np.abs(taken - np.asarray(second)).mean() < 3 < np.abs(taken - np.asarray(first)).max()
     assert reason_of(encoded(first, "AVIF", save_all=True, append_images=[second])) == "animated"
+
+
+def test_a_photograph_with_another_behind_it_is_a_still_picture_however_its_markers_are_padded(tmp_path):
+    pictures = [Image.effect_noise((300, 200), spread).convert("RGB") for spread in (40, 60)]
+    pictures[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=pictures[1:])
+    data = (tmp_path / "a.jpg").read_bytes()
+    second = 4 + int.from_bytes(data[4:6], "big")  # a marker may have fill bytes before it: ITU-T T.81, B.1.1.2
+    (tmp_path / "b.jpg").write_bytes(data[:second] + b"\xff" + data[second:])
+    for name in ("a.jpg", "b.jpg"):
+        assert read_header(tmp_path, name, CAP).width == decode((tmp_path / name).read_bytes(), CAP).width == 300

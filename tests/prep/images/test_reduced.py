@@ -1,5 +1,7 @@
 """JPEGs much larger than their crop are reduced while they are decoded: nearly the same crop, said in the recipe."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,8 @@ from prep.dataset.buckets import Bucket, choose_bucket, crop_to_bucket, reductio
 from prep.dataset.layout import Unit
 from prep.dataset.reader import Dataset
 from prep.images.sources import decode
+from prep.passes import plan as planning
+from prep.passes.fitting import judge_sizes
 from prep.passes.plan import make_plan
 from tests.prep.images.test_filters import natural
 from tests.prep.images.test_sources import CAP, encoded
@@ -84,3 +88,22 @@ def test_only_shards_with_large_images_say_so_and_their_pixels_are_such(tmp_path
     expected = crop_to_bucket(decode(data, CAP, bucket), bucket)
     assert np.array_equal(Dataset(tmp_path / "out").pixels(row), np.asarray(expected))
     assert not np.array_equal(np.asarray(expected), np.asarray(crop_to_bucket(decode(data, CAP), bucket)))
+
+
+def test_pixels_from_before_stay_where_an_image_of_the_shard_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    for number in range(3):
+        photograph(801 + number, 561).save(tmp_path / "source" / f"{number}.jpg", quality=92)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            planning, "judge_sizes", lambda *_: replace(judge_sizes(*_), large=set())
+        )  # once none was reduced
+        prepare(poses(tmp_path))
+    assert set(make_plan(poses(tmp_path)).missing.values()) == {"changed: reduced", "changed: px layer"}
+    (tmp_path / "source" / "1.jpg").rename(tmp_path / "1.jpg")
+    plan = make_plan(poses(tmp_path))
+    assert (plan.missing, len(plan.sources)) == ({}, 3)
+    (tmp_path / "1.jpg").rename(tmp_path / "source" / "1.jpg")
+    prepare(poses(tmp_path))
+    (tmp_path / "source" / "1.jpg").unlink()
+    assert make_plan(poses(tmp_path)).missing == {}  # nor are reduced ones made again

@@ -9,8 +9,9 @@ from nanodit.errors import DataError
 from prep.config import PrepConfig
 from prep.dataset.layout import Unit, read_members, read_part
 from prep.dataset.reader import Dataset
+from prep.doctor.places import source_checks
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
-from prep.images import scan_cache
+from prep.images import scan, scan_cache
 from prep.images.sources import BadImage
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import Plan, make_plan, read_manifest, remaining, write_manifest
@@ -55,6 +56,24 @@ def rejects_of(root: Path) -> dict[str, tuple[str, str]]:
 
 def image(number: int) -> str:
     return f"image-{number:03d}.png"
+
+
+def test_a_published_image_is_there_whatever_its_suffix(tmp_path, monkeypatch):
+    write_images(tmp_path / "source", 3)
+    for number, name in enumerate(("photo v1.5", "2019.07.12")):
+        (tmp_path / "source" / image(number)).rename(tmp_path / "source" / name)
+    settings = poses(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(scan, "is_image_name", lambda name: True)  # once content alone decided
+        prepare(settings)
+    write_images(tmp_path / "source", 1, first=9)
+    (tmp_path / "source" / image(9)).rename(tmp_path / "source" / "new.12")
+    plan = make_plan(settings)
+    assert {source.name for source in plan.sources.values()} == {"photo v1.5", "2019.07.12", image(2)}
+    assert (plan.missing, [line for line in plan.notes if "gone" in line]) == ({}, [])
+    assert any("1 other file ignored: 1 .12" in line for line in plan.notes)
+    assert len(make_plan(settings, prune=True).sources) == 3
+    assert source_checks(settings)[1] == 3
 
 
 # --- gone, renamed, replaced ------------------------------------------------------------------------------------------
