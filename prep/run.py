@@ -153,7 +153,7 @@ def read_on_nodes(config: PrepConfig, names: Sequence[str]) -> Iterator[tuple[st
     with waiting("loading Ray"):
         from prep.passes.ray_passes import ray_session, read_sources
 
-    with interruptible(), ray_session(), interruptible(), Progress("hash", len(names), "files") as progress:
+    with interruptible(), ray_session(), Progress("hash", len(names), "files") as progress:
         for found in read_sources(config.source, names, config.image.max_pixels):
             yield from found.items()
             progress.advance(len(found))
@@ -218,7 +218,7 @@ def compute(plan: Plan, folder: RunFolder, work: dict[str, LayerWork]) -> None:
     config = plan.config
     for line in other_networks(config):
         say(line)
-    with interruptible(), ray_session(), interruptible():  # once more, because ray.init installs a handler of its own
+    with interruptible(), ray_session():
         nodes = cluster_nodes()
         if config.captions.own_servers:
             from prep.passes.ray_captions import with_ollama
@@ -306,7 +306,7 @@ def known_rejects(plan: Plan, computed: list[str]) -> list[Reject]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C; installed after ``ray.init``, which has a handler of its own."""
+    """Treat SIGTERM like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

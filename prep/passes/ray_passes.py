@@ -52,7 +52,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 EXECUTOR_THREADS = "StreamingExecutor-"
 JOB_END = 2.5  # seconds; `ray job stop` kills after three
 MAX_DEATHS = 3  # of actors or nodes in a row, with no shard finished between them
-AGAIN = "Run the same command again: finished units are kept. Where that repeats itself, lower workers"
+AGAIN = "Run the same command again: finished units are kept"
 NAMED = 5
 BLOCK = 500  # files that a task hashes
 TASKS = 2048  # shards that are handed to Ray at a time: 64 MB with all their sources and captions
@@ -71,17 +71,17 @@ LOST = (
 
 
 @contextmanager
-def ray_session(advice: str = AGAIN) -> Iterator[None]:
+def ray_session(again: str = AGAIN, less: str = "lower workers") -> Iterator[None]:
     """Use the Ray that is running in this process, else join ``RAY_ADDRESS``, else start one for this run alone.
 
-    Ends the process with exit code 4 where Ray itself dies meanwhile (``prep/passes/ray_watch.py``); ``advice`` is the
-    end of what is said then.
+    Ends the process with exit code 4 where Ray itself dies meanwhile; ``again`` and ``less`` are of what is said then
+    (``prep/passes/ray_watch.py``).
     """
     if ray.is_initialized():
         yield
         return
     try:
-        with ended_with_ray(_ray_place, advice) as started:
+        with ended_with_ray(_ray_place, again, less) as started:
             with _sigterm_kept():
                 _begin()
             started()

@@ -8,15 +8,15 @@ here keeps a connection to each, which the system closes when they die, and ends
 from __future__ import annotations
 
 import select
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from nanodit.errors import ResourceError, end_process
+from nanodit.errors import Interrupted, ResourceError, end_process
 
 LOOK = 0.5  # seconds between two tries to connect
 TRY = 5.0  # seconds for one of them
@@ -36,45 +36,73 @@ class RayPlace:
 
 
 @contextmanager
-def ended_with_ray(find: Callable[[], RayPlace | None], advice: str) -> Iterator[Callable[[], None]]:
+def ended_with_ray(find: Callable[[], RayPlace | None], again: str, less: str) -> Iterator[Callable[[], None]]:
     """While this is open, end the process with exit code 4 and a sentence as soon as Ray's raylet or GCS has died.
 
-    ``find`` says where they are, None while they are being started; ``advice`` ends the sentence. Yields what is to be
-    called when they have been started: from then on one that does not answer is one that has died.
+    With 75 instead where SIGTERM or SIGINT came before: who stops a job, a service or a group of processes sends that
+    to Ray's, too. ``find`` says where they are, None while they are being started; ``again`` says how the command goes
+    on, ``less`` what may help where they die again. Yields what is to be called when they have been started: from then
+    on one that does not answer is one that has died.
     """
     started, (over, its_end) = threading.Event(), socket.socketpair()
+    with _signals() as stopped:
 
-    def watch() -> None:
-        while (place := find()) is None:
-            if _readable([its_end], LOOK):
-                return
-        if sentence := _death(place, started, its_end):
-            end_process(ResourceError(f"{sentence} {advice}"))
+        def watch() -> None:
+            while (place := find()) is None:
+                if _readable([its_end], LOOK):
+                    return
+            if sentence := _death(place, started, its_end):
+                if stopped():
+                    end_process(Interrupted(f"stopped by a signal. {again}"))
+                end_process(ResourceError(f"{sentence} {again}. Where that repeats itself, {less}"))
 
-    thread = threading.Thread(target=watch, daemon=True, name="ray-watch")
-    thread.start()
+        thread = threading.Thread(target=watch, daemon=True, name="ray-watch")
+        thread.start()
+        try:
+            yield started.set
+        finally:
+            over.close()
+            thread.join()
+            its_end.close()
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Yield whether SIGTERM or SIGINT has come, even where the main thread has had no time for its handler yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came, into = socket.socketpair()
+    for one in (came, into):
+        one.setblocking(False)
+    before = signal.set_wakeup_fd(into.fileno(), warn_on_full_buffer=False)
+    if before != -1:  # somebody else's
+        signal.set_wakeup_fd(before)
     try:
-        yield started.set
+        yield lambda: bool(_readable([came], 0) and {signal.SIGTERM, signal.SIGINT} & set(came.recv(4096)))
     finally:
-        over.close()
-        thread.join()
-        its_end.close()
+        if before == -1:
+            signal.set_wakeup_fd(-1)
+        came.close()
+        into.close()
 
 
 def _death(place: RayPlace, started: threading.Event, over: socket.socket) -> str:
     """Wait until one of the two has died, and say which; empty when ``over`` is closed before."""
     whose = "this command's own Ray" if place.own else f"Ray at {place.gcs}"
     why = "killed from outside, or by the system for lack of memory"
-    host, _, port = place.gcs.rpartition(":")
     away: float | None = None  # since when the GCS does not answer
     with ExitStack() as connections:
-        raylet = _Peer(socket.AF_UNIX, place.raylet, connections)
-        gcs = _Peer(socket.AF_INET6 if ":" in host else socket.AF_INET, (host.strip("[]"), int(port)), connections)
+        raylet, gcs = _Peer(lambda: _raylet(place), connections), _Peer(lambda: _gcs(place), connections)
         while True:
             if not raylet.answers() and (raylet.seen or started.is_set()) and raylet.gone:
                 return f"the raylet of {whose} on this machine has ended, {why}; {place.logs}/raylet.out may say more."
             away = None if gcs.answers() else away or time.monotonic()
-            if away and (gcs.seen or started.is_set()) and (place.own or time.monotonic() - away > GCS_AWAY):
+            if place.own:
+                died = away and gcs.gone and (gcs.seen or started.is_set())
+            else:
+                died = away and gcs.seen and time.monotonic() - away > GCS_AWAY
+            if died:
                 where = f"; {place.logs}/gcs_server.out may say more" if place.own else ""
                 return f"the GCS of {whose}, which knows its nodes and actors, has ended, {why}{where}."
             ready = _readable([over, *(peer.socket for peer in (raylet, gcs) if peer.socket)], LOOK)
@@ -88,8 +116,8 @@ def _death(place: RayPlace, started: threading.Event, over: socket.socket) -> st
 class _Peer:
     """A connection to a process, on which nothing is said: the system closes it when that process ends."""
 
-    def __init__(self, family: int, address: Any, connections: ExitStack) -> None:
-        self.family, self.address, self.connections = family, address, connections
+    def __init__(self, connect: Callable[[], socket.socket], connections: ExitStack) -> None:
+        self.connect, self.connections = connect, connections
         self.socket: socket.socket | None = None
         self.seen = False  # it has answered at least once
         self.gone = False  # nobody listens there, as opposed to somebody who cannot be reached
@@ -97,15 +125,12 @@ class _Peer:
     def answers(self) -> bool:
         """Return whether it is connected, after trying to be."""
         if self.socket is None:
-            one = self.connections.enter_context(socket.socket(self.family))
-            one.settimeout(TRY)
             try:
-                one.connect(self.address)
+                self.socket = self.connections.enter_context(self.connect())
             except OSError as error:
-                one.close()
                 self.gone = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
                 return False
-            self.socket, self.seen = one, True
+            self.seen = True
         return True
 
     def read(self) -> None:
@@ -119,5 +144,25 @@ class _Peer:
         self.socket = None
 
 
+def _raylet(place: RayPlace) -> socket.socket:
+    one = socket.socket(socket.AF_UNIX)
+    try:
+        one.settimeout(TRY)
+        one.connect(place.raylet)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _gcs(place: RayPlace) -> socket.socket:
+    host, _, port = place.gcs.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), TRY)
+
+
 def _readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
-    return select.select(sockets, [], [], seconds)[0]
+    poll = select.poll()  # select() takes no descriptor above 1023
+    for one in sockets:
+        poll.register(one, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+    return [one for one in sockets if one.fileno() in ready]

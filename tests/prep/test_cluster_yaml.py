@@ -130,7 +130,7 @@ def test_a_job_takes_the_code_and_no_secrets_models_or_images(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
     clone = tmp_path / "clone"
-    kept = ["prep/run.py", "prep/encoders/assets/demo.onnx", "configs/prep/base.yaml", "my.yaml"]
+    kept = ["prep/run.py", "prep/encoders/assets/demo.onnx", "configs/prep/base.yaml", "my.yaml", "my.yml"]
     left = [
         ".env", ".env.local", "server.pem", "prep/.env", "models/yolox_l.onnx", "photos/a.jpg",
         "datasets/x/index.parquet", "experiments/run/model.safetensors", ".git/config",

@@ -41,6 +41,11 @@ class _Noise(_Part):
     version: int
 
 
+class _Parent(_Part):
+    sha256: str
+    step: Count
+
+
 class _State(_Part):
     step: Count
     config: _Config
@@ -48,8 +53,8 @@ class _State(_Part):
     environment: dict[str, Any] = {}
     totals: Annotated[list[Count], Field(min_length=1)] = [0]
     earlier_datasets: list[_Earlier] = []
-    noise: _Noise | None = None
-    parent: dict[str, Any] | None = None
+    noise: _Noise = _Noise(kind="host", version=1)
+    parent: _Parent | None = None
 
 
 def checked_state(state: Any, step_folder: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class ModelFlops:
 
     def _counted(self, name: str, *arguments: Argument) -> Any:
         lengths = [spans.lengths for spans in _spans(arguments)]
-        key = (*self._network, name, *map(_shape, arguments), str(lengths))
+        key = (*self._network, name, arguments[0].shape[0], *map(_shape, arguments), str(lengths))
         if key not in self._known:
             self._known[key] = self.count(getattr(self, name), *arguments)
         return self._known[key]

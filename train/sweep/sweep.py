@@ -72,7 +72,7 @@ def run_sweep(
     with lock_run_folder(folder):
         check_folder(sweep, work, resume)
         sweep = sweep.choose([*chosen.arms, *planned_arms(folder)])
-        with _resumable(folder), ray_session(f"{RESUME}, and lower concurrent where that repeats itself"):
+        with _resumable(folder), ray_session(RESUME, "lower concurrent"):
             concurrent, fractional = capacity(sweep.config, ray.cluster_resources())
             check_cohort(sweep, new_cohort)
             write_plan(sweep, work, concurrent, fractional)

@@ -17,12 +17,18 @@ from tests.processes import with_role
 
 # counts on stdout while it is watched; "end" as the last argument leaves at once
 WATCHED = """
-import sys, time
+import os, resource, signal, sys, time
+from prep.passes import ray_watch
 from prep.passes.ray_watch import RayPlace, ended_with_ray
-raylet, gcs, own, end = sys.argv[1:]
-with ended_with_ray(lambda: RayPlace(raylet, gcs, "/logs", own == "own"), "Run it again") as started:
+raylet, gcs, own, end, ray_watch.GCS_AWAY = *sys.argv[1:5], float(sys.argv[5])
+if end == "many files":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    kept = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+if end == "busy":
+    signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))  # a main thread that is slow to end
+with ended_with_ray(lambda: RayPlace(raylet, gcs, "/logs", own == "own"), "Run it again", "lower workers") as started:
     started()
-    while end == "stay":
+    while end != "end":
         print("here", flush=True)
         time.sleep(0.1)
 print("left", flush=True)
@@ -69,13 +75,15 @@ def ray(tmp_path) -> Iterator[tuple[Listener, Listener]]:
         one.die()
 
 
-def watched(ray: tuple[Listener, Listener], own: bool = True, end: str = "stay") -> subprocess.Popen[str]:
-    raylet, gcs = (one.socket.getsockname() for one in ray)
-    arguments = [raylet, f"{gcs[0]}:{gcs[1]}", "own" if own else "joined", end]
+def watched(
+    ray: tuple[Listener, Listener], own: bool = True, end: str = "stay", gcs: str = "", away: float = 45
+) -> subprocess.Popen[str]:
+    raylet, (host, port) = (one.socket.getsockname() for one in ray)
+    arguments = [raylet, gcs or f"{host}:{port}", "own" if own else "joined", end, str(away)]
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    for one in ray:
+    for one in ray[: 1 if gcs else 2]:
         one.accept()
     return process
 
@@ -92,7 +100,7 @@ def test_the_death_of_the_raylet_ends_the_process_with_a_sentence(ray):
     assert ended(process) == (
         4,
         "error: the raylet of this command's own Ray on this machine has ended, killed from outside, or by the system "
-        "for lack of memory; /logs/raylet.out may say more. Run it again\n",
+        "for lack of memory; /logs/raylet.out may say more. Run it again. Where that repeats itself, lower workers\n",
     )
 
 
@@ -124,6 +132,49 @@ def test_a_cluster_may_start_its_gcs_again(ray):
     ray[1].accept()
     ray[0].die()
     assert ended(process)[1].startswith(f"error: the raylet of Ray at {host}:{port} on this machine")
+
+
+def test_a_gcs_that_is_too_busy_to_answer_is_not_dead(ray):
+    """As one that the system has stopped: what it took it keeps, and its queue is full."""
+    gcs = ray[1].socket
+    process = watched(ray)
+    gcs.listen(0)
+    crowd = [socket.socket() for _ in range(4)]
+    try:
+        for one in crowd:
+            one.setblocking(False)
+            one.connect_ex(gcs.getsockname())
+        ray[1].drop()
+        for _ in range(80):  # longer than one try takes
+            assert process.stdout.readline() == "here\n", process.stderr.read()
+    finally:
+        for one in crowd:
+            one.close()
+    ray[0].die()
+    assert ended(process)[1].startswith("error: the raylet of")
+
+
+def test_a_cluster_whose_gcs_only_ray_can_reach_is_not_dead(ray):
+    process = watched(ray, own=False, gcs="nowhere.invalid:6379", away=1)
+    for _ in range(40):
+        assert process.stdout.readline() == "here\n", process.stderr.read()
+    ray[0].die()
+    assert ended(process)[1].startswith("error: the raylet of Ray at nowhere.invalid:6379")
+
+
+def test_a_process_with_many_open_files_is_watched(ray):
+    process = watched(ray, end="many files")
+    ray[0].die()
+    assert ended(process)[1].startswith("error: the raylet of")
+
+
+def test_a_signal_to_a_command_and_its_ray_ends_it_with_75(ray):
+    """`timeout`, systemd and schedulers send SIGTERM to all processes of a group."""
+    process = watched(ray, end="busy")
+    assert process.stdout.readline() == "here\n"
+    process.terminate()
+    ray[0].die()
+    assert ended(process) == (75, "error: stopped by a signal. Run it again\n")
 
 
 def test_the_end_of_the_session_ends_the_watch(ray):

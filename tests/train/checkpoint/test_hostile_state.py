@@ -13,6 +13,7 @@ from nanodit.files import sha256_file
 from tests.train.tiny import write_config
 from train.__main__ import main
 from train.checkpoint.open import load_model
+from train.checkpoint.state import checked_state
 
 CHANGES = [
     (("model", "hidden_size"), 49_152),
@@ -30,6 +31,17 @@ def folder(tiny_dataset, tmp_path_factory) -> Path:
     assert main(["run", "--config", str(config), "train.steps=2"]) == 0
     assert main(["export", "--checkpoint", str(folder / "run"), "--output", str(folder / "export")]) == 0
     return folder
+
+
+@pytest.mark.parametrize(("name", "value"), [("noise", None), ("noise", {"kind": "host"}), ("parent", {"step": 3})])
+def test_a_state_without_what_a_run_goes_on_with(folder, name, value):
+    step = folder / "run" / "checkpoints" / "step-000002"
+    state = json.loads((step / "state.json").read_text())
+    assert checked_state(state, step) is state
+    with pytest.raises(DataError, match=rf"step-000002/state\.json: not the state .*: {name}"):
+        checked_state(state | {name: value}, step)
+    del state["noise"], state["parent"]  # as a version before wrote it
+    checked_state(state, step)
 
 
 def refused(path: Path) -> None:

@@ -64,6 +64,11 @@ def test_three_small_models_stand_for_the_whole(kept):
     assert ModelFlops(CONFIG, FEATURES, route)(*arguments(1, kept=kept)) == count_flops(whole, *arguments(1, kept=kept))
 
 
+def test_what_is_remembered_is_of_as_many_images():
+    flops = ModelFlops(CONFIG, FEATURES, range(0))
+    assert flops(*arguments(3)) > 2.9 * flops(*arguments(1))
+
+
 def test_only_what_is_executed_counts():
     flops = ModelFlops(CONFIG, FEATURES, range(1, 4))
     full = flops(*arguments(1))
