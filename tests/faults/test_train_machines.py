@@ -81,14 +81,15 @@ def test_T02_retention_keeps_the_newest_and_every_nth(config, tmp_path):
 
 def test_T02_a_damaged_newest_one_does_not_cost_a_good_one(tmp_path):
     tensors = {part: {"w": torch.ones(2)} for part in checkpoints.PARTS}
+    state = {"config": {"train": {"steps": 12}}, "dataset": {"fingerprint": "f", "base": 64, "layers": {}}}
     for step in (3, 6, 9):
-        save_checkpoint(tmp_path, step, tensors, {})
+        save_checkpoint(tmp_path, step, tensors, state)
     for step in (6, 9):
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "model.safetensors").write_bytes(b"")
     assert choose_checkpoint(tmp_path, "auto").state["step"] == 3
     assert saved(tmp_path) == [3, 6, 9], "nothing is moved before it is clear that the run goes on"
     set_aside_after(tmp_path, 3)
-    save_checkpoint(tmp_path, 4, tensors, {}, keep_last=1)  # by time, or as the machine was taken away
+    save_checkpoint(tmp_path, 4, tensors, state, keep_last=1)  # by time, or as the machine was taken away
     assert saved(tmp_path) == [4]
     assert not list((tmp_path / "checkpoints").glob(".*"))
     verify(find_latest(tmp_path))

@@ -395,7 +395,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text[: len(text) // 2], "not valid JSON"),
         (lambda text: "[]", "not the description of a model"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "its schema is 2"),
         (lambda text: text.replace('"depth": 2', '"depth": 3'), "does not fit the model"),
