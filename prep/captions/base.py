@@ -1,8 +1,8 @@
 """The common side of all caption servers: requests over HTTP, facts about a kind of server, and kinds of failure.
 
-Every failure becomes one of three: a ConfigError that ends the run (the model is missing, access is refused), a
+Every failure becomes one of three: a ConfigError that ends the run (the model is missing, the request is refused), a
 :class:`HostFault` (ask elsewhere, leave this host alone for a while), or a :class:`SampleFault` (the server failed on
-this image, or refuses it; whether the image is to blame is found out in ``prep/captions/hosts.py``). Redirects are
+this image). Whether an image is to blame, also for a refusal, is found out in ``prep/captions/hosts.py``. Redirects are
 never followed and no key is sent that the config does not name.
 """
 
@@ -51,8 +51,12 @@ class SampleFault(Exception):
     """A server that failed on this image (HTTP 500), in the server's words."""
 
 
-class RequestRefused(SampleFault):
-    """A server that refuses the request with this image (HTTP 400, 413, 422)."""
+class RequestRefused(ConfigError):
+    """A server that refuses a request (HTTP 400, 413, 422), ``said`` in its words: its image may be to blame."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ async def translate_failures(url: str, seconds: float) -> AsyncIterator[None]:
 def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exception:
     """Return the failure that an HTTP status means.
 
-    404 ends the run, 500 and a refusal of the request are about the sample, the rest is about the host.
+    A refusal of the request and 404 end the run, 500 is about the sample, the rest is about the host.
     """
     said = " ".join(str(said).split())[:200]
     proxy = proxy_of(url)
@@ -240,11 +244,13 @@ def fault_of_status(url: str, status: int, said: str, wait: float = 0.0) -> Exce
         )
     if 300 <= status < 400:
         return HostFault(f"redirects elsewhere (HTTP {status}), which is refused: {said}".rstrip(": "))
-    if status == 500 or status in REFUSED:
-        return (RequestRefused if status in REFUSED else SampleFault)(f"HTTP {status}: {said}".rstrip(": "))
+    words = f"HTTP {status}: {said}".rstrip(": ")
+    if status == 500:
+        return SampleFault(words)
     if status in (408, 409, 425, 429) or status > 500:
         return HostFault(f"is busy or failing (HTTP {status}): {said}".rstrip(": "), wait)
-    return ConfigError(
-        f"caption host {url} refuses the request (HTTP {status}): {said}. Check captions.model and captions.options; "
-        "the model must accept images"
+    refusal = (
+        f"caption host {url} refuses the request ({words}). Check captions.model and captions.options; the model must "
+        "accept images"
     )
+    return RequestRefused(refusal, words) if status in REFUSED else ConfigError(refusal)

@@ -116,12 +116,12 @@ class HostPool:
                     await self._prove(host, prompt, options)
                 asked_at = time.monotonic()
                 answer = await self._caption(host, jpeg, prompt, options)
-            except (SampleFault, HostTimeout) as fault:
-                late = isinstance(fault, HostTimeout)
+            except (SampleFault, RequestRefused, HostTimeout) as fault:
+                late, said = isinstance(fault, HostTimeout), getattr(fault, "said", str(fault))
                 faults, timeouts, failed_at = faults + (not late), timeouts + late, time.monotonic()
-                self._failed(host, asked_at, fault if late else HostFault(f"failed ({fault})"), patient=not late)
+                self._failed(host, asked_at, fault if late else HostFault(f"failed ({said})"), patient=not late)
                 if faults == SAMPLE_FAULTS or timeouts == SAMPLE_TIMEOUTS:
-                    words = ADDRESS.sub("...", str(fault))
+                    words = ADDRESS.sub("...", said)
                     return Answer(words, "timeout" if late else "failed", options), spent + failed_at - start
             except HostFault as fault:
                 self._failed(host, asked_at, fault)
@@ -175,7 +175,9 @@ class HostPool:
             return
         try:
             digest = await host.server.digest()
-        except (HostTimeout, SampleFault) as fault:  # not about the image
+        except RequestRefused as refusal:  # neither of these is about the image
+            raise ConfigError(str(refusal)) from refusal
+        except (HostTimeout, SampleFault) as fault:
             raise HostFault(str(fault)) from fault
         if digest != self.digest:
             raise unequal_weights({host.name: digest}, self.digest)
@@ -197,10 +199,7 @@ class HostPool:
         try:
             await host.server.caption(control_picture(), prompt, {**options, "num_predict": 1})
         except RequestRefused as refusal:
-            raise ConfigError(
-                f"{host.name} refuses the request ({refusal}). Check captions.model and captions.options; the model "
-                "must accept images"
-            ) from refusal
+            raise ConfigError(str(refusal)) from refusal  # of any picture
         except (SampleFault, HostTimeout) as fault:
             raise HostFault(f"fails on any picture ({fault})") from fault
         self._is_well(host, start)
