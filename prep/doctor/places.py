@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from nanodit import __version__
 from nanodit.console import without_progress
 from nanodit.errors import DataError, NanoditError, ResourceError
@@ -20,13 +23,14 @@ from nanodit.place import PACKAGES, PROJECT, overwritten, shadow
 from nanodit.posix import fcntl
 from nanodit.storage import LocalFolder, Storage, open_storage
 from prep.config import PrepConfig
+from prep.dataset.layout import Unit
 from prep.doctor.check import DATA, RESOURCE, SETUP, Check, fail, ok, warn
 from prep.images.scan import Read, Reject, read_all, scan
 from prep.images.scan_cache import ScanCache
 from prep.images.sources import Source
 from prep.passes.fitting import judge_sizes
-from prep.passes.missing_sources import unusual_names
-from prep.passes.plan import count_rejects, read_manifest, scan_settings
+from prep.passes.missing_sources import committed_caption_hashes, unusual_names
+from prep.passes.plan import count_rejects, read_manifest, read_parts, scan_settings
 from prep.passes.publish import gate
 from prep.passes.sidecars import has_caption, read_captions
 
@@ -133,11 +137,13 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
     checks, missing = [ok("source", found)], []
     if "text" in config.active_layers and not config.captions.generated and folder.usable:
         try:
-            _, missing, _ = read_captions(config, folder.usable, lambda keys: {})
+            _, missing, notes = read_captions(config, folder.usable, partial(committed_captions, config))
         except DataError as error:
             checks.append(failure("captions", error))
         else:
-            checks.append(caption_check(missing, count))
+            fix = "check the disk, the network and the permissions"
+            checks += [warn("captions", note.removeprefix("warning: "), fix) for note in notes]
+            checks += [caption_check(missing, count)] if missing or not notes else []
     refused = folder.refused + missing
     if refused:
         (line,) = count_rejects(refused, folder.seen)
@@ -149,6 +155,16 @@ def source_checks(config: PrepConfig) -> tuple[list[Check], int]:
         except DataError as error:
             checks[-1] = failure("refused", error)
     return checks, count + folder.left
+
+
+def committed_captions(config: PrepConfig, keys: set[str]) -> dict[str, str]:
+    """Return the fingerprints of the captions of some keys that a local dataset has; a run keeps them."""
+    storage = open_storage(config.output)
+    if not storage.is_local:
+        return {}
+    manifest = read_manifest(storage)
+    rows = manifest.filter(pc.is_in(manifest["key"], value_set=pa.array(sorted(keys)))).to_pylist()
+    return committed_caption_hashes(read_parts(storage, {Unit(row["bucket"], row["shard"], "text") for row in rows}))
 
 
 def failure(name: str, error: NanoditError) -> Check:

@@ -251,3 +251,15 @@ def test_what_cannot_be_read_is_not_remembered(tree, tmp_path, monkeypatch):
         assert [(reject.source, reject.reason) for reject in plan.rejects] == [(image(1), "unreadable")]
         assert len(plan.sources) == 6
     assert make_plan(poses(tmp_path)).notes == []
+
+
+def test_doctor_knows_that_a_caption_which_cannot_be_read_now_stays(tmp_path):
+    write_images(tmp_path / "source", 3)
+    settings = config(tmp_path)
+    prepare(settings)
+    closed = tmp_path / "source" / "image-001.txt"
+    closed.unlink()
+    closed.mkdir()
+    assert make_plan(settings).missing == {}
+    checks = {check.name: (check.status, check.found) for check in source_checks(settings)[0]}
+    assert checks["captions"] == ("WARN", "1 captions cannot be read now: those made before stay")
