@@ -66,11 +66,18 @@ def _tokens(storage: Storage, places: pa.Table) -> np.ndarray:
         raise DataError(f"{where}: {error.strerror}. Run nanodit prep run again to restore the shard.") from error
     for key, data, length, sha256 in zip(keys, members, lengths, hashes):
         checked(data, unit, key, "cls.npy", length, sha256)
-    try:
-        first = load_npy(members[0])
-    except ValueError as error:
-        raise DataError(f"{unit.tar}, sample {keys[0]}, member cls.npy: {error}. Run nanodit prep verify.") from error
+    first = _array(unit, keys[0], members[0])
     header = members[0][: len(members[0]) - first.nbytes]
     if first.dtype == np.float32 and all(len(data) == len(members[0]) and data.startswith(header) for data in members):
         return np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)[:, len(header) :].view("<f4")
-    return np.stack([load_npy(data) for data in members])
+    return np.stack([_array(unit, key, data, first.shape) for key, data in zip(keys, members)])
+
+
+def _array(unit: Unit, key: str, data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    try:
+        array = load_npy(data)
+        if shape not in (None, array.shape):
+            raise ValueError(f"is {array.shape}, and others {shape}")
+    except ValueError as error:
+        raise DataError(f"{unit.tar}, sample {key}, member cls.npy: {error}. Run nanodit prep verify.") from error
+    return array

@@ -318,6 +318,31 @@ def test_a_damaged_class_token_is_named(published, tmp_path):
     assert len(before) == 8
 
 
+def test_a_class_token_of_another_form_is_named(published, tmp_path):
+    """Its hash is that of the index: nothing was damaged, somebody wrote it so."""
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    storage, index = open_storage(tmp_path / "out"), pq.read_table(tmp_path / "out" / "index.parquet")
+    rows = index.to_pylist()
+    number = next(i for i, row in enumerate(rows) if i and row["shard"] == rows[i - 1]["shard"] == 0)
+    row = rows[number]
+    unit, start, length = (
+        Unit(row["bucket"], row["shard"], "dino"),
+        row["dino/cls.npy/offset"],
+        row["dino/cls.npy/length"],
+    )
+    tar = tmp_path / "out" / unit.tar
+    data = tar.read_bytes()
+    for old, new in ((b"<f4", b"|O8"), (b"(96,), }", b"(4,24)} ")):
+        member = data[start : start + length].replace(old, new)
+        tar.write_bytes(data[:start] + member + data[start + length :])
+        row["dino/cls.npy/sha256"] = sha256_bytes(member)
+        with (
+            pytest.raises(DataError, match=rf"{unit.tar}, sample {row['key']}, member cls.npy"),
+            compared_tokens(storage, pa.Table.from_pylist(rows, index.schema), 0.98, anew=True),
+        ):
+            pass
+
+
 def test_verify_compares_anew_when_asked_to(published, tmp_path, capsys):
     """A record that is wrong in itself, as a bug might leave it, deceives a publication and a verification alike."""
     shutil.copytree(published, tmp_path, dirs_exist_ok=True)
