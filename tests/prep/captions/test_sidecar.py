@@ -149,7 +149,7 @@ RECIPE_KEYS = {
     "options": {"num_ctx": 2048, "num_predict": 9, "temperature": 0.1, "seed": 3, "think": True},
 }  # fmt: skip
 # keys that say how captions are got and not what they are; their effects are tested in test_captioner.py
-OTHER_KEYS = {"from", "overwrite", "on_missing"}
+OTHER_KEYS = {"from", "overwrite", "keep_edited", "on_missing"}
 OTHER_KEYS |= {"hosts", "slots", "api_key_variable", "timeout", "cool_down", "patience"}
 
 
