@@ -363,7 +363,7 @@ def make_recipes(
     shards: Mapping[tuple[str, int], list[str]],
     captions: Mapping[str, str],
     generated: Mapping[str, Any],
-    large: set[str],
+    large: Collection[str] = (),
 ) -> dict[Unit, dict[str, Any]]:
     """Everything each unit is made from, shard by shard in the order of the data flow.
 

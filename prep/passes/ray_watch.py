@@ -20,6 +20,7 @@ from nanodit.errors import Interrupted, ResourceError, end_process
 
 LOOK = 0.5  # seconds between two tries to connect
 TRY = 5.0  # seconds for one of them
+TOGETHER = 0.3  # seconds within which a signal reaches all processes that it was sent to
 # A cluster may keep its GCS elsewhere and start it again; Ray's drivers wait for it for 60 seconds
 # (gcs_rpc_server_reconnect_timeout_s), and one that Ray started for this command alone does not come back
 GCS_AWAY = 45.0
@@ -79,7 +80,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
     if before != -1:  # somebody else's
         signal.set_wakeup_fd(before)
     try:
-        yield lambda: bool(_readable([came], 0) and {signal.SIGTERM, signal.SIGINT} & set(came.recv(4096)))
+        yield lambda: bool(_readable([came], TOGETHER) and {signal.SIGTERM, signal.SIGINT} & set(came.recv(4096)))
     finally:
         if before == -1:
             signal.set_wakeup_fd(-1)
