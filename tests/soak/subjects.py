@@ -152,9 +152,14 @@ def run_at_work(run: Path, since: float) -> str:
 
 
 def run_outcome(run: Path) -> dict[str, Any]:
-    """Hashes of every tensor file, what a checkpoint's state says, and the logged values but those of speed."""
+    """Hashes of every tensor file, what a checkpoint's state says, and the logged values but those of speed.
+
+    A run that is asked to stop saves where it is: such checkpoints are one-sided, and what follows from them is not.
+    """
     found: dict[str, Any] = {}
     for file in sorted(run.glob("checkpoints/step-*/*")):
+        if int(file.parent.name.removeprefix("step-")) % EVERY:
+            continue
         name = file.relative_to(run).as_posix()
         if file.suffix == ".safetensors":
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
