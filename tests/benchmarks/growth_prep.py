@@ -98,7 +98,7 @@ def write_memory(folder: Path, rows: int, settings: PrepConfig) -> None:
         width, height = SIDES[number % len(SIDES)]
         picture = {"key": digest[:32], "size_bytes": 100_000, "width": width, "height": height}
         found.append((f"{name_of(number)}.png", stamps[0], json.dumps(picture)))
-        found.append((f"{name_of(number)}.txt", stamps[1], json.dumps({"sha256": digest})))
+        found.append((f"{name_of(number)}.txt", stamps[1], json.dumps({"fingerprint": digest})))
     names, stamps, values = zip(*sorted(found))
     schema = SCHEMA.with_metadata({"settings": json.dumps(planning.scan_settings(settings), sort_keys=True)})
     pq.write_table(pa.table([names, *zip(*stamps), values], schema=schema), folder / "out" / NAME, compression="zstd")

@@ -86,6 +86,17 @@ def test_a_mended_file_is_taken_and_the_others_stay_the_models(settings: PrepCon
     assert files["image-003.txt"].read_text() == MENDED
 
 
+def test_what_a_person_changed_is_written_anew_only_where_that_is_asked_for(settings: PrepConfig) -> None:
+    prepare(settings)
+    before = captions_of(settings)
+    write_captions(settings.output, Path(settings.source), beside=True)
+    (Path(settings.source) / "image-003.txt").write_text(MENDED)
+    for keep, caption in ((True, MENDED), (False, before["image-003.png"])):
+        section = settings.captions.model_copy(update={"overwrite": True, "keep_edited": keep})
+        prepare(settings.model_copy(update={"captions": section}))
+        assert captions_of(settings)["image-003.png"] == caption
+
+
 def test_files_of_a_person_are_never_written_over(settings: PrepConfig, tmp_path: Path, capsys) -> None:
     prepare(settings)
     mine = Path(settings.source) / "image-004.txt"
