@@ -90,7 +90,10 @@ class Site:
             time.sleep(0.02)
 
     def kill(self, driver: subprocess.Popen, name: str, raylet: int, what: str) -> None:
-        """Kill the actor of a raylet when its server has just been asked, or the raylet; the server goes too."""
+        """Kill the actor of a raylet while its server is asked, or first the raylet; the server goes too.
+
+        No answer is given from before until the actor has ended: one on its way to the cache would be asked for again.
+        """
         found: list[tuple[int, int]] = []
 
         def find() -> bool:
@@ -100,14 +103,18 @@ class Site:
 
         self.wait(find, driver, name)
         server, actor = found[0]
-        count = self.count(server)
-        self.wait(lambda: self.count(server) > count, driver, name)  # none of its answers is on its way to the cache
+        hold = self.log / "hold"
+        hold.touch()
+        self.wait(lambda: self.waiting(server) > 0, driver, name)
+        time.sleep(1.0)  # for answers that were given before
         os.kill(actor if what == "actor" else raylet, signal.SIGKILL)
-        self.wait(lambda: not group_lives(server), driver, name, seconds=60)
+        self.wait(lambda: not (group_lives(server) or alive(actor)), driver, name, seconds=60)
+        hold.unlink()
 
-    def count(self, server: int) -> int:
-        """How often a server was asked."""
-        return (self.log / f"{server}.jsonl").read_text().count('"asked"')
+    def waiting(self, server: int) -> int:
+        """How many questions a server has not answered."""
+        entries = [entry for entry in requests(self.log) if entry["pid"] == server and entry.get("image")]
+        return sum(1 if entry.get("event") == "asked" else -1 for entry in entries if entry.get("event") != "serve")
 
     def owner(self, server: int) -> int:
         """The actor of a server: who holds the other end of its watchdog's pipe."""
@@ -129,6 +136,13 @@ def group_lives(leader: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def links(process: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ captions are those of ``tests/prep/caption_server.py``, the same everywhere: tho
 ``FAKE_OLLAMA`` is a folder that gets ``PID.jsonl`` of every server, one object per request, and one before each
 question about a picture (``asked``). In it ``seconds`` and ``pull`` say how long a caption and a download take,
 ``faults`` (``{"N": FAULT}`` as JSON) what goes wrong with the Nth question to each server, ``busy`` how many starts
-find their port taken.
+find their port taken. No question is answered while a file ``hold`` lies there.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ def main() -> None:
             with self._lock:
                 if not self.runner:
                     self.runner = start_runner()
+            while (control / "hold").exists():
+                time.sleep(0.01)
             return super().next_fault(image)
 
         @property
