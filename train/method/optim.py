@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from nanodit.config import Config
 from train.hardware import has_fast_bf16
@@ -120,32 +121,53 @@ class Muon:
             torch._foreach_add_(weights, list(update_kab.unbind(0)))
 
 
+class AdamW:
+    """AdamW by torch's fused kernel: the bits of ``torch.optim.AdamW``, whose making imports the compiler.
+
+    That is a second of every start. A parameter without a gradient keeps its state.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
+        self.parameters, self.config = parameters, config
+        self.lr = 0.0
+        # from the start, so that a checkpoint that lacks any of it is damaged
+        self.state = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+            for name, parameter in parameters.items()
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply one update to every parameter of the group that has a gradient."""
+        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        steps, means, squares = ([self.state[name][key] for name in names] for key in ("step", "exp_avg", "exp_avg_sq"))
+        weights = [self.parameters[name] for name in names]
+        beta1, beta2 = self.config.betas
+        adamw(
+            weights, [weight.grad for weight in weights], means, squares, [], steps, fused=True, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=self.lr, weight_decay=self.config.weight_decay, eps=self.config.eps,
+            maximize=False,
+        )  # fmt: skip
+
+
 class Optimizer:
     """The optimiser of a run: Muon + AdamW, or AdamW alone; one learning rate for both."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         groups = parameter_groups(model)
-        adamw = groups["adamw"] if config.type == "muon" else {**groups["muon"], **groups["adamw"]}
-        muon = groups["muon"] if config.type == "muon" else {}
-        self.muon = Muon(muon, config, torch.float32) if muon else None
+        if config.type == "adamw":
+            groups = {"muon": {}, "adamw": {**groups["muon"], **groups["adamw"]}}
+        self.muon = Muon(groups["muon"], config, torch.float32) if groups["muon"] else None
         self.use_fast_bf16(has_fast_bf16())
-        self._adamw_names = list(adamw)
-        self.adamw = torch.optim.AdamW(
-            list(adamw.values()),
-            lr=0.0,
-            betas=tuple(config.betas),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        # torch would do the same at a parameter's first gradient, which can be steps away where conditions are dropped;
-        # here, so that the state is complete from the start and a checkpoint that lacks any of it is damaged
-        for parameter in adamw.values():
-            self.adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        self.adamw = AdamW(groups["adamw"], config)
+
+    @property
+    def _both(self) -> list[Muon | AdamW]:
+        return [self.adamw, *([self.muon] if self.muon else [])]
 
     def use_fast_bf16(self, fast: bool) -> None:
         """Let Muon compute in bfloat16, as published, on a GPU and on a CPU that is ``fast`` at it; else in float32."""
@@ -157,7 +179,7 @@ class Optimizer:
         """Return one line: tensors and parameters of each group."""
         groups = {
             "Muon": list(self.muon.parameters.values()) if self.muon else [],
-            "AdamW": self.adamw.param_groups[0]["params"],
+            "AdamW": list(self.adamw.parameters.values()),
         }
         counts = [
             f"{name} on {len(group)} {what} ({sum(p.numel() for p in group) / 1e6:.2f} M parameters)"
@@ -168,29 +190,23 @@ class Optimizer:
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
-        self.adamw.param_groups[0]["lr"] = lr
-        if self.muon:
-            self.muon.lr = lr
+        for one in self._both:
+            one.lr = lr
 
     def step(self) -> None:
         """Update every parameter from its gradient."""
-        self.adamw.step()
-        if self.muon:
-            self.muon.step()
+        for one in self._both:
+            one.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.adamw.zero_grad(set_to_none=True)
-        if self.muon:
-            for parameter in self.muon.parameters.values():
+        for one in self._both:
+            for parameter in one.parameters.values():
                 parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state as a flat dict of tensors, for safetensors; complete also before the first step."""
-        state = {}
-        for name, parameter in zip(self._adamw_names, self.adamw.param_groups[0]["params"]):
-            for key, value in self.adamw.state[parameter].items():
-                state[f"adamw/{key}/{name}"] = value
+        state = {f"adamw/{key}/{name}": value for name, own in self.adamw.state.items() for key, value in own.items()}
         if self.muon:
             state.update({f"muon/momentum/{name}": value for name, value in self.muon.momentum.items()})
         return state

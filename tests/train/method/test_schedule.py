@@ -62,7 +62,7 @@ def test_a_run_follows_and_logs_it(tiny_dataset, tmp_path):
     used, real = [], trainer.optimizer.step
 
     def step():
-        used.append((trainer.optimizer.adamw.param_groups[0]["lr"], trainer.optimizer.muon.lr))
+        used.append((trainer.optimizer.adamw.lr, trainer.optimizer.muon.lr))
         real()
 
     trainer.optimizer.step = step
