@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import sdpa_flop_count
 
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
@@ -75,8 +76,10 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, mode: LikeGpu, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         b, h, n, _ = q.shape
+        ctx.mode, ctx.flops = mode, sdpa_flop_count(q.shape, k.shape, v.shape)
+        mode.attention += ctx.flops
         out = q.new_empty(b, n, h, v.shape[3]).transpose(1, 2)  # as the kernel lays it out
         bias = None if mask is None else mask.to(q.dtype)  # DINOv2 has none
         ctx.save_for_backward(q, k, v, bias, out, q.new_empty(b, h, n, dtype=torch.float32))
@@ -84,7 +87,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
+        ctx.mode.attention += 2 * ctx.flops  # scores that are computed again are not model FLOPs
+        return None, *map(torch.empty_like, ctx.saved_tensors[:3]), None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -106,6 +110,8 @@ class _RmsNorm(torch.autograd.Function):
 class LikeGpu(TorchFunctionMode):
     """Makes the meta device take the memory that a GPU would; ``bf16``: under autocast to bfloat16.
 
+    ``attention`` adds up the FLOPs of the kernels that it puts in the place of attention.
+
     The functions are those of NanoDiT and VGG among autocast's lists (torch's ``autocast_mode.h``).
     """
 
@@ -116,7 +122,7 @@ class LikeGpu(TorchFunctionMode):
 
     def __init__(self, bf16: bool) -> None:
         super().__init__()
-        self.bf16 = bf16
+        self.bf16, self.attention = bf16, 0
         self._before: list[tuple[bool, torch.dtype]] = []
 
     def __enter__(self) -> LikeGpu:
@@ -147,7 +153,7 @@ class LikeGpu(TorchFunctionMode):
             return _RmsNorm.apply(*self._to(torch.float32, [x, *(weight or [None])]))
         if function is F.scaled_dot_product_attention:
             q, k, v = self._to(torch.bfloat16, arguments)
-            return _Attention.apply(q, k, v, keywords["attn_mask"])
+            return _Attention.apply(self, q, k, v, keywords["attn_mask"])
         if function in self.LOWER:
             arguments = self._to(torch.bfloat16, arguments)
         elif function in self.FLOAT32:

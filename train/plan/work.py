@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from train.hardware import Gpu
-from train.loop.flops import Argument, count_flops
+from train.loop.flops import Argument
 from train.model.conditions import Conditions
 from train.plan.memory import LikeGpu
 
@@ -84,11 +84,11 @@ def count_work(function: Callable[..., Tensor], *arguments: Argument) -> np.ndar
 
     Arguments and parameters are on the meta device; FLOPs are those of :func:`train.loop.flops.count_flops`.
     """
-    total = count_flops(function, *arguments)
     given = [tensor for one in arguments for tensor in _tensors(one)]
-    with _Traffic(given) as traffic, LikeGpu(bf16=True):
+    with _Traffic(given) as traffic, LikeGpu(bf16=True) as gpu:
         function(*arguments).sum().backward()
-    return np.array([traffic.matrix, traffic.moved, total - traffic.matrix, traffic.elementwise], np.float64)
+    attention = traffic.attention + gpu.attention
+    return np.array([traffic.matrix, traffic.moved, attention, traffic.elementwise], np.float64)
 
 
 def _tensors(argument: Argument) -> list[Tensor]:
@@ -107,7 +107,7 @@ class _Traffic(TorchDispatchMode):
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
-        self.matrix = self.moved = self.elementwise = 0.0
+        self.matrix = self.moved = self.attention = self.elementwise = 0.0
         # whether it belongs to the images, by the address of a storage, which stays alive as long as that is in use
         self._known = {tensor.untyped_storage()._cdata: (True, tensor.untyped_storage()) for tensor in given}
 
@@ -132,7 +132,10 @@ class _Traffic(TorchDispatchMode):
         if product:
             self.matrix += flop_registry[packet](*arguments, **keywords, out_val=result)
             self.moved += size
-        elif packet in ALLOCATES:
+            return result
+        if formula := flop_registry.get(packet):
+            self.attention += formula(*arguments, **keywords, out_val=result)
+        if packet in ALLOCATES:
             self.elementwise += 2 * sum(map(_bytes, fresh))
         else:
             self.elementwise += size

@@ -38,8 +38,8 @@ def test_a_product_counts_its_flops_and_what_grows_with_the_images():
 def test_other_operators_count_what_they_read_and_write():
     x, number = 4 * 1000, 4
     forward = (x + x) + (x + number)  # abs and sum, each read and written
-    # the gradient of the sum is a number that is repeated; abs takes the sign of x, and their product is added up
-    backward = 2 * number + (x + x) + (x + number + x) + x
+    # the gradient of the sum is a number that is repeated; abs takes the sign of x, and their product is the gradient
+    backward = 2 * number + (x + x) + (x + number + x)
     for function in (lambda a: a.abs(), lambda a: a.abs().view(10, 100).T):  # views are free
         assert Work(*count_work(function, meta(1000))) == (0, 0, 0, forward + backward)
 
