@@ -240,7 +240,8 @@ def _measured(setting: Setting, report: Report, layer: str) -> tuple[Any, Any]:
         peak = torch.cuda.max_memory_reserved(setting.device) / 1e9 + placement.CONTEXT_GB
         places = *_record(layer, "weights_gb", "activations_gb"), constant(placement, "CONTEXT_GB")
         report.estimate(f"{layer}, memory", need, peak, "GB", places, low=MEMORY[0], high=MEMORY[1])
-    _together(setting, report, layer, len(batch) / seconds)
+    if setting.on_gpu or layer == "t5":  # a rehearsal starts these processes for one of them
+        _together(setting, report, layer, len(batch) / seconds)
     return encoder, batch
 
 
