@@ -120,6 +120,8 @@ def evaluate(
     an evaluation with the same identity are not computed again. ``judges`` is the device of LPIPS and of the detector
     of joints; None: the model's.
     """
+    if config.captions == "short":
+        subject = subject.with_short_captions()
     context = build_context(subject, config, run_folder, step, judges)
     devices = context.examiner.devices
     parts = FinishedBatches(folder / "parts" if identity else None, {**(identity or {}), "judges": devices})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from nanodit.console import say
 from nanodit.errors import PROBLEM_BREAK, DataError
 from nanodit.rng import generator, noise
 from prep.dataset.reader import Dataset
-from prep.dataset.rows import Rows
+from prep.dataset.rows import Rows, by_key
 from prep.encoders.halving import Halving
 from train.data.samples import load_conditions
 from train.hardware import Precision
@@ -105,6 +105,12 @@ class Subject:
         if note := self._memory.take_note():
             say(f"warning: {note}")
 
+    def with_short_captions(self) -> Subject:
+        """Return it with the short captions of its samples. Raises DataError where the dataset has none."""
+        dataset = self.dataset.with_short_captions()
+        rows = by_key(dataset.rows("holdout"))
+        return replace(self, dataset=dataset, rows=tuple(rows[row["key"]] for row in self.rows))
+
     @cached_property
     def modalities(self) -> tuple[str, ...]:
         """The conditions that the dataset has."""
@@ -175,11 +181,11 @@ def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:
         return
     holdout = _twins(Rows.of(holdout), Rows.of(train))
     train = _twins(Rows.of(train), holdout)
-    by_key = {row["key"]: row for row in train}
+    twins = {row["key"]: row for row in train}
     by_group = {row["duplicate_group"]: row for row in train if row["duplicate_group"] is not None}
     pairs = []
     for row in holdout:
-        twin = by_key.get(row["key"]) or by_group.get(row["duplicate_group"])
+        twin = twins.get(row["key"]) or by_group.get(row["duplicate_group"])
         if twin is not None:
             pairs.append(f"{row['key']} ({row['source']}) ~ {twin['key']} ({twin['source']})")
     if pairs:

@@ -18,6 +18,7 @@ from nanodit.files import sha256_bytes, write_atomic
 from nanodit.lock import locked
 from nanodit.storage import Storage
 from prep.captions.quality import Answer, CaptionRules, find_flaw, normalised
+from prep.captions.sentences import first_sentence
 from prep.captions.sidecar import usual_name
 from prep.captions.written import read_written, record_written
 from prep.dataset.layout import Unit, read_part
@@ -32,11 +33,12 @@ EDGE = 0.1  # share of the limits near which a generated caption is worth a look
 
 @dataclass(frozen=True)
 class Captioned:
-    """A published caption: whether a model wrote it, and the reasons to doubt it."""
+    """A published caption: the short one, whether a model wrote it, and the reasons to doubt it."""
 
     key: str
     source: str
     text: str
+    short: str | None
     generated: bool
     doubts: tuple[str, ...]
 
@@ -48,6 +50,8 @@ def list_captions(dataset: str, flagged: bool = False) -> None:
     shown = [caption for caption in captions if caption.doubts or not flagged]
     for caption in shown:
         text = caption.text if len(caption.text) <= SHOWN else f"{caption.text[: SHOWN - 3]}..."
+        if caption.short is not None and caption.short != caption.text:
+            text = f"{text}  (short: {caption.short})"
         doubts = f"  [{'; '.join(caption.doubts)}]" if caption.doubts else ""
         say(f"{caption.key[:12]}  {caption.source}{doubts}  {text}")
     doubtful = [caption for caption in captions if caption.doubts]
@@ -114,7 +118,11 @@ def read_captioned(dataset: Dataset) -> Iterator[Captioned]:
     """Yield the captions in the order of the keys."""
     came = _came_with_images(dataset.storage, dataset)
     limits = dataset.info["stages"]["source"]["captions"]
-    names = [name for name in ("key", "source", "caption", "t5_truncated") if name in dataset.table.column_names]
+    names = [
+        name
+        for name in ("key", "source", "caption", "caption_short", "t5_truncated")
+        if name in dataset.table.column_names
+    ]
     table = dataset.table.select(names)
     seen = Counter(map(normalised, table["caption"].to_pylist()))
     for start in range(0, len(table), 1 << 14):
@@ -125,7 +133,10 @@ def read_captioned(dataset: Dataset) -> Iterator[Captioned]:
                 doubts += ("the same as another's",)
             if row.get("t5_truncated"):
                 doubts += ("cut by t5.max_tokens",)
-            yield Captioned(row["key"], row["source"], row["caption"], generated, doubts)
+            short = row.get("caption_short")
+            if generated and short == first_sentence(row["caption"]):
+                doubts += ("short caption: the first sentence, for want of another",)
+            yield Captioned(row["key"], row["source"], row["caption"], short, generated, doubts)
 
 
 def _doubts(text: str, generated: bool, least: int, most: int) -> Iterator[str]:

@@ -72,6 +72,8 @@ def export_flat(dataset: Path | str | Storage, output: Path | str | Storage) -> 
     say(f"wrote {len(missing)} of {len(shards)} tars to {storage}: {len(data)} samples, {size / 1e9:.2f} GB")
     if data.has_flips:
         say("flipped captions and the features of mirrored crops are left out: the flat layout has no place for them")
+    if data.has_short:
+        say("short captions and their features are left out: the flat layout has no place for them")
 
 
 def _check_place(data: Dataset, storage: Storage) -> None:

@@ -77,6 +77,8 @@ class DataSection(Config):
 
     # probability that an image is mirrored, with all its conditions, if its caption allows it
     flip: float = Field(default=0.0, ge=0, le=0.5)
+    # probability that an image is given its short caption in place of the long one
+    short_captions: float = Field(default=0.0, ge=0, le=1)
     cache_gb: float = Field(default=4.0, ge=0)  # 1e9 bytes of decoded samples kept in memory
     prefetch: int = Field(default=2, ge=0)  # micro-batches made ahead in the background; 0: none, and no thread
     # who draws the noise, which is another for each; auto: the host for a CPU, the device for a GPU, and what it was

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,7 @@ class DrawingConfig(Config):
     samples: int = Field(default=256, gt=0)  # holdout images, at most
     seed: int | None = Field(default=None, ge=0)  # chooses the holdout images; null: the first in key order
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
+    captions: Literal["long", "short"] = "long"  # given as text
     # conditions kept -> guidance, such as 2.0, {text: 3.0, dino: 1.5} or {self: 3.0}; 1 is none, at which
     # reconstruction is quoted
     conditions: dict[str, GuidanceValue] = Field(default={"all": 1.0, "text+pose": 2.0, "text": 2.0})
@@ -172,6 +173,7 @@ class DrawingContext:
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
         chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
+        chosen |= {} if self.config.captions == "long" else {"captions": self.config.captions}
         precision = precision_setting(self.subject.precision)
         return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen, **precision}
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from nanodit.errors import ConfigError, first_line
-from prep.captions.quality import Answer
+from prep.captions.quality import Answer, Turn
 
 UNKNOWN = "unknown"
 LISTING_TIMEOUT = 30.0  # seconds to say which models there are
@@ -125,8 +125,11 @@ class CaptionServer(ABC):
         """
 
     @abstractmethod
-    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
-        """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
+    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any], before: Turn | None = None) -> Answer:
+        """Ask about one picture, in the conversation that began with ``before``, if with anything.
+
+        Raises ConfigError, HostFault or SampleFault.
+        """
 
     async def unload(self) -> None:
         """Take the model off the GPU, and return when it has gone; errors as those of :meth:`digest`."""

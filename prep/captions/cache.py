@@ -1,7 +1,8 @@
 """A cache of the answers of caption servers, one file per image and recipe: they are the costliest output of ``prep``.
 
 ``captions/KK/KEY-HASH.json`` below the dataset, where KEY is the image's key, KK its first two digits and HASH the
-SHA-256 of everything the answers depend on: key, prompt, model, digest and options. A file holds the list of answers so
+SHA-256 of everything the answers depend on: key, prompt, model, digest and options; of short captions also their prompt
+and the long caption, which they follow in one conversation (:func:`short_cache`). A file holds the list of answers so
 far, good or bad; whether one of them is a caption is decided when it is read (``prep/captions/quality.py``). That
 servers gave none is no answer: they may give one the next time.
 """
@@ -49,6 +50,13 @@ class CaptionCache:
         entry = {"key": key, **self.recipe, "answers": [asdict(answer) for answer in _given(answers)]}
         self.storage.write(self.name(key), canonical_json(entry))
         fault("captions.after_cache")
+
+
+def short_cache(cache: CaptionCache, short_prompt: str, caption: str) -> CaptionCache:
+    """Return the answers about short captions that follow a long one; ``short_prompt`` is the hash of their prompt."""
+    return CaptionCache(
+        cache.storage, cache.recipe | {"short_prompt": short_prompt, "caption": sha256_bytes(caption.encode())}
+    )
 
 
 def forget_captions(root: Path | str | Storage, keys: Iterable[str]) -> int:

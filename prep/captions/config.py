@@ -13,6 +13,7 @@ from prep.captions.sidecar import ORIGINS
 
 # keys that were added later, and what they mean where nobody sets them
 LATER = {"from": None, "overwrite": False, "keep_edited": True}
+LATER |= {"short": False, "short_prompt": None, "short_min_words": 5, "short_max_words": 30}
 
 
 class CaptionHost(Config):
@@ -58,6 +59,10 @@ class CaptionConfig(_From):
     reask_temperature: float = Field(0.5, gt=0)
     min_words: int = Field(60, ge=1)
     max_words: int = Field(300, ge=1)
+    short: bool = False
+    short_prompt: str | None = None
+    short_min_words: int = Field(5, ge=1)
+    short_max_words: int = Field(30, ge=1)
     timeout: float = Field(300.0, gt=0)
     cool_down: float = Field(5.0, gt=0)
     patience: float = Field(600.0, ge=0)
@@ -112,6 +117,8 @@ class CaptionConfig(_From):
     def _fit_together(self) -> CaptionConfig:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
+        if self.short_min_words > self.short_max_words:
+            raise ValueError(f"short_min_words {self.short_min_words} is above short_max_words {self.short_max_words}")
         if self.overwrite and not self.generated:
             raise ValueError(f"overwrite needs a backend that writes captions: {' or '.join(SERVERS)}")
         if self.own_servers and self.backend != "ollama":

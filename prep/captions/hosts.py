@@ -26,7 +26,7 @@ from nanodit.console import duration, say
 from nanodit.errors import ConfigError, ResourceError
 from prep.captions.base import CaptionServer, HostFault, HostTimeout, HostUnreachable, RequestRefused, SampleFault
 from prep.captions.config import CaptionConfig, CaptionHost
-from prep.captions.quality import Answer
+from prep.captions.quality import Answer, Turn
 from prep.captions.servers import SERVERS
 
 LONGEST_COOL_DOWN = 120.0  # seconds
@@ -97,8 +97,10 @@ class HostPool:
         """Return how many hosts are not known to be down."""
         return sum(host.down_since is None for host in self.hosts)
 
-    async def ask(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> tuple[Answer, float]:
-        """Return the answer of some host, and the seconds that hosts spent on it.
+    async def ask(
+        self, jpeg: bytes, prompt: str, options: Mapping[str, Any], before: Turn | None = None
+    ) -> tuple[Answer, float]:
+        """Return the answer of some host, and the seconds that hosts spent on it; ``before`` as servers have it.
 
         After ``SAMPLE_FAULTS`` or ``SAMPLE_TIMEOUTS`` for which the image is to blame its ``end`` says so, and its text
         is what the server said. This waits as long as it takes: :meth:`watch` ends the wait when no host is left.
@@ -115,7 +117,7 @@ class HostPool:
                 if failed_at and host.proven_at < failed_at:
                     await self._prove(host, prompt, options)
                 asked_at = time.monotonic()
-                answer = await self._caption(host, jpeg, prompt, options)
+                answer = await self._caption(host, jpeg, prompt, options, before)
             except (SampleFault, RequestRefused, HostTimeout) as fault:
                 late, said = isinstance(fault, HostTimeout), getattr(fault, "said", str(fault))
                 faults, timeouts, failed_at = faults + (not late), timeouts + late, time.monotonic()
@@ -184,10 +186,12 @@ class HostPool:
         host.admitted = True
         await self._wake()
 
-    async def _caption(self, host: HostState, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
+    async def _caption(
+        self, host: HostState, jpeg: bytes, prompt: str, options: Mapping[str, Any], before: Turn | None
+    ) -> Answer:
         """Ask about one picture; a refusal of a host that has yet to answer anything may be one of every picture."""
         try:
-            return await host.server.caption(jpeg, prompt, options)
+            return await host.server.caption(jpeg, prompt, options, before)
         except RequestRefused:
             if not host.proven_at:
                 await self._prove(host, prompt, options)

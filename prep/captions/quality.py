@@ -34,6 +34,7 @@ from prep.captions.phrases import (
     WORD_COUNT,
     without_reasoning,
 )
+from prep.captions.sentences import first_sentence
 
 CODE_VERSION = 2  # of the checks: raised when the same answers give other captions
 
@@ -67,6 +68,14 @@ class Answer:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What was asked about a picture, and what the model answered, before the question of now."""
+
+    question: str
+    answer: str
+
+
 UNANSWERED = ("failed", "timeout")  # ends of an answer that a server did not give
 
 
@@ -74,7 +83,7 @@ UNANSWERED = ("failed", "timeout")  # ends of an answer that a server did not gi
 class CaptionRules:
     """The limits, the options of a first and of a further question, and the prompt: no answer repeats it.
 
-    Without a prompt answers may be in any language.
+    Without a prompt answers may be in any language. ``short``: they are short captions, each of one sentence.
     """
 
     min_words: int
@@ -82,6 +91,7 @@ class CaptionRules:
     options: Mapping[str, Any]
     reask_temperature: float
     prompt: str = ""
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,12 @@ def caption_text(answer: Answer) -> str:
 
 def find_flaw(answer: Answer, rules: CaptionRules) -> Flaw | None:
     """Return the first flaw of an answer on its own; None where :func:`caption_text` is a caption."""
-    return _judge(answer.text, answer.end, rules.min_words, rules.max_words, rules.prompt)
+    return _judge(answer.text, answer.end, rules.min_words, rules.max_words, rules.prompt, rules.short)
 
 
 @lru_cache(maxsize=1 << 13)  # an answer is judged when it comes, and when its shard is complete
-def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt: str) -> Flaw | None:
+def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt: str, short: bool) -> Flaw | None:
+    keys = "captions.short_" if short else "captions."
     if end == "failed":
         return Flaw("caption_failed", f"servers that answered others failed on this image: {answer}", "final")
     if end == "timeout":
@@ -160,7 +171,7 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
     if SAME_LETTERS.search(QUOTED.sub("", text)):
         return Flaw("caption_repeats", "the answer repeats letters, or has no spaces", "quality")
     if len(text) > LETTERS_PER_WORD * max_words:  # not worth looking at any closer
-        return Flaw("caption_too_long", f"{len(text)} letters, captions.max_words is {max_words}", "quality")
+        return Flaw("caption_too_long", f"{len(text)} letters, {keys}max_words is {max_words}", "quality")
     if thinks:
         return _flaw("caption_reasoning", "the answer holds reasoning", thinks)
     for pattern in (REFUSAL, FOREIGN_REFUSAL):
@@ -187,9 +198,11 @@ def _judge(answer: str, end: str | None, min_words: int, max_words: int, prompt:
         detail = f"the answer is in a language that the prompt does not ask for: {_short(other)}"
         return Flaw("caption_language", detail, "quality")
     if len(words) < min_words:
-        return Flaw("caption_too_short", f"{len(words)} words, captions.min_words is {min_words}", "quality")
+        return Flaw("caption_too_short", f"{len(words)} words, {keys}min_words is {min_words}", "quality")
     if len(words) > max_words:
-        return Flaw("caption_too_long", f"{len(words)} words, captions.max_words is {max_words}", "quality")
+        return Flaw("caption_too_long", f"{len(words)} words, {keys}max_words is {max_words}", "quality")
+    if short and (first := first_sentence(text)) != text:
+        return Flaw("caption_sentences", f"more than the one sentence: {_short(first)}", "quality")
     return None
 
 

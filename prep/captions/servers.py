@@ -24,7 +24,7 @@ from prep.captions.base import (
     translate_failures,
     usable_environment,
 )
-from prep.captions.quality import THINKING, Answer, readable
+from prep.captions.quality import THINKING, Answer, Turn, readable
 
 if TYPE_CHECKING:
     import httpx
@@ -87,13 +87,14 @@ class OllamaServer(CaptionServer):
     def _tagged(self) -> str:
         return self.model if ":" in self.model else f"{self.model}:latest"
 
-    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
-        """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
-        message = {"role": "user", "content": prompt, "images": [jpeg]}
+    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any], before: Turn | None = None) -> Answer:
+        """See :meth:`CaptionServer.caption`."""
+        messages = conversation(prompt, before)
+        messages[0]["images"] = [jpeg]
         async with self._asking(self.timeout):
             # a model that thinks would spend its tokens before it writes
             others = {name: value for name, value in options.items() if name != "think"}
-            reply = await self._ollama.chat(self.model, [message], think=options.get("think", False), options=others)
+            reply = await self._ollama.chat(self.model, messages, think=options.get("think", False), options=others)
         text = readable(reply.message.content or "")
         return Answer(text, THINKING if reply.message.thinking and not text else reply.done_reason, options)
 
@@ -158,13 +159,15 @@ class OpenAIServer(CaptionServer):
             root = ""
         return str(model.get("digest") or root or UNKNOWN)
 
-    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any]) -> Answer:
-        """Ask about one picture. Raises ConfigError, HostFault or SampleFault."""
+    async def caption(self, jpeg: bytes, prompt: str, options: Mapping[str, Any], before: Turn | None = None) -> Answer:
+        """See :meth:`CaptionServer.caption`."""
         url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-        content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": url}}]
+        messages = conversation(prompt, before)
+        first = messages[0]["content"]
+        messages[0]["content"] = [{"type": "text", "text": first}, {"type": "image_url", "image_url": {"url": url}}]
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "max_tokens": options["num_predict"],
             "temperature": options["temperature"],
             "seed": options["seed"],
@@ -182,6 +185,12 @@ class OpenAIServer(CaptionServer):
         if refusal or end == "content_filter":
             end = "refused"
         return Answer(text, THINKING if thinking and not text and end != "refused" else end, options)
+
+
+def conversation(prompt: str, before: Turn | None) -> list[dict[str, Any]]:
+    """Return the messages of both wire formats, still without the picture, which goes with the first one."""
+    earlier = [("user", before.question), ("assistant", before.answer)] if before else []
+    return [{"role": role, "content": content} for role, content in [*earlier, ("user", prompt)]]
 
 
 def text_of(content: Any) -> tuple[str, set[str]]:

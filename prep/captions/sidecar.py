@@ -19,6 +19,7 @@ from typing import Any
 
 from nanodit.files import canonical_json, sha256_bytes
 from prep.captions.mirror import flip_caption
+from prep.captions.sentences import first_sentence
 from prep.captions.tables import KOHYA, METADATA, BadTable, object_caption, table_caption
 from prep.images.descriptions import KINDS, is_visible
 from prep.images.sources import BadImage, Source, leads_out, read_descriptions
@@ -47,11 +48,20 @@ def gone_without_caption(source: str) -> BadCaption:
 
 
 @dataclass(frozen=True)
+class ShortCaption:
+    """A short caption of a model, or "" where it wrote none; ``provenance`` is the entry ``short`` of the ``.json``."""
+
+    text: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Caption:
     """A caption and where it came from (the content of the text layer's ``.json``)."""
 
     text: str
     provenance: dict[str, Any]
+    short: ShortCaption | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -61,16 +71,24 @@ class Caption:
 
 
 def text_sample(caption: Caption, recipe: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Return members and columns of a caption in the text layer; ``recipe`` says whether the flipped one is stored too.
+    """Return members and columns of a caption in the text layer; ``recipe`` says whether others are stored too.
 
-    The flipped caption is empty, and null in the index, where the caption cannot be flipped safely.
+    Those are the flipped caption, which is empty, and null in the index, where the caption cannot be flipped safely,
+    and the short one, which is the first sentence of a caption that has no other.
     """
-    members = {"txt": caption.text.encode(), "json": canonical_json(caption.provenance).encode()}
-    columns = {"caption": caption.text}
-    if "flip" not in recipe:
-        return members, columns
-    flipped = flip_caption(caption.text)
-    return members | {"flip.txt": (flipped or "").encode()}, columns | {"caption_flip": flipped}
+    provenance = dict(caption.provenance)
+    columns: dict[str, Any] = {"caption": caption.text}
+    if "flip" in recipe:
+        columns["caption_flip"] = flip_caption(caption.text)
+    if "short" in recipe:
+        short = caption.short or ShortCaption("", {"from": "sentence"})
+        provenance["short"] = short.provenance
+        columns["caption_short"] = short.text or first_sentence(caption.text)
+        if "flip" in recipe:
+            columns["caption_short_flip"] = flip_caption(columns["caption_short"])
+    members = {f"{name.removeprefix('caption_')}.txt": (text or "").encode() for name, text in columns.items()}
+    members = {"txt": members.pop("caption.txt"), "json": canonical_json(provenance).encode(), **members}
+    return members, columns
 
 
 def kept_caption(text: str, fingerprint: str) -> Caption:

@@ -29,6 +29,9 @@ TABLE_TOKENS, TABLE_SIDE = 512, 512  # of the captions and images that ``Encoder
 # MB of a crop of 1024 x 1024, measured on photographs: WebP lossless method 0, JPEG q95 4:4:4
 PX_MB = {"webp": 1.03, "jpeg": 0.41}
 T5_TOKENS = 220  # of a caption of 150 to 200 words
+SHORT_TOKENS = 32  # of a short one as it is computed, padded
+# of a slot's time for a long caption, an estimate: the picture has been read, and a tenth of the words are written
+SHORT_SHARE = 0.2
 CELL = 16  # pixels of the scaled image per side of a DINO patch, whatever the encoder's own patch size
 MIN_GRID = 8  # patches per side: fewer say too little about layout, so small images are enlarged
 
@@ -40,6 +43,13 @@ class Flip:
     code: int
     members: tuple[Member, ...]
     columns: Mapping[str, pa.DataType] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Short(Flip):
+    """What ``captions.short`` adds to a layer, of the short captions; ``flip`` what it adds together with ``flips``."""
+
+    flip: Flip | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Layer:
     upstream: str = "px"
     formats: Mapping[str, Member] = field(default_factory=dict)
     flip: Flip | None = None
+    short: Short | None = None
     encoder: Encoder | None = None
     flat: tuple[str, ...] = ()
 
@@ -100,11 +111,27 @@ class Layer:
         """Return the members that a unit of this recipe has."""
         if "format" in recipe and self.formats:
             return (self.formats[recipe["format"]],)
-        return self.members + (self.flip.members if self.flip and "flip" in recipe else ())
+        return sum((added.members for added in self._added(recipe)), self.members)
 
     def columns_of(self, recipe: Mapping[str, Any]) -> dict[str, pa.DataType]:
         """Return what the index parts say about a sample besides where its members are."""
-        return {**self.columns, **(self.flip.columns if self.flip and "flip" in recipe else {})}
+        columns = dict(self.columns)
+        for added in self._added(recipe):
+            columns |= added.columns
+        return columns
+
+    def switches(self, flips: bool, short: bool) -> dict[str, int]:
+        """Return what recipes and dataset.json say of ``flips`` and ``captions.short``, as far as they concern it.
+
+        Where they are off nothing is said of them, as it always was.
+        """
+        codes = {"flip": self.flip if flips else None, "short": self.short if short else None}
+        return {name: added.code for name, added in codes.items() if added}
+
+    def _added(self, recipe: Mapping[str, Any]) -> list[Flip]:
+        short = self.short if "short" in recipe else None
+        added = [self.flip if "flip" in recipe else None, short, short.flip if short and "flip" in recipe else None]
+        return [one for one in added if one]
 
 
 def option(config: Config, layer: str, name: str) -> Any:
@@ -151,14 +178,31 @@ TEXT = Layer(
         members=(Member("flip.txt", Text("caption_flip", "is not the flipped caption of the index", empty=True)),),
         columns={"caption_flip": pa.string()},  # null: not to be flipped, and neither is the image
     ),
+    short=Short(
+        code=1,  # of prep/captions/sentences.py
+        members=(Member("short.txt", Text("caption_short", "is empty, or not the short caption of the index")),),
+        columns={"caption_short": pa.string()},
+        flip=Flip(
+            code=1,
+            members=(
+                Member(
+                    "short_flip.txt",
+                    Text("caption_short_flip", "is not the flipped short caption of the index", empty=True),
+                ),
+            ),
+            columns={"caption_short_flip": pa.string()},
+        ),
+    ),
     rates={"cpu": 500.0, "captions": 1 / 7.5},
-    sizes=lambda config, bucket: (1200, 300, *([1200] if config.flips else [])),
+    sizes=lambda config, bucket: (
+        (1200, 300) + (1200,) * config.flips + (100,) * config.captions.short * (1 + config.flips)
+    ),
 )
 
 
 def _t5_sizes(config: Config, bucket: Bucket) -> Sequence[float]:
-    tokens, width = min(T5_TOKENS, config.t5.max_tokens), LAYERS["t5"].encoder.width[config.encoders]
-    return (NPY + 2 * tokens * width,) * (2 if config.flips else 1)
+    width, counts = LAYERS["t5"].encoder.width[config.encoders], [T5_TOKENS] + [SHORT_TOKENS] * config.captions.short
+    return tuple(NPY + 2 * min(tokens, config.t5.max_tokens) * width for tokens in counts) * (2 if config.flips else 1)
 
 
 # T5-Large's encoder, .335 G parameters in bf16. 16 x 512 tokens: 16 heads x 512 x 512 scores x 16 captions in bf16 and
@@ -174,6 +218,23 @@ T5 = Layer(
         code=1,
         members=(Member("t5_flip.npy", Array(np.float16, lambda row, facts: (row["t5_flip_tokens"], facts["width"]))),),
         columns={"t5_flip_tokens": pa.int32()},
+    ),
+    short=Short(  # no tokens where another member has the same caption
+        code=1,
+        members=(
+            Member("t5_short.npy", Array(np.float16, lambda row, facts: (row["t5_short_tokens"], facts["width"]))),
+        ),
+        columns={"t5_short_tokens": pa.int32()},
+        flip=Flip(
+            code=1,
+            members=(
+                Member(
+                    "t5_short_flip.npy",
+                    Array(np.float16, lambda row, facts: (row["t5_short_flip_tokens"], facts["width"])),
+                ),
+            ),
+            columns={"t5_short_flip_tokens": pa.int32()},
+        ),
     ),
     rates={"cpu": 0.12, "cuda": 60.0},
     sizes=_t5_sizes,

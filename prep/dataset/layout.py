@@ -76,7 +76,8 @@ class Part:
 
     ``recipe`` is everything the unit was made from, ``fingerprint`` its hash; ``facts`` is what the encoder says of
     itself (feature widths, for example). ``table`` has the columns that were asked for, ``sha256`` is of all the file.
-    ``batches`` has, where a layer records it, the hash of what each batch of rows was computed from, and their number.
+    ``batches`` has, where a layer records it, the hash of what each batch of rows was computed from, and their number;
+    with short captions also the hash of what these were computed from.
     """
 
     unit: Unit
@@ -87,7 +88,7 @@ class Part:
     rejects: tuple[Rejection, ...]
     table: pa.Table
     sha256: str = ""
-    batches: tuple[tuple[str, int], ...] = ()
+    batches: tuple[tuple[Any, ...], ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,7 +175,7 @@ def read_part(
         if tuple(record[name] for name in ("schema", "bucket", "shard", "layer", "tar_bytes")) != expected:
             return None
         rejects = tuple(Rejection(**reject) for reject in record["rejects"])
-        batches = tuple((digest, count) for digest, count in record.get("batches", ()))
+        batches = tuple((digest, count, *more) for digest, count, *more in record.get("batches", ()))
         return Part(
             unit, record["recipe"], record["facts"], tar_bytes, record["tar_sha256"], rejects, table, sha256, batches
         )

@@ -36,7 +36,7 @@ from prep.dataset.members import Array
 from prep.dataset.quantise import Quantised, dequantise
 from prep.dataset.rows import Columns, Rows, column_types, read_columns
 
-TEXTS = LAYERS["text"].columns.keys() | LAYERS["text"].flip.columns.keys()  # long ones, read when they are asked for
+TEXTS = LAYERS["text"].columns_of(dict.fromkeys(("flip", "short"))).keys()  # long ones, read when they are asked for
 GAP = 2 * TAR_BLOCK  # bytes between neighbours in a tar are fewer: padding of the one, header of the other
 
 
@@ -52,6 +52,7 @@ class Dataset:
 
     # of a view: layer -> what was read last, and whence
     _spans: dict[str, tuple[tuple[Unit, int, str], bytes]] | None = None
+    _short = False  # a view of the short captions
 
     def __init__(self, root: Path | str | Storage, version: str | None = None) -> None:
         self.storage = open_storage(root)
@@ -259,10 +260,44 @@ class Dataset:
         """Whether the crop may be mirrored: its caption, if it has one, can be flipped safely."""
         return self.has_flips and ("text" not in self.info["layers"] or row["caption_flip"] is not None)
 
+    @property
+    def has_short(self) -> bool:
+        """Whether it stores short captions beside the long ones."""
+        return "short" in self.info["layers"].get("t5", {})
+
     def t5(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
         """Text features of the valid tokens, float16 (L, Wt); ``flipped``: of the mirrored crop's caption."""
+        return self.t5_short(row, flipped) if self._short else self.t5_long(row, flipped)
+
+    def t5_long(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
+        """Return what :meth:`t5` does, of the long caption also in a view of the short ones."""
         other = flipped and row["caption_flip"] != row["caption"]
         return self.array(row, "t5/t5_flip.npy" if other else "t5/t5.npy")
+
+    def t5_short(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
+        """Return what :meth:`t5` does, of the short caption; of the long one where a mirrored crop has no short one."""
+        same = row["t5_short_tokens"] == 0  # as the long one
+        if not flipped:
+            return self.t5_long(row) if same else self.array(row, "t5/t5_short.npy")
+        if same or row["caption_short_flip"] is None:
+            return self.t5_long(row, flipped=True)
+        other = row["caption_short_flip"] != row["caption_short"]
+        return self.array(row, "t5/t5_short_flip.npy" if other else "t5/t5_short.npy")
+
+    def with_short_captions(self) -> Dataset:
+        """Return a view whose captions, and their features, are the short ones: of rows and table, and of :meth:`t5`.
+
+        Its rows say nothing of mirrored crops. Raises DataError for a dataset without short captions.
+        """
+        if not self.has_short:
+            raise DataError(
+                f"{self.root} was prepared without short captions. Run nanodit prep run with captions.short=true"
+            )
+        view = copy(self)
+        for cached in ("_rows", "table"):
+            vars(view).pop(cached, None)
+        view._short, view._columns = True, self._columns.with_stand_ins({"caption": "caption_short"})
+        return view
 
     def cls(self, row: Mapping[str, Any], flipped: bool = False) -> np.ndarray:
         """Return the DINOv3 class token, float32 (Wd,); ``flipped``: of the mirrored crop."""

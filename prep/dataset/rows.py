@@ -24,12 +24,18 @@ class Columns(dict[str, Callable[[int], Any]]):
     """What reads the values of each column, by name; ``names`` are all of them.
 
     Those that are not ``loaded`` are read by ``load`` when the first of them is asked for, so that long texts take
-    memory only where somebody wants them.
+    memory only where somebody wants them. ``stand_ins`` maps columns to others that are read in their place.
     """
 
-    def __init__(self, names: Sequence[str], loaded: dict[str, pa.ChunkedArray], load: Load | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        loaded: dict[str, pa.ChunkedArray],
+        load: Load | None = None,
+        stand_ins: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
-        self.names = dict.fromkeys(names)
+        self.names, self._stand_ins = dict.fromkeys(names), stand_ins or {}
         self.rows = len(next(iter(loaded.values()), ()))
         self._loaded, self._load, self._lock = loaded, load, RLock()
 
@@ -39,10 +45,15 @@ class Columns(dict[str, Callable[[int], Any]]):
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a whole column. Raises KeyError where there is none of this name."""
+        name = self._stand_ins.get(name, name)
         with self._lock:
             if self._load and name in self.names and name not in self._loaded:
                 self._loaded |= self._load([other for other in self.names if other not in self._loaded])
             return self._loaded[name]
+
+    def with_stand_ins(self, stand_ins: Mapping[str, str]) -> Columns:
+        """Return the same columns with others in the place of some."""
+        return Columns(self.names, self._loaded, self._load, stand_ins)
 
     def table(self) -> pa.Table:
         """Return them all."""

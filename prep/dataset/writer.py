@@ -36,7 +36,7 @@ class LayerWriter:
 
     def __init__(self, root: Path | str | Storage, unit: Unit, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
         self.storage, self.unit, self.recipe, self.facts = open_storage(root), unit, recipe, facts
-        self.batches: list[tuple[str, int]] = []
+        self.batches: list[tuple[Any, ...]] = []
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[Rejection] = []
         self._temporary = self.storage.draft(unit.tar)

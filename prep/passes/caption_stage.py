@@ -8,6 +8,7 @@ again. Rounds go on until nothing is open: the second one also asks again about 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from nanodit.console import say
 from nanodit.errors import DataError, NanoditError, ResourceError
 from nanodit.storage import open_storage
 from prep.captions.cache import CACHED_BY
-from prep.captions.quality import Accepted, Answer, Ask, Flaw, next_step, next_steps, normalised
-from prep.captions.sidecar import BadCaption, Caption, text_sample
+from prep.captions.prompts import Prompts
+from prep.captions.quality import Accepted, Answer, Ask, Flaw, caption_text, next_step, next_steps, normalised
+from prep.captions.sidecar import BadCaption, Caption, ShortCaption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.layout import Unit, fingerprint_of, read_part
 from prep.dataset.writer import LayerWriter
 from prep.passes.caption_worker import CaptionItem, rules_of
-from prep.passes.captions import read_prompt
+from prep.passes.captions import read_prompts
 from prep.passes.layers import ShardTask
 from prep.passes.sidecars import came_with_images
 from prep.passes.supervisor import ERRORS
@@ -32,8 +34,8 @@ ITEM = 16  # samples of an item at most
 ITEMS_PER_SLOT = 4  # at least, where there are few samples
 SHARDS = 1024  # that are open at a time: their answers are held in memory until the last one of a shard arrives
 MAX_DEATHS = 3  # rounds in a row that end early without a sample
-# recipe of the text units, prompt and items -> the events of ``CaptionWorker.caption`` for all of them
-AskAll = Callable[[PrepConfig, Mapping[str, Any], str, Sequence[CaptionItem]], Iterator[dict[str, Any]]]
+# recipe of the text units, prompts and items -> the events of ``CaptionWorker.caption`` for all of them
+AskAll = Callable[[PrepConfig, Mapping[str, Any], Prompts, Sequence[CaptionItem]], Iterator[dict[str, Any]]]
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Shard:
     keys: list[str]  # those that came without a caption
     came: dict[str, Caption | BadCaption]  # the others
     answers: dict[str, list[Answer]] = field(default_factory=dict)
+    shorts: dict[str, tuple[str, list[Answer]]] = field(default_factory=dict)  # a caption, and what came after it
     open: dict[str, dict[str, str]] = field(default_factory=dict)  # by key, as ``CaptionItem.taken``
     seconds: float = 0.0
 
@@ -77,6 +80,11 @@ def caption_units(
     stage = CaptionStage(config, slots, advance, ask_all)
     for start in range(0, len(tasks), SHARDS):
         yield from stage.run(tasks[start : start + SHARDS])
+    if stage.sentences:
+        say(
+            f"{stage.sentences.total()} short captions are the first sentence of the long one, because what the model "
+            f"answered is none ({', '.join(f'{count} {why}' for why, count in stage.sentences.most_common())})"
+        )
 
 
 class CaptionStage:
@@ -86,8 +94,9 @@ class CaptionStage:
         self, config: PrepConfig, slots: int, advance: Callable[[dict[str, Any]], None], ask_all: AskAll
     ) -> None:
         self.config, self.slots, self._advance, self._ask_all = config, slots, advance, ask_all
-        self.storage, self.prompt = open_storage(config.output), read_prompt(config.captions)
-        self.rules = rules_of(config, self.prompt)
+        self.storage, self.prompts = open_storage(config.output), read_prompts(config.captions)
+        self.rules, self.short_rules = rules_of(config, self.prompts)
+        self.sentences: Counter[str] = Counter()  # in place of short captions, by the flaw of these
         self.counts: dict[str, Any] = {"samples": 0, "captioned": 0, "cached": 0, "rejected": 0}
         self._hosts: dict[str, tuple[int, int]] = {}  # of each worker, those that are up, and all
 
@@ -108,7 +117,7 @@ class CaptionStage:
             self._hosts.clear()
             items, came = self._items(list(shards.values())), 0
             recipe = next(iter(shards.values())).recipe
-            with closing(self._ask_all(self.config, recipe, self.prompt, items)) as events:
+            with closing(self._ask_all(self.config, recipe, self.prompts, items)) as events:
                 for event in events:
                     if event["kind"] == "failed":
                         raise ERRORS.get(event["exit_code"], NanoditError)(event["error"])
@@ -175,6 +184,8 @@ class CaptionStage:
             self.counts["captioned" if event["asked"] else "cached"] += 1
             self.counts["rejected"] += isinstance(next_step(answers, self.rules), Flaw)
         shard.answers[key] = answers
+        if "short" in event:
+            shard.shorts[key] = event["short_of"], [Answer(**answer) for answer in event["short"]]
         shard.seconds += event["seconds"]
         shard.open.pop(key, None)
         if shard.open:
@@ -183,16 +194,34 @@ class CaptionStage:
         return not shard.open
 
     def _share(self, shard: Shard) -> None:
-        """Open those images again that have the caption of another one, as far as asking again may help."""
+        """Open those images again that have the caption of another one, as far as asking again may help.
+
+        So are those with an answer that is a caption of their own, where the short caption follows that of the other.
+        """
         captions = {}
         steps = next_steps(shard.answers, self.rules)
         for key, step in steps.items():
             if isinstance(step, Accepted):
                 captions[normalised(step.text)] = key
         for key, step in steps.items():
-            if isinstance(step, Ask):
-                own = {normalised(answer.text) for answer in shard.answers[key]}
+            if isinstance(step, Ask) or (isinstance(step, Accepted) and not self._has_short(shard, key, step)):
+                own = {normalised(caption_text(answer)) for answer in shard.answers[key]}
                 shard.open[key] = {text: other for text, other in captions.items() if text in own and other < key}
+
+    def _has_short(self, shard: Shard, key: str, step: Accepted) -> bool:
+        return not self.prompts.short or shard.shorts.get(key, ("",))[0] == step.text
+
+    def _short(self, shard: Shard, key: str) -> ShortCaption | None:
+        """Return the short caption of an image whose long one a model wrote."""
+        if not self.prompts.short:
+            return None
+        step = next_step(shard.shorts[key][1], self.short_rules)
+        if isinstance(step, Accepted):
+            options = {**shard.recipe["options"], **step.options}
+            return ShortCaption(step.text, {"prompt": shard.recipe["short_prompt"], "options": options})
+        assert isinstance(step, Flaw)
+        self.sentences[step.reason] += 1
+        return ShortCaption("", {"from": "sentence", "reason": step.reason})
 
     def _commit(self, shard: Shard) -> list[dict[str, Any]]:
         """Write the text unit, as ``LayerWorker.text`` does for sidecars."""
@@ -209,7 +238,7 @@ class CaptionStage:
                 if isinstance(step, Accepted):
                     provenance = {name: shard.recipe[name] for name in CACHED_BY}
                     provenance["options"] = {**provenance["options"], **step.options}
-                    caption = Caption(step.text, provenance)
+                    caption = Caption(step.text, provenance, self._short(shard, key))
                 members, columns = text_sample(caption, shard.recipe)
                 writer.add(key, members, **columns)
             writer.commit()

@@ -17,15 +17,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from nanodit.errors import DataError, NanoditError, resource_error
 from nanodit.storage import open_storage
-from prep.captions.cache import CACHED_BY, CaptionCache
+from prep.captions.cache import CACHED_BY, CaptionCache, short_cache
 from prep.captions.config import CaptionHost
 from prep.captions.hosts import HostPool
 from prep.captions.own_server import OwnServer, find_model
-from prep.captions.quality import UNANSWERED, Ask, CaptionRules, next_step
+from prep.captions.prompts import Prompts
+from prep.captions.quality import UNANSWERED, Accepted, Answer, Ask, CaptionRules, Flaw, Turn, next_step
 from prep.config import PrepConfig
 from prep.dataset.layout import Part, Unit, members_of, read_part, read_range
 from prep.passes.captions import picture_bytes, question
@@ -61,15 +63,16 @@ class CaptionItem:
 class CaptionWorker:
     """Captions items; several at a time may be at work, each in a thread of its caller.
 
-    ``recipe`` is that of the text units, ``prompt`` the text of the question, ``name`` tells this worker from others.
+    ``recipe`` is that of the text units, ``prompts`` are the texts of the questions, ``name`` tells this worker from
+    others.
     """
 
-    def __init__(self, config: PrepConfig, recipe: Mapping[str, Any], prompt: str, name: str = "") -> None:
+    def __init__(self, config: PrepConfig, recipe: Mapping[str, Any], prompts: Prompts, name: str = "") -> None:
         captions = config.captions
-        self.config, self.recipe, self.prompt, self.name = config, recipe, prompt, name
+        self.config, self.recipe, self.prompts, self.name = config, recipe, prompts, name
         self.storage = open_storage(config.output)
         self.cache = CaptionCache(self.storage, {key: recipe[key] for key in CACHED_BY})
-        self.rules = rules_of(config, prompt)
+        self.rules, self.short_rules = rules_of(config, prompts)
         self._server = OwnServer(captions.slots) if captions.own_servers else None
         self._hosts: HostPool | None = None
         self._endings: list[asyncio.Future[None]] = []  # what ends only by an error, which is that of all items
@@ -86,7 +89,8 @@ class CaptionWorker:
         """Caption the samples of an item; yields what happens, as plain values.
 
         ``kind`` is "sample" (``key``, its ``answers``, how many were ``asked`` for now, and the ``seconds`` that
-        servers spent), "say" (a ``line`` for the user), and at last "done", "failed" (``error``, ``exit_code``) or
+        servers spent; with short captions also ``short_of``, the caption that they follow, and the ``short`` answers),
+        "say" (a ``line`` for the user), and at last "done", "failed" (``error``, ``exit_code``) or
         "defect" (``trace``). Each has the ``worker``, and how many of its servers are ``up``, ``of`` how many.
         """
         events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -187,18 +191,36 @@ class CaptionWorker:
         self, hosts: HostPool, item: CaptionItem, key: str, events: queue.SimpleQueue[dict[str, Any] | None]
     ) -> None:
         """Get the answers about one image until there is a caption, or the reason why there is none."""
-        answers, asked, seconds = await self._offload(self.cache.read, key), 0, 0.0
-        while isinstance(step := next_step(answers, self.rules, item.taken.get(key)), Ask):
+        told: dict[str, Any] = {"kind": "sample", "bucket": item.bucket, "shard": item.shard, "key": key}
+        told |= {"asked": 0, "seconds": 0.0}
+        judge = partial(next_step, rules=self.rules, taken=item.taken.get(key))
+        answers = await self._converse(hosts, item, told, self.cache, judge, self.prompts.long)
+        told["answers"] = [asdict(answer) for answer in answers]
+        if self.prompts.short and isinstance(step := judge(answers), Accepted):
+            cache = short_cache(self.cache, self.recipe["short_prompt"], step.text)
+            judge, before = partial(next_step, rules=self.short_rules), Turn(self.prompts.long, step.text)
+            answers = await self._converse(hosts, item, told, cache, judge, self.prompts.short, before)
+            told |= {"short_of": step.text, "short": [asdict(answer) for answer in answers]}
+        events.put(told)
+
+    async def _converse(
+        self, hosts: HostPool, item: CaptionItem, told: dict[str, Any], cache: CaptionCache,
+        judge: Callable[[list[Answer]], Accepted | Flaw | Ask], prompt: str, before: Turn | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """Return the answers to a question, those that are in the cache and then as many as have to be asked for."""
+        key = told["key"]
+        answers = await self._offload(cache.read, key)
+        while isinstance(step := judge(answers), Ask):
             jpeg = await self._offload(self._jpeg, item, key)
             options = {name: value for name, value in step.options.items() if name != "image_side"}
-            answer, spent = await hosts.ask(jpeg, self.prompt, options)
+            answer, spent = await hosts.ask(jpeg, prompt, options, before)
             answers.append(answer)
-            asked, seconds = asked + 1, seconds + spent
+            told["asked"] += 1
+            told["seconds"] += spent
             if answer.end not in UNANSWERED:
                 # not to be broken off between the answer and the cache
-                await asyncio.shield(self._offload(self.cache.write, key, list(answers)))
-        told = {"key": key, "answers": [asdict(answer) for answer in answers], "asked": asked, "seconds": seconds}
-        events.put({"kind": "sample", "bucket": item.bucket, "shard": item.shard} | told)
+                await asyncio.shield(self._offload(cache.write, key, list(answers)))
+        return answers
 
     def _jpeg(self, item: CaptionItem, key: str) -> bytes:
         """Return the crop of one image as it is sent."""
@@ -227,10 +249,14 @@ class CaptionWorker:
         return await self._loop.run_in_executor(self._pool, function, *arguments)
 
 
-def rules_of(config: PrepConfig, prompt: str) -> CaptionRules:
-    """Return which answers are captions, and what is asked."""
+def rules_of(config: PrepConfig, prompts: Prompts) -> tuple[CaptionRules, CaptionRules]:
+    """Return which answers are captions, and what is asked; then the same of short captions."""
     captions = config.captions
-    return CaptionRules(captions.min_words, captions.max_words, question(captions), captions.reask_temperature, prompt)
+    asked = question(captions), captions.reask_temperature
+    return (
+        CaptionRules(captions.min_words, captions.max_words, *asked, prompts.long),
+        CaptionRules(captions.short_min_words, captions.short_max_words, *asked, prompts.short, short=True),
+    )
 
 
 def _first(error: BaseException) -> BaseException:

@@ -19,7 +19,7 @@ from prep.captions import quality
 from prep.captions.base import UNKNOWN
 from prep.captions.config import CaptionConfig
 from prep.captions.hosts import agreed_digest, list_faults, unload_models
-from prep.captions.prompts import PEOPLE, SHIPPED, prompt_text
+from prep.captions.prompts import PEOPLE, SHIPPED, Prompts, prompt_text, short_prompt_text
 from prep.captions.servers import SERVERS
 from prep.config import PrepConfig
 from prep.dataset.codecs import decode_pixels
@@ -35,8 +35,8 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
     """Everything that generated captions are made from, besides the images.
 
     ``backend``, ``model``, ``digest`` (asked from the hosts unless the config pins it), ``prompt`` (SHA-256 of its
-    text), ``options`` (of the questions) and ``checks``. Raises ConfigError when a host lacks the model or two differ,
-    ResourceError when no host answers, or none is there before the run.
+    text), ``options`` (of the questions) and ``checks``; with short captions also ``short_prompt``. Raises ConfigError
+    when a host lacks the model or two differ, ResourceError when no host answers, or none is there before the run.
     """
     captions = config.captions
     if captions.own_servers and not captions.digest:
@@ -44,7 +44,7 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
     digest = captions.digest or asyncio.run(agreed_digest(captions))
     if digest == UNKNOWN:
         say(f"warning: the caption hosts do not say which weights {captions.model} has; recorded as unknown")
-    return {
+    recipe = {
         "backend": captions.backend,
         "model": captions.model,
         "digest": digest,
@@ -57,6 +57,13 @@ def caption_recipe(config: PrepConfig) -> dict[str, Any]:
             "reask_temperature": captions.reask_temperature,
         },
     }
+    if captions.short:
+        recipe["short_prompt"] = sha256_bytes(short_prompt_text(captions.short_prompt).encode())
+        recipe["checks"] |= {
+            "short_min_words": captions.short_min_words,
+            "short_max_words": captions.short_max_words,
+        }
+    return recipe
 
 
 def question(captions: CaptionConfig) -> dict[str, Any]:
@@ -64,6 +71,11 @@ def question(captions: CaptionConfig) -> dict[str, Any]:
     options = captions.options.asked() | {"image_side": captions.image_side}
     ignored = SERVERS[captions.backend].ignored_options
     return {name: value for name, value in options.items() if name not in ignored}
+
+
+def read_prompts(captions: CaptionConfig) -> Prompts:
+    """Return the texts of all questions; errors as :func:`read_prompt`."""
+    return Prompts(read_prompt(captions), short_prompt_text(captions.short_prompt) if captions.short else "")
 
 
 def read_prompt(captions: CaptionConfig) -> str:

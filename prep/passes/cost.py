@@ -21,7 +21,7 @@ from nanodit.storage import Storage, open_storage
 from prep.captions.cache import CACHED_BY, FOLDER, CaptionCache
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
-from prep.dataset.layers import FULL_SIDE, LAYERS
+from prep.dataset.layers import FULL_SIDE, LAYERS, SHORT_SHARE, SHORT_TOKENS, T5_TOKENS
 from prep.dataset.layout import Unit
 from prep.dataset.versions import DATASET, REQUESTS
 from prep.passes.placement import Pass
@@ -30,6 +30,8 @@ from prep.passes.plan import Plan
 DEMO_RATE = 20.0
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "captions": "caption slot"}
 TAR = re.compile(r"bucket_(\d+x\d+)/shard-(\d+)\.\w+\.tar")
+# what differs between the recipes of two text units that have the same long captions
+SHORT_CHANGES = ("short", "short_prompt", "checks.short_min_words", "checks.short_max_words")
 BLOCK = 512  # of a tar: a header for every member, and its data rounded up
 
 
@@ -66,8 +68,13 @@ def estimate(plan: Plan, passes: Sequence[Pass], storage: Storage | str | Path) 
             workers = min(step.actors, len(units))
             if step.device == "captions":  # images, not shards, are handed out
                 asked -= sum(len(plan.recipes[unit].get("captions", ())) for unit in units)
-                asked -= (cached := cached_captions(plan, storage, units))
+                short = short_share(plan.config, layer)
+                cached = cached_captions(plan, storage, units)
+                asked -= cached / (1 + short)  # of a cached long caption the short one may be asked for all the same
                 workers, why = step.actors, f"{why}; {cached} captions are cached" if cached else why
+            elif layer == "t5":  # the features of the long captions are taken from the unit
+                short = short_share(plan.config, layer)
+                asked -= sum(counts[unit] for unit in units if only_short_is_new(plan, unit)) / (1 + short)
             known = {"seconds"} if (layer, step.device) in rates else set()
             known |= {"gb"} if layer in sizes else set()
             written = sum(
@@ -201,6 +208,8 @@ def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
     record = LAYERS[layer]
     rate = record.rates[step.device]
     rate /= record.work(config) * _views(config, layer)
+    if step.device == "captions" or record.encoder:
+        rate /= 1 + short_share(config, layer)
     if not record.encoder:
         return rate
     if config.encoders == "demo":
@@ -214,6 +223,18 @@ def estimated_rate(config: PrepConfig, layer: str, step: Pass) -> float:
 def _views(config: PrepConfig, layer: str) -> int:
     """How many samples one is to an encoder: the mirrored crop is another."""
     return 2 if config.flips and LAYERS[layer].encoder and LAYERS[layer].flip else 1
+
+
+def short_share(config: PrepConfig, layer: str) -> float:
+    """Return how much of a long caption's work a short one is, to a caption server or to T5; 0 where there is none."""
+    return {"text": SHORT_SHARE, "t5": SHORT_TOKENS / T5_TOKENS}.get(layer, 0.0) if config.captions.short else 0.0
+
+
+def only_short_is_new(plan: Plan, unit: Unit) -> bool:
+    """Tell whether the T5 features of a unit are computed for nothing but short captions that were not there before."""
+    text = plan.missing.get(Unit(unit.bucket, unit.shard, "text"), "")
+    changed = {name for why in (text, plan.missing[unit]) for name in why.removeprefix("changed: ").split(", ")}
+    return "short" in changed and changed <= {"text layer", *SHORT_CHANGES}
 
 
 def sample_bytes(config: PrepConfig, layer: str, bucket: str) -> float:

@@ -27,7 +27,7 @@ from nanodit.storage import open_storage
 from prep.captions.sidecar import BadCaption, text_sample
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, crop_to_bucket
-from prep.dataset.codecs import encode_pixels, npy_bytes
+from prep.dataset.codecs import encode_pixels
 from prep.dataset.layout import Part, Unit, fingerprint_of, members_of, read_members, read_part
 from prep.dataset.writer import LayerWriter
 from prep.encoders.registry import build_encoder, encoder_of
@@ -37,6 +37,7 @@ from prep.images.sources import BadImage, Source, load_canonical
 from prep.passes.crops import Batch, CropCache, Sample, decode_batch, encode_beside
 from prep.passes.reuse import CommittedBatches, inputs_hash
 from prep.passes.sidecars import came_with_images
+from prep.passes.text_features import LONG, caption_features, short_features
 
 
 @dataclass(frozen=True)
@@ -189,41 +190,31 @@ class LayerWorker:
                 writer.add(key, members, **columns)
 
     def t5(self, job: Job) -> None:
-        """Captions -> T5 features of the valid tokens; with flips those of the flipped captions that are others.
+        """Captions -> T5 features of the valid tokens, of each text once: flipped and short captions may be no others.
 
-        Batches whose captions are those of the committed unit are taken from it.
+        Batches whose captions are those of the committed unit are taken from it, and so are, where nothing but short
+        captions is new, the features of the long ones.
         """
-        encoder, flips = self._encoder(job), "flip" in job.recipe
+        encoder, flips, short = self._encoder(job), "flip" in job.recipe, "short" in job.recipe
         table = self._upstream(job).table
-        rows = zip(*(table[name].to_pylist() for name in ("key", "caption", "caption_flip" if flips else "caption")))
+        names = ["key", "caption", "caption_flip" if flips else "caption"]
+        names += ["caption_short", "caption_short_flip" if flips else "caption_short"] * short
+        rows = zip(*(table[name].to_pylist() for name in names))
         with self._writing(job, self._facts(job)) as writer:
             committed = None if job.only else CommittedBatches(self.root, job.unit, job.recipe)
             for batch in batched(self._wanted(job, writer, rows, itemgetter(0)), self.config.t5.batch_size):
-                writer.batches.append((inputs_hash(batch), len(batch)))
-                samples = committed and committed.get(writer.batches[-1][0])
-                if not samples:
+                long = [row[:LONG] for row in batch]
+                digests = [inputs_hash(long), *([inputs_hash(batch)] if short else [])]
+                writer.batches.append((digests[0], len(batch), *digests[1:]))
+                found = [committed and committed.get(digest, kind) for kind, digest in enumerate(digests)]
+                if not all(found):
                     self.watch([key for key, *_ in batch])
-                    samples = self._t5_batch(encoder, batch, flips)
-                for key, members, columns in samples:
+                made = [found[0] or caption_features(encoder, long, flips)]
+                made += [found[1] or short_features(encoder, batch, flips)] if short else []
+                for (key, *_), (members, columns), *more in zip(batch, *made, strict=True):
+                    for other_members, other_columns in more:
+                        members, columns = members | other_members, columns | other_columns
                     writer.add(key, members, **columns)
-
-    def _t5_batch(
-        self, encoder: Any, batch: Sequence[tuple[str, str, str | None]], flips: bool
-    ) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
-        """Yield key, members and columns of each (key, caption, flipped caption)."""
-        keys, captions, flipped = zip(*batch)
-        encoded = encoder.encode(captions)
-        # a batch of their own: what is stored of the captions themselves does not depend on `flips`
-        others = [other for caption, other in zip(captions, flipped) if other not in (None, caption)]
-        mirrored = dict(zip(others, encoder.encode(others))) if others else {}
-        for key, tokens, other in zip(keys, encoded, flipped):
-            members = {"t5.npy": npy_bytes(tokens.embedding)}
-            columns = {"t5_tokens": len(tokens.embedding), "t5_truncated": tokens.truncated}
-            if flips:
-                embedding = mirrored[other].embedding if other in mirrored else tokens.embedding[:0]
-                members["t5_flip.npy"] = npy_bytes(embedding)
-                columns["t5_flip_tokens"] = len(embedding)
-            yield key, members, columns
 
     def encode_crops(self, job: Job) -> None:
         """Crops -> what the layer's encoder makes of them."""

@@ -387,8 +387,7 @@ def make_recipes(
                 recipe["upstream"] = fingerprint_of(recipes[Unit(bucket, shard, config.upstream(layer))])
             if layer == "text":
                 recipe |= text_recipe(keys, captions, generated)
-            if config.flips and (flip := LAYERS[layer].flip):  # without flips recipes do not name them, as always
-                recipe["flip"] = flip.code
+            recipe |= LAYERS[layer].switches(config.flips, config.captions.short)
             if layer in encoders:
                 recipe["encoder"] = encoders[layer]
             recipes[Unit(bucket, shard, layer)] = recipe

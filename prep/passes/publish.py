@@ -368,7 +368,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
         recipe = {
             name: value
             for name, value in parts[units[0]].recipe.items()
-            if name in ("code", "format", "flip", "encoder", "backend")
+            if name in ("code", "format", "flip", "short", "encoder", "backend")
         }
         described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
         if "encoder" in recipe:

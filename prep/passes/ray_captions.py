@@ -22,6 +22,7 @@ from nanodit.console import waiting
 from nanodit.errors import ResourceError
 from prep.captions.base import ENVIRONMENT
 from prep.captions.own_server import digest_here, has_program
+from prep.captions.prompts import Prompts
 from prep.config import PrepConfig
 from prep.passes.caption_placement import Seat, caption_seats
 from prep.passes.caption_stage import ITEM
@@ -77,7 +78,7 @@ def digest_on_a_node(config: PrepConfig) -> str:
 
 
 def ask_all(
-    config: PrepConfig, recipe: Mapping[str, Any], prompt: str, items: Sequence[CaptionItem]
+    config: PrepConfig, recipe: Mapping[str, Any], prompts: Prompts, items: Sequence[CaptionItem]
 ) -> Iterator[dict[str, Any]]:
     """Let actors on all seats that there are now caption items; yields their events until no more come.
 
@@ -94,7 +95,7 @@ def ask_all(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # max_restarts has no named parameter yet
         results = rows.map_batches(
-            actor_class(config, recipe, prompt),
+            actor_class(config, recipe, prompts),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=len(seats), max_size=max(len(seats), min(most, len(items))),
@@ -122,8 +123,8 @@ def end_with_raylet(raylet: int) -> None:
     os._exit(1)
 
 
-def actor_class(config: PrepConfig, recipe: Mapping[str, Any], prompt: str) -> type:
-    """Return the class that Ray Data runs in its actors; config, recipe and prompt travel with it.
+def actor_class(config: PrepConfig, recipe: Mapping[str, Any], prompts: Prompts) -> type:
+    """Return the class that Ray Data runs in its actors; config, recipe and prompts travel with it.
 
     With the servers of the config also their addresses, and what the driver's environment says of keys and proxies.
     """
@@ -142,7 +143,7 @@ def actor_class(config: PrepConfig, recipe: Mapping[str, Any], prompt: str) -> t
             cards = context.get_accelerator_ids().get("GPU", [])
             if captions.own_servers and not cards:
                 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # cards that Ray was not told of are somebody else's
-            self.worker = CaptionWorker(config, recipe, prompt, "-".join([context.get_node_id(), *cards]))
+            self.worker = CaptionWorker(config, recipe, prompts, "-".join([context.get_node_id(), *cards]))
 
         def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
             for event in self.worker.caption(CaptionItem.from_json(str(batch["item"][0]))):

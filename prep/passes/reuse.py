@@ -29,31 +29,38 @@ class CommittedBatches:
 
     def __init__(self, storage: Storage, unit: Unit, recipe: dict[str, Any]) -> None:
         self._storage, self._unit, self._recipe = storage, unit, recipe
-        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
         part = read_part(storage, unit)
         if part is None or any(part.recipe.get(name) != recipe.get(name) for name in SAME):
             return
+        kinds = 1 + (part.recipe.get("short") == recipe.get("short"))
         start, rows = 0, part.table.to_pylist()
-        for digest, count in part.batches:
-            self._rows[digest] = rows[start : start + count]
+        for digest, count, *others in part.batches:
+            for kind, one in enumerate([digest, *others][:kinds]):
+                self._rows[one, kind] = rows[start : start + count]
             start += count
 
-    def get(self, digest: str) -> list[tuple[str, dict[str, bytes], dict[str, Any]]] | None:
-        """Return key, members and index columns of each sample of a batch; None where it has to be computed.
+    def get(self, digest: str, kind: int = 0) -> list[tuple[dict[str, bytes], dict[str, Any]]] | None:
+        """Return members and index columns of each sample of a batch; None where it has to be computed.
 
-        Members are checked by their hashes: those of a damaged tar are computed.
+        ``kind`` 0 is what there is without short captions, 1 what these add. Members are checked by their hashes: those
+        of a damaged tar are computed.
         """
         try:
-            return list(self._read(self._rows[digest])) if digest in self._rows else None
+            return list(self._read(self._rows[digest, kind], kind)) if (digest, kind) in self._rows else None
         except DataError:
             return None
 
-    def _read(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    def _read(self, rows: Sequence[dict[str, Any]], kind: int) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
         layer = self._unit.layer
-        described = LAYERS[layer].columns_of(self._recipe)
+        long = {name: value for name, value in self._recipe.items() if name != "short"}
+        names, columns = members_of(layer, long), LAYERS[layer].columns_of(long)
+        if kind:
+            names = [name for name in members_of(layer, self._recipe) if name not in names]
+            columns = [name for name in LAYERS[layer].columns_of(self._recipe) if name not in columns]
         for row in rows:
             members = {}
-            for member in members_of(layer, self._recipe):
+            for member in names:
                 place = [row[f"{layer}/{member}/{name}"] for name in ("offset", "length", "sha256")]
                 members[member] = read_range(self._storage, self._unit, row["key"], member, *place)
-            yield row["key"], members, {name: row[name] for name in described}
+            yield members, {name: row[name] for name in columns}

@@ -217,7 +217,15 @@ def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
         ),
         "repeated": repeated_captions(table, thumbnails),
         "tokens": None,
+        "short": None,
     }
+    if "caption_short" in table.column_names:
+        short = pc.count_substring_regex(table["caption_short"], r"\S+").to_numpy()
+        view["short"] = {
+            "median": int(np.median(short)),
+            "most": int(short.max()),
+            "same": pc.sum(pc.equal(table["caption_short"], texts)).as_py(),
+        }
     if "t5" in dataset.layers:
         tokens, cut = numbers(table, "t5_tokens"), table["t5_truncated"].to_numpy(zero_copy_only=False).astype(bool)
         limit = dataset.info["layers"]["t5"].get("max_tokens")
@@ -236,6 +244,7 @@ def captions(dataset: Dataset, thumbnails: SampleThumbnails) -> View | None:
 def _with_pictures(rows: Sequence[Row], thumbnails: SampleThumbnails, limit: int, words: Sequence[int]) -> list[View]:
     return [
         {"source": row["source"], "caption": shorten(row["caption"], limit), "data": data, "words": int(count)}
+        | {"short": shorten(row["caption_short"], limit) if "caption_short" in row else None}
         for row, data, count in zip(rows, thumbnails.make(rows), words)
     ]
 

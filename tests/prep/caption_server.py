@@ -14,6 +14,8 @@ the caption request (from 1), for every request from some number on, or by the S
     thought       reasoning that is not opened            chatty     "Is there anything else you need?"
     filtered      withheld by the server's filter (OpenAI)
 
+A question that follows in a conversation is answered with one sentence of its own; ``short_fault`` is that of all such.
+
 ``python tests/prep/caption_server.py --port 0`` runs one as a process and prints its URL; ``--log FILE`` gets one JSON
 object per request. Formats: docs/api.md and server/routes.go of ollama/ollama; OpenAI's API reference.
 """
@@ -102,6 +104,7 @@ class CaptionServer:
         self.faults: dict[int, str] = {}
         self.poison: dict[str, str] = {}
         self.always: tuple[int, str] | None = None  # from the Nth request on
+        self.short_fault: str | None = None
         self.redirect_to = ""
         self.loaded = self.stubborn = False
         self.as_process = False
@@ -164,10 +167,10 @@ class CaptionServer:
                 with open(self._log_file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
 
-    def answer(self, picture: bytes, fault: str | None, options: dict[str, Any]) -> tuple[str, str]:
-        """The text about a picture and why it ended."""
+    def answer(self, picture: bytes, fault: str | None, options: dict[str, Any], after: str = "") -> tuple[str, str]:
+        """The text about a picture, or about what was said before, and why it ended."""
         seed = options.get("seed", 0) if options.get("temperature") else 0
-        text = caption(picture, seed, self.words)
+        text = caption(picture + after.encode(), seed, 1 if after else self.words)
         if fault == "truncated":
             return text[: len(text) // 2], "length"
         if fault == "preamble":
@@ -225,20 +228,23 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(self._entry(), 200, answer | {"done_reason": "unload"})
         if not openai and self.path != "/api/chat":
             return self._send(self._entry(), 404, {"error": "404 page not found"})
+        first, *others = body["messages"]
+        assert [turn["role"] for turn in others] in ([], ["assistant", "user"])
         if openai:
-            parts = body["messages"][-1]["content"]
-            prompt = next(part["text"] for part in parts if part["type"] == "text")
+            parts = first["content"]
+            asked = next(part["text"] for part in parts if part["type"] == "text")
             url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
             picture = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"), validate=True)
             body["think"] = None
             options = {"num_predict": body["max_tokens"], "seed": body["seed"], "temperature": body["temperature"]}
         else:
-            message = body["messages"][-1]
-            prompt, options = message["content"], body.get("options", {})
-            picture = base64.b64decode(message["images"][0], validate=True)
+            asked, options = first["content"], body.get("options", {})
+            picture = base64.b64decode(first["images"][0], validate=True)
+        prompt, *before = [turn["content"] for turn in others[::-1]] + [asked]
         image = hashlib.sha256(picture).hexdigest()
-        fault = server.next_fault(image)
+        fault = server.next_fault(image) or (server.short_fault if before else None)
         entry = self._entry(image=image, options=options, model=body["model"], prompt=prompt, fault=fault)
+        entry["before"] = before[::-1]  # the question and the answer before
         entry["think"] = body.get("think")
         if body["model"] != server.model:
             return self._send(entry, 404, {"error": f"model '{body['model']}' not found"})
@@ -261,7 +267,8 @@ class Handler(BaseHTTPRequestHandler):
             server.loaded = True
             if server.seconds:
                 time.sleep(server.seconds)
-            text, end = server.answer(picture, fault, options)
+            text, end = server.answer(picture, fault, options, before[0] if before else "")
+        entry["answer"] = text
         self._send(entry, 200, self._completion(openai, text, end, fault))
         return None
 

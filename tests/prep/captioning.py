@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from nanodit.files import sha256_bytes
+from prep.captions.prompts import Prompts
 from prep.config import PrepConfig
 from prep.dataset.codecs import encode_pixels
+from prep.dataset.layers import LAYERS
 from prep.dataset.layout import Part, Unit, members_of, read_part
 from prep.dataset.writer import LayerWriter
 from prep.images.sources import Source
@@ -67,16 +69,17 @@ def with_recipes(config: PrepConfig, tasks: list[ShardTask]) -> list[ShardTask]:
     found = []
     for task in tasks:
         upstream = read_part(config.output, Unit(task.bucket, task.shard, "px"))
-        recipes = {"text": {"layer": "text", "code": 1, "upstream": upstream.fingerprint, **recipe}}
+        switches = LAYERS["text"].switches(config.flips, config.captions.short)
+        recipes = {"text": {"layer": "text", "code": 1, "upstream": upstream.fingerprint, **recipe, **switches}}
         found.append(ShardTask(task.bucket, task.shard, task.sources, recipes))
     return found
 
 
 def ask_here(
-    config: PrepConfig, recipe: Mapping[str, Any], prompt: str, items: Sequence[CaptionItem]
+    config: PrepConfig, recipe: Mapping[str, Any], prompts: Prompts, items: Sequence[CaptionItem]
 ) -> Iterator[dict[str, Any]]:
     """What the actors of ``prep/passes/ray_captions.py`` do, by one worker in this process."""
-    worker, events = CaptionWorker(config, recipe, prompt), queue.SimpleQueue()
+    worker, events = CaptionWorker(config, recipe, prompts), queue.SimpleQueue()
 
     def caption(item: CaptionItem) -> None:
         for event in worker.caption(item):

@@ -53,7 +53,7 @@ EFFECTS: dict[str, Any] = {
     "train.phases": "[{until_step: 2, scale: 0.5}]", "train.lr": 1e-3,
     "train.lr_min": 1e-3, "train.warmup": 2, "train.grad_clip": 1e-3, "train.ema_decay": 0.5, "train.ema_warmup": 2,
     "train.precision": "bf16", "train.schedule": "wsd", "train.decay_share": 0.9,
-    "data.flip": 0.5, "data.noise": "device",
+    "data.flip": 0.5, "data.short_captions": 0.5, "data.noise": "device",
     "ema.snapshots": 0, "ema.sigma_rel": "[0.1, 0.2]",
 }  # fmt: skip
 # sections that are off by default: what switches them on

@@ -25,13 +25,16 @@ def write_dataset(
     layers: tuple[str, ...] = tuple(LAYERS),
     text_of_one: float | None = None,
     flips: bool = True,
+    short: bool = True,
 ) -> Path:
-    """Write a dataset of random colours and features, with other ones of the mirrored images where ``flips``.
+    """Write a dataset of random colours and features, with other ones of the mirrored images where ``flips``,
+    and short captions where ``short``.
 
     ``seed`` changes every sample; ``text_of_one`` (NaN, say) replaces the text features of one training sample. Of four
     samples one has a caption that cannot be flipped, and one a caption that is its own mirror image.
     """
     overrides = ["source=.", f"output={root}", f"base={BASE}", "encoders=demo", "dino.input_scale=2", f"flips={flips}"]
+    overrides += [f"captions.short={short}"]
     described = {
         "t5": {"width": TEXT_WIDTH, "max_tokens": 512, "encoder": TEXT_ENCODER}, "dino": {"width": DINO_WIDTH},
     }  # fmt: skip

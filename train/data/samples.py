@@ -81,15 +81,18 @@ class TrainingSet:
         """Do what :func:`load_conditions` does, and keep what was read in memory."""
         return collate(**self.features(rows, flips), count=len(rows))
 
-    def features(self, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> dict[str, list[Stored]]:
+    def features(
+        self, rows: Sequence[Row], flips: Sequence[bool] | None = None, shorts: Sequence[bool] | None = None
+    ) -> dict[str, list[Stored]]:
         """Do what :func:`load_features` does, and keep what was read in memory."""
-        return load_features(self._dataset, rows, flips, self._features)
+        return load_features(self._dataset, rows, flips, shorts, self._features)
 
-    def _features(self, modality: Modality, dataset: Any, row: Row, flipped: bool) -> Stored:
+    def _features(self, modality: Modality, dataset: Any, row: Row, flipped: bool, short: bool) -> Stored:
         if flipped and modality.mirror:  # made of what is in memory
-            return modality.mirror(self._features(modality, dataset, row, False))
-        name = f"{modality.name} flipped" if flipped else modality.name
-        return self._cached(name, modality.layer, row, lambda: modality.read(dataset, row, flipped))
+            return modality.mirror(self._features(modality, dataset, row, False, short))
+        short = short and modality.read_short is not None
+        name = " ".join([modality.name, *["short"] * short, *["flipped"] * flipped])
+        return self._cached(name, modality.layer, row, lambda: modality.load(dataset, row, flipped, short))
 
     def _cached(self, name: str, layer: str, row: Row, read: Callable[[], Stored]) -> Stored:
         place = row["key"], name
@@ -171,19 +174,23 @@ def check_patch_size(buckets: Iterable[str], patch_size: int) -> None:
         )
 
 
-def load_conditions(dataset: Any, rows: Sequence[Row], flips: Sequence[bool] | None = None) -> Conditions:
+def load_conditions(
+    dataset: Any, rows: Sequence[Row], flips: Sequence[bool] | None = None, shorts: Sequence[bool] | None = None
+) -> Conditions:
     """Read the stored features of some rows of one bucket (a :class:`prep.dataset.reader.Dataset`), everything kept.
 
-    ``flips`` says of which images the conditions of the mirror image are wanted, all of them; None: of none.
+    ``flips`` says of which images the conditions of the mirror image are wanted, all of them, and ``shorts`` of which
+    those of the short caption; None: of none.
     """
-    return collate(**load_features(dataset, rows, flips), count=len(rows))
+    return collate(**load_features(dataset, rows, flips, shorts), count=len(rows))
 
 
 def load_features(
     dataset: Any,
     rows: Sequence[Row],
     flips: Sequence[bool] | None = None,
-    read: Callable[[Modality, Any, Row, bool], Stored] = Modality.load,
+    shorts: Sequence[bool] | None = None,
+    read: Callable[[Modality, Any, Row, bool, bool], Stored] = Modality.load,
 ) -> dict[str, list[Stored]]:
     """Read the features of each image, by modality, as they are stored; arguments as for :func:`load_conditions`.
 
@@ -192,7 +199,8 @@ def load_features(
     stored = [MODALITIES[name] for name in present(dataset.info["layers"])]
     features: dict[str, list[Stored]] = {one.name: [] for one in stored}
     at_once = dataset.together()
-    for row, flip in zip(rows, flips or [False] * len(rows)):  # sample by sample: one read for each layer
+    none = [False] * len(rows)
+    for row, flip, short in zip(rows, flips or none, shorts or none):  # sample by sample: one read for each layer
         for one in stored:
-            features[one.name].append(read(one, at_once, row, flip))
+            features[one.name].append(read(one, at_once, row, flip, short))
     return features

@@ -201,6 +201,7 @@ def _training(model: NanoDiT, config: TrainConfig, described: Mapping[str, Any])
         ("images per step", str(train.batch_size * train.grad_accumulation_steps)),
         ("optimiser", f"{config.optimizer.type}, learning rate {train.lr:g} to {train.lr_min:g}, {train.schedule}"),
         ("prediction", f"{flow.prediction}, times logit-normal({flow.logit_mean:g}, {flow.logit_std:g})"),
+        *([("short captions", f"{short:.0%} of the captions")] if (short := config.data.short_captions) else []),
         ("beside the velocity loss", ", ".join(extras) or "nothing"),
         ("nanodit", described["source"]["nanodit"]),
         ("SHA-256 of the checkpoint's weights", f"`{described['source']['weights_sha256']}`"),

@@ -25,6 +25,7 @@ from train.data.flip import draw_flip
 from train.data.noise import Kind, noise_key, normal
 from train.data.order import Order
 from train.data.samples import Row, TrainingSet, to_float
+from train.data.short import draw_short
 from train.method.dropout import deal
 from train.method.flow import timesteps
 from train.method.loss import Drawn, Later, Loss
@@ -55,9 +56,10 @@ class MicroBatch:
     """Everything that one micro-step needs: pixels and noise (B, 3, H, W), t (B,), and conditions after dropout.
 
     ``keep_ids`` (B, k) are the tokens that routed blocks see, None where all blocks see all; ``flipped`` counts the
-    images that are mirrored, with all their conditions. Until it is :meth:`unpacked`, pixels are uint8 (B, H, W, 3) and
-    ``mirror`` (B,) says whose are still to be mirrored, conditions are as they are stored, noise that the device draws
-    is its keys, int64 (B, 2), and tensors may lie in a ``buffer`` that the next micro-batch takes over.
+    images that are mirrored, with all their conditions, ``short`` those with their short caption. Until it is
+    :meth:`unpacked`, pixels are uint8 (B, H, W, 3) and ``mirror`` (B,) says whose are still to be mirrored, conditions
+    are as they are stored, noise that the device draws is its keys, int64 (B, 2), and tensors may lie in a ``buffer``
+    that the next micro-batch takes over.
     """
 
     keys: list[str]
@@ -69,6 +71,7 @@ class MicroBatch:
     keep_ids: Tensor | None = None
     flipped: int = 0
     mirror: Tensor | None = None
+    short: int = 0
     buffer: Buffer | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -122,7 +125,7 @@ def _tensors(record: Mapping[str, Any], function: Callable[[Tensor], Tensor]) ->
 class Accumulated:
     """What the micro-batches of an optimiser step leave beside gradients: keys, subsets and t of each image, what
     :meth:`train.loop.trainer.Trainer.micro_step` returns (the tensors on the device), the image tokens a block saw, the
-    images that were routed and those that were mirrored."""
+    images that were routed, those that were mirrored and those with their short caption."""
 
     keys: list[str]
     subsets: list[Subset]
@@ -131,6 +134,7 @@ class Accumulated:
     tokens: float
     routed: int
     flipped: int
+    short: int
 
 
 class MicroBatches:
@@ -165,7 +169,8 @@ class MicroBatches:
         images = cut.images  # their numbers in the step
         rows = self.data.select(cut)
         flips = self.flips(step, images, rows)
-        conditions = pack(**self.data.features(rows, flips), count=len(rows), empty=empty)
+        shorts = self.shorts(step, images)
+        conditions = pack(**self.data.features(rows, flips, shorts), count=len(rows), empty=empty)
         width, height = cut.size
         x = empty((len(rows), height, width, 3), dtype=torch.uint8)
         for image, row in zip(x.numpy(), rows):
@@ -198,7 +203,7 @@ class MicroBatches:
         keep_ids = self._keep_ids(index, images, *size)
         mirror = torch.tensor(flips) if any(flips) else None
         tensors = x, noise, torch.from_numpy(t), groups, keep_ids
-        made = MicroBatch([row["key"] for row in rows], subsets, *tensors, sum(flips), mirror)
+        made = MicroBatch([row["key"] for row in rows], subsets, *tensors, sum(flips), mirror, sum(shorts))
         return replace(made.map(buffer.take), buffer=buffer)
 
     def flips(self, step: int, images: Sequence[int], rows: Sequence[Row]) -> list[bool]:
@@ -207,6 +212,11 @@ class MicroBatches:
         if share == 0:
             return [False] * len(rows)
         return [draw_flip(seed, step, i, share) and self.data.flippable(row) for i, row in zip(images, rows)]
+
+    def shorts(self, step: int, images: Sequence[int]) -> list[bool]:
+        """Say which of a micro-batch's images, by their numbers in the step, are given their short caption."""
+        share, seed = self.config.data.short_captions, self.config.seed
+        return [share > 0 and draw_short(seed, step, i, share) for i in images]
 
     def _with_spans(self, conditions: Conditions, row: Row) -> Conditions:
         """Say which context tokens count, so that no device is asked; ``row`` is of the bucket of the images."""

@@ -37,6 +37,7 @@ from train.data.flip import check_flips
 from train.data.noise import noise_record
 from train.data.prefetch import prefetch, thread_count, watch_for_stalls
 from train.data.samples import TrainingSet, check_patch_size
+from train.data.short import check_short
 from train.hardware import autocast, autocast_dtype, has_fast_bf16, peak_flops
 from train.loop.compiling import compile_if_asked
 from train.loop.health import clip_gradients, gradient_norms, report_non_finite
@@ -79,6 +80,7 @@ class Trainer:
                 "text, dino and pose in `layers`"
             )
         check_flips(dataset, config.data.flip)
+        check_short(dataset, "data.short_captions", config.data.short_captions > 0)
         self.data = TrainingSet(dataset, config.data.cache_gb)
         check_patch_size(self.data.sizes, config.model.patch_size)
         self.table = config.conditioning.resolve(features.modalities)
@@ -250,7 +252,7 @@ class Trainer:
 
         What was accumulated by then is discarded: it is part of no state, and the next start computes it again.
         """
-        taken, tokens, routed, flipped = [], 0.0, 0, 0
+        taken, tokens, routed, flipped, short = [], 0.0, 0, 0, 0
         for _ in self.batches.plan.numbers(self.step):
             if stop.requested:
                 return None
@@ -264,14 +266,15 @@ class Trainer:
                 tokens += sent.active_tokens(model.patch_size, len(self.model.route) / model.depth)
             routed += 0 if batch.keep_ids is None else len(batch.keys)
             flipped += batch.flipped
+            short += batch.short
         self._say_split()
         keys, subsets, t, values = zip(*taken)
         joined = {name: torch.cat([one[name] for one in values]) for name in values[0]}
-        return Accumulated([*chain(*keys)], [*chain(*subsets)], torch.cat(t), joined, tokens, routed, flipped)
+        return Accumulated([*chain(*keys)], [*chain(*subsets)], torch.cat(t), joined, tokens, routed, flipped, short)
 
     def update(self, accumulated: Accumulated) -> dict[str, float]:
         """Apply one optimiser step and return what to log; :class:`NonFiniteError` comes before anything is changed."""
-        config = self.config.train
+        config, data = self.config.train, self.config.data
         norms, total_norm = gradient_norms(self.model)
         values = accumulated.values
         some = {name for name, other in self.losses.items() if not other.every_image}  # of whose images a mean is none
@@ -308,7 +311,8 @@ class Trainer:
             **condition_shares(accumulated.subsets, self.table),
             **{f"grad_norm/{group}": norm for group, norm in by_group.items()},
             **({"train/scale": scale_of(config.phases, self.step - 1)} if config.phases else {}),
-            **({"train/flip_share": accumulated.flipped / len(accumulated.keys)} if self.config.data.flip else {}),
+            **({"train/flip_share": accumulated.flipped / len(accumulated.keys)} if data.flip else {}),
+            **({"train/short_share": accumulated.short / len(accumulated.keys)} if data.short_captions else {}),
             **({"train/routed": accumulated.routed / len(accumulated.keys)} if self.model.route else {}),
             "sys/active_tokens": accumulated.tokens,
         }

@@ -80,6 +80,7 @@ class Modality:
     quantised: bool = False  # stored with a scale for every group of channels
     present: Callable[[Tensor], Tensor] | None = None  # features -> (b,), False where they say that there is nothing
     mirror: Callable[[np.ndarray], np.ndarray] | None = None  # None: the dataset stores those of the mirrored crop
+    read_short: Callable[[Any, Row, bool], Stored] | None = None  # as ``read``, of the short caption; None: has none
     guidance: str | None = None  # the scale of guidance that it belongs to; None: one of its own name
 
     @property
@@ -104,10 +105,12 @@ class Modality:
         scales = 2 * math.prod(shape[:-1]) * math.ceil(shape[-1] / GROUP) if self.quantised else 0
         return self.value_bytes * math.prod(shape) + scales
 
-    def load(self, dataset: Any, row: Row, flipped: bool) -> Stored:
-        """Read one image's features; with ``flipped`` those of its mirror image."""
+    def load(self, dataset: Any, row: Row, flipped: bool, short: bool = False) -> Stored:
+        """Read one image's features; ``flipped``: those of its mirror image, ``short``: of its short caption."""
         if flipped and self.mirror:
             return self.mirror(self.read(dataset, row, False))
+        if short and self.read_short:
+            return self.read_short(dataset, row, flipped)
         return self.read(dataset, row, flipped)
 
 
@@ -219,7 +222,7 @@ MODALITIES: dict[str, Modality] = {
         Modality(
             "text", layer="t5", option="--prompt", networks="T5", read=_stored("t5"),
             shape=lambda row, width, length: (length, width), count=lambda config, row, length: length,
-            parts=_text_parts, tokens=_text_tokens, ragged=True, value_bytes=2,
+            parts=_text_parts, tokens=_text_tokens, ragged=True, value_bytes=2, read_short=_stored("t5_short"),
         ),
         Modality(
             "cls", layer="dino", option="--reference", networks="DINO", read=_stored("cls"),

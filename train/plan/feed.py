@@ -46,7 +46,7 @@ def measure_feed(config: TrainConfig, dataset: Dataset | StandIn) -> Feed:
             # as few as made-up samples are, they would all be in memory
             config = changed(config, {"data.cache_gb": 0.0})
         trainer = meta_trainer(config, dataset)
-        kept = cache_bytes(dataset, config.data.flip > 0) <= config.data.cache_gb * 1e9
+        kept = cache_bytes(dataset, config.data) <= config.data.cache_gb * 1e9
         numbers, buffer, images, started = trainer.batches.numbers(0), Buffer(), 0, time.perf_counter()
         taken = []
         while not taken or time.perf_counter() - started < SECONDS:
@@ -64,5 +64,8 @@ def measure_feed(config: TrainConfig, dataset: Dataset | StandIn) -> Feed:
 def made_up_like(stand_in: StandIn, folder: Path, samples: int) -> Dataset:
     """Write so many samples of one bucket as a dataset that does not exist yet will have them, all for training."""
     bucket = stand_in.rows("train")[0]["bucket"]
-    prep = stand_in.prep.model_copy(update={"flips": True})  # a run may ask for them
+    # a run may ask for either
+    prep = stand_in.prep.model_copy(
+        update={"flips": True, "captions": stand_in.prep.captions.model_copy(update={"short": True})}
+    )
     return write_made_up(prep, folder, {bucket: (samples, 0)}, drawn=DRAWN)

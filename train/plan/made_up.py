@@ -19,7 +19,7 @@ from prep.captions.mirror import flip_caption
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket
 from prep.dataset.codecs import encode_pixels, npy_bytes
-from prep.dataset.layers import LAYERS, T5_TOKENS, Layer, dino_grid, option
+from prep.dataset.layers import LAYERS, SHORT_TOKENS, T5_TOKENS, Layer, dino_grid, option
 from prep.dataset.layout import Unit, parquet_bytes, read_part
 from prep.dataset.members import Array, Member, Picture, Text
 from prep.dataset.reader import Dataset
@@ -97,12 +97,17 @@ def _row(
     """Return what the index says of a sample, as far as the sizes of its members follow from it."""
     bucket, rng = Bucket.parse(name), generator("made up", seed, name, number)
     caption = f"Picture {number} of {name}.{ENDINGS[number % len(ENDINGS)] if prep.flips else ''}"
-    flipped = flip_caption(caption)
+    flipped, short = flip_caption(caption), caption if number % 4 == 3 else f"Picture {number}."
+    usual = tokens(rng, number)
+    mirrored = tokens(rng, number) if flipped not in (None, caption) else 0
     grid = dino_grid(bucket.height, bucket.width, option(prep, "dino", "input_scale"))
     return {
-        "bucket": name, "caption": caption, "caption_flip": flipped, "t5_tokens": tokens(rng, number),
+        "bucket": name, "caption": caption, "caption_flip": flipped, "t5_tokens": usual,
         # none where the caption cannot be flipped, or is its own mirror image
-        "t5_flip_tokens": tokens(rng, number) if flipped not in (None, caption) else 0,
+        "t5_flip_tokens": mirrored,
+        # of one in four the caption is one sentence, and the others say the same of the mirror image
+        "caption_short": short, "caption_short_flip": flip_caption(short), "t5_short_flip_tokens": 0,
+        "t5_short_tokens": min(usual, SHORT_TOKENS) if short != caption else 0,
         **dict(zip(("dino_h", "dino_w"), grid)),
     }  # fmt: skip
 
@@ -167,10 +172,10 @@ def _array(kind: Array) -> Draw:
 
 
 def _form(prep: PrepConfig, name: str) -> dict[str, Any]:
-    """Return what recipe and dataset.json both say of a layer: the format of its member, and whether it has flips."""
+    """Return what recipe and dataset.json both say of a layer: the format of its member, and what else it has."""
     layer = LAYERS[name]
-    flip = {"flip": layer.flip.code} if prep.flips and layer.flip else {}
-    return ({"format": prep.image.format} if layer.formats else {}) | flip
+    switches = layer.switches(prep.flips, prep.captions.short)
+    return ({"format": prep.image.format} if layer.formats else {}) | switches
 
 
 def _plain(kind: pa.DataType) -> Any:

@@ -286,7 +286,7 @@ def _reading(config: TrainConfig, dataset: Any) -> dict[str, Any]:
     found["decoded"] = None
     if not isinstance(dataset, StandIn):
         found["all"] = sum(sizes.values()) * len(dataset.rows("train"))
-        found["decoded"] = cache_bytes(dataset, config.data.flip > 0)
+        found["decoded"] = cache_bytes(dataset, config.data)
         if isinstance(dataset.root, Path):
             found["disk_rate"] = read_rate(sorted(dataset.root.glob("bucket_*/*.tar"), key=lambda f: -f.stat().st_size))
     return found

@@ -6,6 +6,7 @@ Where there is no dataset yet, a stand-in has the buckets of a base size and the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,11 +25,11 @@ from nanodit.errors import ConfigError
 from nanodit.storage import open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import buckets_for
-from prep.dataset.layers import LAYERS, T5_TOKENS, dino_grid, option
+from prep.dataset.layers import LAYERS, SHORT_TOKENS, T5_TOKENS, dino_grid, option
 from prep.dataset.reader import Dataset
 from prep.dataset.rows import Rows
 from prep.passes.cost import sample_bytes
-from train.config import TrainConfig
+from train.config import DataSection, TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.samples import Row, bucket_size
 from train.loop.microbatch import Group, MicroBatch
@@ -38,11 +39,13 @@ from train.model.config import ModelConfig
 from train.model.modalities import MODALITIES, Features
 from train.model.spans import Spans
 
+OTHERS = re.compile("flip|short|json")  # members that a run reads of some samples alone, or never
+
 
 class StandIn:
     """A dataset that does not exist yet, as far as a trainer that reads no sample asks: one sample in each bucket."""
 
-    has_flips = True
+    has_flips = has_short = True
     fingerprint = "none"
 
     def __init__(self, prep: PrepConfig) -> None:
@@ -156,16 +159,16 @@ def sample_sizes(dataset: Dataset | StandIn) -> dict[str, float]:
     sizes: dict[str, float] = {}
     for column in rows[0]:
         layer, _, member = column.partition("/")
-        if member.endswith("/length") and layer != "text" and "flip" not in member and "json" not in member:
+        if member.endswith("/length") and layer != "text" and not OTHERS.search(member):
             sizes[layer] = sizes.get(layer, 0.0) + pc.sum(rows.column(column)).as_py() / len(rows)
     return sizes
 
 
-def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
+def cache_bytes(dataset: Dataset | StandIn, data: DataSection) -> int:
     """Return the bytes that all training samples take in memory as :class:`train.data.samples.TrainingSet` keeps them:
     decoded pixels, and features as they are stored.
 
-    With ``flip`` the features of mirrored images come on top.
+    Where ``data`` says that images are mirrored, or given short captions, the features of these come on top.
     """
     features, total = Features.from_dataset(dataset.info), 0
     for bucket, rows in dataset.rows("train").by("bucket").items():
@@ -174,7 +177,10 @@ def cache_bytes(dataset: Dataset | StandIn, flip: bool) -> int:
         for (tokens, own), (name, width) in product(lengths.items(), features.widths.items()):
             modality = MODALITIES[name]
             one = modality.stored_bytes(rows[0], width, tokens)  # as large for every row of the bucket
-            total += len(own) * one * (2 if flip and modality.mirror is None else 1)
+            views = 2 if data.flip and modality.mirror is None else 1
+            total += len(own) * one * views
+            if data.short_captions and modality.read_short:
+                total += len(own) * views * modality.stored_bytes(rows[0], width, min(tokens, SHORT_TOKENS))
     return total
 
 

@@ -168,4 +168,10 @@ def test_trap_09_every_key_has_an_effect(tmp_path):
     assert recipe(prompt=str(prompt)) != base
     for changes in ({"slots": 3}, {"timeout": 1.0}, {"cool_down": 1.0}, {"patience": 1.0}, {"hosts": ["b", "c"]}):
         assert recipe(**changes) == base
-    assert {*RECIPE_KEYS, *OTHER_KEYS, "prompt"} == set(CaptionConfig.model_fields)
+    short = recipe(short=True)
+    assert short != base
+    for changes in ({"short_prompt": str(prompt)}, {"short_min_words": 2}, {"short_max_words": 50}):
+        assert recipe(short=True, **changes) != short
+        assert recipe(**changes) == base
+    known = {*RECIPE_KEYS, *OTHER_KEYS, "prompt", "short", "short_prompt", "short_min_words", "short_max_words"}
+    assert known == set(CaptionConfig.model_fields)

@@ -12,7 +12,7 @@ from nanodit.storage import open_storage
 from prep.dataset.reader import Dataset
 from tests.train import tiny
 from tests.train.tiny import tiny_config, write_config, write_dataset
-from train.config import TrainConfig
+from train.config import DataSection, TrainConfig
 from train.data.samples import TrainingSet
 from train.plan.plan import look_ahead
 from train.plan.rehearsal import StandIn, cache_bytes, open_dataset
@@ -46,16 +46,18 @@ def test_what_stays_in_memory_is_what_the_trainer_keeps(tiny_dataset):
     budget = data._budget
     for rows in data.rows.values():
         data.load(rows)
-    assert budget - data._budget == cache_bytes(dataset, flip=False)
+    assert budget - data._budget == cache_bytes(dataset, DataSection())
 
 
 def test_a_stand_in_has_sizes_too():
     config = load_config(TrainConfig, "configs/train/production.yaml")
     dataset, _ = open_dataset(config, Path("configs/train/production.yaml"), None)
     assert isinstance(dataset, StandIn)
-    each = cache_bytes(dataset, flip=False) / len(dataset.rows("train"))
+    each = cache_bytes(dataset, DataSection()) / len(dataset.rows("train"))
     pixels, text, patches = 3 * 1024 * 1024, 2 * 262 * 1024, (1 + 2 / 64) * 1024 * 1024
     assert each == pytest.approx(pixels + text + patches, rel=0.06)
-    assert cache_bytes(dataset, flip=True) / len(dataset.rows("train")) == pytest.approx(
+    assert cache_bytes(dataset, DataSection(flip=0.5)) / len(dataset.rows("train")) == pytest.approx(
         pixels + 2 * (text + patches), rel=0.06
     )
+    short = cache_bytes(dataset, DataSection(short_captions=0.5)) - cache_bytes(dataset, DataSection())
+    assert short == len(dataset.rows("train")) * 2 * 32 * 1024
