@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evaluate.statistics.intervals import Interval
+from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 
 SCHEMA_VERSION = 1
 AGAIN = "Run nanodit evaluate run again"  # what mends files that are missing or damaged
@@ -88,7 +88,8 @@ class Metric:
     @classmethod
     def of(cls, name: str, interval: Interval, **details: Any) -> Metric:
         """Make a metric from an interval; too few images leave the bounds empty and say so."""
-        reason = None if interval.low is not None else f"inconclusive: {interval.n} images carry no interval"
+        few = f"inconclusive: {interval.n} images carry no interval, below {MIN_CLUSTERS} how they differ is not known"
+        reason = few if interval.low is None else None
         return cls(name, interval.value, interval.low, interval.high, interval.n, reason=reason, **details)
 
     @property

@@ -54,23 +54,25 @@ def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, hol
     """Return the share of pictures below the QUANTILE of the holdout in both distance and isolation.
 
     By chance it is at most QUANTILE. Every picture belongs to the holdout image of its key: images are resampled with
-    their pictures, and the quantile with them, so that the interval knows how uncertain it is. Where all or no pictures
-    are below, the open side is the exact binomial bound.
+    their pictures, and the quantile with them, so that the interval knows how uncertain it is. It is never shorter than
+    the exact interval of the share itself, which resampling misses near zero.
     """
     place = {key: index for index, key in enumerate(holdout_keys)}
     owners = np.array([place[key] for key in keys])
     counts = np.bincount(owners, minlength=len(place))
 
+    def below(weights: np.ndarray) -> np.ndarray:
+        near = drawn.distance < intervals.weighted_quantile(holdout.distance, weights, QUANTILE)[:, None]
+        return near & (drawn.isolation < intervals.weighted_quantile(holdout.isolation, weights, QUANTILE)[:, None])
+
     def share(weights: np.ndarray) -> np.ndarray:
-        below = drawn.distance < intervals.weighted_quantile(holdout.distance, weights, QUANTILE)[:, None]
-        below &= drawn.isolation < intervals.weighted_quantile(holdout.isolation, weights, QUANTILE)[:, None]
-        return (below * weights[:, owners]).sum(1) / (weights @ counts)
+        return (below(weights) * weights[:, owners]).sum(1) / (weights @ counts)
 
     interval = intervals.bootstrap(share, len(place))
-    if interval.low is None or interval.value not in (0.0, 1.0):
-        return interval
-    certain = intervals.proportion([interval.value] * interval.n, [1] * interval.n, list(place))
-    low, high = min(interval.low, certain.low), max(interval.high, certain.high)
+    exact = intervals.proportion(below(np.ones((1, len(place))))[0], np.ones(len(keys)), keys)
+    bounds = [[one.low for one in (interval, exact)], [one.high for one in (interval, exact)]]
+    known = [[bound for bound in own if bound is not None] for own in bounds]
+    low, high = (min(known[0]), max(known[1])) if all(known) else (None, None)
     return Interval(interval.value, low, high, interval.n)
 
 

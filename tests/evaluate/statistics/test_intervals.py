@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from evaluate.records import Metric
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval
 
@@ -25,7 +27,8 @@ def test_ninety_five_percent_intervals_cover_ninety_five_percent(kind, monkeypat
     covered = 0
     for _ in range(rounds):
         values, truth = simulate(kind, images, seeds, random)
-        interval = intervals.proportion(values.ravel(), np.ones(values.size), names)
+        pooled = intervals.proportion if kind == "proportion" else intervals.ratio
+        interval = pooled(values.ravel(), np.ones(values.size), names)
         covered += interval.low <= truth <= interval.high
     assert 0.93 <= covered / rounds <= 0.97
 
@@ -73,6 +76,59 @@ def test_a_perfect_score_is_not_certain():
     assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 64)))
 
 
+def exact(successes, trials):
+    """The bounds of Clopper and Pearson, of scipy."""
+    found = stats.binomtest(successes, trials).proportion_ci(method="exact")
+    return found.low, found.high
+
+
+@pytest.mark.parametrize("n", [8, 25, 64])
+def test_one_judgement_an_image_is_clopper_and_pearsons(n):
+    names = [str(index) for index in range(n)]
+    for right in range(n + 1):
+        interval = intervals.proportion([1] * right + [0] * (n - right), [1] * n, names)
+        assert (interval.low, interval.high) == pytest.approx(exact(right, n), abs=1e-9)
+
+
+def test_judgements_that_always_agree_count_once():
+    names = np.repeat([str(index) for index in range(40)], 16)
+    right = np.repeat([1] * 38 + [0] * 2, 16)
+    interval = intervals.proportion(right, np.ones(640), names)
+    assert (interval.low, interval.high) == pytest.approx(exact(38, 40), abs=1e-9)
+
+
+def test_more_right_never_misses_a_bar_that_fewer_right_meet():
+    """256 of 256 had [.944, 1] where 252 of 256 had [.969, .996]."""
+    names = np.repeat([f"{index:02d}" for index in range(64)], 4)
+    lows = []
+    for wrong in range(9):  # one in each of as many images
+        right = np.ones(256)
+        right[: 4 * wrong : 4] = 0
+        lows.append(intervals.proportion(right, np.ones(256), names).low)
+    assert lows[4] < 0.95
+    assert lows[0] == max(lows)
+
+
+@pytest.mark.parametrize(("n", "share", "judged"), [(64, 0.95, 1), (64, 0.985, 4), (16, 0.95, 16), (8, 0.02, 4)])
+def test_shares_near_nought_and_one_are_covered(n, share, judged):
+    random = np.random.default_rng(6)
+    names = np.repeat([f"{index:02d}" for index in range(n)], judged)
+    covered = 0
+    for _ in range(1000):
+        right = random.random((n, judged)) < random.beta(9 * share, 9 * (1 - share), (n, 1))  # correlated by .1
+        interval = intervals.proportion(right.ravel(), np.ones(right.size), names)
+        covered += interval.low <= share <= interval.high
+        assert interval.high > interval.low
+    assert covered / 1000 >= 0.93
+
+
+def test_fractions_spread_less_than_yes_and_no():
+    values = np.random.default_rng(7).uniform(0.9, 1, 64)
+    interval = intervals.proportion(values, np.ones(64), [str(index) for index in range(64)])
+    half = 1.998 * values.std(ddof=1) / 8  # Student's t, 63 degrees of freedom
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.1)
+
+
 def test_pairing_removes_what_the_arms_share():
     random = np.random.default_rng(4)
     shared = 5 * random.normal(size=80)
@@ -85,9 +141,12 @@ def test_pairing_removes_what_the_arms_share():
 
 
 def test_too_few_images_are_inconclusive():
-    interval = intervals.mean([1.0] * 9, [str(index) for index in range(9)])
-    assert (interval.low, interval.high) == (None, None)
-    assert interval.verdict(0.5) == "inconclusive"
+    names = [str(index) for index in range(8)]
+    for interval in (intervals.mean([1.0] * 7, names[:7]), intervals.proportion([1.0] * 7, [1] * 7, names[:7])):
+        assert (interval.low, interval.high) == (None, None)
+        assert interval.verdict(0.5) == "inconclusive"
+        assert "below 8" in Metric.of("share", interval).reason
+    assert intervals.proportion([1.0] * 8, [1] * 8, names).low is not None
 
 
 def test_verdicts_need_the_whole_interval():

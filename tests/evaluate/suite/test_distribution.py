@@ -95,7 +95,7 @@ def test_few_training_images_limit_n(judged, known_pictures):
     metrics, skipped = distribution.summarise(judged.rows({("all", 0): known_pictures["truth"]}), context)
     assert metrics == []
     assert {one.reason for one in skipped if "kid" in one.name} == {
-        "inconclusive, about 6 more samples: 4 pictures, and 10 are needed for an interval"
+        "inconclusive, about 4 more samples: 4 pictures, and 8 are needed for an interval"
     }
 
 

@@ -232,7 +232,7 @@ def test_degenerate_pictures_are_null_with_a_reason(judged, models):  # E02
 
 
 def test_what_was_never_trained_or_is_too_small_is_skipped(judged):
-    context = judged.context(**CONFIG | {"divergence": {"prompts": 9, "noises": 2}})
+    context = judged.context(**CONFIG | {"divergence": {"prompts": 7, "noises": 2}})
     pictures, (skipped,) = divergence.pictures(context, context.config.divergence)
     assert (pictures, skipped.reason) == ([], "inconclusive, about 1 more samples")
     assert divergence.summarise(judged.rows({}), context, context.config.divergence) == ([], [])

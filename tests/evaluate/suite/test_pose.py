@@ -201,7 +201,7 @@ def test_pictures_from_the_mirror_image_have_to_miss_the_pose_itself():
 
 
 def test_too_few_samples_say_how_many_are_lacking():
-    targets = skeletons(9)
+    targets = skeletons(7)
     metric = pck(rows(list(targets), targets))
     assert (metric.value, metric.low, metric.reason) == (1.0, None, "inconclusive, about 1 more samples")
     targets = skeletons(20)
