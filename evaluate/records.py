@@ -22,6 +22,7 @@ FEATURES = ("feature", "feature_pixels", "feature_probe")
 SAMPLES_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
+        ("cluster", pa.string()),  # group of near duplicates, the unit of every interval; null: the sample alone
         ("seed", pa.int32()),  # seed index of the noise; null where nothing was drawn
         ("kind", pa.string()),  # model, baseline or real
         ("condition", pa.string()),  # all, text+pose, ...; or the baseline's name; or real
@@ -145,6 +146,14 @@ def from_table(table: pa.Table) -> list[dict[str, Any]]:
 def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> list[Mapping[str, Any]]:
     """Return the rows of one arm."""
     return [row for row in samples if row["kind"] == kind and row["condition"] == condition]
+
+
+def cluster_of(row: Mapping[str, Any]) -> str:
+    """Return what a row is resampled with: the group of near duplicates in the index, the sample where it names none.
+
+    Rows of evaluations before there were clusters have the sample alone.
+    """
+    return row.get("cluster") or row["key"]
 
 
 def degenerate_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -18,7 +18,7 @@ from evaluate.metrics.clip import ClipProbe
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import Judge
 from evaluate.metrics.training_features import TrainFeatures, load_train_features
-from evaluate.records import REAL, Skipped, select
+from evaluate.records import REAL, Skipped, cluster_of, select
 from evaluate.subject import Row, Subject
 from nanodit.config import Config
 from prep.dataset.rows import by_key
@@ -67,6 +67,11 @@ class Rows:
         return [row for row in select(self.all, kind, condition) if seed is None or row["seed"] == seed]
 
     @cached_property
+    def clusters(self) -> dict[str, str]:
+        """What every sample is resampled with, by key."""
+        return {row["key"]: cluster_of(row) for row in self.all}
+
+    @cached_property
     def real(self) -> dict[str, Mapping[str, Any]]:
         """The row of each real image by key."""
         return {row["key"]: row for row in self.all if row["kind"] == REAL}
@@ -108,6 +113,14 @@ class DrawingContext:
     def keys(self) -> list[str]:
         """The holdout samples under test, in key order."""
         return sorted(row["key"] for row in self.subject.rows)
+
+    @cached_property
+    def apart(self) -> list[str]:
+        """The samples under test, of each group of near duplicates the first: what distances between sets are of."""
+        groups: dict[str, str] = {}
+        for key in self.keys:
+            groups.setdefault(self.rows[key].get("duplicate_group") or key, key)
+        return list(groups.values())
 
     @cached_property
     def arms(self) -> list[DrawingArm]:

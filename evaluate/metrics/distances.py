@@ -1,10 +1,11 @@
 """Distances between two sets of pictures, on features: Fréchet distance, KID, CMMD, spread and nearest neighbours.
 
-Every distance between sets is taken at one n, equal on both sides, and carries a jackknife interval over images:
-bootstrap resamples hold duplicates, which pull these distances up. The values at different n are not comparable (the
-Fréchet distance is biased by an amount that depends on n), so that comparing them is an error. KID and CMMD are
-unbiased estimates of a squared distance and may be negative. Where both sets come from one distribution, the jackknife
-overestimates the variance of all three (Efron & Stein 1981): intervals are then too long, never too short.
+Every distance between sets carries a jackknife interval over images: bootstrap resamples hold duplicates, which pull
+these distances up. The Fréchet distance is taken at one n, equal on both sides, as it is biased by an amount that
+depends on n. KID and CMMD are unbiased estimates of a squared distance, may be negative, and take all of a larger
+second set, which makes them more exact. Values at different n are not comparable, so that comparing them is an error.
+Where both sets come from one distribution, the jackknife overestimates the variance of all three (Efron & Stein 1981):
+intervals are then too long, never too short.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CHUNK = 2**22  # numbers held at once
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance between two sets of ``n`` pictures, and its values with some of the pictures left out.
+    """A distance between ``n`` pictures and a second set, and its values with some of the pictures left out.
 
     ``without`` holds for each of the two sets the values (g,) without its first, second, ... group of pictures.
     ``measure`` names the estimator and the width of the features.
@@ -81,10 +82,10 @@ def jackknife(value: float, without: Sequence[np.ndarray], n: int) -> Interval:
 def kid(first: np.ndarray, second: np.ndarray) -> Distance:
     """Return the kernel distance: unbiased MMD^2 with the kernel ``(x y / width + 1)^3``; may be negative.
 
-    ``first``, ``second``: float (n, width) with the same n >= 3. Binkowski et al. 2018, section 4, on all images at
-    once instead of a mean over subsets.
+    ``first``, ``second``: float (n, width) and (m, width), n and m >= 3. Binkowski et al. 2018, section 4, on all
+    images at once instead of a mean over subsets.
     """
-    first, second = _pair(first, second)
+    first, second = _pair(first, second, equal=False)
     width = first.shape[1]
     return _mmd(first, second, lambda x, y: (x @ y.T / width + 1) ** 3, f"KID, width {width}")
 
@@ -92,10 +93,15 @@ def kid(first: np.ndarray, second: np.ndarray) -> Distance:
 def cmmd(first: np.ndarray, second: np.ndarray) -> Distance:
     """Return the unbiased MMD^2 x 1000 with a Gaussian kernel of sigma 10 on unit features; may be negative.
 
-    ``first``, ``second``: float (n, width) with the same n >= 3, of any length but zero. Jayasumana et al. 2024, eq. 4;
-    the published code computes the biased estimate, whose terms x = x are left out here.
+    ``first``, ``second``: float (n, width) and (m, width), n and m >= 3, of any length but zero. Jayasumana et al.
+    2024, eq. 4; the published code computes the biased estimate, whose terms x = x are left out here.
+
+    What it cannot see: unit features are at most 2 apart, where the kernel at sigma 10 is 1 - |x - y|^2 / 200 to within
+    .0002, so that this is 10 |difference of the mean unit features|^2 and hardly anything else. Two sets with one mean
+    are at about zero, in whatever directions they spread and around however many modes; less variety shows only by the
+    little that it lengthens the mean.
     """
-    first, second = (unit(features) for features in _pair(first, second))
+    first, second = (unit(features) for features in _pair(first, second, equal=False))
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         # |x - y|^2 = 2 - 2 x y for unit vectors; MMD^2 does not see the constant that expm1 takes off, and the kernel's
@@ -175,28 +181,34 @@ def unit(features: np.ndarray) -> np.ndarray:
 
 def _mmd(first: np.ndarray, second: np.ndarray, kernel: Callable[..., np.ndarray], measure: str) -> Distance:
     """Return unbiased MMD^2 (Gretton et al. 2012, eq. 3), and without each picture, from the kernel's row sums."""
-    n = len(first)
-    if n < 3:
-        raise ValueError(f"{n} pictures: a kernel distance needs 3")
+    n, m = len(first), len(second)
+    if min(n, m) < 3:
+        raise ValueError(f"{min(n, m)} pictures: a kernel distance needs 3")
     within = []
     for features in (first, second):
         sums = np.concatenate([rows.sum(1) for rows in _rows(features, features, kernel)])
         diagonal = np.array([kernel(row[None], row[None])[0, 0] for row in features])
         within.append(sums - diagonal)
-    across = [np.zeros(n), np.zeros(n)]
+    across = [np.zeros(n), np.zeros(m)]
     start = 0
     for rows in _rows(first, second, kernel):
         across[0][start : start + len(rows)] = rows.sum(1)
         across[1] += rows.sum(0)
         start += len(rows)
-    pairs, fewer = n * (n - 1), (n - 1) * (n - 2)
     both = across[0].sum()
-    value = (within[0].sum() + within[1].sum()) / pairs - 2 * both / n**2
+
+    def mmd(own: np.ndarray, size: int, other: np.ndarray, others: int, crossing: np.ndarray) -> np.ndarray:
+        return own / (size * (size - 1)) + other.sum() / (others * (others - 1)) - 2 * crossing / (size * others)
+
+    value = mmd(within[0].sum(), n, within[1], m, both)
     without = tuple(
-        (own.sum() - 2 * own) / fewer + other.sum() / pairs - 2 * (both - crossing) / pairs
-        for own, other, crossing in ((within[0], within[1], across[0]), (within[1], within[0], across[1]))
+        mmd(own.sum() - 2 * own, size - 1, other, others, both - crossing)
+        for own, size, other, others, crossing in (
+            (within[0], n, within[1], m, across[0]),
+            (within[1], m, within[0], n, across[1]),
+        )
     )
-    return Distance(float(value), n, without, measure)
+    return Distance(float(value), n, without, measure if n == m else f"{measure}, reference of {m}")
 
 
 @dataclass(frozen=True)
@@ -232,12 +244,11 @@ def _euclidean(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(squares.clip(0))
 
 
-def _pair(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pair(first: np.ndarray, second: np.ndarray, equal: bool = True) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if first.ndim != 2 or first.shape != second.shape:
-        raise ValueError(
-            f"features {first.shape} against {second.shape}: distances are taken between sets of one n and one width"
-        )
+    if not first.ndim == second.ndim == 2 or first.shape[equal ^ 1 :] != second.shape[equal ^ 1 :]:
+        wanted = "one n and one width" if equal else "one width"
+        raise ValueError(f"features {first.shape} against {second.shape}: distances are taken between sets of {wanted}")
     return first, second
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluate.records import cluster_of
 from train.model.mirror import MIRRORED_JOINTS
 
 # of the 133, in the order of COCO-WholeBody: where each part of the body begins and ends
@@ -83,12 +84,12 @@ class Box:
 class Joints:
     """The joints of n pictures against those asked for.
 
-    ``keys`` of their samples; ``found`` and ``target`` float32 (n, 133, 3) in pixels; ``asked`` and ``outside`` bool
-    (n, 133): which joints count, and which do not since they are beyond the edge; ``side`` and ``area`` (n,) of the
-    person's box.
+    ``clusters`` in which they are resampled; ``found`` and ``target`` float32 (n, 133, 3) in pixels; ``asked`` and
+    ``outside`` bool (n, 133): which joints count, and which do not since they are beyond the edge; ``side`` and
+    ``area`` (n,) of the person's box.
     """
 
-    keys: list[str]
+    clusters: list[str]
     found: np.ndarray
     target: np.ndarray
     asked: np.ndarray
@@ -110,7 +111,7 @@ class Joints:
             target = mirror(target, width)
         sure, there = target[..., 2] >= CONFIDENCE, inside(target, width, height)
         asked = sure & there & (side > 0)[:, None]  # a single joint has a box without a side, which allows nothing
-        return cls([row["key"] for row in rows], found, target, asked, sure & ~there, side, area)
+        return cls([cluster_of(row) for row in rows], found, target, asked, sure & ~there, side, area)
 
     @cached_property
     def hit(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evaluate.records import MODEL, select
+from evaluate.records import MODEL, cluster_of, select
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval, more_samples
 from evaluate.suite import TESTS
@@ -70,11 +70,9 @@ def paired(
     Rows of two samples.parquet whose metrics are not :func:`differing`. Over the pictures, (sample, seed), that both
     have; None where there are none, or any of them has no value.
     """
-    sides = [
-        {(row["key"], row["seed"]): (row[column], 1) for row in select(rows, MODEL, condition)}
-        for rows in (samples, others)
-    ]
-    return _paired(*sides)
+    chosen = [select(rows, MODEL, condition) for rows in (samples, others)]
+    sides = [{(row["key"], row["seed"]): (row[column], 1) for row in rows} for rows in chosen]
+    return _paired(*sides, {row["key"]: cluster_of(row) for row in chosen[0]})
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def difference(metric: Mapping[str, Any], one: MeasuredRows, other: MeasuredRows
     None where the metric is no mean over pictures or grid points, or any of these has no value.
     """
     sides = [values_of(metric["name"], evidence) for evidence in (one, other)]
-    interval = _paired(*sides) if None not in sides else None
+    clusters = {row["key"]: cluster_of(row) for row in (*one.samples, *one.heldout)}
+    interval = _paired(*sides, clusters) if None not in sides else None
     return interval and Difference(interval, metric["better"])
 
 
@@ -113,7 +112,7 @@ def values_of(name: str, evidence: MeasuredRows) -> Values | None:
     return test.values(name, evidence) if test and test.values else None
 
 
-def _paired(values: Values, others: Values) -> Interval | None:
+def _paired(values: Values, others: Values, clusters: Mapping[str, str]) -> Interval | None:
     common = sorted(values.keys() & others.keys())
     pairs = [(values[name], others[name]) for name in common]
     if not pairs or any(one[0] is None or other[0] is None or one[1] != other[1] for one, other in pairs):
@@ -121,4 +120,4 @@ def _paired(values: Values, others: Values) -> Interval | None:
     differences = np.array([one[0] - other[0] for one, other in pairs], np.float64)
     if not np.isfinite(differences).all():
         return None
-    return intervals.ratio(differences, [one[1] for one, _ in pairs], [name[0] for name in common])
+    return intervals.ratio(differences, [one[1] for one, _ in pairs], [clusters[name[0]] for name in common])

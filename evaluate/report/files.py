@@ -19,6 +19,7 @@ from train.loop.tracking import read_metrics
 
 METRIC_FIELDS = tuple(Metric("", None).to_dict())
 OUTPUTS = "validation_outputs"
+SINCE = ("cluster",)  # columns that earlier evaluations lack
 UNKNOWN = "unknown"
 
 Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a row of samples.parquet
@@ -154,7 +155,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
     table = _read_table(path)
-    lacking = [name for name in SAMPLES_SCHEMA.names if name not in table.column_names]
+    lacking = [name for name in SAMPLES_SCHEMA.names if name not in (*table.column_names, *SINCE)]
     if lacking:
         raise DataError(f"{path} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
     return from_table(table)

@@ -104,6 +104,14 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
     )
 
 
+def clusters(run: Run) -> str:
+    """Say what was resampled for the intervals: groups of near duplicates, or images where the index names none."""
+    names = {row.get("cluster") for row in run.files.samples}
+    if None in names or not names:
+        return "over images, each alone: groups of near duplicates are not known"
+    return f"over {len(names)} groups of near duplicates, one image or more each"
+
+
 def facts(run: Run) -> dict[str, Any]:
     """Return what a run's numbers depend on, and how to make them again; what is not known is called unknown."""
     given = run.files.provenance
@@ -143,6 +151,7 @@ def facts(run: Run) -> dict[str, Any]:
         "train": counts.get("train", UNKNOWN),
         "holdout": counts.get("holdout", UNKNOWN),
         "images": len({row["key"] for row in run.files.samples}),
+        "clusters": clusters(run),
         "degenerate": unscored(run),
         "drawn": drawn_with(run),
         "commit": commit,

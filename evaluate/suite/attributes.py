@@ -16,7 +16,7 @@ import numpy as np
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE, PALETTES
-from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, cluster_of, degenerate_reason, select
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest, Values
 
@@ -61,7 +61,7 @@ def accuracies(
                 metrics.append(Metric(metric, None, n=len({row["key"] for row in rows}), reason=reason, **details))
                 continue
             right = [_right(row, judged) for row in rows]
-            interval = intervals.proportion(right, [len(judged)] * len(rows), [row["key"] for row in rows])
+            interval = intervals.proportion(right, [len(judged)] * len(rows), [cluster_of(row) for row in rows])
             metrics.append(Metric.of(metric, interval, **details))
     return metrics
 

@@ -173,7 +173,7 @@ def _ask(context: DrawingContext, config: DivergenceConfig) -> _Asked | Skipped:
     arm = next((arm for arm in arms if not isinstance(arm, Skipped)), arms[0])
     if isinstance(arm, Skipped):
         return arm
-    keys = context.keys[: config.prompts]
+    keys = context.apart[: config.prompts]
     if len(keys) < MIN_CLUSTERS:
         return Skipped("divergence", f"inconclusive, about {MIN_CLUSTERS - len(keys)} more samples")
     # pictures of the noises that other tests take are theirs too, those of further noises carry another label

@@ -197,7 +197,7 @@ class _EditMetrics:
         baselines = {"null_edit": 0.0}
         if pairs := self._random_pairs(space):
             baselines["random_pair"] = float(np.mean(pairs) - np.mean(null))
-        interval = intervals.paired_difference(moved, null, _keys(names))
+        interval = intervals.paired_difference(moved, null, self._clusters(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def direction(self) -> list[Metric]:
@@ -216,7 +216,7 @@ class _EditMetrics:
             "unedited": float(np.mean(unedited)),
             "judge_on_real": float(np.mean([right[one] for one in attributes])),
         }
-        keys = _keys(names)
+        keys = self._clusters(names)
         share = intervals.proportion(edited, [1] * len(names), keys)
         gain = intervals.paired_difference(edited, unedited, keys)
         return [
@@ -245,7 +245,7 @@ class _EditMetrics:
         if real := self._real_pairs():
             shares = [unchanged(row["feature_pixels"], other["feature_pixels"]).mean() for row, other in real]
             baselines["random_pair"] = float(np.mean(shares))
-        interval = intervals.mean(kept, _keys(names))
+        interval = intervals.mean(kept, self._clusters(names))
         return Metric.of(name, interval, baselines=baselines, settings=settings)
 
     def pose_kept(self) -> list[Metric]:
@@ -268,7 +268,12 @@ class _EditMetrics:
                 Metric(name, None, n=_images(names), settings=settings, reason="no joint was found with confidence")
             ]
         return [
-            Metric.of(name, intervals.proportion(stayed, asked, _keys(names)), baselines=baselines, settings=settings)
+            Metric.of(
+                name,
+                intervals.proportion(stayed, asked, self._clusters(names)),
+                baselines=baselines,
+                settings=settings,
+            )
         ]
 
     def lpips(self) -> Metric:
@@ -291,12 +296,15 @@ class _EditMetrics:
             probe.preference(np.stack([rows[one]["feature_probe"] for one in names]), phrases)
             for rows in self._pictures
         )
-        interval = intervals.paired_difference(after, before, _keys(names))
+        interval = intervals.paired_difference(after, before, self._clusters(names))
         return Metric.of(name, interval, baselines={"no_edit": 0.0}, settings=settings)
 
     @property
     def _pictures(self) -> tuple[dict[Name, Row], dict[Name, Row]]:
         return self._edited, self._unedited
+
+    def _clusters(self, names: Sequence[Name]) -> list[str]:
+        return [self._rows.clusters[key] for key, _ in names]
 
     def _name(self, name: str, space: str | None = None) -> str:
         end = "" if self._type == "attribute" else f"/{self._type}"

@@ -50,26 +50,37 @@ def nearness(points: np.ndarray, training: np.ndarray) -> Nearness:
     return Nearness(indices[:, 0], distances[:, 0], isolation)
 
 
-def share_of_copies(drawn: Nearness, keys: Sequence[str], holdout: Nearness, holdout_keys: Sequence[str]) -> Interval:
+def share_of_copies(
+    drawn: Nearness,
+    keys: Sequence[str],
+    holdout: Nearness,
+    holdout_keys: Sequence[str],
+    clusters: Mapping[str, str] | None = None,
+) -> Interval:
     """Return the share of pictures below the QUANTILE of the holdout in both distance and isolation.
 
-    By chance it is at most QUANTILE. Every picture belongs to the holdout image of its key: images are resampled with
-    their pictures, and the quantile with them, so that the interval knows how uncertain it is. It is never shorter than
-    the exact interval of the share itself, which resampling misses near zero.
+    By chance it is at most QUANTILE. Every picture belongs to the holdout image of its key: images are resampled in
+    their ``clusters`` (key -> cluster; each alone without), with their pictures, and the quantile with them, so that
+    the interval knows how uncertain it is. It is never shorter than the exact interval of the share itself, which
+    resampling misses near zero.
     """
     place = {key: index for index, key in enumerate(holdout_keys)}
     owners = np.array([place[key] for key in keys])
     counts = np.bincount(owners, minlength=len(place))
+    clusters = clusters or {key: key for key in holdout_keys}
+    names, members = np.unique([clusters[key] for key in holdout_keys], return_inverse=True)
 
     def below(weights: np.ndarray) -> np.ndarray:
         near = drawn.distance < intervals.weighted_quantile(holdout.distance, weights, QUANTILE)[:, None]
         return near & (drawn.isolation < intervals.weighted_quantile(holdout.isolation, weights, QUANTILE)[:, None])
 
     def share(weights: np.ndarray) -> np.ndarray:
+        weights = weights[:, members]  # of the images, from those of their clusters
         return (below(weights) * weights[:, owners]).sum(1) / (weights @ counts)
 
-    interval = intervals.bootstrap(share, len(place))
-    exact = intervals.proportion(below(np.ones((1, len(place))))[0], np.ones(len(keys)), keys)
+    interval = intervals.bootstrap(share, len(names))
+    copies = below(np.ones((1, len(place))))[0]
+    exact = intervals.proportion(copies, np.ones(len(keys)), [clusters[key] for key in keys])
     bounds = [[one.low for one in (interval, exact)], [one.high for one in (interval, exact)]]
     known = [[bound for bound in own if bound is not None] for own in bounds]
     low, high = (min(known[0]), max(known[1])) if all(known) else (None, None)
@@ -154,7 +165,7 @@ def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Sear
     return [
         Metric.of(
             names["copies"],
-            share_of_copies(found, keys, holdout, holdout_keys),
+            share_of_copies(found, keys, holdout, holdout_keys, rows.clusters),
             baselines={
                 "chance": QUANTILE,
                 "real": share_of_copies(holdout, holdout_keys, holdout, holdout_keys).value,
@@ -165,7 +176,7 @@ def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Sear
         ),
         Metric.of(
             names["distance_ratio"],
-            intervals.ratio(found.distance, [own[key] for key in keys], keys),
+            intervals.ratio(found.distance, [own[key] for key in keys], [rows.clusters[key] for key in keys]),
             baselines={"real": 1.0, "mean_image": float(mean.distance.sum() / holdout.distance.sum())},
             settings=settings,
         ),

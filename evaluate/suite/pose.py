@@ -184,7 +184,7 @@ class PosedPictures:
         tops, of = (np.zeros(1), np.zeros(1)) if self.reason else share(self)
         if not of.any():
             return Metric(name, None, n=len(self.keys), reason=self.reason or "none of these was asked for", **details)
-        metric = Metric.of(name, pool(tops, of, self.joints.keys), **details)
+        metric = Metric.of(name, pool(tops, of, self.joints.clusters), **details)
         if metric.low is None:
             return replace(metric, reason=f"inconclusive, about {MIN_CLUSTERS - metric.n} more samples")
         return metric

@@ -17,7 +17,7 @@ from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.examiner import UNPUBLISHED
-from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, cluster_of, degenerate_reason, select
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
@@ -106,7 +106,7 @@ def lpips_to_own(
     details = {"baselines": baselines, "settings": settings, "better": "lower"}
     if reason := reason or degenerate_reason(rows):
         return Metric(name, None, n=len(keys), reason=reason, **details)
-    return Metric.of(name, intervals.mean([row["lpips"] for row in rows], [row["key"] for row in rows]), **details)
+    return Metric.of(name, intervals.mean([row["lpips"] for row in rows], [cluster_of(row) for row in rows]), **details)
 
 
 def quantiles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def likeness(
 def _metric(name: str, rows: Sequence[Mapping[str, Any]], measure: str, details: Mapping[str, Any]) -> Metric:
     if reason := degenerate_reason(rows):
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
-    return Metric.of(name, intervals.mean([row[measure] for row in rows], [row["key"] for row in rows]), **details)
+    return Metric.of(name, intervals.mean([row[measure] for row in rows], [cluster_of(row) for row in rows]), **details)
 
 
 def _gain(
@@ -164,7 +164,8 @@ def _gain(
     if reason:
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]
-    interval = intervals.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], keys)
+    clusters = [cluster_of(row) for row in paired]
+    interval = intervals.paired_difference([row["psnr"] for row in paired], [random[key] for key in keys], clusters)
     return Metric.of(name, interval, **details)
 
 
@@ -213,7 +214,8 @@ def _skill(
             gained = sum(random[key][column] - others[label][key][column] for key in ways)
             details["baselines"][label] = gained / sum(ways.values())
     gains = [random[row["key"]][column] - row[column] for row in paired]
-    return Metric.of(name, intervals.quotient(gains, [ways[key] for key in keys], keys), **details)
+    clusters = [cluster_of(row) for row in paired]
+    return Metric.of(name, intervals.quotient(gains, [ways[key] for key in keys], clusters), **details)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:

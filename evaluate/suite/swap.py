@@ -19,7 +19,7 @@ from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
-from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, degenerate_reason
+from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, cluster_of, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.declaration import Section, SuiteTest
@@ -224,6 +224,7 @@ class _SwappedPictures:
         self.swapped = rows.select(MODEL, _label(mode))
         self.unswapped = [own[row["key"], row["seed"]] for row in self.swapped]
         self.keys = [row["key"] for row in self.swapped]
+        self.clusters = [cluster_of(row) for row in self.swapped]
 
 
 class _TowardDonor:
@@ -240,7 +241,7 @@ class _TowardDonor:
         keys, pairs = self._drawn.keys, [self._drawn.pairs[key] for key in self._drawn.keys]
         donors = np.stack([self._images[pair.donor] for pair in pairs])
         before, after = self._similarity(self._unswapped, donors), self._similarity(self._swapped, donors)
-        gain = intervals.paired_difference(after, before, keys)
+        gain = intervals.paired_difference(after, before, self._drawn.clusters)
         most = float(np.mean(self._similarity(donors, donors) - before))
         hits = {
             name: [found == pair.donor for found, pair in zip(self._found(points), pairs)]
@@ -248,7 +249,7 @@ class _TowardDonor:
         }
         chance = float(np.mean([1 / len(pair.candidates) for pair in pairs]))
         told = {"chance": chance, "unswapped": float(np.mean(hits["unswapped"])), "donor_itself": 1.0}
-        share = intervals.proportion(hits["swapped"], [1] * len(keys), keys)
+        share = intervals.proportion(hits["swapped"], [1] * len(keys), self._drawn.clusters)
         return [
             Metric.of(names[0], gain, baselines={"no_swap": 0.0, "donor_itself": most}, settings=settings),
             Metric.of(names[1], share, baselines=told, settings=settings),
@@ -293,7 +294,7 @@ def _text_kept(
         "donor": float(np.mean([_right(row, donor) for row, donor in zip(drawn.swapped, donors)])) / len(ATTRIBUTES),
         "judge_on_real": float(np.mean([_right(row, row) for row in real])) / len(ATTRIBUTES),
     }
-    interval = intervals.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.keys)
+    interval = intervals.proportion(right, [len(ATTRIBUTES)] * len(right), drawn.clusters)
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 
 
@@ -311,7 +312,7 @@ def _similarity_kept(
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
     others = {"unswapped": drawn.unswapped, "random_pair": rows.select(BASELINE, "random_pair")}
     means = {label: average(own, lambda row: row["dino_similarity"]) for label, own in others.items()}
-    interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.keys)
+    interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.clusters)
     baselines = {label: mean for label, mean in means.items() if mean is not None}
     return Metric.of(name, interval, baselines=baselines, settings=settings)
 

@@ -208,6 +208,10 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
     samples = pq.read_table(evaluated / "samples.parquet")
     assert samples.schema.names == SAMPLES_SCHEMA.names
     rows = samples.to_pylist()
+    groups = {row["key"]: row["duplicate_group"] for row in Dataset(figures_dataset).rows("holdout")}
+    heldout = pq.read_table(evaluated / "heldout_loss.parquet").to_pylist()
+    for row in (*rows, *(row for row in heldout if row["split"] == "holdout")):
+        assert row["cluster"] == groups[row["key"]] is not None
     drawn = [row for row in rows if row["kind"] == "model"]
     holdout = {row["key"] for row in Dataset(figures_dataset).rows("holdout")[:12]}
     for condition in ("all", "text+pose", "text", "nothing"):

@@ -41,6 +41,33 @@ def test_kid_equals_torchmetrics(width):
     assert kid(first, second).value == pytest.approx(float(reference.compute()[0]), rel=1e-6)
 
 
+@pytest.mark.parametrize("measure", [kid, cmmd])
+def test_kernel_distances_take_all_of_a_larger_reference(measure):
+    """Unbiased at any size, as the formula has it, and less noisy; the jackknife leaves out pictures of either set."""
+    many = [two_sets(400, 8, seed=seed) for seed in range(60)]
+    at = {m: [measure(first[:40], second[:m]) for first, second in many] for m in (40, 400)}
+    few, all_of_it = (np.array([one.value for one in at[m]]) for m in (40, 400))
+    assert all_of_it.std() < 0.9 * few.std()
+    assert abs(all_of_it.mean() - few.mean()) < 3 * few.std() / np.sqrt(len(few))
+    first, second = many[0]
+    own = measure(first[:40], second)
+    assert own.without[0][3] == pytest.approx(measure(np.delete(first[:40], 3, 0), second).value)
+    assert own.without[1][7] == pytest.approx(measure(first[:40], np.delete(second, 7, 0)).value)
+    with pytest.raises(ValueError, match="not comparable"):
+        own.above(measure(first[:40], second[:40]))
+
+
+def test_cmmd_is_the_distance_of_means_and_blind_to_modes():
+    """What its documentation says: two modes on one axis and two on another have one mean; KID tells them apart."""
+    signs = np.tile([[1.0], [-1.0]], (100, 1))
+    mean, first, second = np.eye(3)
+    one, other = (distances.unit(mean + signs * axis) for axis in (first, second))
+    assert abs(cmmd(one, other).value) < 0.15
+    assert kid(one, other).value > 0.05
+    moved = distances.unit(one + 0.3 * second)
+    assert cmmd(one, moved).value == pytest.approx(10 * np.sum((one.mean(0) - moved.mean(0)) ** 2), abs=0.15)
+
+
 @pytest.mark.parametrize("width", [4, 48])
 def test_the_frechet_distance_equals_torchmetrics(width):
     first, second = two_sets(100, width)
@@ -150,7 +177,7 @@ def test_differences_cover_what_they_claim():
 def test_nothing_is_compared_across_n():
     first, second = two_sets(64, 4)
     with pytest.raises(ValueError, match="one n and one width"):
-        kid(first, second[:32])
+        frechet(first, second[:32])
     with pytest.raises(ValueError, match="not comparable"):
         kid(first, second).above(kid(first[:32], second[:32]))
     with pytest.raises(ValueError, match="not comparable"):

@@ -63,3 +63,17 @@ def test_only_pictures_that_both_have_are_compared():
     assert paired(rows(values), [], "all", "psnr") is None
     assert paired(rows(values), rows(values, condition="text"), "all", "psnr") is None
     assert paired(rows(values), rows([None, *values[1:]]), "all", "psnr") is None
+
+
+def test_near_duplicates_differ_together():
+    """Bursts of four are one cluster: over the samples, as it was, the interval is half as wide."""
+    base = np.random.default_rng(0).normal(size=64)
+    change = np.repeat(np.random.default_rng(1).normal(size=16), 4)
+    first, second = rows(base + change, seeds=1), rows(base, seeds=1)
+    alone = paired(first, second, "all", "psnr")
+    for one in (first, second):
+        for index, row in enumerate(one):
+            row["cluster"] = f"burst {index // 4}"
+    together = paired(first, second, "all", "psnr")
+    assert (alone.n, together.n) == (64, 16)
+    assert together.high - together.low > 1.7 * (alone.high - alone.low)
