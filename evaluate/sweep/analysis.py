@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 
 from evaluate.report.compare import differing
+from evaluate.statistics.looks import Looks
 from evaluate.statistics.verdicts import (
     Comparison,
     Effect,
+    RankTest,
     Verdict,
     factorial_effects,
     holm,
     judge_comparisons,
-    more_seeds,
+    needed_seeds,
     paired,
+    rank_failures,
     welch,
 )
 from evaluate.sweep.files import VALIDATION, RecordedArm, RecordedSweep, RecordedTrial
@@ -46,8 +49,9 @@ SLOPE_FROM = 0.1  # share of the steps from which on the slope of the loss is ta
 class Contrast:
     """One arm against another in one metric.
 
-    ``barred`` says why the two may not be compared (settings of the metric that differ), ``undeclared`` which keys the
-    arm changes beyond its factor: the verdict is then on all of it together.
+    ``failed`` are the numbers of trials of both that ended without a value, of as many as ``ended``, and ``ranks`` the
+    test that counts them as the worst. ``barred`` says why the two may not be compared (settings of the metric that
+    differ), ``undeclared`` which keys the arm changes beyond its factor: the verdict is then on all of it together.
     """
 
     arm: RecordedArm
@@ -55,6 +59,14 @@ class Contrast:
     comparison: Comparison | None
     verdict: Verdict
     barred: Sequence[str] = ()
+    failed: tuple[int, int] = (0, 0)
+    ended: tuple[int, int] = (0, 0)
+    ranks: RankTest | None = None
+
+    @property
+    def survivors(self) -> bool:
+        """Whether more trials failed in one arm than in the other, so that those left are not comparable."""
+        return self.failed[0] != self.failed[1]
 
     @property
     def repeat(self) -> bool:
@@ -77,6 +89,17 @@ class Cohort:
         """Return training seed -> value of the arm's trials that have one."""
         found = {trial.seed: measure(trial) for trial in self.of(arm)}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+    def lost(self, sweep: RecordedSweep, arm: str) -> list[int]:
+        """Return the seeds of the arm's trials that ended without the primary metric, under this cohort or unknown."""
+        own = {trial.cohort for trial in self.trials}
+        return [
+            trial.seed
+            for trial in sweep.trials
+            if trial.arm == arm
+            and trial.lost(sweep.primary)
+            and (trial.cohort in own or not trial.record.get("cohort"))
+        ]
 
 
 def split_cohorts(sweep: RecordedSweep) -> list[Cohort]:
@@ -112,33 +135,52 @@ def contrasts(
     """Compare every arm with what it was declared against, and judge the comparisons.
 
     Holm's correction is over the arms; the A/A arm makes no claim, is judged by itself and, since its seeds are others,
-    by Welch's t. ``metric`` is what the measure is called in report.json, if it is from there: its settings must agree.
+    by Welch's t. Arms of which unequal numbers of trials failed are not judged: their survivors are. ``metric`` is what
+    the measure is called in report.json, if it is from there: its settings must agree.
     """
     pairs = [(arm, arm.against) for arm in sweep.arms.values() if arm.against in sweep.arms]
     barred = {arm.name: _settings_that_differ(cohort, arm, other, metric) for arm, other in pairs}
+    lost = {arm: cohort.lost(sweep, arm) for arm in sweep.arms}
     compared: dict[str, Comparison | None] = {}
+    ranks: dict[str, RankTest | None] = {}
     for arm, other in pairs:
         values, others = cohort.values(arm.name, measure), cohort.values(other, measure)
-        compared[arm.name] = (
-            welch([*values.values()], [*others.values()]) if arm.role == "a/a" else paired(values, others)
-        )
+        if arm.role == "a/a":
+            compared[arm.name] = welch([*values.values()], [*others.values()])
+        else:
+            compared[arm.name] = paired(values, others)
+            if lost[arm.name] or lost[other]:
+                ranks[arm.name] = rank_failures(values, others, lost[arm.name], lost[other], mode)
         if barred[arm.name]:
             compared[arm.name] = None
-    claims = {arm.name: compared[arm.name] for arm, _ in pairs if arm.role != "a/a"}
-    verdicts = judge_comparisons(claims, mode, margin)
+    survivors = {arm.name for arm, other in pairs if len(lost[arm.name]) != len(lost[other])}
+    claims = {arm.name: compared[arm.name] for arm, _ in pairs if arm.role != "a/a" and arm.name not in survivors}
+    verdicts = judge_comparisons(claims, mode, margin, sweep.looks)
     for arm, _ in pairs:
-        if arm.role == "a/a":
-            verdicts |= judge_comparisons({arm.name: compared[arm.name]}, mode, margin)
-            verdicts[arm.name] = _of_a_repeat(verdicts[arm.name], compared[arm.name], margin)
-    return [Contrast(arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name]) for arm, other in pairs]
+        if arm.role == "a/a" and arm.name not in survivors:
+            verdicts |= judge_comparisons({arm.name: compared[arm.name]}, mode, margin, sweep.looks)
+            verdicts[arm.name] = _of_a_repeat(verdicts[arm.name], compared[arm.name], margin, sweep.looks)
+    for name in survivors:
+        verdicts[name] = Verdict("no verdict", note="unequally many trials failed, and the others are what survived")
+    found = []
+    for arm, other in pairs:
+        failed = (len(lost[arm.name]), len(lost[other]))
+        ended = tuple(
+            count + len(cohort.values(name, measure)) for count, name in zip(failed, (arm.name, other), strict=True)
+        )
+        one = Contrast(
+            arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name], failed, ended, ranks.get(arm.name)
+        )
+        found.append(one)
+    return found
 
 
-def _of_a_repeat(verdict: Verdict, one: Comparison | None, margin: float | None) -> Verdict:
+def _of_a_repeat(verdict: Verdict, one: Comparison | None, margin: float | None, looks: Looks) -> Verdict:
     """Return what more seeds would settle where the truth is known: no difference, whatever the mean so far."""
-    if one is None or verdict.more is None:
+    if one is None or verdict.seeds is None:
         return verdict
-    more, toward = more_seeds(replace(one, interval=replace(one.interval, value=0.0)), margin)
-    return replace(verdict, more=more, toward=toward)
+    seeds = needed_seeds(replace(one, interval=replace(one.interval, value=0.0)), margin, looks=looks, doubt=0.0)
+    return replace(verdict, seeds=seeds, toward="equivalent" if seeds else None)
 
 
 def _settings_that_differ(cohort: Cohort, arm: RecordedArm, other: str, metric: str) -> list[str]:
@@ -258,11 +300,17 @@ def factorial(sweep: RecordedSweep, cohort: Cohort) -> Factorial:
         seen = {repr(_under(settings[name], prefixes)) for name, link in levels.items() if factor in link}
         if len(seen) > 1:
             return Factorial(reason=f"{factor} stands for different settings in different arms")
+    if sweep.looks.exploratory:
+        return Factorial(reason="seeds were added, and no max_seeds was declared: the sweep is exploratory")
+    failed = {name: len(cohort.lost(sweep, name)) for name in levels}
+    if len(set(failed.values())) > 1:
+        counts = ", ".join(f"{count} of {name}" for name, count in failed.items() if count)
+        return Factorial(reason=f"unequally many trials failed ({counts}), and the others are what survived")
     measure = measure_of(sweep.primary)
     found = factorial_effects({cell: cohort.values(name, measure) for cell, name in cells.items()}, factors)
     if found is None:
         return Factorial(reason="no training seed has finished in every arm")
-    tested = [effect.comparison.p for effect in found if effect.comparison.p is not None]
+    tested = [sweep.looks.adjust(effect.comparison.p) for effect in found if effect.comparison.p is not None]
     adjusted = holm(tested)[0] if len(tested) == len(found) else [None] * len(found)
     return Factorial(found, adjusted)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluate.report.files import read_object, step_of
+from evaluate.statistics.looks import Looks
 from nanodit.errors import DataError
 from train.loop.tracking import read_metrics
 
@@ -113,6 +114,12 @@ class RecordedTrial:
             return f"skipped: {self.skipped[name]}"
         return "never evaluated" if self.evaluated is None else f"its evaluation holds no {name}"
 
+    def lost(self, name: str) -> str | None:
+        """Return why a trial ended without a value of a metric, as one that diverged does; None where it did not."""
+        if self.status in ("failed", "stopped") or (name in self.metrics and self.value(name) is None):
+            return self.excluded(name)
+        return None
+
     @cached_property
     def clock(self) -> dict[int, float]:
         """Seconds of training up to each logged step, from the rates logged (no validation, saving, compilation).
@@ -172,6 +179,12 @@ class RecordedSweep:
     def margin(self) -> float | None:
         """Differences of the primary metric within it were declared to make none."""
         return self.content["primary"].get("margin")
+
+    @property
+    def looks(self) -> Looks:
+        """The numbers of seeds at which the sweep could be judged, and the most that it declared."""
+        seeds = self.content.get("looks") or [len(self.content["seeds"])]
+        return Looks(tuple(seeds), self.content.get("max_seeds"))
 
     @property
     def time_claims(self) -> bool:

@@ -73,7 +73,13 @@ def _answer(sweep: RecordedSweep, cohort: Cohort, other: RecordedArm, arm: Recor
     elif name == "iterations_per_second" and not sweep.time_claims:
         why = "trials ran at the same time on one machine, so no claims about time are made"
     else:
-        return (_ratio if measured.unit else _difference)(cohort, other, arm, measured)
+        answer = (_ratio if measured.unit else _difference)(cohort, other, arm, measured)
+        failed = [len(cohort.lost(sweep, one.name)) for one in (other, arm)]
+        if answer["says"] and failed[0] != failed[1]:
+            answer["says"] += f" (of survivors: {failed[0]} trials of {other.name} failed, {failed[1]} of {arm.name})"
+        if answer["says"] and sweep.looks.exploratory:
+            answer["says"] += " (exploratory: seeds were added, and no max_seeds was declared)"
+        return answer
     return {"what": measured.title, "says": "", "why": why}
 
 

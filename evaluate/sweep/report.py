@@ -24,7 +24,7 @@ from nanodit.pages import open_template
 
 SCHEMA = 1
 DECLARED = (
-    *("name", "arms", "factors", "seeds", "aa_seeds", "budget", "primary"),
+    *("name", "arms", "factors", "seeds", "aa_seeds", "max_seeds", "looks", "budget", "primary"),
     *("early_stopping", "concurrent", "fractional", "time_claims"),
 )
 COLUMNS = ("arm", "seed", "status", "reason", "cohort", "attempts", "steps", "images", "seconds", "peak_memory_gb")
@@ -122,7 +122,9 @@ def sweep_json(sweep: RecordedSweep) -> dict[str, Any]:
                     "p": compared.p if compared else None,
                     "p_holm": one.verdict.adjusted,
                     "verdict": one.verdict.word,
-                    "more_seeds": one.verdict.more,
+                    "failed": dict(zip((one.arm.name, one.against), one.failed)),
+                    "p_ranks": one.ranks.p if one.ranks else None,
+                    "seeds_needed": one.verdict.seeds,
                     "toward": one.verdict.toward,
                     "note": one.verdict.note,
                     "undeclared": list(one.arm.undeclared),

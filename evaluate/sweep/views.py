@@ -11,7 +11,7 @@ from evaluate.statistics.verdicts import MIN_SEEDS, Comparison, half_width, pair
 from evaluate.suite import is_charted
 from evaluate.sweep.analysis import Cohort, Contrast, flatten, measure_of
 from evaluate.sweep.files import RecordedSweep
-from evaluate.sweep.words import digits, metric_title, more_words, p_words, plural, setting, words_of
+from evaluate.sweep.words import digits, failed_words, metric_title, more_words, p_words, plural, setting, words_of
 from nanodit.svg import seed_points
 
 STYLES = ("c1", "c2", "c3", "c4", "c5", "c6")
@@ -75,7 +75,7 @@ def verdict_rows(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[s
     rows = []
     for one in found:
         compared, verdict = one.comparison, one.verdict
-        notes = [verdict.note] if verdict.note else []
+        notes = [note for note in (failed_words(one), verdict.note) if note]
         if one.barred:
             notes = [f"not compared: measured with different settings ({'; '.join(one.barred)})"]
         if one.arm.undeclared:
@@ -95,7 +95,7 @@ def verdict_rows(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[s
                 "n": compared.interval.n if compared else 0,
                 "p": p_words(None if one.repeat else verdict.adjusted),
                 "forest": forest(compared, bounds, sweep.margin),
-                "more": "" if one.repeat and not verdict.more else more_words(verdict, compared),
+                "more": "" if one.repeat and not verdict.seeds else more_words(verdict, compared, sweep.looks),
                 "notes": notes,
             }
         )
@@ -229,6 +229,7 @@ def points_chart(sweep: RecordedSweep, cohort: Cohort) -> Any:
 def metric_rows(sweep: RecordedSweep, cohort: Cohort) -> list[dict[str, Any]]:
     """Return every other metric: the arms' means, and differences with intervals that claim nothing."""
     names = dict.fromkeys(name for trial in cohort.trials for name in trial.metrics)
+    failed = {arm: len(cohort.lost(sweep, arm)) for arm in sweep.arms}
     rows = []
     for name in names:
         if is_charted(name):
@@ -248,6 +249,7 @@ def metric_rows(sweep: RecordedSweep, cohort: Cohort) -> list[dict[str, Any]]:
                 repeat = arm.role == "a/a"
                 compared = welch([*own.values()], [*other.values()]) if repeat else paired(own, other)
             told = compared is not None and compared.interval.n >= MIN_SEEDS and compared.p <= 0.05
+            told = told and not sweep.looks.exploratory and failed[arm.name] == failed[arm.against]
             cells.append(
                 {
                     "arm": arm.name,
@@ -273,10 +275,15 @@ def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, s
         half = (compared.interval.high - compared.interval.low) / 2
         text = f"With {plural(n, 'seed')} and this spread, a difference below {digits(half)} cannot be told from none."
         if verdict.word in ("inconclusive", "single run: no verdict"):
-            text += f" {more_words(verdict, compared)[:1].upper()}{more_words(verdict, compared)[1:]}."
-            if verdict.more and verdict.toward == "different":
-                wanted = digits(float(half_width(compared.spreads, [n + verdict.more])[0]))
-                text += f" The interval is then about ±{wanted} wide around a difference like the one seen."
+            more = more_words(verdict, compared, sweep.looks)
+            text += f" {more[:1].upper()}{more[1:]}."
+            if verdict.seeds and verdict.toward == "different":
+                wanted = digits(float(half_width(compared.spreads, [verdict.seeds[0]])[0]))
+                text += f" With {plural(verdict.seeds[0], 'seed')} the interval is about ±{wanted} wide."
+        elif verdict.word == "no verdict":
+            text = f"F{failed_words(one)[1:]}. Find out why, and run the arms again where none fails."
+        elif verdict.word.startswith("exploratory"):
+            text = "A sweep that declares max_seeds before its first trial may grow up to it and be judged."
         elif verdict.word == "equivalent":
             farthest = digits(max(abs(compared.interval.low), abs(compared.interval.high)))
             text = f"Equivalent for the margin of ±{sweep.margin:g}; a margin below {farthest} would have left it open."

@@ -8,7 +8,9 @@ from typing import Any
 
 from evaluate.report.metrics import label
 from evaluate.statistics.intervals import Interval
+from evaluate.statistics.looks import Looks
 from evaluate.statistics.verdicts import MOST_SEEDS, Comparison, Verdict
+from evaluate.sweep.analysis import Contrast
 
 
 def metric_title(metric: str) -> str:
@@ -54,16 +56,37 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-def more_words(verdict: Verdict, comparison: Comparison | None) -> str:
-    """Return what would settle an open verdict."""
-    if comparison is None or verdict.word in ("better", "worse", "equivalent"):
+def more_words(verdict: Verdict, comparison: Comparison | None, looks: Looks) -> str:
+    """Return what would settle an open verdict: more seeds of this sweep, or of a new one where no maximum was said."""
+    if comparison is None or verdict.word not in ("inconclusive", "single run: no verdict"):
         return ""
-    if verdict.more is None:
-        if comparison.interval.n < 2:
-            return "run at least three training seeds"
-        return f"not even {MOST_SEEDS:,} seeds would settle it, if the mean and spread so far were the truth"
-    end = {"different": "as different", "equivalent": "as equivalent"}.get(verdict.toward or "", "")
-    return f"about {plural(verdict.more, 'more seed')} would settle it{f', {end}' if end else ''}"
+    if comparison.interval.n < 2:
+        return "run at least three training seeds"
+    most = looks.most or MOST_SEEDS
+    if verdict.seeds is None:
+        limit = f"the {most:,} seeds declared" if looks.most else f"even {most:,} seeds"
+        return f"not {limit} would settle it, if spread and mean so far were the truth"
+    least, largest = verdict.seeds
+    done = comparison.interval.n if looks.most else 0
+    span = f"{least - done:,}" if least == largest else f"{least - done:,} to {largest - done:,}" if largest else ""
+    span = span or f"{least - done:,} to more than {most - done:,}"
+    kind = "more seed" if looks.most else "seed"
+    where = "" if looks.most else " of a new sweep"
+    end = {"different": ", as different", "equivalent": ", as equivalent"}.get(verdict.toward or "", "")
+    return f"about {span} {kind}{'' if span == '1' else 's'}{where} would settle it with a probability of 80 %{end}"
+
+
+def failed_words(one: Contrast) -> str:
+    """Return how many trials failed in either arm, and what ranks say of it; empty where none did."""
+    if not any(one.failed):
+        return ""
+    names = (one.arm.name, one.against)
+    counts = [f"{lost} of {ended} of {name}" for name, lost, ended in zip(names, one.failed, one.ended)]
+    text = f"failed: {' and '.join(counts)}"
+    if one.ranks is None:
+        return text
+    counted = f"{one.ranks.better} seeds better and {one.ranks.worse} worse, p {p_words(one.ranks.p)} by ranks"
+    return f"{text}; with failures as the worst, {counted}"
 
 
 def duration(seconds: float) -> str:

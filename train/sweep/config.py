@@ -107,6 +107,7 @@ class SweepConfig(Config):
     factors: dict[str, list[str]] = Field(default={})  # name -> keys, or sections of them, that it consists of
     arms: dict[str, ArmConfig] = Field(min_length=1)  # the first is the baseline
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    max_seeds: int | None = Field(default=None, ge=3)  # up to which seeds may be added and judged; null: none may
     aa_seeds: list[int] = Field(default=[])  # of the baseline once more, as the arm A/A; [] : no such arm
     budget: BudgetConfig
     primary: PrimaryConfig
@@ -137,6 +138,8 @@ class SweepConfig(Config):
         seeds = [*self.seeds, *self.aa_seeds]
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError(f"seeds and aa_seeds must be different numbers from 0 on, not {seeds}")
+        if self.max_seeds is not None and len(self.seeds) > self.max_seeds:
+            raise ValueError(f"{len(self.seeds)} seeds, but max_seeds declares at most {self.max_seeds}")
         return self
 
     @model_validator(mode="after")
@@ -239,6 +242,7 @@ class Sweep:
             "factors": config.factors,
             "seeds": config.seeds,
             "aa_seeds": config.aa_seeds,
+            "max_seeds": config.max_seeds,
             "budget": config.budget.model_dump(exclude_none=True),
             "primary": config.primary.model_dump(),
             "questions": [question.model_dump() for question in config.questions if not self.absent(question)],

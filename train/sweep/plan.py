@@ -97,7 +97,16 @@ def write_plan(sweep: Sweep, work: Work, concurrent: int, fractional: bool) -> N
         for trial in sweep.trials
     }  # fmt: skip
     write_atomic(folder / CONFIG, dump_sweep(sweep))
-    write_atomic(folder / PLAN, canonical_json(sweep.record(concurrent, fractional) | {"trials": trials}))
+    record = sweep.record(concurrent, fractional) | {"trials": trials, "looks": looks(sweep)}
+    write_atomic(folder / PLAN, canonical_json(record))
+
+
+def looks(sweep: Sweep) -> list[int]:
+    """Return the numbers of seeds at which the sweep could be judged: those it had before each extension, and now."""
+    file, now = sweep.folder / PLAN, len(sweep.config.seeds)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    past = before.get("looks") or ([len(before["seeds"])] if before else [])
+    return past if past and past[-1] == now else [*past, now]
 
 
 def _evaluations(sweep: Sweep, work: Work) -> dict[str, str]:
@@ -172,6 +181,11 @@ def describe(sweep: Sweep, concurrent: int) -> Iterator[str]:
             )
         if arm["against"] not in (None, *arms):
             yield f"warning: {name} is not compared: no arm {arm['against']}; name it in --arms, too"
+    if len(grown := looks(sweep)) > 1 and sweep.config.max_seeds is None:
+        yield (
+            f"warning: this sweep grew ({', then '.join(map(str, grown))} seeds) and had not declared max_seeds: its "
+            "report is exploratory, without verdicts. For these, set max_seeds and another `output`"
+        )
     for question in sweep.config.questions:
         if absent := sweep.absent(question):
             where = "name it in --arms, too" if set(absent) <= set(sweep.declared) else "set `questions`"

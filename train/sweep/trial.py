@@ -35,7 +35,8 @@ RATE = "sys/iter_per_sec"
 PACKAGES = ("nanodit", "prep", "train", "evaluate")
 # what only reads what trials wrote
 READERS = (
-    "evaluate/report/", "evaluate/sweep/", "evaluate/statistics/verdicts", "nanodit/svg", "nanodit/pages",
+    "evaluate/report/", "evaluate/sweep/", "evaluate/statistics/verdicts", "evaluate/statistics/looks", "nanodit/svg",
+    "nanodit/pages",
 )  # fmt: skip
 
 

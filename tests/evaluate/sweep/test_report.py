@@ -221,7 +221,14 @@ def verdicts(folder) -> dict[str, str]:
 def test_the_verdicts_are_those_of_the_arms(folder, html):
     assert verdicts(folder) == {"B": "equivalent", "C": "better", "D": "equivalent", "A/A": "inconclusive"}
     text = words(html)
-    for part in ("✓ better", "= equivalent", "≈ inconclusive", "after Holm", "more seed", "not paired: Welch's t"):
+    for part in (
+        "✓ better",
+        "= equivalent",
+        "≈ inconclusive",
+        "after Holm",
+        "seeds of a new sweep",
+        "not paired: Welch's t",
+    ):
         assert part in text
     assert "Declared before the first trial: held-out flow loss" in text
     assert "±0.02" in text
@@ -281,8 +288,8 @@ def test_failed_stopped_and_nan_trials_take_no_part_and_say_why(tmp_path):
     record = sweep_json(RecordedSweep.read(folder))
     counted = {one["arm"]: one["n"] for one in record["metrics"]}
     assert counted == {"B": 2, "C": 1, "D": 1, "A/A": 3}
-    assert verdicts(folder)["C"] == "single run: no verdict"
-    assert verdicts(folder)["B"] == "inconclusive"
+    assert verdicts(folder)["C"] == "single run: no verdict"  # one trial of each failed
+    assert verdicts(folder)["B"] == "no verdict"
     assert {one["name"]: one["reason"] for one in record["skipped"]} == {
         "B, seed 0": "failed: out of memory: 7.9 of 8.0 GB",
         "C, seed 1": "stopped: stopped early by ASHA at step 250",
@@ -292,6 +299,53 @@ def test_failed_stopped_and_nan_trials_take_no_part_and_say_why(tmp_path):
     for part in ("out of memory: 7.9 of 8.0 GB", "by ASHA at step 250", "loss is NaN", "3 trials take no part"):
         assert part in text
     assert "single run: no verdict" in text
+
+
+def test_survivors_of_an_arm_that_diverged_are_not_better(tmp_path):
+    """Four of seven seeds are lost, and the other three are far better than the baseline's: no verdict, and why."""
+    content = describe(seeds=list(range(7)), aa_seeds=[])
+    content["arms"] = {name: content["arms"][name] for name in ("A", "B")}
+    content["questions"] = []
+    lost = {("B", seed): {"status": "failed", "reason": "loss is NaN at step 31"} for seed in (1, 3, 4, 6)}
+    lost |= {("B", seed): {"kind": (0.3, 0.3, 5.2, 4.4)} for seed in (0, 2, 5)}
+    folder = write_sweep(tmp_path / "s", content, trials=lost)
+    (one,) = sweep_json(RecordedSweep.read(folder))["metrics"]
+    assert one["high"] < -0.1
+    assert one["p"] < 0.001
+    assert one["verdict"] == "no verdict"
+    assert one["failed"] == {"B": 4, "A": 0}
+    assert one["p_ranks"] > 0.1
+    text = words(render(RecordedSweep.read(folder)))
+    assert "failed: 4 of 7 of B and 0 of 7 of A; with failures as the worst, 3 seeds better and 4 worse" in text
+    assert "✓ better" not in text
+    # a value that is no number is a failure as well
+    degenerate = write_sweep(tmp_path / "d", content, trials={("B", 0): lost["B", 0]})
+    path = next((degenerate / "trials" / "B-seed1").rglob("report.json"))
+    found = json.loads(path.read_text())
+    found["metrics"][0] |= {"value": None, "low": None, "high": None, "reason": "degenerate: 3 of 24"}
+    path.write_text(json.dumps(found))
+    assert verdicts(degenerate) == {"B": "no verdict"}
+    # and where as many fail in either arm, the others are compared
+    lost |= {("A", seed): {"status": "failed", "reason": "out of memory"} for seed in (1, 3, 4, 6)}
+    assert verdicts(write_sweep(tmp_path / "e", content, trials=lost)) == {"B": "better"}
+
+
+def test_seeds_that_are_added_are_looks_and_reading_is_none(tmp_path):
+    declared = describe(max_seeds=6, seeds=list(range(6)), looks=[3, 6])
+    record = sweep_json(RecordedSweep.read(write_sweep(tmp_path / "declared", declared)))
+    assert {one["arm"]: one["verdict"] for one in record["metrics"]}["C"] == "better"
+    assert record["provenance"]["sweep"]["looks"] == [3, 6]
+    (c,) = (one for one in record["metrics"] if one["arm"] == "C")
+    assert c["p_holm"] > 3 * c["p"]
+    text = words(render(RecordedSweep.read(tmp_path / "declared")))
+    assert "6 training seeds each, at most 6" in text
+    assert "3, then 6 seeds of at most 6" in text
+    grown = write_sweep(tmp_path / "grown", describe(seeds=list(range(6)), looks=[3, 6]))
+    assert {*verdicts(grown).values()} == {"exploratory: no verdict"}
+    text = words(render(RecordedSweep.read(grown)))
+    assert "exploratory: no verdict" in text
+    assert "✓ better" not in text
+    assert "(exploratory: seeds were added" in text
 
 
 def test_a_metric_that_is_no_number_is_never_best(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from tests.train.sweeps import tiny_sweep, write_sweep
 from train.config import TrainConfig
 from train.loop.trainer import Trainer
 from train.sweep.config import SweepConfig, changes_on_resume, dump_sweep, flatten, load_sweep
-from train.sweep.plan import describe
+from train.sweep.plan import describe, write_plan
+from train.sweep.trial import Work
 
 SHIPPED = sorted(Path("configs/sweep").glob("*.yaml"))
 
@@ -90,6 +93,7 @@ def test_arms_that_are_measured_differently_share_their_training(tiny_dataset, t
         ({"arms": {"A": {"overrides": {"seed": 3}}}}, "seed is set by the sweep itself"),
         ({"overrides": {"train.steps": 3}}, "train.steps is set by the sweep itself"),
         ({"seeds": [0, 1], "aa_seeds": [1]}, "must be different numbers"),
+        ({"seeds": [0, 1, 2, 3], "max_seeds": 3}, "4 seeds, but max_seeds declares at most 3"),
         ({"questions": [{"arms": ["A"], "ask": "Why?", "measures": ["slope"]}]}, "questions.0.arms"),
         ({"budget": {"steps": 3, "hours": 1.0}}, "a budget is one of steps, samples and hours"),
         ({"budget": {}}, "a budget is one of steps, samples and hours"),
@@ -120,7 +124,31 @@ def test_a_sweep_may_grow_but_not_change(tiny_dataset, tmp_path):
 
     assert changes_on_resume(config(), config(seeds=[0, 1], aa_seeds=[4], retries=5, resources={"cpu": 2})) == []
     assert changes_on_resume(config(seeds=[0, 1]), config()) == ["seeds: [0, 1] -> [0]"]
+    assert changes_on_resume(config(), config(max_seeds=6)) == ["max_seeds: None -> 6"]  # declared before, or never
     assert changes_on_resume(config(), config(budget={"steps": 13})) == ["budget.steps: 12 -> 13"]
+
+
+def test_extensions_are_recorded_as_looks_and_a_resume_is_none(tiny_dataset, tmp_path):
+    work = Work(None, None, lambda file, overrides: "", None)
+    folder = tmp_path / "sweep"
+
+    def planned(**changes):
+        sweep = tiny_sweep(tmp_path, tiny_dataset, output=str(folder), **changes)
+        write_plan(sweep, work, 1, False)
+        said = [line for line in describe(sweep, 1) if "max_seeds" in line]
+        return json.loads((folder / "sweep.json").read_text())["looks"], said
+
+    assert planned(seeds=[0, 1, 2]) == ([3], [])
+    assert planned(seeds=[0, 1, 2]) == ([3], [])
+    record = json.loads((folder / "sweep.json").read_text())
+    del record["looks"]  # of an earlier version
+    (folder / "sweep.json").write_text(json.dumps(record))
+    looks, (said,) = planned(seeds=[0, 1, 2, 3, 4])
+    assert looks == [3, 5]
+    assert "exploratory" in said
+    shutil.rmtree(folder)
+    assert planned(seeds=[0, 1, 2], max_seeds=5) == ([3], [])
+    assert planned(seeds=[0, 1, 2, 3, 4], max_seeds=5) == ([3, 5], [])
 
 
 def test_questions_are_recorded_and_may_be_asked_later(tiny_dataset, tmp_path):
