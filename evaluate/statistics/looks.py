@@ -4,7 +4,9 @@ A look is an extension of the sweep's seeds, which somebody decided on with the 
 again is none. At each look the part of the error rate that the spending function allows by then is spent, so that
 verdicts at all looks together are false about as often as a single one (Lan & DeMets 1983, "Discrete sequential
 boundaries for clinical trials", Biometrika 70). p-values of Student's t are held against the levels of Brownian motion
-(Jennison & Turnbull 2000, "Group Sequential Methods", section 4.4). Pure functions of their inputs.
+(Jennison & Turnbull 2000, "Group Sequential Methods", section 4.4). How many seeds are added depends on what the last
+look showed, which these levels do not allow for (6 to 7 % false verdicts): they are therefore those of a look after
+every seed from the first look on, whichever of them are taken. Pure functions of their inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import numpy as np
 from scipy import optimize, special
 
 WIDEST = 37.0  # standard deviations; beyond them a float64 knows no probability
+STEPS = 24  # looks that stand for all in between, where there are more
+FEWEST = 3  # seeds below which nothing is judged
 GRID = 201  # points of the density between two looks
 ALPHAS = np.unique([*np.geomspace(1e-6, 0.999, 60), 0.05])  # error rates whose levels are tabled
 
@@ -77,7 +81,8 @@ def _table(shares: tuple[float, ...]) -> np.ndarray:
 class Looks:
     """The numbers of ``seeds`` at which a sweep could be judged, rising, and the ``most`` that it declared.
 
-    Without a declared maximum there is one look; more of them make the sweep exploratory.
+    Verdicts depend on the first of them, the last and the most. Without a declared maximum there is one look; more of
+    them make the sweep exploratory.
     """
 
     seeds: Sequence[int] = ()
@@ -93,17 +98,26 @@ class Looks:
 
         A p-value for any correction over several arms; p itself for a single look at all the seeds declared.
         """
-        if self.most is None or not self.seeds or tuple(self.seeds) == (self.most,):
+        if self.most is None or not self.seeds:
             return p
-        shares = tuple(count / self.most for count in self.seeds)
         z = special.ndtri(max(min(p, 1.0), 1e-300) / 2)
-        table = _table(shares)
+        table = _table(self._shares(self.seeds[-1]))
         if z < table[0]:
             return float(ALPHAS[0])
         return 1.0 if z >= table[-1] else float(2 * special.ndtr(np.interp(z, table, special.ndtri(ALPHAS / 2))))
 
     def level_at(self, seeds: int, alpha: float) -> float:
-        """Return about the level of a next look at more ``seeds``: what is left to spend by then, and so a least."""
-        if self.most is None or not self.seeds:
-            return alpha
-        return spent(seeds / self.most, alpha) - spent(self.seeds[-1] / self.most, alpha)
+        """Return the level of a look at so many ``seeds``."""
+        return alpha if self.most is None or not self.seeds else level(self._shares(seeds), alpha)
+
+    def _shares(self, seeds: int) -> tuple[float, ...]:
+        """Return all looks up to one at ``seeds`` as shares of the most, both less the one that the mean takes.
+
+        Counted so, Brownian motion is nearer to Student's t, whose values at neighbouring looks differ more: ten looks
+        at 3 to 12 seeds are false in 5.4 % of sweeps, and in 5.6 % where the one is counted.
+        """
+        first = max(self.seeds[0], FEWEST)
+        counts = np.arange(first, max(first, seeds) + 1)
+        if len(counts) > STEPS:
+            counts = np.unique(np.geomspace(first, seeds, STEPS).round())
+        return tuple((float(count) - 1) / (self.most - 1) for count in counts)
