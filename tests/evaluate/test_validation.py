@@ -126,7 +126,7 @@ def test_without_baselines_the_model_is_scored_the_same(make_subject):
     everything = [frozenset(subject.modalities)]
     alone, beside = (heldout_loss.measure(subject, everything, images, pulse.GRID) for images in (None, training))
     assert [row["mse"] for row in alone] == [row["mse"] for row in beside]
-    assert alone[0].keys() == {"key", "condition", "bin", "mse", "loss"}
+    assert alone[0].keys() == {"key", "cluster", "condition", "bin", "mse", "loss"}
 
 
 def test_further_tests_write_what_a_report_is_made_of(dataset, tmp_path):

@@ -174,8 +174,8 @@ def test_too_few_checkpoints_or_prompts_cannot_tell():
     first, second, third, *_ = map(interval_of, steady(np.random.default_rng(1)))
     assert divergence.is_spike(third, [first]) is None
     assert divergence.is_spike(third, [first, second]) is False
-    assert divergence.is_spike(interval_of(np.ones(9)), [first, second]) is None
-    assert divergence.is_spike(third, [first, interval_of(np.ones(9))]) is None
+    assert divergence.is_spike(interval_of(np.ones(7)), [first, second]) is None
+    assert divergence.is_spike(third, [first, interval_of(np.ones(7))]) is None
 
 
 LABELS = [("text", 0), ("noises/text", 1)]
