@@ -18,6 +18,7 @@ LEVEL = 0.95
 RESAMPLES = 4000
 MIN_CLUSTERS = 8  # with fewer, the spread between clusters is too uncertain for an interval that keeps its promise
 _CHUNK = 2**22  # numbers held at once while resampling
+_ROUNDING = 1e-9  # of p (1 - p): a variance below is rounding error
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Se
     if rare > 1:
         variance = n / (n - 1) * float(np.sum((top - value * bottom) ** 2)) / judged**2
         shorter = (_t_quantile(judged - 1) / _t_quantile(rare - 1)) ** 2
-        effective = value * (1 - value) / variance * shorter if variance else judged
+        most = value * (1 - value)
+        effective = most / variance * shorter if variance > _ROUNDING * most else judged
         whole = bool(np.all(top == np.rint(top)))
         effective = min(max(effective, least), judged if whole else math.inf)
     tail, right = (1 - LEVEL) / 2, value * effective

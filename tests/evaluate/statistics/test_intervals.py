@@ -202,3 +202,12 @@ def test_a_quotient_counts_images_whose_denominator_is_negative():
     assert interval.value == pytest.approx(20 / 37)
     assert interval.n == 20
     assert interval.low < interval.value < interval.high
+
+
+@pytest.mark.parametrize("other", [0.3, 0.1 + 0.2, 0.3 + 1e-12])
+def test_fractions_that_differ_by_rounding_are_equal(other):
+    """As a variance, rounding error would stand for 1e30 judgements, whose bounds are NaN or change places."""
+    names = [f"{index:02d}" for index in range(10)]
+    interval = intervals.proportion([0.3] * 5 + [other] * 5, [1] * 10, names)
+    three_of_ten = intervals.proportion([1] * 3 + [0] * 7, [1] * 10, names)
+    assert (interval.low, interval.high) == pytest.approx((three_of_ten.low, three_of_ten.high))
