@@ -72,7 +72,7 @@ def paired(
     """
     chosen = [select(rows, MODEL, condition) for rows in (samples, others)]
     sides = [{(row["key"], row["seed"]): (row[column], 1) for row in rows} for rows in chosen]
-    return _paired(*sides, {row["key"]: cluster_of(row) for row in chosen[0]})
+    return _paired(*sides, _clusters(*chosen))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def difference(metric: Mapping[str, Any], one: MeasuredRows, other: MeasuredRows
     None where the metric is no mean over pictures or grid points, or any of these has no value.
     """
     sides = [values_of(metric["name"], evidence) for evidence in (one, other)]
-    clusters = {row["key"]: cluster_of(row) for row in (*one.samples, *one.heldout)}
+    clusters = _clusters(*((*evidence.samples, *evidence.heldout) for evidence in (one, other)))
     interval = _paired(*sides, clusters) if None not in sides else None
     return interval and Difference(interval, metric["better"])
 
@@ -110,6 +110,12 @@ def values_of(name: str, evidence: MeasuredRows) -> Values | None:
     """Return the pictures or grid points that a metric is a mean or a pooled share of; None for other metrics."""
     test = next((test for test in TESTS.values() if test.owns(name)), None)
     return test.values(name, evidence) if test and test.values else None
+
+
+def _clusters(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the cluster of every sample (key -> cluster): of two evaluations, the one that knows of groups decides."""
+    own, theirs = ({row["key"]: cluster_of(row) for row in one if row.get("cluster")} for one in (rows, others))
+    return {row["key"]: row["key"] for one in (rows, others) for row in one} | theirs | own
 
 
 def _paired(values: Values, others: Values, clusters: Mapping[str, str]) -> Interval | None:

@@ -77,3 +77,15 @@ def test_near_duplicates_differ_together():
     together = paired(first, second, "all", "psnr")
     assert (alone.n, together.n) == (64, 16)
     assert together.high - together.low > 1.7 * (alone.high - alone.low)
+
+
+def test_an_evaluation_without_clusters_takes_those_of_the_other():
+    """Which of two evaluations comes first, and which of them is older, moves no bound."""
+    base = np.random.default_rng(0).normal(size=64)
+    change = np.repeat(np.random.default_rng(1).normal(size=16), 4)
+    grouped, old = rows(base + change, seeds=1), rows(base, seeds=1)
+    for index, row in enumerate(grouped):
+        row["cluster"] = f"burst {index // 4}"
+    there, back = paired(grouped, old, "all", "psnr"), paired(old, grouped, "all", "psnr")
+    assert (there.n, back.n) == (16, 16)
+    assert (-back.high, -back.low) == pytest.approx((there.low, there.high), abs=0.05)
