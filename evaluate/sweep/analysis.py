@@ -50,8 +50,9 @@ class Contrast:
     """One arm against another in one metric.
 
     ``failed`` are the numbers of trials of both that ended without a value, of as many as ``ended``, and ``ranks`` the
-    test that counts them as the worst. ``barred`` says why the two may not be compared (settings of the metric that
-    differ), ``undeclared`` which keys the arm changes beyond its factor: the verdict is then on all of it together.
+    test that counts them as the worst; ``stopped`` says that early stopping ended some of them. ``barred`` says why
+    the two may not be compared (settings of the metric that differ), ``undeclared`` which keys the arm changes beyond
+    its factor: the verdict is then on all of it together.
     """
 
     arm: RecordedArm
@@ -62,6 +63,7 @@ class Contrast:
     failed: tuple[int, int] = (0, 0)
     ended: tuple[int, int] = (0, 0)
     ranks: RankTest | None = None
+    stopped: bool = False
 
     @property
     def survivors(self) -> bool:
@@ -91,14 +93,17 @@ class Cohort:
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def lost(self, sweep: RecordedSweep, arm: str) -> list[int]:
-        """Return the seeds of the arm's trials that ended without the primary metric, under this cohort or unknown."""
+        """Return the seeds of the arm's trials that ended without the primary metric.
+
+        Of this cohort, or of one in which none finished, as that of a trial that went on under other code: what is
+        known of such trials is only that they failed.
+        """
         own = {trial.cohort for trial in self.trials}
+        others = {trial.cohort for trial in sweep.trials if trial.status == "finished"} - own
         return [
             trial.seed
             for trial in sweep.trials
-            if trial.arm == arm
-            and trial.lost(sweep.primary)
-            and (trial.cohort in own or not trial.record.get("cohort"))
+            if trial.arm == arm and trial.lost(sweep.primary) and trial.cohort not in others
         ]
 
 
@@ -165,12 +170,12 @@ def contrasts(
     found = []
     for arm, other in pairs:
         failed = (len(lost[arm.name]), len(lost[other]))
-        ended = tuple(
-            count + len(cohort.values(name, measure)) for count, name in zip(failed, (arm.name, other), strict=True)
-        )
+        ended = tuple(len({*lost[name], *cohort.values(name, measure)}) for name in (arm.name, other))
+        stopped = any(trial.status == "stopped" for trial in sweep.trials if trial.arm in (arm.name, other))
         one = Contrast(
-            arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name], failed, ended, ranks.get(arm.name)
-        )
+            arm, other, compared[arm.name], verdicts[arm.name], barred[arm.name], failed, ended, ranks.get(arm.name),
+            stopped,
+        )  # fmt: skip
         found.append(one)
     return found
 

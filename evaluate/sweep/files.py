@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluate.report.files import read_object, step_of
-from evaluate.statistics.looks import Looks
+from evaluate.statistics.looks import FEWEST, Looks
 from nanodit.errors import DataError
 from train.loop.tracking import read_metrics
 
@@ -108,15 +108,18 @@ class RecordedTrial:
             if name in self.metrics and steps is not None and self.evaluated != steps:
                 return f"evaluated at step {self.evaluated}, not at its last step, {steps:.0f}"
             return None
-        if name in self.metrics:
-            return self.metrics[name]["reason"] or "the value is not a number"
+        if name in self.metrics or any(name in record for record in self.log):
+            return self.metrics.get(name, {}).get("reason") or "the value is not a number"
         if name in self.skipped:
             return f"skipped: {self.skipped[name]}"
         return "never evaluated" if self.evaluated is None else f"its evaluation holds no {name}"
 
     def lost(self, name: str) -> str | None:
         """Return why a trial ended without a value of a metric, as one that diverged does; None where it did not."""
-        if self.status in ("failed", "stopped") or (name in self.metrics and self.value(name) is None):
+        measured = name in self.metrics or any(name in record for record in self.log)
+        if self.status in ("failed", "stopped") or (
+            self.status == "finished" and measured and self.value(name) is None
+        ):
             return self.excluded(name)
         return None
 
@@ -206,6 +209,8 @@ class RecordedSweep:
             )
         if lacking := [name for name in NEEDED if name not in content]:
             raise DataError(f"{folder / SWEEP} is damaged (it lacks {', '.join(lacking)}). {AGAIN}")
+        if problem := _problem_of_looks(content):
+            raise DataError(f"{folder / SWEEP} is damaged ({problem}). {AGAIN}")
         arms = {name: RecordedArm.of(name, arm) for name, arm in content["arms"].items()}
         found = {}
         trials = folder / TRIALS
@@ -221,6 +226,17 @@ class RecordedSweep:
         missing = [pair for pair in order if pair not in found]
         found |= {pair: RecordedTrial(*pair, trials / f"{pair[0]}-seed{pair[1]}", {}) for pair in missing}
         return cls(folder, content, arms, [found[pair] for pair in order])
+
+
+def _problem_of_looks(content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the seeds at which a sweep.json may be judged, or None."""
+    most, looks = content.get("max_seeds"), content.get("looks") or [len(content["seeds"])]
+    if most is not None and (type(most) is not int or most < max(FEWEST, len(content["seeds"]))):
+        return f"max_seeds {most!r} for {len(content['seeds'])} seeds"
+    whole = isinstance(looks, list) and all(type(count) is int and count > 0 for count in looks)
+    if not whole or looks != sorted(set(looks)) or looks[-1] != len(content["seeds"]):
+        return f"looks {looks!r} for {len(content['seeds'])} seeds"
+    return None
 
 
 def _read_trial(path: Path) -> RecordedTrial:

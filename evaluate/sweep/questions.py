@@ -76,7 +76,9 @@ def _answer(sweep: RecordedSweep, cohort: Cohort, other: RecordedArm, arm: Recor
         answer = (_ratio if measured.unit else _difference)(cohort, other, arm, measured)
         failed = [len(cohort.lost(sweep, one.name)) for one in (other, arm)]
         if answer["says"] and failed[0] != failed[1]:
-            answer["says"] += f" (of survivors: {failed[0]} trials of {other.name} failed, {failed[1]} of {arm.name})"
+            answer["says"] += (
+                f" (of survivors: {plural(failed[0], 'trial')} of {other.name} failed, {failed[1]} of {arm.name})"
+            )
         if answer["says"] and sweep.looks.exploratory:
             answer["says"] += " (exploratory: seeds were added, and no max_seeds was declared)"
         return answer

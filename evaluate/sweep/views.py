@@ -267,6 +267,13 @@ def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, s
     rows = []
     for one in found:
         name, compared, verdict = f"{one.arm.name} against {one.against}", one.comparison, one.verdict
+        if one.survivors and not one.barred:
+            remedy = "Find out why, and run the arms again where none fails."
+            if one.stopped:
+                remedy = "Judge these arms in a sweep without early stopping."
+            text = failed_words(one)
+            rows.append({"name": name, "word": verdict.word, "text": f"{text[0].upper()}{text[1:]}. {remedy}"})
+            continue
         if compared is None or compared.interval.low is None:
             why = "Measure both arms in the same way." if one.barred else "Finish three training seeds of both arms."
             rows.append({"name": name, "word": verdict.word, "text": why})
@@ -280,8 +287,6 @@ def changes(sweep: RecordedSweep, found: Sequence[Contrast]) -> list[dict[str, s
             if verdict.seeds and verdict.toward == "different":
                 wanted = digits(float(half_width(compared.spreads, [verdict.seeds[0]])[0]))
                 text += f" With {plural(verdict.seeds[0], 'seed')} the interval is about ±{wanted} wide."
-        elif verdict.word == "no verdict":
-            text = f"F{failed_words(one)[1:]}. Find out why, and run the arms again where none fails."
         elif verdict.word.startswith("exploratory"):
             text = "A sweep that declares max_seeds before its first trial may grow up to it and be judged."
         elif verdict.word == "equivalent":

@@ -64,8 +64,10 @@ def more_words(verdict: Verdict, comparison: Comparison | None, looks: Looks) ->
         return "run at least three training seeds"
     most = looks.most or MOST_SEEDS
     if verdict.seeds is None:
-        limit = f"the {most:,} seeds declared" if looks.most else f"even {most:,} seeds"
-        return f"not {limit} would settle it, if spread and mean so far were the truth"
+        if looks.most and looks.seeds[-1] >= looks.most:
+            return f"all {most:,} seeds declared are used: only a new sweep could settle it"
+        limit = f"the {most:,} seeds declared" if looks.most else f"{most:,} seeds"
+        return f"not even {limit} would settle it, if spread and mean so far were the truth"
     least, largest = verdict.seeds
     done = comparison.interval.n if looks.most else 0
     span = f"{least - done:,}" if least == largest else f"{least - done:,} to {largest - done:,}" if largest else ""
@@ -82,10 +84,12 @@ def failed_words(one: Contrast) -> str:
         return ""
     names = (one.arm.name, one.against)
     counts = [f"{lost} of {ended} of {name}" for name, lost, ended in zip(names, one.failed, one.ended)]
-    text = f"failed: {' and '.join(counts)}"
+    text = f"{'failed or stopped early' if one.stopped else 'failed'}: {' and '.join(counts)}"
     if one.ranks is None:
         return text
-    counted = f"{one.ranks.better} seeds better and {one.ranks.worse} worse, p {p_words(one.ranks.p)} by ranks"
+    counted = (
+        f"{plural(one.ranks.better, 'seed')} better and {one.ranks.worse} worse, p {p_words(one.ranks.p)} by ranks"
+    )
     return f"{text}; with failures as the worst, {counted}"
 
 

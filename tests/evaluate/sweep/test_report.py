@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -330,6 +331,74 @@ def test_survivors_of_an_arm_that_diverged_are_not_better(tmp_path):
     assert verdicts(write_sweep(tmp_path / "e", content, trials=lost)) == {"B": "better"}
 
 
+def duel(**changed):
+    """Two arms, of seven seeds."""
+    return describe({name: ARMS[name] for name in ("A", "B")}, seeds=list(range(7)), aa_seeds=[], **changed)
+
+
+def test_every_trial_that_ended_without_a_value_is_counted_once(tmp_path):
+    # what goes on under other code and fails again is of no cohort, and failed all the same
+    moved = {"status": "failed", "cohort": {**COHORT, "commit": "0123abc, then 9999fff"}}
+    assert verdicts(write_sweep(tmp_path / "moved", duel(), trials={("B", 1): moved})) == {"B": "no verdict"}
+    # a failure of another cohort is counted there
+    trials = {("B", seed): {"cohort": {**COHORT, "commit": "9999fff"}} for seed in (0, 1)}
+    trials["B", 1] |= {"status": "failed"}
+    record = sweep_json(RecordedSweep.read(write_sweep(tmp_path / "other", duel(), trials=trials)))
+    assert [one["failed"]["B"] for one in record["metrics"]] == [0, 1]
+    # the last validation is no number
+    folder = write_sweep(tmp_path / "nan", duel(primary={"metric": "validation/heldout_loss", "mode": "min"}))
+    log = folder / "trials" / "B-seed1" / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": STEPS + 1, "validation/heldout_loss": math.nan}) + "\n")
+    sweep = RecordedSweep.read(folder)
+    assert verdicts(folder) == {"B": "no verdict"}
+    assert "the value is not a number" in words(render(sweep))
+    # at an equal step it has a value
+    (one,) = at_equal(sweep, split_cohorts(sweep)[0], "step").contrasts
+    assert (one.failed, one.ended) == ((1, 0), (7, 7))
+    # one that is still running has not ended, whatever its evaluation says
+    folder = write_sweep(tmp_path / "running", duel())
+    trial = folder / "trials" / "B-seed1"
+    record = json.loads((trial / "trial.json").read_text()) | {"status": "running"}
+    (trial / "trial.json").write_text(json.dumps(record))
+    path = next(trial.rglob("report.json"))
+    found = json.loads(path.read_text())
+    found["metrics"][0] |= {"value": None, "reason": "degenerate: 3 of 24"}
+    path.write_text(json.dumps(found))
+    assert verdicts(folder) == {"B": "equivalent"}
+
+
+def test_what_is_to_be_done_about_failures_is_said(tmp_path):
+    lost = {("B", seed): {"status": "failed", "reason": "loss is NaN"} for seed in range(7)}
+    text = words(render(RecordedSweep.read(write_sweep(tmp_path / "all", duel(), trials=lost))))
+    assert "Failed: 7 of 7 of B and 0 of 7 of A" in text
+    assert "Finish three training seeds" not in text
+    lost = {("B", seed): {"status": "stopped", "reason": "stopped early by asha"} for seed in range(6)}
+    lost["B", 6] = {"kind": (0.3, 0.3, 5.2, 4.4)}
+    text = words(render(RecordedSweep.read(write_sweep(tmp_path / "asha", duel(), trials=lost))))
+    assert "failed or stopped early: 6 of 7 of B and 0 of 7 of A; with failures as the worst, 1 seed better" in text
+    assert "Judge these arms in a sweep without early stopping." in text
+
+
+def test_no_seed_is_asked_for_beyond_those_declared(tmp_path):
+    unsteady = {("B", seed): {"kind": (0.45 + 0.1 * (seed % 2), 0.3, 5.2, 4.4)} for seed in range(7)}
+    text = words(render(RecordedSweep.read(write_sweep(tmp_path / "s", duel(max_seeds=7), trials=unsteady))))
+    assert "all 7 seeds declared are used: only a new sweep could settle it" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"max_seeds": 1}, "max_seeds 1 for 3 seeds"),
+        ({"max_seeds": "12"}, "max_seeds '12' for 3 seeds"),
+        ({"max_seeds": 12, "looks": [3, 6]}, "looks \\[3, 6\\] for 3 seeds"),
+        ({"max_seeds": 12, "looks": "3"}, "looks '3' for 3 seeds"),
+    ],
+)
+def test_a_plan_whose_seeds_cannot_be_is_damaged(changed, said, tmp_path):
+    with pytest.raises(DataError, match=f"sweep.json is damaged .{said}"):
+        RecordedSweep.read(write_sweep(tmp_path / "s", describe(**changed)))
+
+
 def test_seeds_that_are_added_are_looks_and_reading_is_none(tmp_path):
     declared = describe(max_seeds=6, seeds=list(range(6)), looks=[3, 6])
     record = sweep_json(RecordedSweep.read(write_sweep(tmp_path / "declared", declared)))
@@ -338,7 +407,7 @@ def test_seeds_that_are_added_are_looks_and_reading_is_none(tmp_path):
     (c,) = (one for one in record["metrics"] if one["arm"] == "C")
     assert c["p_holm"] > 3 * c["p"]
     text = words(render(RecordedSweep.read(tmp_path / "declared")))
-    assert "6 training seeds each, at most 6" in text
+    assert "6 training seeds each (at most 6 declared)" in text
     assert "3, then 6 seeds of at most 6" in text
     grown = write_sweep(tmp_path / "grown", describe(seeds=list(range(6)), looks=[3, 6]))
     assert {*verdicts(grown).values()} == {"exploratory: no verdict"}
