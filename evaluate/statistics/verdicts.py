@@ -176,7 +176,8 @@ def _verdict(
         return Verdict("inconclusive", None, seeds, toward, "two seeds are too few")
     real, within = interval.low > 0 or interval.high < 0, margin is not None and one.outside(margin) <= ALPHA
     if within and margin and alike[0] <= ALPHA:
-        return Verdict("equivalent", adjusted, note="there is a difference, smaller than the margin" if real else "")
+        small = "there is a difference, smaller than the margin" if adjusted <= ALPHA else ""
+        return Verdict("equivalent", adjusted, note=small)
     if margin == 0 == interval.low == interval.high:
         return Verdict("equivalent", adjusted, note="equal in every seed")
     if adjusted <= ALPHA and not within:

@@ -230,6 +230,16 @@ def test_one_look_at_all_that_was_declared_costs_nothing():
     assert 0.03 < Looks((3, 200), 200).adjust(0.03) < 0.1
 
 
+def test_a_small_difference_is_called_real_only_after_all_corrections():
+    """Six of twelve seeds: the interval alone excludes zero, as one in twenty does, which says nothing after looks."""
+    one = compare([0.0029, 0.0012, 0.0049, 0.0058, 0.0009, 0.0041])
+    assert one.interval.low > 0
+    found = judge_comparisons({"B": one}, "min", 0.5, Looks((3, 6), 12))["B"]
+    assert (found.word, found.note) == ("equivalent", "")
+    assert found.adjusted > ALPHA
+    assert "smaller than the margin" in judge_comparisons({"B": one}, "min", 0.5)["B"].note
+
+
 def test_a_sweep_that_grew_without_a_maximum_has_no_verdict():
     clear = {"B": compare([-0.10, -0.11, -0.105, -0.1])}
     assert judge_comparisons(clear, "min", None)["B"].word == "better"
