@@ -89,7 +89,7 @@ class Metric:
     @classmethod
     def of(cls, name: str, interval: Interval, **details: Any) -> Metric:
         """Make a metric from an interval; too few images leave the bounds empty and say so."""
-        few = f"inconclusive: {interval.n} images carry no interval, below {MIN_CLUSTERS} how they differ is not known"
+        few = f"inconclusive: {interval.n} independent images, and below {MIN_CLUSTERS} there is no interval"
         reason = few if interval.low is None else None
         return cls(name, interval.value, interval.low, interval.high, interval.n, reason=reason, **details)
 

@@ -106,7 +106,8 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
 
 def clusters(run: Run) -> str:
     """Say what was resampled for the intervals: groups of near duplicates, or images where the index names none."""
-    names = {row.get("cluster") for row in run.files.samples}
+    heldout = (row for row in run.files.heldout if row["split"] == "holdout")
+    names = {row.get("cluster") for row in run.files.samples or heldout}
     if None in names or not names:
         return "over images, each alone: groups of near duplicates are not known"
     return f"over {len(names)} groups of near duplicates, one image or more each"

@@ -314,6 +314,22 @@ def test_provenance_that_is_not_there_is_unknown(copy):  # trap 32
     assert "whether the code was changed is unknown" in page
 
 
+def test_what_intervals_are_over_is_said_of_old_evaluations_and_of_those_without_pictures(copy):
+    def said():
+        return report.clusters(report.name_runs([EvaluationFiles.read(copy)])[0])
+
+    samples, heldout = (copy / name for name in ("samples.parquet", "heldout_loss.parquet"))
+    tables = {path: pq.read_table(path).drop_columns("cluster") for path in (samples, heldout)}
+    for path, table in tables.items():
+        pq.write_table(table, path)
+    assert said() == "over images, each alone: groups of near duplicates are not known"
+    assert said() in report.render(EvaluationFiles.read(copy))
+    pq.write_table(tables[samples].slice(0, 0), samples)
+    grouped = tables[heldout].append_column("cluster", tables[heldout]["key"])  # of training images, too
+    pq.write_table(grouped, heldout)
+    assert said() == "over 24 groups of near duplicates, one image or more each"
+
+
 def test_a_page_too_large_gets_smaller_pictures_and_says_so(folder, html, monkeypatch):
     assert "scaled down" not in html
     monkeypatch.setattr(report, "LIMIT", len(html.encode()) - 100_000)
