@@ -8,6 +8,7 @@ where that image stands out among its neighbours just as rarely: a blurred pictu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from evaluate.suite.declaration import Section, SuiteTest
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
 CLOSEST = 16  # pairs shown
+AT_ONCE = 2**22  # numbers held at once while resampling
 WORDING = "an indicator, not a proof: nearness in two feature spaces, to the training images that were searched"
 
 
@@ -74,9 +76,13 @@ def share_of_copies(
         near = drawn.distance < intervals.weighted_quantile(holdout.distance, weights, QUANTILE)[:, None]
         return near & (drawn.isolation < intervals.weighted_quantile(holdout.isolation, weights, QUANTILE)[:, None])
 
-    def share(weights: np.ndarray) -> np.ndarray:
+    def share_of(weights: np.ndarray) -> np.ndarray:
         weights = weights[:, members]  # of the images, from those of their clusters
         return (below(weights) * weights[:, owners]).sum(1) / (weights @ counts)
+
+    def share(weights: np.ndarray) -> np.ndarray:
+        parts = math.ceil(len(weights) * max(len(keys), len(members)) / AT_ONCE)  # few clusters may hold many images
+        return np.concatenate([share_of(part) for part in np.array_split(weights, parts)])
 
     interval = intervals.bootstrap(share, len(names))
     copies = below(np.ones((1, len(place))))[0]
