@@ -10,7 +10,9 @@ ends
 - after an abbreviation that stands before what it belongs to ("Mr.", "No. 7", "e.g.") or a single letter ("J. Smith",
   "U.S. Army"),
 - where a small letter follows in a text with capital ones ("approx. ten", "Wait... what?", "5 p.m. on"),
-- before its first word ("1. A man ...").
+- before its first word ("1. A man ..."),
+- within quotation marks or brackets that close later ("a sign that says "Stop. Go" in red"), unless they are around all
+  of the text.
 
 What ends nowhere is one sentence.
 """
@@ -18,14 +20,21 @@ What ends nowhere is one sentence.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_END = re.compile(r"(?P<mark>[.!?…]+)[\"'”’»)\]]*(?=\s)|[。！？][」』”’）]*")
+# from the first of several marks, or a long row of them would be looked at from each
+_END = re.compile(r"(?<![.!?…])(?P<mark>[.!?…]+)[\"'”’»)\]]*(?=\s)|[。！？][」』”’）]*")
 _NEXT = re.compile(r"\s+[\"'“‘«(\[¿¡]*(\S)")
+# up to the next mark of the same kind: an inch or an apostrophe opens nothing
+_ENCLOSED = re.compile(
+    r"""(?<![^\s(\[])"[^"]*"|(?<![^\s(\[])'[^']*'(?!\w)|“[^“”]*”|‘[^‘’]*’(?!\w)|„[^„“”]*[“”]|«[^«»]*»|「[^「」]*」"""
+    r"""|『[^『』]*』|（[^（）]*）|\([^()]*\)|\[[^\[\]]*\]"""
+)
 _BEFORE = re.compile(r"[^\s(\[\"'“‘«]+$")
 # what they belong to follows; "etc.", "a.m." and their like may end a sentence
 _LEADING = _words(
@@ -35,14 +44,18 @@ _LEADING = _words(
 _NUMBERED = _words("no nos nr fig figs vol p pp c ca ch sec")  # likewise, where a number follows
 _LETTERS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")  # "J", "U.S"
 _WORD = re.compile(r"[^\W\d_]")
+_LONGEST = 32  # letters of a word before a mark that are looked at: longer ones are no abbreviation
 
 
 def first_sentence(text: str) -> str:
     """Return the first sentence of a text in one line, without white space around it; all of it where none ends."""
     text = text.strip()
-    small = text == text.lower()
-    for match in _END.finditer(text):
-        if _WORD.search(text, 0, match.start()) and _ends(text, match, small):
+    small, word = text == text.lower(), _WORD.search(text)
+    spans = [span for span in (match.span() for match in _ENCLOSED.finditer(text)) if span != (0, len(text))]
+    starts = [start for start, _ in spans]
+    for match in _END.finditer(text, word.end() if word else len(text)):
+        place = bisect(starts, match.start()) - 1
+        if (place < 0 or match.end() >= spans[place][1]) and _ends(text, match, small):
             return text[: match.end()]
     return text
 
@@ -56,7 +69,7 @@ def _ends(text: str, match: re.Match[str], small: bool) -> bool:
     if following is None:
         return True
     if mark == ".":
-        found = _BEFORE.search(text, 0, match.start())
+        found = _BEFORE.search(text, max(0, match.start() - _LONGEST), match.start())
         word = found[0] if found else ""
         if word.lower() in _LEADING or (_LETTERS.fullmatch(word) and word == word.upper()):
             return False

@@ -1,5 +1,7 @@
 """The first sentence of a caption."""
 
+import time
+
 import pytest
 
 from prep.captions.sentences import first_sentence
@@ -29,8 +31,25 @@ from prep.captions.sentences import first_sentence
         ("一个男人站着。他穿红衣。", "一个男人站着。"),
         ("Version 2.0 of it.Nothing else", "Version 2.0 of it.Nothing else"),
         ("...", "..."),
+        ('A sign reads "No entry. Keep out" in red. It is old.', 'A sign reads "No entry. Keep out" in red.'),
+        ("A sign says “Stop. Go”. It is old.", "A sign says “Stop. Go”."),
+        ("A sign says 'No. 1 Way' there. It's old.", "A sign says 'No. 1 Way' there."),
+        ("A man (see the sign. It is red) waits. He reads.", "A man (see the sign. It is red) waits."),
+        ("牌子上写着“禁止入内。请勿靠近”。它很旧。", "牌子上写着“禁止入内。请勿靠近”。"),
+        ('A pipe of 5" is here. It is red, one of 6" is blue.', 'A pipe of 5" is here.'),
+        ("The girls' dresses are red. It's summer, and the boys' are blue.", "The girls' dresses are red."),
+        ('A sign that says "Stop. It is old.', 'A sign that says "Stop.'),
+        ('"A man stands. He waves."', '"A man stands.'),
     ],
 )  # fmt: skip
 def test_the_first_sentence(text, first):
     assert first_sentence(text) == first
     assert first_sentence(first) == first
+
+
+@pytest.mark.parametrize("part", [". ", "J. ", "Mr. X ", "e.g. a ", ".", "(", "“", '"', " 'a", '("a. B ', "(a. B) "])
+def test_a_caption_of_any_length_takes_no_time(part):
+    """Captions may have a megabyte, and those of scanned pages have rows of dots."""
+    started = time.process_time()
+    first_sentence("a" + part * (200_000 // len(part)))
+    assert time.process_time() - started < 1
