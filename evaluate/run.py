@@ -94,6 +94,8 @@ def run(
         tread=train_config.tread,
         precision=config.precision,
     )
+    if config.captions == "short":
+        subject.with_short_captions()  # or says that there are none, before anything is deleted
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
     facts = provenance(subject, config, state, step_folder / "ema.safetensors")
     if not (folder / "parts").is_dir():  # nothing to go on from

@@ -30,6 +30,7 @@ from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
 from train.config import TrainConfig, ValidationSection
 from train.data.samples import bucket_size
+from train.data.short import check_short
 from train.loop.trainer import VALIDATED, Validate
 from train.model.conditions import subset_name
 from train.sweep.config import as_arguments
@@ -50,7 +51,9 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
         raise ConfigError(f"validation.conditions: nothing to measure: {reasons}; name others, or set every_steps to 0")
     if unknown := [name for name in config.validation.tests if name not in TESTS]:
         raise ConfigError(f"validation.tests: unknown {unknown[0]}; known: {', '.join(TESTS)}")
-    _tier(config.validation, subject.batch_size)
+    tier = _tier(config.validation, subject.batch_size)
+    short = bool(config.validation.tests) and tier.captions == "short"
+    check_short(dataset, "captions=short of validation.evaluate_overrides", short)
     return lambda model, step, folder: validate(model, config, dataset, step, folder)
 
 
@@ -120,10 +123,15 @@ def _tier(validation: ValidationSection, batch_size: int) -> EvaluateConfig:
 
 
 def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the metrics of a report of the same weights, which ``evaluate run`` may have written with more samples."""
+    """Return the metrics of a report of the same weights, given the same captions; None where there is none.
+
+    ``evaluate run`` may have written it, with more samples.
+    """
     try:
         report = json.loads(file.read_bytes())
         same = report["provenance"]["weights_sha256"] == facts["weights_sha256"] != "unknown"
+        given = [one["evaluation"].get("captions", "long") for one in (report["provenance"], facts)]
+        same = same and given[0] == given[1]
         return report["metrics"] if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

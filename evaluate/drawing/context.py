@@ -186,7 +186,7 @@ class DrawingContext:
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
         chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
-        chosen |= {} if self.config.captions == "long" else {"captions": self.config.captions}
+        chosen |= {} if self.config.captions == "long" else {"given_captions": self.config.captions}
         precision = precision_setting(self.subject.precision)
         return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen, **precision}
 

@@ -67,9 +67,9 @@ def test_all_tests_are_given_them_and_every_metric_says_so(subject, tmp_path):
     assert texts["short"] == {key: row["caption_short"] for key, row in rows.items()}
     for long, short in zip(found["long"].metrics, found["short"].metrics, strict=True):
         assert long.name == short.name
-        assert short.settings == long.settings | {"captions": "short"}
+        assert short.settings == long.settings | {"given_captions": "short"}
         assert differing([{"n": one.n, "settings": one.settings} for one in (long, short)]) == [
-            "captions unknown, short"
+            "given_captions unknown, short"
         ]
     changed = {
         long.name for long, short in zip(found["long"].metrics, found["short"].metrics) if long.value != short.value

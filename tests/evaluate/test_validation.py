@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from evaluate import validation as pulse
+from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
+from evaluate.run import run as evaluate_run
 from evaluate.suite import heldout_loss
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, DataError
 from prep.dataset.reader import Dataset
 from tests.train.tiny import tiny_config, write_config, write_dataset
 from train.__main__ import main
@@ -152,13 +154,31 @@ def test_a_fuller_report_of_the_same_weights_stays(dataset, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     fuller = json.dumps(report | {"skipped": [{"name": "from `evaluate run`", "reason": "of this test"}]})
     (folder / "report.json").write_text(fuller)
-    for changed, kept in ((fuller, True), (fuller.replace(report["provenance"]["weights_sha256"], "other"), False)):
+    short = fuller.replace('"captions": "long"', '"captions": "short"')
+    others = fuller.replace(report["provenance"]["weights_sha256"], "other"), short
+    for changed, kept in ((fuller, True), *((other, False) for other in others)):
         (folder / "report.json").write_text(changed)
         (folder / "heldout.json").unlink()  # as where a kill came before the validation's end
         model, trained, _ = load_model(tmp_path / "run")
         values = pulse.validate(model, trained, Dataset(dataset), 2, folder)
         assert values["validation/reconstruction/psnr"] is not None
-        assert ((folder / "report.json").read_text() == fuller) == kept
+        assert ((folder / "report.json").read_text() == changed) == kept
+
+
+def test_missing_short_captions_are_noticed_before_the_run_and_before_anything_is_deleted(tmp_path):
+    dataset = write_dataset(tmp_path / "dataset", short=False)
+    given = ["validation.tests=[reconstruction]", "validation.evaluate_overrides={captions: short}"]
+    with pytest.raises(ConfigError, match=r"captions=short of validation\.evaluate_overrides asks for short"):
+        pulse.build_validation(tiny_config(dataset, tmp_path / "run", *ON, *given), Dataset(dataset))
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
+    assert main(["run", "--config", str(config), "train.steps=1", "checkpoint.every_steps=1"]) == 0
+    folder = tmp_path / "run" / "validation_outputs" / "step-000001"
+    (folder / "images").mkdir(parents=True)
+    (folder / "report.json").write_text("of long captions")
+    with pytest.raises(DataError, match="prepared without short captions"):
+        evaluate_run(tmp_path / "run", EvaluateConfig(captions="short"))
+    assert (folder / "report.json").read_text() == "of long captions"
+    assert (folder / "images").is_dir()
 
 
 def test_unknown_tests_are_refused_before_the_run(dataset, tmp_path, capsys):

@@ -257,7 +257,7 @@ def _metric(metric: Mapping[str, Any]) -> tuple[str, ...]:
     return metric["name"], value, interval, str(metric["n"]), baselines, ", ".join(drawn)
 
 
-_DRAWN = {"sampler": "", "steps": "steps", "grid": "grid", "seeds": "seed(s)"}
+_DRAWN = {"sampler": "", "steps": "steps", "grid": "grid", "seeds": "seed(s)", "given_captions": "captions"}
 
 
 def _limits(described: Mapping[str, Any], report: EvaluationReport | None) -> str:

@@ -235,6 +235,12 @@ def test_captions_that_no_edit_applies_to_are_skipped(judged, known_pictures):
     assert metrics == []
 
 
+def test_settings_tell_short_captions_from_long_ones(judged, models):
+    context = make_context(judged, captions="short")
+    for metric in edit.summarise(judged.rows(models["perfect"], detected=True), context, context.config.edit)[0]:
+        assert (metric.settings["given_captions"], metric.settings["captions"]) == ("short", 24)
+
+
 def test_photographs_are_judged_as_a_whole(judged, models):
     """Not at a garment, of which nobody knows where it is: the share of all that stays."""
     context = make_context(judged)

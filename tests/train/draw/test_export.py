@@ -124,7 +124,8 @@ def report_for(run: Path, **changes) -> dict:
     detail = {**metric, "name": "attribute_accuracy/text/hair", "value": 0.3331, "needed": None}
     nothing = {"value": None, "low": None, "high": None, "reason": "n too small"}
     unknown = {**metric, **nothing, "name": "reconstruction/ssim"}
-    routed = {**metric, "name": "pose_pck/all", "settings": {**settings, "guidance": "self=3"}}
+    others = {"guidance": "self=3", "given_captions": "short"}
+    routed = {**metric, "name": "pose_pck/all", "settings": settings | others}
     provenance = {
         "checkpoint": step.name, "weights": "ema", "weights_sha256": sha256_file(step / "ema.safetensors"),
         "dataset": {"fingerprint": f"{0:064x}", "counts": COUNTS},
@@ -450,7 +451,7 @@ def test_the_cards_figures_are_the_reports(run, tmp_path):
     row = "| attribute_accuracy/text | 0.817 | [0.765, 0.863] | 61 | random_pair 0.204 | heun, 10 steps"
     assert row in text
     assert "guidance 2 |" in text
-    assert "guidance self=3 |" in text
+    assert "2 seed(s), short captions, guidance self=3 |" in text
     assert "0.333" not in text, "a breakdown stays in the report"
     assert "| reconstruction/ssim | none: n too small | none | 61 |" in text
     assert "Not measured: reconstruction/lpips (no backbone)." in text
