@@ -7,6 +7,7 @@ again. Rounds go on until nothing is open: the second one also asks again about 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from nanodit.storage import open_storage
 from prep.captions.cache import CACHED_BY
 from prep.captions.prompts import Prompts
 from prep.captions.quality import Accepted, Answer, Ask, Flaw, caption_text, next_step, next_steps, normalised
+from prep.captions.sentences import first_sentence
 from prep.captions.sidecar import BadCaption, Caption, ShortCaption, text_sample
 from prep.config import PrepConfig
-from prep.dataset.layout import Unit, fingerprint_of, read_part
+from prep.dataset.layout import Part, Unit, fingerprint_of, read_part, read_range
 from prep.dataset.writer import LayerWriter
 from prep.passes.caption_worker import CaptionItem, rules_of
 from prep.passes.captions import read_prompts
@@ -47,6 +49,7 @@ class Shard:
     came: dict[str, Caption | BadCaption]  # the others
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     shorts: dict[str, tuple[str, list[Answer]]] = field(default_factory=dict)  # a caption, and what came after it
+    stays: dict[str, tuple[str, ShortCaption]] = field(default_factory=dict)  # a caption, and what was no short one
     open: dict[str, dict[str, str]] = field(default_factory=dict)  # by key, as ``CaptionItem.taken``
     seconds: float = 0.0
 
@@ -160,7 +163,23 @@ class CaptionStage:
         keys = upstream.table["key"].to_pylist()
         came = dict(came_with_images(self.config, task, part, keys))
         keys = [key for key in keys if key not in came]
-        return Shard(task, keys, came, open={key: {} for key in keys})
+        same = part is not None and self.prompts.short and part.fingerprint == fingerprint_of(recipe)
+        stays = self._first_sentences(part, set(keys)) if part and same else {}
+        return Shard(task, keys, came, stays=stays, open={key: {} for key in keys})
+
+    def _first_sentences(self, part: Part, keys: set[str]) -> dict[str, tuple[str, ShortCaption]]:
+        """Return where a unit that is made again with its recipe has the first sentence for want of a short caption.
+
+        An answer that comes now must not replace it: as the recipe stays, its T5 features are not made again.
+        """
+        found = {}
+        for row in part.table.to_pylist():
+            key, place = row["key"], [row[f"text/json/{name}"] for name in ("offset", "length", "sha256")]
+            if key in keys and row["caption_short"] == first_sentence(row["caption"]):
+                short = json.loads(read_range(self.storage, part.unit, key, "json", *place))["short"]
+                if "from" in short:
+                    found[key] = row["caption"], ShortCaption("", short)
+        return found
 
     def _items(self, shards: Sequence[Shard]) -> list[CaptionItem]:
         """Return what is open in some shards, in items of one size."""
@@ -211,10 +230,14 @@ class CaptionStage:
     def _has_short(self, shard: Shard, key: str, step: Accepted) -> bool:
         return not self.prompts.short or shard.shorts.get(key, ("",))[0] == step.text
 
-    def _short(self, shard: Shard, key: str) -> ShortCaption | None:
+    def _short(self, shard: Shard, key: str, caption: str) -> ShortCaption | None:
         """Return the short caption of an image whose long one a model wrote."""
         if not self.prompts.short:
             return None
+        of, stays = shard.stays.get(key, ("", None))
+        if stays and of == caption:
+            self.sentences[stays.provenance["reason"]] += 1
+            return stays
         step = next_step(shard.shorts[key][1], self.short_rules)
         if isinstance(step, Accepted):
             options = {**shard.recipe["options"], **step.options}
@@ -238,7 +261,7 @@ class CaptionStage:
                 if isinstance(step, Accepted):
                     provenance = {name: shard.recipe[name] for name in CACHED_BY}
                     provenance["options"] = {**provenance["options"], **step.options}
-                    caption = Caption(step.text, provenance, self._short(shard, key))
+                    caption = Caption(step.text, provenance, self._short(shard, key, step.text))
                 members, columns = text_sample(caption, shard.recipe)
                 writer.add(key, members, **columns)
             writer.commit()

@@ -34,10 +34,12 @@ from tests.prep.caption_server import CaptionServer
 from tests.prep.captioning import (
     FAST,
     caption_config,
+    captioning,
     commit_crops,
     run_captions,
     text_parts,
     unit_bytes,
+    with_recipes,
 )
 from tests.prep.passes.test_plan import config, write_images
 from tests.prep.prepared import compute_here, prepare
@@ -240,6 +242,22 @@ def test_an_answer_that_is_no_short_caption_leaves_the_first_sentence_and_is_cou
     assert "2 short captions are the first sentence of the long one" in (said := capsys.readouterr().out)
     assert f"2 {reason}" in said
     assert len([entry for entry in server.log if entry.get("before")]) >= 4  # asked twice
+
+
+def test_a_unit_that_is_made_again_keeps_its_first_sentences(tmp_path, server):
+    """Its T5 features are not made again where its recipe stays; a changed recipe asks about them."""
+    server.short_fault = "500"
+    settings = caption_config(tmp_path, [server.url], short=True)
+    tasks = commit_crops(settings, shards=1, size=2)
+    run_captions(settings, tasks)
+    made = unit_bytes(settings)
+    server.short_fault = None
+    again = [replace(task, again=("text",)) for task in with_recipes(settings, tasks)]
+    assert list(captioning(settings, again))
+    assert unit_bytes(settings) == made
+    changed = settings.model_copy(update={"captions": settings.captions.model_copy(update={"short_max_words": 29})})
+    run_captions(changed, tasks)
+    assert all(row["caption_short"] not in row["caption"] for row in text_parts(changed, tasks)[0].table.to_pylist())
 
 
 def test_a_bad_short_caption_is_asked_for_once_more(tmp_path, server):
