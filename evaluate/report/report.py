@@ -181,7 +181,8 @@ def drawn_with(run: Run) -> str:
         guidance.setdefault(name, {})[guidance_words(one["guidance"])] = None
     given = ", ".join(f"{name} with {' and '.join(found)}" for name, found in guidance.items())
     computed = f", computed in {' and '.join(sorted(precision))}" if precision else ""
-    return f"{' and '.join(samplers)}{computed}, given {given}" if drawn else ""
+    captions = "short captions: " if any("given_captions" in one for one in drawn) else ""
+    return f"{' and '.join(samplers)}{computed}, given {captions}{given}" if drawn else ""
 
 
 def unscored(run: Run) -> str:

@@ -215,7 +215,7 @@ def _flaw(reason: str, detail: str, match: re.Match[str]) -> Flaw:
 def _unwrapped(text: str) -> str:
     """Return a text without quotation marks around all of it."""
     inner = text.strip()[1:-1]
-    return inner if text.strip() == f'"{inner}"' and '"' not in inner else text
+    return inner if text.strip() in (f'"{inner}"', f"“{inner}”") and not set('"“”').intersection(inner) else text
 
 
 def _echo(words: Sequence[str], prompt: str) -> str:
@@ -257,8 +257,8 @@ def next_step(
         flaw, text = find_flaw(answer, rules), caption_text(answer)
         if flaw is None and taken and (other := taken.get(normalised(text))):
             flaw = Flaw("caption_repeats", f"the same caption as that of image {other}", "quality")
-        if flaw is None:
-            return Accepted(text, answer.options)
+        if flaw is None:  # whoever is asked for one sentence likes to quote it
+            return Accepted(_unwrapped(text) if rules.short else text, answer.options)
         met.append(flaw)
     kinds = [flaw.kind for flaw in met]
     if kinds and (kinds[-1] == "final" or kinds.count(kinds[-1]) > 1):

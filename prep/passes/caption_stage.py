@@ -84,9 +84,11 @@ def caption_units(
     for start in range(0, len(tasks), SHARDS):
         yield from stage.run(tasks[start : start + SHARDS])
     if stage.sentences:
+        count = stage.sentences.total()
+        reasons = ", ".join(f"{number} {reason}" for reason, number in stage.sentences.most_common())
         say(
-            f"{stage.sentences.total()} short captions are the first sentence of the long one, because what the model "
-            f"answered is none ({', '.join(f'{count} {why}' for why, count in stage.sentences.most_common())})"
+            f"{count} short caption{'s are' if count > 1 else ' is'} the first sentence of the long one, because what "
+            f"the model answered is none ({reasons})"
         )
 
 

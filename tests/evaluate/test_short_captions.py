@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from evaluate.config import EvaluateConfig
 from evaluate.report.compare import differing
+from evaluate.report.report import drawn_with
 from evaluate.run import evaluate
 from evaluate.subject import Subject, dataset_modalities
 from nanodit.errors import DataError
@@ -71,6 +73,9 @@ def test_all_tests_are_given_them_and_every_metric_says_so(subject, tmp_path):
         assert differing([{"n": one.n, "settings": one.settings} for one in (long, short)]) == [
             "given_captions unknown, short"
         ]
+    seen = {captions: SimpleNamespace(metrics=[vars(one) for one in found[captions].metrics]) for captions in found}
+    said = {captions: drawn_with(SimpleNamespace(files=files)) for captions, files in seen.items()}
+    assert said["short"] == said["long"].replace(", given ", ", given short captions: ") != said["long"]
     changed = {
         long.name for long, short in zip(found["long"].metrics, found["short"].metrics) if long.value != short.value
     }

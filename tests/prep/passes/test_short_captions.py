@@ -17,7 +17,7 @@ from prep.caption_files import list_captions
 from prep.captions.config import CaptionConfig
 from prep.captions.mirror import flip_caption
 from prep.captions.prompts import prompt_text, short_prompt_text
-from prep.captions.quality import Answer, CaptionRules, find_flaw
+from prep.captions.quality import Answer, CaptionRules, find_flaw, next_step
 from prep.captions.sentences import first_sentence
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
@@ -242,6 +242,15 @@ def test_an_answer_that_is_no_short_caption_leaves_the_first_sentence_and_is_cou
     assert "2 short captions are the first sentence of the long one" in (said := capsys.readouterr().out)
     assert f"2 {reason}" in said
     assert len([entry for entry in server.log if entry.get("before")]) >= 4  # asked twice
+
+
+@pytest.mark.parametrize("quoted", ['"{}"', "“{}”"])
+def test_quotation_marks_around_all_of_a_short_caption_are_no_part_of_it(quoted):
+    text, rules = "A man in red stands near a wall.", CaptionRules(5, 30, {}, 0.5, short=True)
+    assert next_step([Answer(quoted.format(text), "stop", {})], rules).text == text
+    sign = 'A sign says "Stop" in red'
+    assert next_step([Answer(sign, "stop", {})], rules).text == sign
+    assert next_step([Answer(quoted.format(text), "stop", {})], replace(rules, short=False)).text == quoted.format(text)
 
 
 def test_a_unit_that_is_made_again_keeps_its_first_sentences(tmp_path, server):
