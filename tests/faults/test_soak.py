@@ -87,8 +87,10 @@ def test_the_table_and_the_last_line():
     assert verdict(rows, [], 60)[0] == 1  # one differed
     assert verdict(rows[:1], [], 60) == (0, "1 kills in 1.0 min: 1 hit work (100%), 0 ended in other bytes, 0 faults")
     assert verdict(rows[:1], ["a traceback"], 60)[0] == 1
-    assert verdict([rows[0]] * 4 + [rows[2]], [], 60)[0] == 0  # four of five
-    assert verdict([rows[0]] * 3 + [rows[2]], [], 60)[0] == 1
+    assert verdict([rows[0]] * 80 + [rows[2]] * 20, [], 60)[0] == 0
+    assert verdict([rows[0]] * 79 + [rows[2]] * 21, [], 60)[0] == 1
+    assert verdict([rows[0]] * 3 + [rows[2]] * 2, [], 60)[0] == 0  # of a few
+    assert verdict([rows[0], rows[2]], [], 60)[0] == 1
 
 
 def test_exit_codes_that_a_kill_may_have():
