@@ -67,15 +67,16 @@ def more_words(verdict: Verdict, comparison: Comparison | None, looks: Looks) ->
         if looks.most and looks.seeds[-1] >= looks.most:
             return f"all {most:,} seeds declared are used: only a new sweep could settle it"
         limit = f"the {most:,} seeds declared" if looks.most else f"{most:,} seeds"
-        return f"not even {limit} would settle it, if spread and mean so far were the truth"
+        return f"not even {limit} would settle it with a probability of 80 %"
     least, largest = verdict.seeds
     done = comparison.interval.n if looks.most else 0
-    span = f"{least - done:,}" if least == largest else f"{least - done:,} to {largest - done:,}" if largest else ""
-    span = span or f"{least - done:,} to more than {most - done:,}"
+    span = f"about {least - done:,}" + ("" if largest == least else f" to {largest - done:,}" if largest else "")
     kind = "more seed" if looks.most else "seed"
     where = "" if looks.most else " of a new sweep"
+    if largest is None:
+        where += f", perhaps more than {f'the {most:,} declared' if looks.most else f'{most:,}'},"
     end = {"different": ", as different", "equivalent": ", as equivalent"}.get(verdict.toward or "", "")
-    return f"about {span} {kind}{'' if span == '1' else 's'}{where} would settle it with a probability of 80 %{end}"
+    return f"{span} {kind}{'' if span == 'about 1' else 's'}{where} would settle it with a probability of 80 %{end}"
 
 
 def failed_words(one: Contrast) -> str:

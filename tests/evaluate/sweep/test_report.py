@@ -14,9 +14,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from evaluate.__main__ import main
+from evaluate.statistics.looks import Looks
+from evaluate.statistics.verdicts import Verdict, paired
 from evaluate.sweep.analysis import at_equal, band, factorial, front, slope, split_cohorts
 from evaluate.sweep.files import RecordedSweep
 from evaluate.sweep.report import render, sweep_json, write_sweep_report
+from evaluate.sweep.words import more_words
 from nanodit.errors import DataError
 from tests.browser import chromium, look
 from train.loop.visual import cut_out, lay_out
@@ -383,6 +386,24 @@ def test_no_seed_is_asked_for_beyond_those_declared(tmp_path):
     unsteady = {("B", seed): {"kind": (0.45 + 0.1 * (seed % 2), 0.3, 5.2, 4.4)} for seed in range(7)}
     text = words(render(RecordedSweep.read(write_sweep(tmp_path / "s", duel(max_seeds=7), trials=unsteady))))
     assert "all 7 seeds declared are used: only a new sweep could settle it" in text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "most", "said"),
+    [
+        ((6, 6), 6, "about 1 more seed would settle"),
+        ((6, None), 6, "about 1 more seed, perhaps more than the 6 declared, would settle"),
+        ((7, 9), 12, "about 2 to 4 more seeds would settle"),
+        ((7, 9), None, "about 7 to 9 seeds of a new sweep would settle"),
+        ((7, None), None, "about 7 seeds of a new sweep, perhaps more than 1,000, would settle"),
+        (None, 12, "not even the 12 seeds declared would settle"),
+    ],
+)
+def test_numbers_of_seeds_are_said_as_people_say_them(seeds, most, said):
+    compared = paired(dict.fromkeys(range(5), 1.0), dict.fromkeys(range(5), 0.0))
+    verdict = Verdict("inconclusive", 0.2, seeds, "different" if seeds else None)
+    end = ", as different" if seeds else ""
+    assert more_words(verdict, compared, Looks((5,), most)) == f"{said} it with a probability of 80 %{end}"
 
 
 @pytest.mark.parametrize(
