@@ -147,7 +147,8 @@ def proportion(successes: Sequence[float], trials: Sequence[float], clusters: Se
     ``p (1 - p) / variance between clusters``, shortened by the ratio of t quantiles. Where few clusters hold what is
     rare, that variance is all but unknown: its degrees of freedom are counted over these clusters, and the effective
     number is never less than the clusters are worth if all judgements in each agree (Kish 1965: sum^2 / sum of
-    squares), nor more than the judgements, unless these are fractions, as OKS is, which spread less than yes and no.
+    squares), nor more than the judgements, unless these are fractions, as OKS is, which spread less than yes and no
+    and are covered as skewed means are: too seldom with few clusters.
     With one judgement a cluster it is Clopper & Pearson's. Clusters without a trial are not counted in ``n``. Raises
     ``ValueError`` when there is no trial.
     """
