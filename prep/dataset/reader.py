@@ -290,8 +290,11 @@ class Dataset:
         Its rows say nothing of mirrored crops. Raises DataError for a dataset without short captions.
         """
         if not self.has_short:
+            version = f"version {self.fingerprint[:16]} of " if self._earlier else ""
+            newest = ", and train on the version that it makes" if self._earlier else ""
             raise DataError(
-                f"{self.root} was prepared without short captions. Run nanodit prep run with captions.short=true"
+                f"{version}{self.root} was prepared without short captions. Run nanodit prep run with "
+                f"captions.short=true{newest}"
             )
         view = copy(self)
         for cached in ("_rows", "table"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanodit.errors import ConfigError
+from nanodit.errors import ConfigError, DataError
 from nanodit.files import sha256_bytes
 from prep.caption_files import list_captions
 from prep.captions.config import CaptionConfig
@@ -182,6 +182,16 @@ def test_a_mended_caption_gets_another_short_one(folder, tmp_path):
     prepare(sidecars(tmp_path))
     row = next(row for row in Dataset(tmp_path / "out").rows() if row["source"] == "image-000.png")
     assert (row["caption"], row["caption_short"]) == ("A house. A tree.", "A house.")
+
+
+def test_an_earlier_version_without_them_is_named(tmp_path):
+    """As of a run that was trained before they were switched on: preparing them once more would not help it."""
+    write_source(tmp_path / "source")
+    prepare(sidecars(tmp_path, short=False))
+    before = Dataset(tmp_path / "out").fingerprint
+    prepare(sidecars(tmp_path))
+    with pytest.raises(DataError, match=rf"version {before[:16]} of .* train on the version that it makes"):
+        Dataset(tmp_path / "out", before).with_short_captions()
 
 
 # --- written by a model -----------------------------------------------------------------------------------------------
