@@ -118,7 +118,7 @@ def _preset(setting: Setting, report: Report, name: str) -> None:
     last, values = _micro_steps(trainer, shapes)
     peaks = {"micro-step": torch.cuda.max_memory_allocated(setting.device)}
     tokens = last.active_tokens(config.model.patch_size, 0)
-    done = Accumulated(last.keys, last.subsets, last.t, values, tokens, 0, 0)
+    done = Accumulated(last.keys, last.subsets, last.t, values, tokens)
     peaks["update"] = _peak(setting, lambda: trainer.update(done))
     if config.visual_debug.every_steps:
         peaks["drawing"] = _peak(setting, lambda: draw_largest(trainer, shapes, setting.device))

@@ -150,7 +150,7 @@ def _sent_steps(trainer: Trainer, batches: Iterable[MicroBatch]) -> int:
 
 def _accumulated(trainer: Trainer, batch: MicroBatch) -> Accumulated:
     values = {name: torch.ones(1, device=trainer.device) for name in ("flow", "velocity", *trainer.losses)}
-    return Accumulated(batch.keys, batch.subsets, batch.t, values, 0.0, 0, 0)
+    return Accumulated(batch.keys, batch.subsets, batch.t, values)
 
 
 def _threaded(trainer: Trainer, numbers: Iterable[int], threads: int) -> list[MicroBatch]:

@@ -131,10 +131,10 @@ class Accumulated:
     subsets: list[Subset]
     t: Tensor
     values: dict[str, Tensor]
-    tokens: float
-    routed: int
-    flipped: int
-    short: int
+    tokens: float = 0.0
+    routed: int = 0
+    flipped: int = 0
+    short: int = 0
 
 
 class MicroBatches:

@@ -71,7 +71,7 @@ def measure(config: TrainConfig, dataset: Any, shapes: Shapes, device: torch.dev
         for _ in range(2):  # the second time the gradients are there already
             values = trainer.micro_step(batch)
         what = f"{len(batch.keys)} images of {batch.x.shape[3]}x{batch.x.shape[2]}"
-        done = Accumulated(batch.keys, batch.subsets, batch.t, values, 0.0, 0, 0)
+        done = Accumulated(batch.keys, batch.subsets, batch.t, values)
         del batch, values
         trainer.update(done)
         count, images, seconds = _with_data(trainer, device)
