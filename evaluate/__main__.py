@@ -13,7 +13,7 @@ from shlex import quote
 from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
-from nanodit.errors import ConfigError, SkippedError, run_command
+from nanodit.errors import ConfigError, SkippedError, run_command, settled
 from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 
@@ -110,4 +110,4 @@ def _report(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(settled(main()))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from nanodit import __version__
-from nanodit.errors import run_command
+from nanodit.errors import run_command, settled
 from nanodit.place import PROJECT, claim
 
 COMMANDS = {
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of one package and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(given[:1]).command  # what follows is for the package's own parser
-    return run_command(lambda: _package(name, given[1:]))
+    code = run_command(lambda: _package(name, given[1:]))
+    return settled(code) if arguments is None else code
 
 
 def _parser() -> argparse.ArgumentParser:

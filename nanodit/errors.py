@@ -177,6 +177,24 @@ def run_command(main: Callable[[], int | None]) -> int:
         return _report(known, error)
 
 
+def settled(code: int) -> int:
+    """Return a command's exit code, which SIGINT and SIGTERM change no more: from now on they end the process with it.
+
+    For a program's last statement. What Python and its libraries do at their end would otherwise meet a signal with a
+    traceback, and a supervisor would be told that finished work was broken off.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    return code
+
+
 def printable(text: str) -> str:
     """Escape what moves a terminal's cursor or hides letters, as ``\\x1b``: names of files may hold it."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanodit.config import load_config
 from nanodit.console import say
-from nanodit.errors import ConfigError, run_command
+from nanodit.errors import ConfigError, run_command, settled
 from nanodit.files import check_writable
 from nanodit.place import claim
 from nanodit.posix import require_posix
@@ -220,4 +220,4 @@ VERBS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(settled(run_command(main)))

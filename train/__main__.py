@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nanodit.allocator import let_segments_grow
 from nanodit.config import load_config
 from nanodit.console import say
-from nanodit.errors import ConfigError, run_command
+from nanodit.errors import ConfigError, run_command, settled
 from nanodit.openmp import let_threads_sleep
 from nanodit.place import PACKAGES, claim
 from nanodit.posix import require_posix
@@ -397,4 +397,4 @@ def _check_evaluation(setting: Setting, report: Report) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(settled(main()))

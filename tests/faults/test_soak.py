@@ -96,6 +96,7 @@ def test_the_table_and_the_last_line():
 def test_exit_codes_that_a_kill_may_have():
     assert wanted_codes(Row("prep", "driver", "SIGKILL", "")) == (-9,)
     assert wanted_codes(Row("prep", "driver", "SIGTERM", "")) == (75, 0)
+    assert wanted_codes(Row("prep", "driver", "SIGTERM", f"{DONE}; said so")) == (75, 0, -15)
     assert wanted_codes(Row("prep", "raylet", "SIGKILL", "")) == (4, 0)
 
 

@@ -139,6 +139,33 @@ def test_a_reader_who_has_seen_enough_ends_the_command_without_a_word():
     assert process.wait(60) == 75
 
 
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [
+        (signal.SIGTERM, ["nanodit", "prep", "verify", "missing"]), (signal.SIGINT, ["prep", "verify", "missing"]),
+        (signal.SIGINT, ["train", "plan", "--config", "missing"]),
+        (signal.SIGINT, ["evaluate", "report", "missing", "--output", "page.html"]),
+    ],
+)  # fmt: skip
+def test_a_signal_at_the_end_of_a_program_changes_nothing(tmp_path, number, command):
+    code = (
+        "import atexit, runpy, sys, time\n"
+        "atexit.register(lambda: (print('ending', flush=True), time.sleep(60)))\n"
+        f"sys.argv = {command}\n"
+        f"runpy.run_module({command[0]!r}, run_name='__main__', alter_sys=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=30)
+    assert rest == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert process.returncode in (2, 3)
+
+
 BESIDE = """
 import sys, threading
 from nanodit import console
