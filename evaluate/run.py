@@ -36,8 +36,9 @@ from nanodit.config import dump_config
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, check_writable, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
-from prep.dataset.reader import open_version
+from prep.dataset.reader import Dataset, open_version
 from prep.dataset.readers import reading
+from prep.images.twins import altered_twins
 from train.checkpoint.checkpoint import resolve_checkpoint
 from train.checkpoint.open import load_model
 from train.checkpoint.provenance import git_state
@@ -209,6 +210,7 @@ def provenance(
         "weights_sha256": sha256_file(weights) if weights else "unknown",
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
+        "left_out": left_out(subject.dataset),
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),
         "git": git_state(Path(__file__).parent),
@@ -216,6 +218,12 @@ def provenance(
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {subject.device}",
     }
+
+
+def left_out(dataset: Dataset) -> dict[str, Any]:
+    """Return the holdout keys that training has in an altered form, which are not measured; "unknown" is possible."""
+    twins = altered_twins(dataset)
+    return {"altered_twins": "unknown" if twins is None else sorted(twins)}
 
 
 def write(

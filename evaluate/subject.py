@@ -20,6 +20,7 @@ from nanodit.rng import generator, noise
 from prep.dataset.reader import Dataset
 from prep.dataset.rows import Rows, by_key
 from prep.encoders.halving import Halving
+from prep.images.twins import altered_twins
 from train.data.samples import load_conditions
 from train.hardware import Precision
 from train.method.flow import FlowConfig
@@ -30,6 +31,7 @@ from train.model.tread import TreadConfig
 T = TypeVar("T")
 Row = Mapping[str, Any]
 NO_ROUTING = TreadConfig()
+NAMED = 5  # holdout images that are named in a message
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
 
     A ``seed`` chooses others, and returns them in key order too.
     Raises :class:`DataError` when there is no holdout, and when a holdout sample is also in the training split: as the
-    same key, or as a member of the same duplicate group.
+    same key, or as a member of the same duplicate group. Holdout samples that training has in an altered form are left
+    out, counted and named.
     """
     holdout = dataset.rows("holdout")
     if not holdout:
@@ -168,6 +171,21 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
             "nanodit prep run again"
         )
     check_leaks(dataset.rows("train"), holdout)
+    twins = altered_twins(dataset)
+    if twins is None:
+        say(f"warning: {dataset.root}: nothing tells whether training has holdout images mirrored, brighter or cropped")
+    if left_out := [row for row in holdout if row["key"] in (twins or {})]:
+        names = ", ".join(f"{row['source']} ({row['key']})" for row in left_out[:NAMED])
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        say(
+            f"warning: {len(left_out)} of {len(holdout)} holdout images are left out, as training has them mirrored, "
+            f"brighter or cropped: {names}{more}. Delete index.parquet and run nanodit prep run to split anew"
+        )
+        holdout = [row for row in holdout if row["key"] not in twins]
+        if not holdout:
+            raise DataError(
+                f"{dataset.root}: training has all holdout images in an altered form. Split the dataset anew"
+            )
     ordered = sorted(holdout, key=lambda row: row["key"])
     if seed is not None:
         chosen = generator("holdout sample", seed).permutation(len(ordered))[:count]

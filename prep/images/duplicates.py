@@ -4,7 +4,7 @@ Exact duplicates never come this far (``prep/images/scan.py`` refuses them). Two
 their perceptual hashes differ in at most ``MAX_DISTANCE`` bits *and* their thumbnails confirm it: drawings and product
 shots on one background share a hash by the dozen and are still different pictures. They are also when the cosine of
 their DINO class tokens is above a threshold (``cosine.py``), which sees crops, mirrored copies and the next frame of a
-series. Groups are what either kind connects.
+series. Groups are what either kind connects, in the holdout also what connects altered forms (``altered.py``).
 """
 
 from __future__ import annotations
@@ -157,6 +157,18 @@ def duplicate_groups(
     for key, root in sorted(zip(keys, roots)):
         names.setdefault(root, key)
     return {key: names[root] for key, root in zip(keys, roots)}
+
+
+def join_groups(groups: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the groups with those of each pair of keys made one, which is named as the others are."""
+    linked = [(groups[left], groups[right]) for left, right in pairs]
+    names = sorted({name for pair in linked for name in pair})
+    place = {name: number for number, name in enumerate(names)}
+    sets = DisjointSets(len(names))
+    sets.join_all(np.array([[place[left], place[right]] for left, right in linked], np.int64))
+    smallest: dict[int, str] = {}
+    renamed = {name: smallest.setdefault(root, name) for name, root in zip(names, sets.roots().tolist())}
+    return {key: renamed.get(name, name) for key, name in groups.items()}
 
 
 @dataclass(frozen=True)

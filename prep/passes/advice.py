@@ -47,6 +47,12 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
             f"rules found them, and published samples stay where they are. Delete index.parquet and run again to split "
             "anew"
         )
+    if "altered_twin" in table.column_names and (held := len(table) - table["altered_twin"].null_count):
+        warnings.append(
+            f"{held} holdout images are mirrored, brighter or cropped in train too: they were published before the "
+            "present rules found that, and stay where they are; an evaluation leaves them out. Delete index.parquet "
+            "and run again to split anew"
+        )
     sizes = groups.field("counts").to_numpy()
     name, size, alike = groups.field("values")[int(np.argmax(sizes))].as_py(), int(sizes.max()), sizes[sizes > 1]
     if size > max(1, LARGE_GROUP * len(table)):

@@ -24,7 +24,6 @@ from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
-from prep.dataset.excluded import read_excluded
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     SCHEMA_VERSION,
@@ -39,16 +38,16 @@ from prep.dataset.layout import (
 )
 from prep.dataset.versions import keep_version
 from prep.encoders.registry import model_name
-from prep.images import duplicates
-from prep.images.compared import Alike, compared_tokens
+from prep.images import altered, duplicates
+from prep.images.compared import compared_tokens
 from prep.images.filters import CHOICES
 from prep.images.scan import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
 from prep.passes import last_publication
 from prep.passes.advice import CROP_COLUMNS, count_values, warn
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
+from prep.passes.split import SPLIT_RULES, add_split, cls_cosine, published_splits, split_rules
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
-SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
 ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
 BLOCK = 1024  # parts that are read at a time
 LINKS_SPLITS, EXCLUDED = "links_splits", "excluded"
@@ -126,9 +125,9 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
     published = published_splits(storage, plan.config)
     if len(table) and (cosine := cls_cosine(plan.config)) < duplicates.OFF:
         with compared_tokens(storage, table, cosine, write=True) as alike:
-            table, linking = add_split(plan, table, published, alike)
+            table, linking = add_split(plan.config, table, published, alike)
     else:
-        table, linking = add_split(plan, table, published)
+        table, linking = add_split(plan.config, table, published)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", LINKS_SPLITS, detail) for key in linking]
     told = pa.array([reject.source for reject in rejects], pa.string())
@@ -261,67 +260,6 @@ def describe_samples(samples: pa.Table) -> pa.Table:
     return table
 
 
-def split_rules(config: PrepConfig) -> str:
-    """Write the part of the config that decides the split of new samples as text, which the index carries."""
-    return canonical_json({"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min})
-
-
-def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
-    """Return the side of every key of the index that was published before; empty when there is none.
-
-    An index without dataset.json is of a first publication that was killed. Nobody has read it, so its split counts
-    only as long as the config asks for the same one.
-    """
-    data = storage.read_if_there(INDEX)
-    if data is None:
-        return {}
-    try:
-        table = read_parquet(data, columns=["key", "split"])
-    except (OSError, pa.ArrowException) as error:
-        path = storage.where(INDEX)
-        raise DataError(
-            f"{path} is damaged ({error}), so the published split is unknown. Restore it, or delete it and accept "
-            "another split"
-        ) from error
-    rules = (table.schema.metadata or {}).get(SPLIT_RULES.encode(), b"").decode()
-    if not storage.exists(DATASET) and rules != split_rules(config):
-        return {}
-    sides = table["split"].combine_chunks().dictionary_encode()
-    names = sides.dictionary.to_pylist()  # one string for all, not a million
-    index = zip(table["key"].to_pylist(), map(names.__getitem__, sides.indices.to_pylist()))
-    return read_excluded(storage).splits | dict(index)  # the others were published before they were excluded
-
-
-def add_split(
-    plan: Plan, table: pa.Table, published: Mapping[str, str], alike: Alike | None = None
-) -> tuple[pa.Table, list[str]]:
-    """Add ``duplicate_group`` and ``split``; also returns the keys that had to be left out (see ``assign_splits``).
-
-    ``alike`` are the groups of the rows by DINO class tokens, where they decide about duplicates.
-    """
-    config = plan.config
-    keys, hashes = table["key"].to_pylist(), table["phash"].to_pylist()
-    thumbnails = duplicates.thumbnail_rows(table["thumbnail"])
-    groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
-    split = duplicates.assign_splits(groups, published, config.seed, config.holdout, config.holdout_min)
-    if split.linking:  # without them the rest falls into other groups
-        kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
-        table, more = add_split(plan, table.filter(kept), published, alike and alike.kept(np.asarray(kept)))
-        return table, sorted(split.linking + more)
-    columns = {"split": split.sides, "duplicate_group": groups}
-    for name, values in columns.items():
-        position = table.column_names.index("width")
-        table = table.add_column(position, name, pa.array([values[key] for key in keys], pa.string()))
-    return table, []
-
-
-def cls_cosine(config: PrepConfig) -> float:
-    """Return the cosine of DINO class tokens above which samples are near duplicates; ``OFF`` without the layer."""
-    if "dino" not in config.layers:
-        return duplicates.OFF
-    return config.duplicates.cls_cosine or duplicates.CLS_COSINE[config.encoders]
-
-
 def map_truth(plan: Plan, published: pa.ChunkedArray) -> pa.Table | None:
     """Map the truth table of built-in figures by key, joints and box, to pixels of the crop; None without one.
 
@@ -404,6 +342,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
                 "holdout": config.holdout,
                 "holdout_min": config.holdout_min,
                 "cls_cosine": cls_cosine(config),
+                "altered": altered.CODE_VERSION,
             },
         },
     }

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -32,8 +33,9 @@ from prep.dataset import versions
 from prep.dataset.checks import check_index, check_info
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import DAMAGED, Part, Unit, fingerprint_of, member_columns, read_parquet
-from prep.images import duplicates
+from prep.images import altered, duplicates
 from prep.images.compared import compared_tokens
+from prep.passes.split import find_links, sort_links
 from prep.verify.kept import check_kept
 from prep.verify.units import READERS, CheckedUnit, Finding, check_unit
 
@@ -334,9 +336,15 @@ def find_leaks(
         rows = rows.take(pc.index_in(pa.array(keys, pa.string()), value_set=rows["key"].combine_chunks()))
         with compared_tokens(storage, rows, cosine, anew=full) as found:
             alike = found.labels
+    twins = None
     try:
-        hashes, thumbnails = [stored[key][0] for key in keys], [stored[key][1] for key in keys]
+        hashes = [stored[key][0] for key in keys]
+        thumbnails = duplicates.thumbnail_rows([stored[key][1] for key in keys])
         groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike)
+        if info.get("stages", {}).get("split", {}).get("altered") == altered.CODE_VERSION:
+            held = np.flatnonzero([sides[key] == "holdout" for key in keys])
+            joined, twins = sort_links(find_links(keys, thumbnails, held), sides)
+            groups = duplicates.join_groups(groups, joined)
     except (ValueError, TypeError) as error:
         return [*findings, Finding("damaged", "parts", f"hashes or thumbnails cannot be compared ({error})")]
     members = defaultdict(list)
@@ -348,10 +356,27 @@ def find_leaks(
         if held and trained:
             problem = f"is in holdout and near duplicates are in train: {', '.join(trained[:3])} (group {name})"
             findings.append(Finding("leak", "index.parquet", problem, held[0]))
+    if twins is not None:
+        findings += check_twins(index, twins)
     if "duplicate_group" in index.column_names and len(keys) == len(sides):
         said = dict(zip(index["key"].to_pylist(), index["duplicate_group"].to_pylist()))
         wrong = [key for key in keys if said[key] != groups[key]]
         for key in wrong[:3]:
             problem = f"duplicate_group is {said[key]}, computed again it is {groups[key]}"
+            findings.append(Finding("damaged", "index.parquet", problem, key))
+    return findings
+
+
+def check_twins(index: pa.Table, twins: dict[str, str]) -> list[Finding]:
+    """Return where ``altered_twin`` of the index is not what was found: one that it does not name is a leak."""
+    known = "altered_twin" in index.column_names
+    said = dict(zip(index["key"].to_pylist(), index["altered_twin"].to_pylist())) if known else {}
+    findings = []
+    for key in sorted(key for key in said.keys() | twins.keys() if said.get(key) != twins.get(key)):
+        if said.get(key) is None:
+            problem = f"is in holdout, {twins[key]} in train is an altered form of it, and altered_twin does not say so"
+            findings.append(Finding("leak", "index.parquet", problem, key))
+        else:
+            problem = f"altered_twin is {said[key]}, computed again it is {twins.get(key)}"
             findings.append(Finding("damaged", "index.parquet", problem, key))
     return findings

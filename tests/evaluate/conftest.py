@@ -65,6 +65,7 @@ class FiguresInMemory:
                 "caption": figure.caption,
                 "persons": 1,
                 "duplicate_group": None,
+                "altered_twin": None,
             }
 
     def together(self) -> FiguresInMemory:
