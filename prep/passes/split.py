@@ -18,10 +18,11 @@ from prep.dataset.excluded import read_excluded
 from prep.dataset.layout import read_parquet
 from prep.images import duplicates
 from prep.images.altered import altered_pairs
-from prep.images.compared import MILLION, SILENT, Alike
+from prep.images.compared import MILLION, Alike
 
 INDEX, DATASET = "index.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
+LONG = 10**8  # pairs: what takes some seconds
 
 
 def split_rules(config: PrepConfig) -> str:
@@ -109,7 +110,7 @@ def _draw(
 def find_links(keys: Sequence[str], thumbnails: np.ndarray, rows: np.ndarray) -> list[tuple[str, str]]:
     """Return the pairs of keys, one of the given rows first, that are altered forms of each other."""
     pairs = len(rows) * len(keys)
-    bar = Progress("holdout against all", pairs // MILLION, "million pairs") if pairs > SILENT else nullcontext()
+    bar = Progress("holdout against all", pairs // MILLION, "million pairs") if pairs > LONG else nullcontext()
     with bar as progress:
         seen = 0
 
