@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -29,6 +30,30 @@ class DuplicateConfig(Config):
     """When two samples are near duplicates besides their perceptual hash; None means what ``encoders`` stands for."""
 
     cls_cosine: float | None = Field(None, gt=0, le=1)
+
+
+class SplitConfig(Config):
+    """What stays on one side of the split besides near duplicates; each other key belongs to one way to group."""
+
+    group_by: Literal["folder", "name", "csv", "date"] | None = None
+    pattern: str | None = None
+    csv: Place | None = None
+    column: str | None = None
+    minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        needed = {"name": {"pattern"}, "csv": {"csv", "column"}, "date": {"minutes"}}.get(self.group_by or "", set())
+        given = {name for name in ("pattern", "csv", "column", "minutes") if getattr(self, name) is not None}
+        if lacking := sorted(needed - given):
+            raise ValueError(f"split.group_by {self.group_by} needs split.{' and split.'.join(lacking)}")
+        if wrong := sorted(given - needed):
+            raise ValueError(f"split.{wrong[0]} is not for split.group_by {self.group_by or 'null'}")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"split.pattern {self.pattern!r} is no regular expression: {error}") from None
+        return self
 
 
 class T5Config(Config):
@@ -81,6 +106,7 @@ class PrepConfig(Config):
     image: ImageConfig = ImageConfig()
     filters: FilterConfig = FilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
+    split: SplitConfig = SplitConfig()
     captions: CaptionConfig = CaptionConfig()
     t5: T5Config = T5Config()
     dino: DINOv3Config = DINOv3Config()

@@ -105,7 +105,7 @@ class Examiner:
             {
                 **dict.fromkeys(SAMPLES_SCHEMA.names),
                 "key": row["key"],
-                "cluster": row.get("duplicate_group"),
+                "cluster": row.get("split_group") or row.get("duplicate_group"),
                 "seed": seed,
                 "kind": kind,
                 "condition": condition,

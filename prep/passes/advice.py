@@ -33,7 +33,11 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
             "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
         )
     if not splits["holdout"]:
-        warnings.append(f"{len(table)} samples are too few for a holdout: nothing can be validated with this dataset")
+        few = f"{len(table)} samples are too few for a holdout"
+        if "split_group" in table.column_names:
+            sizes = pc.value_counts(table["split_group"]).field("counts")
+            few = f"no group by split.group_by is small enough for a holdout: {len(sizes)} of {len(table)} samples"
+        warnings.append(f"{few}: nothing can be validated with this dataset")
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
         warnings.append(

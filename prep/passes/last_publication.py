@@ -18,6 +18,7 @@ from nanodit import __version__
 from nanodit.files import canonical_json, sha256_bytes, sha256_file
 from nanodit.storage import Storage
 from prep.dataset.layout import Part, Unit
+from prep.passes.grouping import table_hash
 
 NAME = "runs/published.json"
 DATASET = "dataset.json"
@@ -42,6 +43,7 @@ def inputs_hash(plan: Any, parts: Mapping[Unit, Part], manifest: str, truth: Pat
         "config": plan.config.model_dump(mode="json", exclude={"source", "output"}),  # the places are not published
         "manifest": manifest,
         "truth": sha256_file(truth) if truth.exists() else None,
+        "groups": table_hash(plan.config),
         "seen": plan.seen,
         "excluded": sorted(plan.excluded),
         "rejects": [[reject.source, reject.stage, reject.reason, reject.detail] for reject in plan.rejects],

@@ -39,6 +39,7 @@ from prep.images.scan import Reject, scan
 from prep.images.scan_cache import ReadAhead, ScanCache
 from prep.images.sources import Source
 from prep.passes.fitting import judge_sizes
+from prep.passes.grouping import check_table
 from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
@@ -157,6 +158,7 @@ def make_plan(
     something. ``ahead`` reads new sources where they are many (:meth:`prep.images.scan_cache.ScanCache.look_all`).
     """
     check_folders(config)
+    check_table(config)
     folder, root = Path(config.source), open_storage(config.output)
     manifest = read_manifest(root)
     with ScanCache(root, folder, scan_settings(config)) as cache:

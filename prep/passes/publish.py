@@ -44,6 +44,7 @@ from prep.images.filters import CHOICES
 from prep.images.scan import DUPLICATE, HIDDEN, LINKED_FOLDER, TRUTH_NAME, Reject
 from prep.passes import last_publication
 from prep.passes.advice import CROP_COLUMNS, count_values, warn
+from prep.passes.grouping import name_groups
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
 from prep.passes.split import SPLIT_RULES, add_split, cls_cosine, published_splits, split_rules
 
@@ -123,11 +124,12 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
         rejects += [Reject(name, "publish", EXCLUDED, detail) for name in table.filter(out)["source"].to_pylist()]
         table = table.filter(pc.invert(out))
     published = published_splits(storage, plan.config)
+    named = name_groups(plan.config, dict(zip(table["key"].to_pylist(), table["source"].to_pylist())))
     if len(table) and (cosine := cls_cosine(plan.config)) < duplicates.OFF:
         with compared_tokens(storage, table, cosine, write=True) as alike:
-            table, linking = add_split(plan.config, table, published, alike)
+            table, linking = add_split(plan.config, table, published, alike, named)
     else:
-        table, linking = add_split(plan.config, table, published)
+        table, linking = add_split(plan.config, table, published, named=named)
     detail = "its near duplicates are published in train and in holdout"
     rejects += [Reject(plan.sources[key].name, "split", LINKS_SPLITS, detail) for key in linking]
     told = pa.array([reject.source for reject in rejects], pa.string())
@@ -343,6 +345,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
                 "holdout_min": config.holdout_min,
                 "cls_cosine": cls_cosine(config),
                 "altered": altered.CODE_VERSION,
+                **config.split.model_dump(exclude={"csv"}, exclude_none=True),  # a path is no part of a dataset
             },
         },
     }

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanodit.console import Progress
+from nanodit.console import Progress, say
 from nanodit.errors import DataError
 from nanodit.files import canonical_json
 from nanodit.storage import Storage
@@ -19,6 +19,7 @@ from prep.dataset.layout import read_parquet
 from prep.images import duplicates
 from prep.images.altered import altered_pairs
 from prep.images.compared import MILLION, Alike
+from prep.passes.grouping import join_named
 
 INDEX, DATASET = "index.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
@@ -57,25 +58,35 @@ def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
 
 
 def add_split(
-    config: PrepConfig, table: pa.Table, published: Mapping[str, str], alike: Alike | None = None
+    config: PrepConfig,
+    table: pa.Table,
+    published: Mapping[str, str],
+    alike: Alike | None = None,
+    named: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, list[str]]:
     """Add ``split``, ``duplicate_group`` and ``altered_twin``; also returns the keys that had to be left out.
 
     Those would connect published samples of both sides (see ``assign_splits``). ``alike`` are the groups of the rows by
     DINO class tokens, where they decide about duplicates. No holdout sample is an altered form of a training sample
     (``prep/images/altered.py``) but where both were published before the rules found that: there ``altered_twin`` of
-    the holdout sample is the key of the other.
+    the holdout sample is the key of the other. With ``named``, the groups by ``split.group_by``, ``split_group`` is
+    what was drawn as one.
     """
     keys, hashes = table["key"].to_pylist(), table["phash"].to_pylist()
     thumbnails = duplicates.thumbnail_rows(table["thumbnail"])
     groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
-    split, altered = _draw(config, keys, thumbnails, groups, published)
+    units, torn = (groups, 0) if named is None else join_named(groups, named, published)
+    split, altered = _draw(config, keys, thumbnails, units, published)
     if split.linking:  # without them the rest falls into other groups
         kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
-        table, more = add_split(config, table.filter(kept), published, alike and alike.kept(np.asarray(kept)))
+        table, more = add_split(config, table.filter(kept), published, alike and alike.kept(np.asarray(kept)), named)
         return table, sorted(split.linking + more)
     joined, twins = sort_links(altered, split.sides)
     columns = {"split": split.sides, "duplicate_group": duplicates.join_groups(groups, joined), "altered_twin": twins}
+    if named is not None:
+        columns["split_group"] = duplicates.join_groups(units, joined)
+        if torn:
+            say(f"warning: {torn} groups by split.group_by lie on both sides: they were published before it was set")
     for name, values in columns.items():
         position = table.column_names.index("width")
         table = table.add_column(position, name, pa.array([values.get(key) for key in keys], pa.string()))
