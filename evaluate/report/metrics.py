@@ -184,16 +184,16 @@ def forest(metric: Metric, low: float, high: float) -> dict[str, Any]:
 
 def alarms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the alarms of the tests that have any, and whether each fired (None: cannot be told)."""
-    found: dict[tuple[str, str, bool | None], list[str]] = {}
+    found: dict[tuple[str, str, bool | None, float | None], list[str]] = {}
     for run in runs:
         for test in (test for test in TESTS.values() if test.alarms):
             for alarm in run.files.extras.get(test.name, {}).get("alarms", []):
                 words = test.alarms.get(alarm["name"], alarm["name"])
-                given = found.setdefault((run.letter, words, alarm["fired"]), [])
+                given = found.setdefault((run.letter, words, alarm["fired"], alarm.get("detectable")), [])
                 given += [part_name(alarm["condition"])] if "condition" in alarm else []
     return [
-        {"run": run, "words": text, "fired": fired, "given": "; ".join(given)}
-        for (run, text, fired), given in found.items()
+        {"run": run, "words": text, "fired": fired, "given": "; ".join(given), "detectable": detectable}
+        for (run, text, fired, detectable), given in found.items()
     ]
 
 

@@ -4,6 +4,8 @@ A holdout image has a nearest training image too, at a distance that shows what 
 picture counts as a likely copy where it is nearer to a training image than all but 5 % of the holdout's images are, and
 where that image stands out among its neighbours just as rarely: a blurred picture is near to all images, a copy to one
 (the ratio of Carlini et al. 2023, "Extracting training data from diffusion models", section 5.1, without its factor).
+Mirrored and shifted copies, and single ones among many pictures, do not show there. So pictures are also compared with
+the training images as the holdout was (``prep/images/altered.py``), where two different images hardly ever match.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import beta
 
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
@@ -23,11 +26,13 @@ from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
+from prep.images.altered import altered_between
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
 CLOSEST = 16  # pairs shown
 AT_ONCE = 2**22  # numbers held at once while resampling
+FEWEST, POWER = 2, 0.8  # images with a match that raise the alarm, and how surely a share is found
 WORDING = "an indicator, not a proof: nearness in two feature spaces, to the training images that were searched"
 
 
@@ -99,11 +104,14 @@ def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture
 
 
 def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
-    """Return ``memorisation/copies`` and ``/distance_ratio`` of each condition; ``_pixels`` is on mean colours.
+    """Return ``memorisation/copies``, ``/distance_ratio`` and ``/matches`` of each condition.
 
-    ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest training image over that of the
-    sample's own holdout image, pooled. The alarm is for a condition whose share of copies is above chance, the interval
-    too, in both spaces. The closest pairs of all pictures, whatever they were given, are kept for the report.
+    ``_pixels`` is on mean colours. ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest
+    training image over that of the sample's own holdout image, pooled. ``matches``: the share of pictures of which a
+    training image is an altered form. The alarm is for a condition whose share of copies is above chance, the interval
+    too, in both spaces, or with FEWEST images that have a match, more than the holdout has. ``detectable`` beside it is
+    the smallest share of images with a match of which that many are met with probability POWER. The closest pairs of
+    all pictures, whatever they were given, are kept for the report.
     """
     training = context.train_features
     needed = max(MIN_CLUSTERS, round(1 / QUANTILE))  # with fewer, no image is below the quantile
@@ -117,11 +125,13 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
     drawn = [row for row in rows if row["kind"] == MODEL and not row["degenerate"]]
     searches = [_Search(space, features, drawn) for space, features in spaces.items()]
     metrics = [metric for arm in context.arms for search in searches for metric in _metrics(rows, context, arm, search)]
+    matches = [_matches(rows, context, arm, training) for arm in context.arms]
+    metrics += matches
     context.extras["memorisation"] = {
         "wording": WORDING,
         "training_images": len(training),
         "quantile": QUANTILE,
-        "alarms": _alarms(metrics, [arm.name for arm in context.arms]),
+        "alarms": _alarms(metrics, [arm.name for arm in context.arms], detectable_share(len(context.keys))),
         "closest": _closest(rows, context, searches),
     }
     return metrics, skipped
@@ -189,15 +199,55 @@ def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Sear
     ]
 
 
-def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each condition whether the share of likely copies is above chance in both spaces, or None."""
+def _matches(rows: Rows, context: DrawingContext, arm: DrawingArm, training: Any) -> Metric:
+    """Return the share of pictures of one condition that are altered forms of a training image."""
+    name = f"memorisation/matches{'' if arm.name == 'all' else f'/{arm.name}'}"
+    settings = context.settings(arm.name, arm.guidance, training_images=len(training), space="feature_pixels")
+    pictures, real = rows.select(MODEL, arm.name), rows.select(REAL, "real")
+    if reason := degenerate_reason(pictures):
+        return Metric(name, None, n=len(context.keys), settings=settings, reason=reason)
+    drawn = [row for row in pictures if not row["degenerate"]]
+    found = matched(drawn, training.feature_pixels)
+    clusters = [rows.clusters[row["key"]] for row in drawn]
+    return Metric.of(
+        name,
+        intervals.proportion(found, np.ones(len(found)), clusters),
+        baselines={"real": float(matched(real, training.feature_pixels).mean())},
+        settings=settings | {"images_with_a_match": len({row["key"] for row, one in zip(drawn, found) if one})},
+        better="lower",
+    )
+
+
+def matched(rows: Sequence[Mapping[str, Any]], training: np.ndarray) -> np.ndarray:
+    """Return of which pictures one of ``training``, (m, 768) in [0, 1], is an altered form, bool (n,)."""
+    pixels = np.stack([row["feature_pixels"] for row in rows])
+    found = np.zeros(len(pixels), bool)
+    found[altered_between(255 * pixels, 255 * training)[:, 0]] = True
+    return found
+
+
+def detectable_share(count: int) -> float:
+    """Return the smallest share of ``count`` images of which FEWEST are met with probability POWER.
+
+    The binomial's tail is a beta distribution function (Clopper and Pearson 1934).
+    """
+    return float(beta.ppf(POWER, FEWEST, count - FEWEST + 1))
+
+
+def _alarms(metrics: Sequence[Metric], conditions: Sequence[str], detectable: float) -> list[dict[str, Any]]:
+    """Return for each condition whether there are likely copies or matches, or None where nobody can tell."""
     lows = {metric.name: metric.low for metric in metrics}
+    found = {metric.name: metric for metric in metrics}
     alarms = []
     for condition in conditions:
         suffix = "" if condition == "all" else f"/{condition}"
         own = [lows.get(f"memorisation/{name}{suffix}") for name in ("copies", "copies_pixels")]
+        matches = found[f"memorisation/matches{suffix}"]
         fired = None if None in own else all(low > QUANTILE for low in own)
-        alarms.append({"name": "memorisation", "condition": condition, "fired": fired})
+        if matches.value is not None and matches.settings["images_with_a_match"] >= FEWEST:
+            fired = fired or matches.value > matches.baselines["real"]
+        told = {} if matches.value is None else {"detectable": detectable}
+        alarms.append({"name": "memorisation", "condition": condition, "fired": fired, **told})
     return alarms
 
 
@@ -260,17 +310,19 @@ TEST = SuiteTest(
     families={
         "memorisation/copies": "Likely copies",
         "memorisation/distance_ratio": "Distance to training / that of the holdout",
+        "memorisation/matches": "Matches with a training image, also mirrored or shifted",
     },
     roles={"memorisation": ((), ("real",))},
     alarms={
-        "memorisation": "memorisation: more likely copies of training images than by chance (an indicator)",
+        "memorisation": "memorisation: copies of training images, or more likely copies than by chance",
     },
     terms=(
         (
             "Memorisation",
             "An indicator: a likely copy is nearer to a training image than all but 5 % of the holdout's images are, "
             "and nearer to that one than to the next ones by a margin as rare in the holdout (after Carlini et al. "
-            "2023). It cannot prove that nothing was memorised, nor that something was.",
+            "2023). A match is a training image as it is, mirrored, shifted or cropped a little, brighter or darker. It "
+            "cannot prove that nothing was memorised, nor that something was.",
         ),
     ),
     section=Section(

@@ -33,25 +33,32 @@ def altered_pairs(
     ``thumbnails`` are uint8 (N, 768), ``rows`` int64 (Q,). A pair of two of ``rows`` comes once or twice. ``done`` is
     told how many pairs were compared.
     """
+    pairs = altered_between(thumbnails[rows], thumbnails, done)
+    pairs[:, 0] = rows[pairs[:, 0]]
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def altered_between(
+    queries: np.ndarray, others: np.ndarray, done: Callable[[int], None] = lambda pairs: None
+) -> np.ndarray:
+    """Return which of ``queries`` (Q, 768) and ``others`` (N, 768), in 0..255, are altered forms: int64 (M, 2)."""
     found = [np.empty((0, 2), np.int64)]
-    for start in range(0, len(rows), QUERIES):
-        queries = rows[start : start + QUERIES]
-        left = _even_and_odd(_described(_pictures(thumbnails[queries])))
-        for top in range(0, len(thumbnails), TILE):
-            right = _even_and_odd(_described(_pictures(thumbnails[top : top + TILE])))
+    for start in range(0, len(queries), QUERIES):
+        left = _even_and_odd(_described(_pictures(queries[start : start + QUERIES])))
+        for top in range(0, len(others), TILE):
+            right = _even_and_odd(_described(_pictures(others[top : top + TILE])))
             cosines = left[0] @ right[0].T + np.abs(left[1] @ right[1].T)
-            near = np.column_stack(np.nonzero(cosines > CANDIDATE))
-            pairs = np.column_stack([queries[near[:, 0]], near[:, 1] + top])
-            pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+            pairs = np.column_stack(np.nonzero(cosines > CANDIDATE)) + np.array([start, top])
             for part in range(0, len(pairs), PAIRS):
                 some = pairs[part : part + PAIRS]
-                found.append(some[aligned_cosines(*(thumbnails[side] for side in some.T)) > ALTERED])
+                like = aligned_cosines(queries[some[:, 0]], others[some[:, 1]])
+                found.append(some[like > ALTERED])
             done(cosines.size)
     return np.concatenate(found)
 
 
 def aligned_cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return how like the thumbnails uint8 (N, 768) of pairs are, at the best window of either, mirrored or not: (N,).
+    """Return how like the thumbnails (N, 768) of pairs are, at the best window of either, mirrored or not: (N,).
 
     In float64, and for each pair by itself, so that a pair counts everywhere or nowhere.
     """

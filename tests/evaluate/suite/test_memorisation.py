@@ -12,7 +12,7 @@ from evaluate.drawing.draw import show
 from evaluate.records import MODEL
 from evaluate.statistics import intervals
 from evaluate.suite import memorisation
-from evaluate.suite.memorisation import QUANTILE, Nearness, nearness, share_of_copies
+from evaluate.suite.memorisation import QUANTILE, Nearness, detectable_share, nearness, share_of_copies
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,41 @@ def alarm(context):
 )
 def test_the_alarm_fires_on_copies_alone(verdicts, model, fires):  # E08
     assert alarm(verdicts[model][1]) is fires
+
+
+def shifted(picture: np.ndarray, by: int) -> np.ndarray:
+    return np.pad(picture, ((0, 0), (by, 0), (0, 0)), mode="edge")[:, : picture.shape[1]]
+
+
+@pytest.mark.parametrize("form", ["mirrored", "shifted", "brighter", "an eighth", "a single one"])
+def test_altered_and_rare_copies_raise_the_alarm_too(judged, known_pictures, form):
+    truth, copies = known_pictures["truth"], known_pictures["copycat"]
+    change = {
+        "mirrored": lambda picture: picture[:, ::-1],
+        "shifted": lambda picture: shifted(picture, 3),
+        "brighter": lambda picture: np.uint8(np.clip(picture * 1.1, 0, 255)),
+    }.get(form, lambda picture: picture)
+    every = {"an eighth": 8, "a single one": len(truth)}.get(form, 1)
+    drawn = {key: change(copies[key]) if place % every == 0 else truth[key] for place, key in enumerate(truth)}
+    context = judged.context(conditions={"all": 1.0})
+    metrics, _ = memorisation.summarise(judged.rows({("all", 0): drawn}), context)
+    (matches,) = [metric for metric in metrics if metric.name == "memorisation/matches"]
+    count = sum(place % every == 0 for place in range(len(truth)))
+    least = 0.4 if form == "shifted" else 1  # a shift by one of 16 cells is no crop of the same shape
+    assert least * count <= matches.settings["images_with_a_match"] <= count
+    assert matches.value == pytest.approx(matches.settings["images_with_a_match"] / len(truth))
+    assert matches.baselines["real"] == 0
+    assert alarm(context) is (form != "a single one")
+
+
+def test_the_share_that_would_have_been_found_is_said(verdicts):
+    (one,) = verdicts["truth"][1].extras["memorisation"]["alarms"]
+    assert one["detectable"] == pytest.approx(detectable_share(24))
+    for count in (8, 24, 64, 512):
+        share = detectable_share(count)
+        missed = (1 - share) ** count + count * share * (1 - share) ** (count - 1)
+        assert missed == pytest.approx(0.2)
+    assert detectable_share(64) == pytest.approx(0.046, abs=0.001)
 
 
 def test_copies_are_at_distance_zero(verdicts):
@@ -110,14 +145,17 @@ def test_degenerate_pictures_are_null_with_a_reason(judged, known_pictures):  # 
     assert alarm(context) is None
 
 
-def test_without_a_judge_pixels_alone_raise_no_alarm(judged, known_pictures):
+def test_without_a_judge_likely_copies_alone_raise_no_alarm(judged, known_pictures):
     context = judged.context(conditions={"all": 1.0})
     context.judge, context.no_judge = None, "no judge: none here"
     features = context.train_features
     context.train_features = replace(features, feature=None)
     metrics, skipped = memorisation.summarise(judged.rows({("all", 0): known_pictures["copycat"]}), context)
-    assert {metric.name for metric in metrics} == {"memorisation/copies_pixels", "memorisation/distance_ratio_pixels"}
+    names = {metric.name.removeprefix("memorisation/") for metric in metrics}
+    assert names == {"copies_pixels", "distance_ratio_pixels", "matches"}
     assert {one.reason for one in skipped} == {"no judge: none here"}
+    assert alarm(context) is True  # of matches, which need no judge
+    memorisation.summarise(judged.rows({("all", 0): known_pictures["truth"]}), context)
     assert alarm(context) is None
 
 
