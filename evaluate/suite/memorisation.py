@@ -321,7 +321,7 @@ TEST = SuiteTest(
             "Memorisation",
             "An indicator: a likely copy is nearer to a training image than all but 5 % of the holdout's images are, "
             "and nearer to that one than to the next ones by a margin as rare in the holdout (after Carlini et al. "
-            "2023). A match is a training image as it is, mirrored, shifted or cropped a little, brighter or darker. It "
+            "2023). A match is a training image as it is, mirrored, shifted a little, cropped, brighter or darker. It "
             "cannot prove that nothing was memorised, nor that something was.",
         ),
     ),
