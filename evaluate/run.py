@@ -127,7 +127,8 @@ def evaluate(
         subject = subject.with_short_captions()
     context = build_context(subject, config, run_folder, step, judges)
     devices = context.examiner.devices
-    parts = FinishedBatches(folder / "parts" if identity else None, {**(identity or {}), "judges": devices})
+    judged_by = {"judges": devices, "contents": context.examiner.contents}
+    parts = FinishedBatches(folder / "parts" if identity else None, {**(identity or {}), **judged_by})
     tests = {test: config.section(name) for name, test in TESTS.items() if name in config.tests}
     pictures, skipped = [], []
     for test, section in tests.items():

@@ -13,7 +13,7 @@ import torch
 
 from evaluate.metrics.likeness import local_folder
 from nanodit.errors import ConfigError
-from prep.encoders.weights import cannot_load, quiet_transformers
+from prep.encoders.weights import cannot_load, folder_hash, quiet_transformers
 
 NO_PROBE = "no probe: name a CLIP model in probe"
 
@@ -24,7 +24,7 @@ class ClipProbe:
     def __init__(self, folder: Path, label: str, device: str = "cpu"):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-        self.label = label
+        self.label, self.content = label, folder_hash(folder)
         self._device = torch.device(device)
         try:
             with quiet_transformers():

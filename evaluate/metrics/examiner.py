@@ -60,6 +60,16 @@ class Examiner:
         return {name: str(judge.device) for name, judge in judges.items() if judge is not None}
 
     @property
+    def contents(self) -> dict[str, Any]:
+        """What the scores depend on besides names: the content of each judge's files, as far as there is one."""
+        found = {
+            "features": self._judge and self._judge.fingerprint, "probe": self._probe and self._probe.content,
+            "joints": self._detector and self._detector.fingerprint(),
+            "lpips": self._lpips and self._lpips.backbone_sha256,
+        }  # fmt: skip
+        return {name: content for name, content in found.items() if content is not None}
+
+    @property
     def lpips_label(self) -> str | None:
         """What LPIPS is measured with; None without it."""
         if self._lpips is None:

@@ -1,12 +1,14 @@
 """The CLIP probe: the real model class with tiny random weights, and nothing without its files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
+from evaluate import run
 from evaluate.metrics.clip import NO_PROBE, open_probe
 from evaluate.metrics.examiner import Examiner
 from evaluate.records import MODEL, REAL
@@ -49,6 +51,28 @@ def probe(folder):
 @pytest.fixture(scope="module")
 def pictures():
     return np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), np.uint8)
+
+
+def test_finished_batches_are_those_of_these_files(folder, figures, tmp_path, monkeypatch, make_subject, quick):
+    """Another file under the same name is another judge, which does not go on with what was scored by the first."""
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    asked = []
+
+    def stop(folder, identity):
+        asked.append(identity)
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "FinishedBatches", stop)
+    config = quick.model_copy(update={"probe": str(copy)})
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            run.evaluate(make_subject("noise"), config, tmp_path / "out", identity={"weights": "same"})
+        (copy / "merges.txt").write_text("#version: 0.3\n")
+    first, second = (one["contents"] for one in asked)
+    assert first.pop("probe") != second.pop("probe")
+    assert first == second
+    assert {"features", "joints"} <= first.keys()
 
 
 def test_features_and_preference_are_clips_own(folder, probe, pictures):
