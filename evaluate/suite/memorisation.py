@@ -30,7 +30,8 @@ from prep.images.altered import altered_between
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
-CLOSEST = 16  # pairs shown
+CLOSEST, NEAREST = 16, 6  # pairs shown: of drawn pictures and of the holdout
+OWN = 2048  # training images whose nearest other one is looked up
 AT_ONCE = 2**22  # numbers held at once while resampling
 FEWEST, POWER = 2, 0.8  # images with a match that raise the alarm, and how surely a share is found
 WORDING = "an indicator, not a proof: nearness in two feature spaces, to the training images that were searched"
@@ -133,6 +134,7 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
         "quantile": QUANTILE,
         "alarms": _alarms(metrics, [arm.name for arm in context.arms], detectable_share(len(context.keys))),
         "closest": _closest(rows, context, searches),
+        "holdout": _closest_of_holdout(rows, context, searches[0]),
     }
     return metrics, skipped
 
@@ -150,6 +152,11 @@ class _Search:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Nearness:
         return nearness(self._points(rows), self._training)
+
+    def own(self) -> np.ndarray:
+        """Return the distance of training images, of OWN of them at most, to the nearest other one, (n,)."""
+        some = self._training[:: 1 + len(self._training) // OWN]
+        return nearest(some, self._training, 2)[0][:, 1]
 
     def of(self, condition: str) -> tuple[list[str], Nearness]:
         """Return the pictures drawn under one condition: keys, and what is near."""
@@ -284,6 +291,31 @@ def _closest(rows: Rows, context: DrawingContext, searches: Sequence[_Search]) -
     return closest
 
 
+def _closest_of_holdout(rows: Rows, context: DrawingContext, search: _Search) -> dict[str, Any]:
+    """Return the holdout images that are nearest to a training image, in the judge's space if there is one.
+
+    ``rank`` is the share of training images whose own nearest other one is at least as near: where it is not small, the
+    holdout is no nearer to training than training is to itself. ``own`` are the 5 %, 50 % and 95 % quantiles of that.
+    """
+    real = rows.select(REAL, "real")
+    found, own = search(real), search.own()
+    pairs = []
+    for place in np.argsort(found.distance, kind="stable")[:NEAREST].tolist():
+        key, distance = real[place]["key"], float(found.distance[place])
+        training_key = context.train_features.keys[found.index[place]]
+        context.show(REAL, "real", key)
+        pairs.append(
+            {
+                "key": key,
+                "training_key": training_key,
+                "training_image": context.show_training(training_key),
+                "distance": distance,
+                "rank": float(np.mean(own <= distance)),
+            }
+        )
+    return {"space": search.space, "own": np.quantile(own, (0.05, 0.5, 0.95)).tolist(), "pairs": pairs}
+
+
 def closest_pairs(page: Any) -> dict[str, Any] | None:
     """Return the closest pairs of a drawn picture and a training image."""
     extra = page.extras("memorisation")
@@ -299,7 +331,18 @@ def closest_pairs(page: Any) -> dict[str, Any] | None:
         ]
         training = page.stored(one["training_image"], "training image")
         pairs.append({"pictures": [drawn, training], "relative": relative})
-    return {name: extra[name] for name in ("wording", "training_images")} | {"pairs": pairs}
+    holdout = extra.get("holdout")  # an evaluation of before has none
+    if holdout:
+        shown = [
+            {
+                "pictures": [page.real(one["key"]), page.stored(one["training_image"], "training image")],
+                **{name: one[name] for name in ("distance", "rank")},
+            }
+            for one in holdout["pairs"]
+            if page.kept(one["key"])
+        ]
+        holdout = holdout | {"pairs": shown, "space": SPACE_NAMES.get(holdout["space"], holdout["space"])}
+    return {name: extra[name] for name in ("wording", "training_images")} | {"pairs": pairs, "holdout": holdout}
 
 
 TEST = SuiteTest(
@@ -327,7 +370,7 @@ TEST = SuiteTest(
     ),
     section=Section(
         "Nearest training images",
-        "The closest pairs of a drawn picture and a training image, the closest first.",
+        "The closest pairs of a drawn picture and a training image, and of a holdout and a training image.",
         closest_pairs,
         "memorisation.html",
     ),

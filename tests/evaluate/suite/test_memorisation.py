@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from evaluate.drawing.draw import show
-from evaluate.records import MODEL
+from evaluate.records import MODEL, REAL
 from evaluate.statistics import intervals
 from evaluate.suite import memorisation
 from evaluate.suite.memorisation import QUANTILE, Nearness, detectable_share, nearness, share_of_copies
@@ -114,6 +114,22 @@ def test_the_closest_pairs_name_what_was_copied(verdicts, known_pictures, figure
         assert pair["distance"]["feature_pixels"] == pytest.approx(0, abs=1e-6)
         assert context.shown_training[pair["training_key"]] == pair["training_image"]
         assert (MODEL, "all", pair["key"], 0) in context.shown
+
+
+def test_the_holdout_nearest_to_training_is_shown_beside_trainings_own_distances(verdicts, judged, figures):
+    _, context = verdicts["truth"]
+    found = context.extras["memorisation"]["holdout"]
+    features = context.train_features.feature / np.linalg.norm(context.train_features.feature, axis=1, keepdims=True)
+    apart = np.sqrt(np.maximum(2 - 2 * features.astype(float) @ features.T.astype(float), 0))
+    np.fill_diagonal(apart, np.inf)
+    own = apart.min(1)
+    assert found["own"] == pytest.approx(np.quantile(own, (0.05, 0.5, 0.95)), abs=1e-5)
+    distances = [pair["distance"] for pair in found["pairs"]]
+    assert distances == sorted(distances)
+    for pair in found["pairs"]:
+        assert pair["rank"] == pytest.approx(np.mean(own <= pair["distance"]), abs=0.02)
+        assert (REAL, "real", pair["key"], 0) in context.shown
+        assert pair["training_key"] in context.shown_training
 
 
 def test_training_images_are_kept_for_the_report(judged, figures, tmp_path):
