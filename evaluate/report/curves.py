@@ -10,7 +10,7 @@ from evaluate.report.compare import differing, objections
 from evaluate.report.files import Run
 from evaluate.report.metrics import baseline_name, condition_order, label, metric_order, part_name
 from evaluate.suite import is_charted
-from evaluate.suite.heldout_loss import PREDICTORS, RATIO_FROM
+from evaluate.suite.heldout_loss import NOISY_FROM, PREDICTORS, shares
 from nanodit.svg import Axes, Series, line_chart, smooth, thin
 
 PREDICTOR_STYLES = {"mean_image": "b1", "identity": "b2", "affine": "b3"}
@@ -136,7 +136,8 @@ def heldout_charts(runs: Sequence[Run]) -> dict[str, Any] | None:
     if len(measured) == 1:
         ((run, bins),) = measured
         lines = [
-            (part_name(condition), f"c{min(index, 5) + 1}", own) for index, (condition, own) in enumerate(bins.items())
+            (part_name(condition), f"c{min(index, 5) + 1}", own, shares(run.files.heldout, condition))
+            for index, (condition, own) in enumerate(bins.items())
         ]
         return {"blocks": [_block("", lines, run)], "apart": []}
     blocks, apart = [], []
@@ -149,7 +150,7 @@ def heldout_charts(runs: Sequence[Run]) -> dict[str, Any] | None:
             if run is first or not (objections(first.files.report, run.files.report) or _unlike(own, other))
         ]
         if len(alike) > 1:
-            lines = [(run.name, run.style, other) for run, other in alike]
+            lines = [(run.name, run.style, other, shares(run.files.heldout, condition)) for run, other in alike]
             blocks.append(_block(part_name(condition), lines, first))
         apart += [f"{run.letter} given {part_name(condition)}" for run, _ in members if run not in dict(alike)]
     return {"blocks": blocks, "apart": apart}
@@ -168,21 +169,24 @@ def _unlike(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
     return len(one) != len(other) or any(differing(pair) for pair in zip(one, other))
 
 
-def _block(title: str, lines: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]], run: Run) -> dict[str, Any]:
+def _block(
+    title: str, lines: Sequence[tuple[str, str, Sequence[Mapping[str, Any]], Sequence[float]]], run: Run
+) -> dict[str, Any]:
+    """Return charts and the table of some lines: name, style, the errors at rising t, their shares of the loss."""
     trivial = lines[0][2]
     errors = [
         Series(baseline_name(name), [(_middle(m), m["baselines"][name]) for m in trivial], PREDICTOR_STYLES[name])
         for name in PREDICTORS
     ]
     ratios = []
-    for name, style, own in lines:
+    for name, style, own, _ in lines:
         band = [(_middle(m), m["low"], m["high"]) for m in own if m["low"] is not None]
         errors.append(Series(name, [(_middle(m), m["value"]) for m in own], style, band, markers=True))
         ratio = [(_middle(m), m["value"] / min(m["baselines"].values())) for m in own]
         ratios.append(Series(name, ratio, style, markers=True))
     needed = next((m["needed"] for m in run.files.metrics if m["name"] == "heldout_ratio/all"), None)
     axes = Axes("t (1 is noise)", "mean squared error", log=True, span=(0.0, 1.0))
-    gated = replace(axes, y="error / best trivial error", line=needed, line_name="needed", shaded=(RATIO_FROM, 1.0))
+    gated = replace(axes, y="error / best trivial error", line=needed, line_name="needed", shaded=(NOISY_FROM, 1.0))
     if needed is None:
         gated = replace(gated, line=1.0, line_name="best trivial", shaded=None)
     shown = (*errors[len(PREDICTORS) :], *errors[: len(PREDICTORS)])
@@ -191,6 +195,17 @@ def _block(title: str, lines: Sequence[tuple[str, str, Sequence[Mapping[str, Any
         "error": line_chart(errors, axes),
         "ratio": line_chart(ratios, gated),
         "legend": [(series.name, series.style) for series in shown],
+        "names": [name for name, *_ in lines],
+        "table": [
+            {
+                "t": f"{metric['settings']['t_low']:.2g} to {metric['settings']['t_high']:.2g}",
+                "cells": [
+                    {"metric": own[place], "share": of_loss[place] if len(of_loss) == len(own) else None}
+                    for _, _, own, of_loss in lines
+                ],
+            }
+            for place, metric in enumerate(trivial)
+        ],
     }
 
 

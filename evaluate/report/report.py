@@ -26,7 +26,7 @@ from evaluate.report.metrics import condition_order, guidance_words, number, par
 from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
 from evaluate.suite import TESTS
-from evaluate.suite.heldout_loss import RATIO_FROM
+from evaluate.suite.heldout_loss import NOISY_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, check_writable, write_atomic
@@ -100,7 +100,7 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
         attributes=ATTRIBUTES,
         alpha=ALPHA,
         confidence=CONFIDENCE,
-        ratio_from=RATIO_FROM,
+        noisy_from=NOISY_FROM,
     )
 
 

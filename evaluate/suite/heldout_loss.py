@@ -1,7 +1,14 @@
 """Held-out flow loss on a fixed grid of times and noises, against predictors that anybody could write down.
 
-The grid: [0, 1] is cut into equal bins, mapped through the resolution shift that training used; within each bin every
-sample has its own times and noises, functions of (sample key, bin) alone. One row per (sample, conditions, bin).
+The grid: [0, 1] is cut into equal bins, mapped through the resolution shift of the image's size, whatever times
+training drew; within each bin every sample has its own times and noises, functions of (sample key, bin) alone. One row
+per (sample, conditions, bin).
+
+``heldout_error`` is what recipes are compared by: with e_ib the mean squared error of the predicted image of sample i
+in bin b (pixels in [-1, 1], no weight), and B the bins that begin at NOISY_FROM or later,
+``heldout_error = mean over i of 1 / |B| * sum over b in B of e_ib``. Neither times nor weights of training are in it,
+so it does not move with them. ``heldout_loss`` is the mean of e_ib / max(t, t_min)^2 over all bins: mostly that of
+small t, where the noisy image is nearly the answer.
 """
 
 from __future__ import annotations
@@ -30,11 +37,11 @@ from nanodit.config import Config
 from nanodit.console import Progress
 from nanodit.rng import generator
 from train.hardware import computing_in
-from train.method.flow import flow_loss, interpolate, shift, to_x
+from train.method.flow import flow_loss, interpolate, resolution_shift, shift, to_x
 from train.model.conditions import Subset, subset_name
 
 PREDICTORS = ("mean_image", "identity", "affine")
-RATIO_FROM = 0.3  # below this t the noisy image itself is close to the answer, and copying it is hard to beat
+NOISY_FROM = 0.3  # below this unshifted t the noisy image is close to the answer: copying it is hard to beat
 
 
 class HeldoutLossConfig(Config):
@@ -105,7 +112,7 @@ def _grid(subject: Subject, batch: Batch, config: HeldoutLossConfig) -> Iterator
     """Yield (bin, x, z, t) for every point of a batch's grid: x and z (B, 3, H, W), t (B,)."""
     x = to_float(batch.pixels)
     times = np.stack([grid_times(key, config.bins, config.times_per_bin) for key in batch.keys])
-    times = shift(times, subject.flow.shift_of(batch.height, batch.width)).astype(np.float32)
+    times = shift(times, resolution_shift(batch.height, batch.width)).astype(np.float32)
     for index, repeat in np.ndindex(config.bins, config.times_per_bin):
         t = torch.from_numpy(times[:, index, repeat])
         yield index, x, interpolate(x, batch.noise(index * config.times_per_bin + repeat), t), t
@@ -133,7 +140,7 @@ def _trivial_errors(
 ) -> dict[str, np.ndarray]:
     """Return the same of each trivial predictor, by name."""
     mean_image = to_float(training.mean_image(batch.bucket)[None])
-    s = subject.flow.shift_of(batch.height, batch.width)
+    s = resolution_shift(batch.height, batch.width)
     errors = {name: np.zeros((config.bins, 2, len(batch.rows))) for name in PREDICTORS}
     for index, x, z, t in _grid(subject, batch, config):
         low, high = shift(index / config.bins, s), shift((index + 1) / config.bins, s)
@@ -187,7 +194,10 @@ def pictures(context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[P
 def summarise(rows: Rows, context: DrawingContext, config: HeldoutLossConfig) -> tuple[list[Metric], list[Skipped]]:
     """Return the metrics of :func:`losses` for every subset measured, and :func:`gaps` to training images."""
     held, train = ([row for row in context.heldout if row["split"] == split] for split in ("holdout", "train"))
-    return losses(held, config, context.common) + gaps(held, train, config, context.common), []
+    t_min = context.subject.flow.t_min
+    metrics = losses(held, config, context.common, t_min) + gaps(held, train, config, context.common, t_min)
+    few = f"no bin begins at t = {NOISY_FROM:g} or later; set heldout_loss.bins to 10"
+    return metrics, [] if _noisy(config) else [Skipped("heldout_error", few)]
 
 
 def gaps(
@@ -195,6 +205,7 @@ def gaps(
     train: Sequence[Mapping[str, Any]],
     config: HeldoutLossConfig,
     settings: Mapping[str, Any],
+    t_min: float,
 ) -> list[Metric]:
     """Return ``heldout_gap/CONDITION``: the mean loss on training images less that on held-out ones.
 
@@ -204,7 +215,8 @@ def gaps(
     for condition in dict.fromkeys(row["condition"] for row in train):
         name = "heldout_gap" + ("" if condition == "all" else f"/{condition}")
         seen, unseen = ([row for row in rows if row["condition"] == condition] for rows in (train, held))
-        details = {"settings": {**_settings(config, settings), "conditions": condition}, "baselines": {"no_gap": 0.0}}
+        details = {"settings": {**_settings(config, settings, t_min), "conditions": condition}}
+        details["baselines"] = {"no_gap": 0.0}
         keys = [[cluster_of(row) for row in rows] for rows in (seen, unseen)]
         reason = _non_finite([*seen, *unseen])
         if reason:
@@ -215,23 +227,31 @@ def gaps(
     return metrics
 
 
-def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of every metric of the grid."""
+def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any], t_min: float) -> dict[str, Any]:
+    """Return the settings of every weighted metric of the grid."""
     return {
         **settings,
-        "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift",
-        "weight": "1 / max(t, t_min)^2",
+        "t_law": f"uniform, {config.bins} strata x {config.times_per_bin}, before the resolution shift of the size",
+        "weight": f"1 / max(t, {t_min:g})^2",
     }
 
 
-def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any]) -> list[Metric]:
-    """Return metrics from the rows of :func:`measure`.
+def _noisy(config: HeldoutLossConfig) -> list[int]:
+    """Return the bins that begin at NOISY_FROM or later: as the grid has them, none of a single one."""
+    return [index for index in range(config.bins) if index / config.bins >= NOISY_FROM - 1e-9]
 
-    ``heldout_loss`` (all conditions) and ``heldout_loss/CONDITION``: the mean loss on the grid.
-    ``heldout_mse/CONDITION/ LOW-HIGH``: the error in one bin. ``heldout_ratio/CONDITION``: the error of the model over
-    that of the best trivial predictor of each bin, both pooled over the bins from t = .3 on.
+
+def losses(
+    rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, settings: Mapping[str, Any], t_min: float
+) -> list[Metric]:
+    """Return metrics from the rows of :func:`measure`; ``t_min`` is that of their loss.
+
+    ``heldout_error`` (all conditions) and ``heldout_error/CONDITION``: the error from t = .3 on, see above.
+    ``heldout_loss`` and ``heldout_loss/CONDITION``: the mean loss on the grid. ``heldout_mse/CONDITION/ LOW-HIGH``: the
+    error in one bin. ``heldout_ratio/CONDITION``: the error of the model over that of the best trivial predictor of
+    each bin, both pooled over the bins from t = .3 on.
     """
-    settings = _settings(config, settings)
+    settings = _settings(config, settings, t_min)
     metrics: list[Metric] = []
     by_condition: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -239,18 +259,35 @@ def losses(rows: Sequence[Mapping[str, Any]], config: HeldoutLossConfig, setting
     for condition, own in by_condition.items():
         suffix = "" if condition == "all" else f"/{condition}"
         named = {**settings, "conditions": condition}
-        metrics.append(_mean_metric(f"heldout_loss{suffix}", own, "loss", named))
+        unweighted = {name: value for name, value in named.items() if name != "weight"}
         bins = [[row for row in own if row["bin"] == index] for index in range(config.bins)]
+        noisy = [bins[index] for index in _noisy(config)]
+        if noisy:
+            begun = {"t_from": round(_noisy(config)[0] / config.bins, 4)}
+            members = [row for members in noisy for row in members]
+            metrics.append(_mean_metric(f"heldout_error{suffix}", members, "mse", unweighted | begun))
+        metrics.append(_mean_metric(f"heldout_loss{suffix}", own, "loss", named))
         for index, members in enumerate(bins):
             low, high = index / config.bins, (index + 1) / config.bins
-            bounds = {**named, "t_low": low, "t_high": high}
+            bounds = {**unweighted, "t_low": low, "t_high": high}
             metrics.append(_mean_metric(f"heldout_mse/{condition}/{low:.2g}-{high:.2g}", members, "mse", bounds))
-        noisy = [members for index, members in enumerate(bins) if index / config.bins >= RATIO_FROM - 1e-9]
         if noisy:
-            metrics.append(
-                _ratio_metric(f"heldout_ratio/{condition}", noisy, {**named, "t_from": RATIO_FROM, "pooled": "bins"})
-            )
+            pooled = {**unweighted, "t_from": NOISY_FROM, "pooled": "bins"}
+            metrics.append(_ratio_metric(f"heldout_ratio/{condition}", noisy, pooled))
     return metrics
+
+
+def shares(rows: Iterable[Mapping[str, Any]], condition: str) -> list[float]:
+    """Return each bin's share of the held-out loss, in the order of t; empty where that is not a positive number.
+
+    ``rows`` are those of heldout_loss.parquet, also of evaluations from before there were shares.
+    """
+    totals: dict[int, float] = defaultdict(float)
+    for row in rows:
+        if row["condition"] == condition and row["split"] == "holdout":
+            totals[row["bin"]] += row["loss"]
+    whole = sum(totals.values())
+    return [totals[index] / whole for index in sorted(totals)] if 0 < whole < np.inf else []
 
 
 def _mean_metric(name: str, rows: Sequence[Mapping[str, Any]], column: str, settings: Mapping[str, Any]) -> Metric:
@@ -291,15 +328,17 @@ def _non_finite(rows: Iterable[Mapping[str, Any]]) -> str | None:
 def values_of(name: str, evidence: Any) -> Values | None:
     """Return the points of the grid that a metric is a mean of; None for other metrics."""
     family, _, rest = name.partition("/")
-    if family not in ("heldout_loss", "heldout_mse"):
+    if family not in ("heldout_error", "heldout_loss", "heldout_mse"):
         return None
     condition, _, bounds = rest.partition("/")
-    column = family.removeprefix("heldout_")
+    column = "loss" if family == "heldout_loss" else "mse"
     rows = [row for row in evidence.heldout if row["split"] == "holdout"]
     rows = [row for row in rows if row["condition"] == (condition or "all")]
-    bins = sorted({row["bin"] for row in rows})
-    low = float(bounds.partition("-")[0]) if bounds else None
-    rows = [row for row in rows if low is None or round(low * len(bins)) == row["bin"]]
+    bins = len({row["bin"] for row in rows})
+    if family == "heldout_error":
+        rows = [row for row in rows if row["bin"] / bins >= NOISY_FROM - 1e-9]
+    elif bounds:
+        rows = [row for row in rows if round(float(bounds.partition("-")[0]) * bins) == row["bin"]]
     return {(row["key"], row["bin"]): (row[column], 1) for row in rows}
 
 
@@ -312,6 +351,7 @@ TEST = SuiteTest(
     measure=measure_all,
     stem="heldout",
     families={
+        "heldout_error": f"Held-out error, t from {NOISY_FROM:g} on",
         "heldout_loss": "Held-out flow loss",
         "heldout_ratio": "Held-out error / best trivial",
         "heldout_gap": "Loss on training images less held-out",
@@ -321,11 +361,14 @@ TEST = SuiteTest(
     values=values_of,
     terms=(
         (
-            "Held-out flow loss",
-            "‖x̂ − x‖² / max(t, t_min)² on a fixed grid: t uniform in equal strata before the resolution shift; t and "
-            "noise depend on the sample alone. Trivial predictors on the same grid: the training set's mean image, "
-            "x̂ = z, and a z + b fitted on the training set for each stratum. The gap is the loss on as many training "
-            "images minus the loss on the holdout: below zero, the model predicts training images better.",
+            "Held-out error and flow loss",
+            "On a fixed grid: t uniform in equal strata before the resolution shift of the image's size; t and noise "
+            f"depend on the sample alone. The error is ‖x̂ − x‖², the mean over the strata from t = {NOISY_FROM:g} on, "
+            "where it is decided what the picture shows. Times and weights of training are not in it, so recipes are "
+            "compared by it. The flow loss is ‖x̂ − x‖² / max(t, t_min)² over all strata; most of it is of small t, "
+            "where the noisy image is nearly the answer. Trivial predictors on the same grid: the training set's mean "
+            "image, x̂ = z, and a z + b fitted on the training set for each stratum. The gap is the loss on as many "
+            "training images minus the loss on the holdout: below zero, the model predicts training images better.",
         ),
     ),
 )

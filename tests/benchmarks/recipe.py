@@ -246,7 +246,7 @@ def measure(config: TrainConfig, weights: str) -> dict[str, float | None]:
     for name in subsets:
         own = [row for row in rows if row["condition"] == name]
         found[f"loss, {name}"] = float(np.mean([row["loss"] for row in own]))
-        noisy = [row["mse"] for row in own if row["bin"] / grid.bins >= heldout_loss.RATIO_FROM - 1e-9]
+        noisy = [row["mse"] for row in own if row["bin"] / grid.bins >= heldout_loss.NOISY_FROM - 1e-9]
         found[f"mse t >= .3, {name}"] = float(np.mean(noisy))
     decibels = []
     for batch in subject.batches():

@@ -57,7 +57,7 @@ def test_they_are_those_of_the_evaluation(run, dataset):
     training = load_training_images(subject.dataset, {row["bucket"] for row in subject.rows}, 8)
     subsets = [frozenset(subject.modalities), frozenset({"text"})]
     rows = heldout_loss.measure(subject, subsets, training, pulse.GRID)
-    metrics = {metric.name: metric.value for metric in heldout_loss.losses(rows, pulse.GRID, {})}
+    metrics = {metric.name: metric.value for metric in heldout_loss.losses(rows, pulse.GRID, {}, subject.flow.t_min)}
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["validation/heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=1e-6)
     assert last["validation/heldout_loss/text"] == pytest.approx(metrics["heldout_loss/text"], rel=1e-6)

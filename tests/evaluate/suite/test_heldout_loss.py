@@ -1,6 +1,7 @@
 """The held-out loss sits on a grid that never moves, and trivial models score what trivial predictors score."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,15 @@ import torch
 
 from evaluate.drawing.arms import choose_subsets
 from evaluate.drawing.baselines import load_training_images
+from evaluate.report import compare
+from evaluate.subject import Batch
 from evaluate.suite import heldout_loss
 from evaluate.suite.heldout_loss import HeldoutLossConfig, grid_times
 from train.method.flow import FlowConfig
 
 ALL = frozenset({"text", "cls", "patches", "pose"})
 CONFIG = HeldoutLossConfig(bins=10, conditions=["all"])
+T_MIN = FlowConfig().t_min
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def training(figures):
 
 def measured(subject, training, config=CONFIG):
     rows = heldout_loss.measure(subject, [ALL], training, config)
-    return rows, {metric.name: metric for metric in heldout_loss.losses(rows, config, {})}
+    return rows, {metric.name: metric for metric in heldout_loss.losses(rows, config, {}, subject.flow.t_min)}
 
 
 def test_times_lie_in_their_strata_and_belong_to_the_sample():
@@ -68,15 +72,59 @@ def test_loss_is_error_over_clamped_t_squared(make_subject, training):
         assert row["loss"] == pytest.approx(row["mse"] / max(t, 0.05) ** 2, rel=1e-4)
 
 
-def test_the_grid_follows_the_resolution_shift(figures, make_subject, training):
-    subject = replace(make_subject("noise", rows=figures.rows("holdout")[:1]), flow=FlowConfig(shift=3.0))
-    rows, _ = measured(subject, training)
-    key, row = rows[0]["key"], rows[5]
-    t = grid_times(key, 10, 1)[5, 0]
-    t = 3 * t / (1 + 2 * t)
-    x = torch.from_numpy(figures.pixels({"key": key}).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-    e = next(subject.batches()).noise(5)[0]
-    assert row["mse"] == pytest.approx(float(((1 - t) * x + t * e - x).square().mean()), rel=1e-4)
+def test_the_grid_follows_the_resolution_shift_of_the_size(figures, make_subject):
+    subject = make_subject("truth")
+    large = Batch("512x512", ({"key": "a"},), np.zeros((1, 512, 512, 3), np.uint8), None)
+    for batch, s in ((large, 2.0), (next(subject.batches()), 1.0)):
+        times = torch.stack([t for _, _, _, t in heldout_loss._grid(subject, batch, CONFIG)])[:, 0]
+        plain = grid_times(batch.keys[0], 10, 1)[:, 0]
+        assert times.numpy() == pytest.approx(s * plain / (1 + (s - 1) * plain), rel=1e-6)
+
+
+@pytest.mark.parametrize("law", [{"shift": 3.0}, {"t_min": 1.0}, {"logit_mean": 0.0, "uniform_share": 0.5}])
+def test_the_error_does_not_move_with_the_law_of_training(make_subject, training, law):
+    own, other = make_subject("noise"), replace(make_subject("noise"), flow=FlowConfig(**law))
+    rows, metrics = measured(own, training)
+    moved, changed = measured(other, training)
+    assert [row["mse"] for row in moved] == pytest.approx([row["mse"] for row in rows], rel=1e-6)
+    for one, two in zip(metrics.values(), changed.values()):
+        if one.name != "heldout_loss":  # which is weighted, and says with what
+            assert two.to_dict() == one.to_dict() | {
+                key: pytest.approx(one.to_dict()[key]) for key in ("value", "low", "high", "baselines")
+            }
+    differs = compare.differing([one["heldout_loss"].to_dict() for one in (metrics, changed)])
+    assert differs == (["weight 1 / max(t, 0.05)^2, 1 / max(t, 1)^2"] if "t_min" in law else [])
+
+
+@pytest.mark.parametrize(("bins", "begins"), [(10, 0.3), (20, 0.3), (4, 0.5), (3, 0.3333), (2, 0.5)])
+def test_the_error_is_the_mean_of_the_bins_from_point_three_on(bins, begins):
+    trivial = {f"{name}_{of}": 1.0 for name in heldout_loss.PREDICTORS for of in ("mse", "loss")}
+    rows = [
+        {"key": f"{image:02d}", "condition": "text", "split": "holdout", "bin": index}
+        | {"mse": index / bins + image, "loss": 100.0 - index, **trivial}
+        for image in range(12)
+        for index in range(bins)
+    ]
+    config = HeldoutLossConfig(bins=bins)
+    found = {metric.name: metric for metric in heldout_loss.losses(rows, config, {}, T_MIN)}
+    error, places = found["heldout_error/text"], [place / bins for place in range(bins) if place / bins >= 0.3]
+    assert error.value == pytest.approx(np.mean(places) + 5.5)
+    assert (error.n, error.better, error.settings["t_from"]) == (12, "lower", begins)
+    assert error.baselines == dict.fromkeys(heldout_loss.PREDICTORS, 1.0)
+    values = heldout_loss.values_of("heldout_error/text", SimpleNamespace(heldout=rows))
+    assert np.mean([value for value, _ in values.values()]) == pytest.approx(error.value)
+    shares = heldout_loss.shares(rows, "text")
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([(100 - index) / sum(100 - place for place in range(bins)) for index in range(bins)])
+
+
+def test_a_grid_without_a_bin_from_point_three_on_has_no_error_and_says_so(make_subject, judged):
+    context = judged.context()
+    context.heldout = []
+    metrics, skipped = heldout_loss.summarise([], context, HeldoutLossConfig(bins=1))
+    assert metrics == []
+    assert [one.name for one in skipped] == ["heldout_error"]
+    assert "heldout_loss.bins" in skipped[0].reason
 
 
 def test_the_ratio_is_pooled_from_point_three_on():
@@ -87,7 +135,7 @@ def test_the_ratio_is_pooled_from_point_three_on():
             trivial |= {f"{name}_loss": 1.0 for name in heldout_loss.PREDICTORS}
             mse = 9.0 if index == 2 else 0.4 if index == 6 else 0.1  # bin 2 is below t = .3 and does not count
             rows.append({"key": f"{image:02d}", "condition": "all", "bin": index, "mse": mse, "loss": mse, **trivial})
-    (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}) if m.name == "heldout_ratio/all"]
+    (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}, T_MIN) if m.name == "heldout_ratio/all"]
     assert (ratio.value, ratio.low, ratio.high) == (pytest.approx((0.4 + 6 * 0.1) / 7),) * 3
     assert ratio.better == "lower"
 
@@ -103,7 +151,7 @@ def test_the_interval_of_the_ratio_covers_the_ratio():
             {"key": f"{image:02d}", "condition": "all", "bin": index, "mse": mse, "loss": mse, **trivial}
             for (image, index), mse in np.ndenumerate(noise)
         ]
-        (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}) if m.name == "heldout_ratio/all"]
+        (ratio,) = [m for m in heldout_loss.losses(rows, CONFIG, {}, T_MIN) if m.name == "heldout_ratio/all"]
         covered += ratio.low <= 0.5 <= ratio.high
     assert covered >= 88
 
@@ -120,7 +168,7 @@ def test_near_duplicates_are_resampled_together():
             for image, mse in enumerate(values)
             for index in range(10)
         ]
-        loss = heldout_loss.losses(rows, CONFIG, {})[0]
+        loss = heldout_loss.losses(rows, CONFIG, {}, T_MIN)[0]
         assert loss.n == 64 // burst
         widths.append(loss.high - loss.low)
     assert widths[0] > 1.7 * widths[1]
@@ -150,16 +198,16 @@ def test_the_gap_is_what_the_training_images_are_known_better():
             for index in range(10)
         ]
 
-    (gap,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.3), CONFIG, {"weights": "ema"})
+    (gap,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.3), CONFIG, {"weights": "ema"}, T_MIN)
     assert gap.name == "heldout_gap"
     assert gap.value == pytest.approx(-0.2)
     assert gap.low < -0.2 < gap.high < 0
     assert gap.settings["weights"] == "ema"
     assert "strata" in gap.settings["t_law"]
-    (none,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.5), CONFIG, {})
+    (none,) = heldout_loss.gaps(rows("holdout", 0.5), rows("train", 0.5), CONFIG, {}, T_MIN)
     assert none.low < 0 < none.high
     broken = [row | {"mse": float("nan")} for row in rows("train", 0.3)]
-    (null,) = heldout_loss.gaps(rows("holdout", 0.5), broken, CONFIG, {})
+    (null,) = heldout_loss.gaps(rows("holdout", 0.5), broken, CONFIG, {}, T_MIN)
     assert null.value is None
     assert "non-finite" in null.reason
 
