@@ -117,8 +117,11 @@ def _references(context: DrawingContext, members: tuple[Row, ...], album: Album)
     album.keep(rows, batch.pixels)
     mean_image = np.rint(context.training.mean_image(batch.bucket)).astype(np.uint8)
     stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
+    # whoever is found in the one mean image of the bucket: a floor of poses and colours, too
+    found = [pose.keypoints if pose.persons else None for pose in examiner.detect(mean_image[None])] * len(batch)
     for name, pictures in stand_ins.items():
-        rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=[])
+        joints = found if name == "mean_image" else []
+        rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=joints)
     near = nearest(pixel_features(batch.pixels), [batch.bucket] * len(batch.rows), context.train_features)
     donors = {
         "random_pair": [subject.partners[key]["key"] if key in subject.partners else None for key in batch.keys],

@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluate.report.compare import differing, objections
 from evaluate.report.files import Run
-from evaluate.report.metrics import baseline_name, condition_order, label, metric_order, part_name
+from evaluate.report.metrics import baseline_name, condition_order, headline_of, label, metric_order, part_name
 from evaluate.suite import is_charted
 from evaluate.suite.heldout_loss import NOISY_FROM, PREDICTORS, shares
 from nanodit.svg import Axes, Series, line_chart, smooth, thin
@@ -110,12 +110,12 @@ def history_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _headline_metrics(run: Run) -> list[Mapping[str, Any]]:
-    """Return the first metric of each family."""
-    found: dict[str, Mapping[str, Any]] = {}
+    """Return the metric that stands for each family."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for metric in sorted(run.files.metrics, key=metric_order):
         if not is_charted(metric["name"]):
-            found.setdefault(label(metric["name"])[0], metric)
-    return list(found.values())
+            found.setdefault(label(metric["name"])[0], []).append(metric)
+    return [headline_of(rows, run.files.metrics) for rows in found.values()]
 
 
 def _banded(run: Run, points: Sequence[tuple[int, Mapping[str, Any]]], clock: Mapping[int, float] | None) -> Series:

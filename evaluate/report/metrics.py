@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluate.records import NO_SKILL
 from evaluate.report.compare import difference, differing, objections
 from evaluate.report.files import Run
 from evaluate.statistics.intervals import Interval, more_samples
@@ -24,9 +25,10 @@ BASELINE_NAMES = {
     "identity": "x = z",
     "affine": "affine in z",
 }
-# What no skill at all gives, and what a perfect model could reach: the first of each that a metric has.
-FLOORS = ("random_pair", "chance", "best_trivial", "mean_image", "no_swap", "null_edit", "no_edit")
-CEILINGS = ("round_trip", "judge_on_real", "detector_on_real", "real", "donor_itself", "unswapped")
+# What no skill at all gives: the best that a metric has is its floor. And what a perfect model could reach: the first.
+FLOORS = (*NO_SKILL, "chance", "best_trivial", "no_gain", "no_swap", "null_edit", "no_edit", "pose_ignored")
+CEILINGS = ("round_trip", "ceiling_on_real", "judge_on_real", "detector_on_real", "real", "donor_itself", "unswapped")
+ROUNDING = 1e-6  # as near to its floor a metric is at it: so much one picture may differ in two batches
 ROLES = {start: meant for test in TESTS.values() for start, meant in test.roles.items()}
 
 
@@ -110,10 +112,17 @@ def more_for(metric: Metric, bar: float) -> int | None:
 
 
 def roles(metric: Metric) -> tuple[str | None, str | None]:
-    """Return the baselines of a metric that are its floor and its ceiling."""
+    """Return the baselines of a metric that are its floor and its ceiling.
+
+    The floor is the best of what needs no skill: whoever gives the mean image, or retrieves a training image, is no
+    better than it.
+    """
     own = (meant for start, meant in ROLES.items() if metric["name"].startswith(start))
     floors, ceilings = next(own, (FLOORS, CEILINGS))
-    return tuple(next((name for name in names if name in metric["baselines"]), None) for names in (floors, ceilings))
+    known = metric["baselines"]
+    best = max if metric["better"] == "higher" else min
+    floor = best((name for name in floors if name in known), key=known.get, default=None)
+    return floor, next((name for name in ceilings if name in known), None)
 
 
 def against_floor(metric: Metric) -> dict[str, Any] | None:
@@ -124,11 +133,13 @@ def against_floor(metric: Metric) -> dict[str, Any] | None:
     bar = metric["baselines"][floor]
     interval = Interval(metric["value"], metric["low"], metric["high"], metric["n"])
     verdict = {"met": "better", "missed": "worse"}.get(interval.verdict(bar, metric["better"]), "inconclusive")
+    if abs(metric["value"] - bar) <= ROUNDING:
+        verdict = "inconclusive"
     return {"verdict": verdict, "more": more_for(metric, bar) if verdict == "inconclusive" else None}
 
 
 def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """Group all metrics by test; of each family, on one scale, the first is a headline.
+    """Group all metrics by test; of each family, on one scale, one is a headline (:func:`headline_of`).
 
     The held-out error by t has its chart instead.
     """
@@ -149,12 +160,28 @@ def metric_groups(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
                 row["plot"] = forest(row, *scale)
         # mean colours stand for the judge's space only where that is missing
         headline = [
-            rows[0] for title, rows in families.items() if title.removesuffix(PIXELS) not in families.keys() - {title}
+            headline_of(rows, metrics)
+            for title, rows in families.items()
+            if title.removesuffix(PIXELS) not in families.keys() - {title}
         ]
         count = sum(map(len, families.values()))
         others = families if count > len(headline) else {}
         result.append({"title": group, "headline": headline, "others": others, "count": count})
     return result
+
+
+def headline_of(rows: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return the row of a family, in the page's order, that stands for it: of the arm that isolates its subject.
+
+    ``metrics`` are all of the evaluation.
+    """
+    test = test_of(rows[0]["name"])
+    if test is None:
+        return rows[0]
+    gains = (one for one in metrics if test.isolated and one["name"].startswith(f"{test.isolated}/"))
+    wanted = [*(one["settings"]["conditions"] for one in gains), *test.headline]
+    measured = {row["settings"].get("conditions"): row for row in reversed(rows)}
+    return next((measured[name] for name in wanted if name in measured), rows[0])
 
 
 def scale_of(metrics: Sequence[Metric]) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
 from evaluate.report.files import OUTPUTS, UNKNOWN, EvaluationFiles, Run, find_output, name_runs
 from evaluate.report.metrics import condition_order, guidance_words, number, part_name
+from evaluate.report.obedience import obedience
 from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
 from evaluate.suite import TESTS
@@ -85,6 +86,7 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
         several=len(runs) > 1,
         headlines=[{"run": run, "metrics": numbers.headlines(run.files.metrics)} for run in runs],
         tallies=[{"run": run, **tally(run)} for run in runs],
+        obeyed=[obedience(run.files.metrics) for run in runs],
         alarms=numbers.alarms(runs),
         comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
         groups=[{"run": run, "groups": numbers.metric_groups(run.files.metrics)} for run in runs],

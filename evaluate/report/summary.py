@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.records import Metric, Skipped
+from evaluate.report.obedience import obedience
 from evaluate.suite import beside, is_charted
 
 
@@ -18,6 +19,7 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
     rows += [_row(metric) for metric in shown]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += [one.words for one in obedience([metric.to_dict() for metric in metrics])]
     said = [(metric.name, beside(metric.name, metric.value, metric.settings)) for metric in shown]
     lines += [f"{name}: {words}" for name, words in said if words]
     lines += [f"{metric.name}: {metric.reason}" for metric in shown if metric.reason]

@@ -38,7 +38,9 @@ class SuiteTest:
 
     ``pictures`` and ``summarise`` get the test's section of the config, None where ``config`` is. Metrics are named by
     how they begin: ``families`` maps that to how people say it, in the order of the page; ``roles`` to the baselines
-    that are its floor and its ceiling, the first of each that a metric has, where they are not the usual ones.
+    that are its floor, the best that a metric has, and its ceiling, the first, where they are not the usual ones.
+    Of each family the metric of one condition is the headline: that which the family ``isolated`` names, else the first
+    of ``headline`` that was measured, else the first in the order of the page.
     """
 
     name: str  # in the config, among `tests` and as the key of its section
@@ -49,6 +51,8 @@ class SuiteTest:
     measure: Callable[[DrawingContext, Any, FinishedBatches], None] | None = None  # what needs no pictures
     stem: str = ""  # how its metrics' names begin, where that is not its own name
     families: Mapping[str, str] = field(default_factory=dict)
+    isolated: str = ""  # the family whose metric is of the arm that isolates what the test is about
+    headline: tuple[str, ...] = ()  # conditions
     charted: tuple[str, ...] = ()  # families that have a chart instead of lines in tables
     default_part: str = "all"  # what a name means that does not say what was given
     parts: Mapping[str, str] = field(default_factory=dict)  # of names -> how people say them

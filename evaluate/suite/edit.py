@@ -25,7 +25,7 @@ from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.records import BASELINE, MODEL, NO_SKILL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from evaluate.suite.reconstruction import lpips_to_own
@@ -280,7 +280,7 @@ class _EditMetrics:
         """Return the perceptual distance of the edited pictures to the samples' own images."""
         others = {"unedited": self._unedited, "null_edit": self._null}
         baselines = {label: [own[name] for name in self._edited if name in own] for label, own in others.items()}
-        baselines |= {name: self._rows.select(BASELINE, name) for name in ("random_pair", "round_trip")}
+        baselines |= {name: self._rows.select(BASELINE, name) for name in (*NO_SKILL, "round_trip")}
         reason = self._unfit(list(self._edited), "caption has an edit of this type")
         return lpips_to_own(self._name("lpips"), list(self._edited.values()), baselines, self._settings, reason)
 
@@ -481,9 +481,11 @@ TEST = SuiteTest(
     parts={"opposite": "the opposite"},
     roles={
         "edit/effect": (("null_edit",), ()),
-        "edit/preserved": (("random_pair",), ("null_edit",)),
+        "edit/direction_": (("no_edit",), ()),
+        "edit/direction": (("chance", "unedited"), ("judge_on_real",)),
+        "edit/preserved": ((), ("null_edit",)),  # no floor: whoever ignores the text keeps everything
         "edit/pose_kept": ((), ("null_edit",)),
-        "edit/lpips": (("random_pair",), ("unedited",)),
+        "edit/lpips": (NO_SKILL, ("unedited",)),
     },
     terms=(
         (

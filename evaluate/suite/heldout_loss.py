@@ -357,7 +357,7 @@ TEST = SuiteTest(
         "heldout_gap": "Loss on training images less held-out",
     },
     charted=("heldout_mse",),
-    roles={"heldout": (("best_trivial", "affine"), ())},
+    roles={"heldout": (("best_trivial", *PREDICTORS), ())},
     values=values_of,
     terms=(
         (

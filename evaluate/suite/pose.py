@@ -1,6 +1,6 @@
 """Are the joints where they were asked for? PCK and OKS of the joints re-detected in the picture drawn.
 
-By part of the body, between another sample's joints (floor) and the detector on the real image (ceiling). A pose and
+By part of the body, between pictures of no model (floor) and the detector on the real image (ceiling). A pose and
 its mirror image tell whether the model looks at it: a picture has to meet the pose that it was given better than the
 mirror image of that, and a picture drawn from the mirror image has to miss the pose itself. Pictures without a person,
 or with several, are counted; a person who was not found misses all joints.
@@ -20,16 +20,17 @@ from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
-from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import BASELINE, MODEL, NO_SKILL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
 from evaluate.suite.declaration import Section, SuiteTest, Values
+from evaluate.suite.gain import gain
 from nanodit.config import Config
 from nanodit.keypoints import BONES
 from nanodit.svg import joints_overlay
 
 MIRRORED = "mirrored"  # what follows the name of a condition in that of pictures from the pose's mirror image
-FLOOR, CEILING = "random_pair", "detector_on_real"
+CEILING = "detector_on_real"
 OVERLAYS = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures shown, by their quantile of the body's OKS
 # bones of COCO-WholeBody's body and feet; its other joints are drawn as specks
 LINKS = (*BONES, (15, 17), (15, 18), (15, 19), (16, 20), (16, 21), (16, 22))
@@ -86,15 +87,17 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
     found. ``pose_mirror/CONDITION``: PCK against the pose given, less that of the same pictures against its mirror
     image. ``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures drawn from its mirror
-    image. Both are above zero for a model that looks at the pose. Baselines: another sample's joints in their place
-    (floor), and the detector on the real image (ceiling), against the truth where there is one.
+    image. Both are above zero for a model that looks at the pose. ``pose_gain/CONDITIONS``: what the pose adds to PCK,
+    see :func:`evaluate.suite.gain.gain`. Baselines: another sample's joints in their place,
+    those found in the mean image and those of the nearest training image (the best of them is the floor), and the
+    detector on the real image (ceiling), against the truth where there is one.
     """
     if context.no_detector:
         return [], [Skipped("pose_pck", context.no_detector)]
     arms, _ = _arms(context, config)
     if not arms:
         return [], [Skipped("pose_pck", "no condition with a pose can be drawn")]
-    references = {FLOOR: rows.select(BASELINE, "random_pair"), CEILING: rows.select(REAL, "real")}
+    references = {name: rows.select(BASELINE, name) for name in NO_SKILL} | {CEILING: rows.select(REAL, "real")}
     metrics: list[Metric] = []
     counts, overlays = {}, []
     for arm in arms:
@@ -109,6 +112,11 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
             if one.rows:
                 counts[one.name] = count(one.rows, context.rows)
                 overlays += _overlays(one)
+    real = PosedPictures(CEILING, [row for row in references[CEILING] if row["target_joints"] is not None], {}, {})
+    if real.rows and not real.reason:
+        right, asked = _pck(real, PARTS[HEADLINE])
+        judged = {**_judged(context), "box": context.examiner.box, "alpha": ALPHA, "joints": HEADLINE}
+        metrics += gain("pose_gain", "pose", context, rows, _score, float(right.sum() / asked.sum()), **judged)
     for one in overlays:
         context.show(MODEL, one["condition"], one["key"], one["seed"])
     context.extras["pose"] = {
@@ -331,6 +339,10 @@ def _places(joints: np.ndarray) -> list[list[float]]:
     return np.round(joints.astype(np.float64), 2).tolist()
 
 
+def _score(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["pose_hits"] or 0, row["pose_joints"] or 0
+
+
 def values_of(name: str, evidence: Any) -> Values | None:
     """Return the pictures that the body's PCK is pooled over: joints met, and asked for; None for other metrics."""
     family, _, rest = name.partition("/")
@@ -367,9 +379,12 @@ TEST = SuiteTest(
     families={
         "pose_pck": f"Pose, PCK at {ALPHA}",
         "pose_oks": "Pose, OKS",
+        "pose_gain": "PCK gained by the pose",
         "pose_mirror": "Pose met less its mirror image met",
         "pose_persons": "Persons drawn",
     },
+    isolated="pose_gain",
+    headline=("text+pose", "pose"),
     values=values_of,
     terms=(
         (
@@ -377,7 +392,9 @@ TEST = SuiteTest(
             f"PCK: the share of the joints asked for (confidence at least {CONFIDENCE}) that are found in the picture "
             f"within {ALPHA} of the longer side of the person's box; a joint not found is wrong (Yang & Ramanan "
             "2013). OKS: object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random "
-            "pair” is another sample's pose, “detector on real” the detector on the real image.",
+            "pair” is another sample's pose, “detector on real” the detector on the real image. Gained by the "
+            "pose: PCK of an arm without image features, which alone say where joints are, less that of the same arm "
+            "without the pose, from the same noises.",
         ),
     ),
     section=Section(

@@ -17,12 +17,23 @@ from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.examiner import UNPUBLISHED
-from evaluate.records import BASELINE, MEASURES, MODEL, REAL, Metric, Skipped, cluster_of, degenerate_reason, select
+from evaluate.records import (
+    BASELINE,
+    MEASURES,
+    MODEL,
+    NO_SKILL,
+    REAL,
+    Metric,
+    Skipped,
+    cluster_of,
+    degenerate_reason,
+    select,
+)
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 
-BASELINES = ("random_pair", "mean_image", "nearest_train", "round_trip")
+BASELINES = (*NO_SKILL, "round_trip")
 SKILLS = {"psnr": "mse"}  # what a measure's skill is computed on, where that is not the measure: dB have no floor
 QUANTILES = {"worst": 0.0, "median": 0.5, "best": 1.0}  # pictures kept for the report, by their rank
 # What the original recipe calls LPIPS values below these: a reference for readers, never a verdict.
@@ -142,7 +153,7 @@ def likeness(
             baselines = {name: mean for name, arm in others.items() if (mean := _mean(arm, measure)) is not None}
             details = {"baselines": baselines, "settings": settings[condition], "better": better, "unit": unit}
             found.append(_metric(f"reconstruction/{measure}{suffix}", rows, measure, details))
-        found.append(_gain(f"reconstruction/psnr_gain{suffix}", rows, others["random_pair"], settings[condition]))
+        found.append(_gain(f"reconstruction/psnr_gain{suffix}", rows, others, settings[condition]))
     return found
 
 
@@ -153,10 +164,17 @@ def _metric(name: str, rows: Sequence[Mapping[str, Any]], measure: str, details:
 
 
 def _gain(
-    name: str, rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    others: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
 ) -> Metric:
-    details = {"settings": settings, "unit": "dB", "baselines": {"random_pair": 0.0}}
-    random = {row["key"]: row["psnr"] for row in pairs}
+    random = {row["key"]: row["psnr"] for row in others["random_pair"]}
+    baselines = {"random_pair": 0.0}
+    for label in NO_SKILL[1:]:
+        gains = [row["psnr"] - random[row["key"]] for row in others[label] if random.get(row["key"]) is not None]
+        baselines |= {label: float(np.mean(gains))} if gains else {}
+    details = {"settings": settings, "unit": "dB", "baselines": baselines}
     paired = [row for row in rows if random.get(row["key"]) is not None]
     reason = degenerate_reason(rows)
     if not reason and not paired:
@@ -209,7 +227,7 @@ def _skill(
         return Metric(name, None, n=len({row["key"] for row in rows}), reason=reason, **details)
     keys = [row["key"] for row in paired]
     ways = {key: random[key][column] - floor[key][column] for key in dict.fromkeys(keys)}  # sums in one order
-    for label in ("mean_image", "nearest_train"):
+    for label in NO_SKILL[1:]:
         if all(key in others[label] for key in keys):
             gained = sum(random[key][column] - others[label][key][column] for key in ways)
             details["baselines"][label] = gained / sum(ways.values())

@@ -19,7 +19,18 @@ from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACES, as_points, unit
-from evaluate.records import ATTRIBUTES, BASELINE, MODEL, REAL, Metric, Skipped, average, cluster_of, degenerate_reason
+from evaluate.records import (
+    ATTRIBUTES,
+    BASELINE,
+    MODEL,
+    NO_SKILL,
+    REAL,
+    Metric,
+    Skipped,
+    average,
+    cluster_of,
+    degenerate_reason,
+)
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.suite.declaration import Section, SuiteTest
@@ -111,7 +122,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
         skipped.append(Skipped("swap/text_kept", context.no_detector))
     if context.examiner.no_lpips:
         skipped.append(Skipped("swap/lpips", context.examiner.no_lpips))
-    references = {name: rows.select(BASELINE, name) for name in ("random_pair", "round_trip")}
+    references = {name: rows.select(BASELINE, name) for name in (*NO_SKILL, "round_trip")}
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
@@ -288,7 +299,9 @@ def _text_kept(
     right = [_right(row, row) for row in drawn.swapped]
     donors = [rows.real[drawn.pairs[key].donor] for key in drawn.keys]
     real = rows.select(REAL, "real")
-    baselines = {
+    near = [row for row in rows.select(BASELINE, "nearest_train") if row["key"] in drawn.pairs]
+    nearest = {"nearest_train": float(np.mean([_right(row, row) for row in near])) / len(ATTRIBUTES)} if near else {}
+    baselines = nearest | {
         "chance": float(np.mean([CHANCE[attribute] for attribute in ATTRIBUTES])),
         "unswapped": float(np.mean([_right(row, row) for row in drawn.unswapped])) / len(ATTRIBUTES),
         "donor": float(np.mean([_right(row, donor) for row, donor in zip(drawn.swapped, donors)])) / len(ATTRIBUTES),
@@ -310,7 +323,7 @@ def _similarity_kept(
     name = _name("similarity_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
-    others = {"unswapped": drawn.unswapped, "random_pair": rows.select(BASELINE, "random_pair")}
+    others = {"unswapped": drawn.unswapped, **{name: rows.select(BASELINE, name) for name in NO_SKILL}}
     means = {label: average(own, lambda row: row["dino_similarity"]) for label, own in others.items()}
     interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.clusters)
     baselines = {label: mean for label, mean in means.items() if mean is not None}
@@ -416,7 +429,10 @@ TEST = SuiteTest(
         "swap/lpips": "LPIPS to the own image under the swap",
     },
     default_part=MODE_NAMES["both"],
-    roles={"swap/lpips": (("random_pair",), ("unswapped",))},
+    roles={
+        "swap/identified": (("chance", "unswapped"), ("donor_itself",)),
+        "swap/lpips": (NO_SKILL, ("unswapped",)),
+    },
     parts={mode: MODE_NAMES[mode] for mode in ("cls", "patches")},
     terms=(
         (

@@ -6,7 +6,7 @@ from PIL import Image
 
 from evaluate.report.curves import minutes
 from evaluate.report.files import EvaluationFiles, name_runs
-from evaluate.report.metrics import label, roles
+from evaluate.report.metrics import against_floor, label, roles
 from evaluate.report.pictures import EmbeddedImages, shorten
 from evaluate.report.sections import sections
 from evaluate.suite.reconstruction import quantiles
@@ -160,10 +160,22 @@ def test_names_read_well():
     assert label("swap/gain/cls") == ("Likeness gained toward the donor", "CLS alone", "")
     assert label("pose_pck/text+pose/mirrored") == ("Pose, PCK at 0.1", "text + pose", "mirrored")
     assert label("novel/thing/x") == ("novel thing", "x", "")
-    assert roles({"name": "edit/preserved", "baselines": {"null_edit": 1, "random_pair": 0}}) == (
-        "random_pair",
-        "null_edit",
-    )
+
+
+def test_the_floor_is_the_best_of_what_needs_no_skill():
+    known = {"random_pair": 1, "mean_image": 3, "nearest_train": 2, "round_trip": 9}
+    for better, floor in (("higher", "mean_image"), ("lower", "random_pair")):
+        metric = {"name": "reconstruction/psnr", "better": better, "baselines": known}
+        assert roles(metric) == (floor, "round_trip")
+    at = {"name": "edit/effect", "better": "higher", "baselines": {"null_edit": 0.0, "random_pair": 1.0}, "n": 9}
+    assert roles(at) == ("null_edit", None)
+    for value, verdict in ((0.0, "inconclusive"), (1e-9, "inconclusive"), (0.1, "better"), (-0.1, "worse")):
+        assert against_floor({**at, "value": value, "low": value, "high": value})["verdict"] == verdict
+    kept = {"name": "edit/preserved", "better": "higher", "baselines": {"null_edit": 1, "random_pair": 0}}
+    assert roles(kept) == (None, "null_edit")
+
+
+def test_long_words_are_cut():
     assert shorten("one two three", 9) == "one two …"
 
 

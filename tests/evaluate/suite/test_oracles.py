@@ -1,5 +1,6 @@
 """Models whose answers are known come out in the known order, on every metric; alarms go off for those they are for."""
 
+import re
 from copy import copy
 
 import numpy as np
@@ -8,12 +9,21 @@ import torch
 from torch import nn
 
 from evaluate.config import EvaluateConfig
+from evaluate.drawing.baselines import load_training_images, nearest
 from evaluate.drawing.edits import choose
 from evaluate.drawing.texts import Texts
-from evaluate.run import evaluate
-from evaluate.subject import Subject
+from evaluate.metrics.likeness import pixel_features
+from evaluate.metrics.training_features import load_train_features
+from evaluate.records import ATTRIBUTES
+from evaluate.report.files import EvaluationFiles, name_runs
+from evaluate.report.metrics import metric_groups
+from evaluate.report.report import render, tally
+from evaluate.run import evaluate, write
+from evaluate.subject import Subject, random_pairs
+from evaluate.suite import TESTS
 from prep.encoders.registry import build_encoder
 from tests.evaluate.conftest import FiguresInMemory, Oracle, to_tensor
+from tests.evaluate.report.test_report import provenance
 from tests.evaluate.suite.test_edit import picture
 from train.draw.request import encoder_config
 from train.method.dropout import ConditioningConfig
@@ -87,6 +97,53 @@ def test_only_the_copy_cat_sets_off_the_alarm_of_memorisation(evidence):  # faul
         model: [alarm["fired"] for alarm in found.extras["memorisation"]["alarms"]] for model, found in evidence.items()
     }
     assert fired == {model: [model == "copy_cat"] for model in evidence}
+
+
+# --- painters without skill
+
+
+@pytest.fixture(scope="module")
+def unskilled(readable_figures, tmp_path_factory):
+    """The files of every test on painters of the bucket's mean training image, and of the nearest training image."""
+    figures = readable_figures
+    train = {row["key"]: row for row in figures.rows("train")}
+    rows = [row for row in figures.rows("holdout") if row["bucket"] in {other["bucket"] for other in train.values()}]
+    training = load_training_images(figures, {row["bucket"] for row in rows}, 40)
+    pixels = np.concatenate([pixel_features(figures.pixels(row)[None]) for row in rows])
+    near = nearest(pixels, [row["bucket"] for row in rows], load_train_features(figures, None, 40))
+    pictures = {
+        "mean_image": {row["key"]: np.uint8(np.rint(training.mean_image(row["bucket"]))) for row in rows},
+        "retrieved": {row["key"]: figures.pixels(train[key]) for row, key in zip(rows, near)},
+    }
+    sizes = {"heldout_loss": {"conditions": ["all"], "gap": []}, "edit": {"types": ["attribute"]}}
+    changes = {"tests": list(TESTS), "conditions": {"all": 1.0, "text": 1.0}, "pose": {"mirrored": 8}, **sizes}
+    config = EvaluateConfig.model_validate({**CONFIG, **changes})
+    own = copy(figures)
+    own.rows = lambda split=None: [row for row in figures.rows(split) if split != "holdout" or row in rows]
+    found = {}
+    for name, drawn in pictures.items():
+        subject = Subject(Oracle(own, drawn), FlowConfig(), ConditioningConfig().resolve(), own, tuple(rows))
+        folder = tmp_path_factory.mktemp(name)
+        write(folder, config, evaluate(subject, config, folder), provenance(config), [])
+        found[name] = EvaluationFiles.read(folder)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("painter", ["mean_image", "retrieved"])
+def test_who_paints_the_mean_image_or_a_training_image_is_no_better_than_the_floor(unskilled, painter):
+    metrics = unskilled[painter].metrics
+    rows = [
+        row
+        for group in metric_groups(metrics)
+        for rows in (group["headline"], *group["others"].values())
+        for row in rows
+    ]
+    verdicts = {row["name"]: row["floor"]["verdict"] for row in rows if row["floor"]}
+    assert len(verdicts) > 40
+    assert [name for name, verdict in verdicts.items() if verdict == "better"] == []
+    (run,) = name_runs([unskilled[painter]])
+    assert tally(run)["better"] == 0
 
 
 # --- models that do, or do not, what they are told
@@ -178,3 +235,89 @@ def test_edits_show_where_the_text_is_obeyed_alone(obeyed):  # fault E08
     assert obedient["edit/direction"].value > 0.9
     assert obedient["edit/preserved"].value > 0.95 > 0.6 > obedient["edit/preserved"].baselines["random_pair"]
     assert obedient["edit/pose_kept"].value > 0.95
+
+
+class Told(nn.Module):
+    """Draws the sample's own image from its class token; without, a figure whose colours the text says if it is one of
+    ``heard``, and whose joints the pose says if it is; what nobody says is another sample's."""
+
+    def __init__(self, figures, heard):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        rows = {row["key"]: row for row in figures.rows("holdout")}
+        pairs = random_pairs(list(rows.values()))
+        truth = figures.truth()
+        self._images = {}
+        for key, row in rows.items():
+            colours, joints = ({True: key, False: pairs.get(key, key)}[name in heard] for name in ("text", "pose"))
+            other = pairs.get(key, key)
+            features = {"text": figures.t5(row), "pose": figures.pose(row)}
+            given = {name: array.astype(np.float32).tobytes() for name, array in features.items()}
+
+            def drawn(colours, joints):
+                return picture(joints, **{name: truth[colours][name] for name in ATTRIBUTES})
+
+            self._images[figures.cls(row).tobytes()] = figures.pixels(row)
+            self._images[given["text"], given["pose"]] = drawn(colours, joints)
+            self._images[given["text"], None] = drawn(colours, other)
+            self._images[None, given["pose"]] = drawn(other, joints)
+
+    def encode_context(self, conditions, height: int, width: int, *, cache: bool = False):
+        grey = np.full((height, width, 3), 128, np.uint8)
+        return torch.stack(
+            [to_tensor(self._images.get(self._given(conditions, index), grey)) for index in range(len(conditions))]
+        )
+
+    def forward(self, z, t, context):
+        return context
+
+    @staticmethod
+    def _given(conditions, index):
+        if conditions.cls is not None:
+            return conditions.cls[index].numpy().tobytes()
+        text = None if conditions.text is None else conditions.text[index][conditions.text_mask[index]]
+        pose = None if conditions.pose is None else conditions.pose[index]
+        return tuple(None if one is None else one.float().numpy().tobytes() for one in (text, pose))
+
+
+@pytest.fixture(scope="module")
+def listeners(figures, tmp_path_factory):
+    """Evaluations of models that hear both, the pose alone, or the text alone; all obey the image features."""
+    config = {**CONFIG, "tests": ["attributes", "pose"], "conditions": {"all": 1.0, "text+pose": 1.0, "text": 1.0}}
+    config = EvaluateConfig.model_validate({**config, "pose": {"mirrored": 0}})
+    table, rows = ConditioningConfig(preset="default").resolve(), tuple(figures.rows("holdout"))
+    found = {}
+    for name, heard in {"both": ("text", "pose"), "deaf to text": ("pose",), "deaf to pose": ("text",)}.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        subject = Subject(Told(figures, heard), FlowConfig(), table, figures, rows)
+        write(folder, config, evaluate(subject, config, folder), provenance(config), [])
+        found[name] = EvaluationFiles.read(folder)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("both", {"text": "obeyed", "pose": "obeyed"}),
+        ("deaf to text", {"text": "not obeyed", "pose": "obeyed"}),
+        ("deaf to pose", {"text": "obeyed", "pose": "not obeyed"}),
+    ],
+)
+def test_who_is_deaf_to_text_or_pose_is_said_not_to_obey_it(listeners, model, said):
+    """Though all of them draw the right colours and joints from all conditions, where DINO features say them."""
+    files = listeners[model]
+    named = {metric["name"]: metric for metric in files.metrics}
+    assert min(named[f"{name}/all"]["value"] for name in ("attribute_accuracy", "pose_pck")) > 0.9
+    verdicts = re.sub(r"\s+", " ", render(files).partition("Verdict</h2>")[2].partition("Alarms")[0])
+    for condition, word in said.items():
+        assert f"The {condition} is {word}: given text + pose" in verdicts
+    headline = {row["title"]: row for group in metric_groups(files.metrics) for row in group["headline"]}
+    titles = {"text": "Attribute accuracy", "pose": "Pose, PCK at 0.1"}
+    for condition, title in titles.items():
+        assert headline[title]["part"] == "text + pose"
+        assert (headline[title]["floor"]["verdict"] == "better") == (said[condition] == "obeyed")
+    gains = {"text": named["attribute_gain/text+pose"], "pose": named["pose_gain/text+pose"]}
+    assert [gains[name]["settings"]["without"] for name in ("text", "pose")] == ["pose", "text"]
+    for condition, gain in gains.items():
+        assert (gain["low"] > 0) == (said[condition] == "obeyed")

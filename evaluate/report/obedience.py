@@ -1,0 +1,91 @@
+"""Whether text and pose are obeyed, in words: the verdict of the arms that isolate them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evaluate.report.metrics import ROUNDING, number, part_name, signed
+
+GAINS = {"text": "attribute_gain", "pose": "pose_gain"}
+MOSTLY = 0.5  # of what could be gained: from here on a condition is obeyed
+HARDLY = 0.1  # below, whatever the interval says of zero, it is not
+
+Word = Literal["obeyed", "partly obeyed", "not obeyed", "undecided"]
+
+
+@dataclass(frozen=True)
+class Obedience:
+    """One condition's verdict, and the sentence that says it with its numbers."""
+
+    condition: str
+    word: Word
+    words: str
+
+
+def obedience(metrics: Sequence[Mapping[str, Any]]) -> list[Obedience]:
+    """Return the verdict on each condition, from entries of report.json; none on what was not measured.
+
+    From what the condition adds to the arm without it (:mod:`evaluate.suite.gain`), as a share of what it could add:
+    ``obeyed`` where the interval is above zero and the share at least MOSTLY; ``partly obeyed`` below that; ``not
+    obeyed`` where the interval reaches zero and ends below MOSTLY, or ends below HARDLY; otherwise ``undecided``.
+    Texts of images whose truth is not known: by what an edit changes beyond a paraphrase, which can only deny.
+    """
+    found = []
+    for condition, family in GAINS.items():
+        gain = next((one for one in metrics if one["name"].startswith(f"{family}/")), None)
+        if gain is not None:
+            found.append(_of_gain(condition, gain))
+        elif condition == "text":
+            named = {one["name"]: one for one in metrics}
+            effect = named.get("edit/effect") or named.get("edit/effect_pixels")
+            found += [_of_edits(effect)] if effect else []
+    return found
+
+
+def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
+    if gain["value"] is None or gain["low"] is None:
+        return Obedience(condition, "undecided", _sentence(condition, "undecided", gain["reason"] or "no interval"))
+    low, value, high = (gain[name] for name in ("low", "value", "high"))
+    most = gain["baselines"].get("ceiling_on_real", 0.0)
+    if most <= 0:  # without the condition pictures are as right as real ones: nothing is left to add
+        word: Word = "undecided"
+    elif high < HARDLY * most or (low <= 0 and high < MOSTLY * most):
+        word = "not obeyed"
+    elif low <= 0:
+        word = "undecided"
+    else:
+        word = "obeyed" if value >= MOSTLY * most else "partly obeyed"
+    settings = gain["settings"]
+    what = {"text": "of the colours named", "pose": "of the joints asked for"}[condition]
+    bounds = f"{signed(value, gain)} [{number(low, gain)}, {number(high, gain)}]"
+    given, without = (part_name(settings[name]) for name in ("conditions", "without"))
+    return Obedience(
+        condition,
+        word,
+        _sentence(
+            condition, word, f"given {given}, the share {what} that is right is {bounds} above that given {without}, "
+            f"where {signed(most, gain)} is possible",
+        ),
+    )  # fmt: skip
+
+
+def _of_edits(effect: Mapping[str, Any]) -> Obedience:
+    if effect["low"] is None:
+        word, why = "undecided", effect["reason"] or "no interval"
+    elif effect["high"] <= 0 or max(abs(effect[name]) for name in ("low", "high")) <= ROUNDING:
+        word, why = "not obeyed", "an edit changes no more than a paraphrase does"
+    elif effect["low"] <= 0:
+        word, why = "undecided", "whether an edit changes more than a paraphrase does cannot be told"
+    else:
+        word, why = (
+            "undecided",
+            "an edit changes the picture more than a paraphrase does; whether rightly is not measured",
+        )
+    return Obedience("text", word, _sentence("text", word, why))
+
+
+def _sentence(condition: str, word: Word, why: str) -> str:
+    start = f"Whether the {condition} is obeyed is undecided" if word == "undecided" else f"The {condition} is {word}"
+    return f"{start}: {why}."

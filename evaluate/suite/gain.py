@@ -1,0 +1,66 @@
+"""What a condition adds: the pictures of the arm that isolates it, less those of the arm without it, in pairs.
+
+DINO features say nearly everything that a text and a pose say, so pictures drawn from all conditions show the right
+colours and joints whether or not text and pose are looked at. The arm that isolates a condition has no DINO features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from evaluate.drawing.arms import DrawingArm
+from evaluate.drawing.context import DrawingContext, Rows
+from evaluate.records import MODEL, Metric, Skipped, cluster_of, degenerate_reason
+from evaluate.statistics import intervals
+
+GIVEN = ("text+pose", "text", "pose", "nothing")  # what a pair is looked for among, the fullest first
+NO_GAIN = "no_gain"  # the floor: whoever ignores the condition
+
+Score = Callable[[Mapping[str, Any]], tuple[int, int]]  # of a row of samples.parquet: how many are right, of how many
+
+
+def isolating(condition: str, context: DrawingContext, rows: Rows) -> tuple[DrawingArm, DrawingArm] | None:
+    """Return the arm that isolates a condition and the arm without it, both drawn for all samples and noises.
+
+    ``text`` is isolated by text + pose against the pose alone, else by the text alone against nothing; the pose
+    likewise. Of two arms that differ in guidance alone the configured one is taken. None where no such pair was drawn.
+    """
+    asked = [context.arm(given, guidance) for guidance in (None, 1.0) for given in GIVEN]
+    pictures = len(context.keys) * context.config.seeds
+    arms: dict[frozenset[str], DrawingArm] = {}
+    for arm in asked:
+        if not isinstance(arm, Skipped) and len(rows.select(MODEL, arm.name)) == pictures:
+            arms.setdefault(arm.subset, arm)
+    pairs = ((arm, arms.get(arm.subset - {condition})) for arm in arms.values() if condition in arm.subset)
+    return next(((arm, other) for arm, other in pairs if other is not None), None)
+
+
+def gain(
+    name: str, condition: str, context: DrawingContext, rows: Rows, score: Score, ceiling: float, **settings: Any
+) -> list[Metric]:
+    """Return ``NAME/CONDITIONS``: the share that is right with ``condition``, less that without it, of the same noises.
+
+    Baselines: ``no_gain`` (the floor) and ``ceiling_on_real``, what would be gained at the ``ceiling``, the share that
+    the judge finds right in real images. Empty where no pair was drawn.
+    """
+    pair = isolating(condition, context, rows)
+    if pair is None:
+        return []
+    arm, other = pair
+    with_it, without = (rows.select(MODEL, one.name) for one in pair)
+    against = {"without": other.name, "guidance_without": other.guidance.value}
+    details = {"settings": context.settings(arm.name, arm.guidance, **against, **settings)}
+    name = f"{name}/{arm.name}"
+    below = {(row["key"], row["seed"]): score(row) for row in without}
+    counted = [(row, score(row), below[row["key"], row["seed"]]) for row in with_it]
+    counted = [(row, one, two) for row, one, two in counted if one[1] and one[1] == two[1]]
+    reason = degenerate_reason([*with_it, *without]) or (None if counted else "no picture was asked for any of it")
+    if reason:
+        return [Metric(name, None, n=len(context.keys), reason=reason, **details)]
+    whole = [of for _, (_, of), _ in counted]
+    gained = [one[0] - two[0] for _, one, two in counted]
+    floor = sum(two[0] for _, _, two in counted) / sum(whole)
+    baselines = {NO_GAIN: 0.0, "ceiling_on_real": ceiling - floor}
+    interval = intervals.ratio(gained, whole, [cluster_of(row) for row, _, _ in counted])
+    return [Metric.of(name, interval, baselines=baselines, **details)]

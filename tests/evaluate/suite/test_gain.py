@@ -1,0 +1,59 @@
+"""What a condition adds: which pair of arms says it, and how much it is."""
+
+import pytest
+
+from evaluate.records import MODEL
+from evaluate.suite import attributes
+from evaluate.suite.gain import gain, isolating
+
+CONFIG = {"conditions": {"all": 1.0, "text+pose": 2.0, "text": 2.0}}
+
+
+def rows_of(judged, known_pictures, **drawn):
+    """``drawn`` maps conditions, + written as _and_, to the model that drew them."""
+    pictures = {(name.replace("_and_", "+"), 0): known_pictures[model] for name, model in drawn.items()}
+    return judged.rows(pictures, detected=True)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "text", "pose"),
+    [
+        (("all", "text_and_pose", "text", "nothing"), ("text", "nothing"), ("text+pose", "text")),
+        (("all", "text", "nothing"), ("text", "nothing"), None),
+        (("all", "text_and_pose"), None, None),
+        (("all", "nothing"), None, None),  # image features say it too
+    ],
+)
+def test_the_pair_is_the_fullest_without_image_features_that_was_drawn(judged, known_pictures, drawn, text, pose):
+    context, rows = judged.context(**CONFIG), rows_of(judged, known_pictures, **dict.fromkeys(drawn, "truth"))
+    for condition, expected in (("text", text), ("pose", pose)):
+        pair = isolating(condition, context, rows)
+        assert (pair and tuple(arm.name for arm in pair)) == expected
+
+
+def test_the_gain_is_paired_and_ends_at_what_the_judge_finds_in_real_images(judged, known_pictures):
+    context = judged.context(**CONFIG)
+    found = {}
+    for model in ("truth", "shuffled"):
+        rows = rows_of(judged, known_pictures, text=model, nothing="shuffled")
+        (found[model],) = gain("attribute_gain", "text", context, rows, attributes._score, 1.0)
+        right = {
+            name: [attributes._score(row)[0] / 4 for row in rows.select(MODEL, name)] for name in ("text", "nothing")
+        }
+        assert found[model].value == pytest.approx((sum(right["text"]) - sum(right["nothing"])) / len(right["text"]))
+        assert found[model].baselines["ceiling_on_real"] == pytest.approx(
+            1 - sum(right["nothing"]) / len(right["nothing"])
+        )
+        assert (found[model].name, found[model].settings["without"]) == ("attribute_gain/text", "nothing")
+    assert found["truth"].low > 0.3
+    assert (found["shuffled"].low, found["shuffled"].value, found["shuffled"].high) == (0, 0, 0)
+
+
+def test_a_picture_that_cannot_be_scored_leaves_no_gain_and_says_why(judged, known_pictures):
+    context = judged.context(**CONFIG)
+    rows = rows_of(judged, known_pictures, text="truth", nothing="truth")
+    rows.select(MODEL, "nothing")[0]["degenerate"] = "blank"
+    (metric,) = gain("attribute_gain", "text", context, rows, attributes._score, 1.0)
+    assert metric.value is None
+    assert "blank" in metric.reason
+    assert gain("pose_gain", "pose", context, rows, attributes._score, 1.0) == []  # no pair was drawn
