@@ -58,12 +58,17 @@ SAMPLES_SCHEMA = pa.schema(
 )
 
 
+ITSELF = "what training minimises, the squared error"
+RELATED = "related to a loss of training"  # by a network that the model was trained to please
+
+
 @dataclass(frozen=True)
 class Metric:
     """One claim: a value with its interval, its number of images and what it is to be compared with.
 
     ``value`` is None where it could not be computed, and ``reason`` says why. ``needed`` is the bar that the
-    configuration sets, if any.
+    configuration sets, if any. ``objective`` says what the metric has to do with the losses of training: ITSELF,
+    RELATED, or nothing. It is a label and no setting: models with other losses are compared by the metric all the same.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Metric:
     unit: str = ""
     needed: float | None = None
     reason: str | None = None
+    objective: str = ""
 
     def __post_init__(self) -> None:
         """Keep out what is no number: files that hold one cannot be written, and a page would show it as a value."""
@@ -118,7 +124,25 @@ class Metric:
             "needed": self.needed,
             "verdict": self.verdict,
             "reason": self.reason,
+            "objective": self.objective,
         }
+
+
+def upgraded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of report.json as this version writes it.
+
+    Earlier evaluations had LPIPS in the settings of every drawn metric, and what is ``objective`` now behind its name
+    and the judge's.
+    """
+    settings, suffix = dict(entry["settings"]), f", {RELATED}"
+    named = [name for name in ("lpips", "judge") if str(settings.get(name, "")).endswith(suffix)]
+    settings |= {name: settings[name].removesuffix(suffix) for name in named}
+    seen = {"lpips": "lpips" in entry["name"]}
+    seen["judge"] = settings.get("space") == "feature" or any(one in entry["name"] for one in ("similarity", "distrib"))
+    related = any(seen[name] for name in named)
+    if not seen["lpips"]:
+        settings.pop("lpips", None)
+    return {"objective": RELATED if related else "", **entry, "settings": settings}
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def evaluate(
     metrics: list[Metric] = []
     for test, section in tests.items():
         found, left_out = test.summarise(Rows(rows), context, section)
-        metrics += found
+        metrics += [replace(one, objective=context.objective(one, test.minimised)) for one in found]
         skipped += left_out
     show(context, pictures, rows, folder)
     metrics, without = with_bars(metrics, config.needed)

@@ -18,15 +18,13 @@ from evaluate.metrics.clip import ClipProbe
 from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import Judge
 from evaluate.metrics.training_features import TrainFeatures, load_train_features
-from evaluate.records import REAL, Skipped, cluster_of, select
+from evaluate.records import BASELINE, ITSELF, NO_SKILL, REAL, RELATED, Metric, Skipped, cluster_of, select
 from evaluate.subject import Row, Subject
 from nanodit.config import Config
 from prep.dataset.rows import by_key
 from train.hardware import Precision
 from train.method.sampling import NO_GUIDANCE, Guidance, GuidanceValue, precision_setting
 from train.model.conditions import Subset
-
-RELATED = ", related to a loss of training"  # a judge that the model was trained to please
 
 
 class DrawingConfig(Config):
@@ -65,6 +63,11 @@ class Rows:
     def select(self, kind: str, condition: str, seed: int | None = None) -> list[Mapping[str, Any]]:
         """Return the rows of one kind and condition, in key order; of one noise where ``seed`` is given."""
         return [row for row in select(self.all, kind, condition) if seed is None or row["seed"] == seed]
+
+    @cached_property
+    def without_skill(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The rows of each baseline of NO_SKILL, in key order."""
+        return {name: self.select(BASELINE, name) for name in NO_SKILL}
 
     @cached_property
     def clusters(self) -> dict[str, str]:
@@ -174,8 +177,6 @@ class DrawingContext:
         drawn = {"sampler": sampler.method, "steps": sampler.steps, "grid": sampler.grid, "seeds": self.config.seeds}
         if guidance != NO_GUIDANCE:
             drawn["interval"] = list(sampler.interval)
-        if self.examiner.lpips_label:
-            drawn["lpips"] = self.examiner.lpips_label + (RELATED if "lpips" in self.subject.losses else "")
         return {**self.common, **drawn, "conditions": conditions, "guidance": guidance.value, **more}
 
     def settings_of(self, arms: Iterable[DrawingArm], **more: Any) -> dict[str, dict[str, Any]]:
@@ -193,10 +194,22 @@ class DrawingContext:
     @property
     def judged(self) -> dict[str, Any]:
         """Settings of what the judge of likeness sees; empty without one."""
-        if self.judge is None:
-            return {}
-        taught = "dinov2" in self.subject.losses and "dinov2" in self.judge.label
-        return {"judge": self.judge.label + (RELATED if taught else "")}
+        return {} if self.judge is None else {"judge": self.judge.label}
+
+    @property
+    def lpips(self) -> dict[str, Any]:
+        """Settings of what LPIPS is measured with; empty without it."""
+        return {"lpips": self.examiner.lpips_label} if self.examiner.lpips_label else {}
+
+    def objective(self, metric: Metric, minimised: Mapping[str, str]) -> str:
+        """Return :attr:`Metric.objective`; ``minimised`` is that of its test's declaration."""
+        losses = self.subject.losses
+        judged = self.judge is not None and "dinov2" in self.judge.label and "dinov2" in losses
+        said = {"flow": ITSELF, "lpips": RELATED if "lpips" in losses else "", "judge": RELATED if judged else ""}
+        starts = [start for start in minimised if metric.name.startswith(start)]
+        if not starts or "_pixels" in metric.name:  # mean colours, which no network sees
+            return ""
+        return said.get(minimised[max(starts, key=len)], "")
 
     def show(self, kind: str, condition: str, key: str, seed: int | None = None) -> None:
         """Keep a picture for the report: its row gets the path below the output folder as ``image``."""

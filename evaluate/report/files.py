@@ -11,13 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, from_table
+from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, from_table, upgraded
 from evaluate.report.compare import differing, objections
 from nanodit.errors import ConfigError, DataError
 from prep.dataset.layout import read_parquet
 from train.loop.tracking import read_metrics
 
-METRIC_FIELDS = tuple(Metric("", None).to_dict())
+METRIC_FIELDS = tuple(name for name in Metric("", None).to_dict() if name != "objective")  # which earlier ones lack
 OUTPUTS = "validation_outputs"
 SINCE = ("cluster",)  # columns that earlier evaluations lack
 UNKNOWN = "unknown"
@@ -133,7 +133,7 @@ def _read_report(path: Path) -> dict[str, Any]:
         lacking = {name for metric in report["metrics"] for name in METRIC_FIELDS if name not in metric}
     if lacking:
         raise DataError(f"{path} is damaged (it lacks {', '.join(sorted(lacking))}). {AGAIN}")
-    return report
+    return report | {"metrics": [upgraded(metric) for metric in report["metrics"]]}
 
 
 def _read_extras(path: Path) -> dict[str, Any]:

@@ -121,7 +121,9 @@ def roles(metric: Metric) -> tuple[str | None, str | None]:
     floors, ceilings = next(own, (FLOORS, CEILINGS))
     known = metric["baselines"]
     best = max if metric["better"] == "higher" else min
-    floor = best((name for name in floors if name in known), key=known.get, default=None)
+    floor = best(
+        (name for name in (FLOORS if floors is None else floors) if name in known), key=known.get, default=None
+    )
     return floor, next((name for name in ceilings if name in known), None)
 
 
@@ -180,7 +182,8 @@ def headline_of(rows: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> di
         return rows[0]
     gains = (one for one in metrics if test.isolated and one["name"].startswith(f"{test.isolated}/"))
     wanted = [*(one["settings"]["conditions"] for one in gains), *test.headline]
-    measured = {row["settings"].get("conditions"): row for row in reversed(rows)}
+    plain = sorted(rows, key=lambda row: row["name"].count("/"))  # before the breakdown by parts
+    measured = {row["settings"].get("conditions"): row for row in reversed(plain)}
     return next((measured[name] for name in wanted if name in measured), rows[0])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evaluate.report.metrics import ROUNDING, number, part_name, signed
+from evaluate.report.metrics import ROUNDING, number, part_name
 
 GAINS = {"text": "attribute_gain", "pose": "pose_gain"}
 MOSTLY = 0.5  # of what could be gained: from here on a condition is obeyed
@@ -58,17 +58,12 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     else:
         word = "obeyed" if value >= MOSTLY * most else "partly obeyed"
     settings = gain["settings"]
-    what = {"text": "of the colours named", "pose": "of the joints asked for"}[condition]
-    bounds = f"{signed(value, gain)} [{number(low, gain)}, {number(high, gain)}]"
+    what = {"text": "colours as they are named", "pose": "joints where they were asked for"}[condition]
+    bounds = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}]"
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
-    return Obedience(
-        condition,
-        word,
-        _sentence(
-            condition, word, f"given {given}, the share {what} that is right is {bounds} above that given {without}, "
-            f"where {signed(most, gain)} is possible",
-        ),
-    )  # fmt: skip
+    why = f"given {given}, the share of {what} is higher by {bounds} than given {without}"
+    why += f"; {number(most, gain)} is possible"
+    return Obedience(condition, word, _sentence(condition, word, why))
 
 
 def _of_edits(effect: Mapping[str, Any]) -> Obedience:

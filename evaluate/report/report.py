@@ -248,7 +248,7 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
 def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
     """Write the metrics of report.json as CSV; baselines and settings are JSON in their cells."""
     runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
-    columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason")
+    columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason", "objective")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*(["run"] if len(runs) > 1 else []), *columns, "baselines", "settings"])

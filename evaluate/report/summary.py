@@ -22,6 +22,8 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
     lines += [one.words for one in obedience([metric.to_dict() for metric in metrics])]
     said = [(metric.name, beside(metric.name, metric.value, metric.settings)) for metric in shown]
     lines += [f"{name}: {words}" for name, words in said if words]
+    for objective in dict.fromkeys(metric.objective for metric in shown if metric.objective):
+        lines.append(f"{objective}: {', '.join(metric.name for metric in shown if metric.objective == objective)}")
     lines += [f"{metric.name}: {metric.reason}" for metric in shown if metric.reason]
     reasons: dict[str, list[str]] = {}
     for one in skipped:

@@ -38,9 +38,10 @@ class SuiteTest:
 
     ``pictures`` and ``summarise`` get the test's section of the config, None where ``config`` is. Metrics are named by
     how they begin: ``families`` maps that to how people say it, in the order of the page; ``roles`` to the baselines
-    that are its floor, the best that a metric has, and its ceiling, the first, where they are not the usual ones.
-    Of each family the metric of one condition is the headline: that which the family ``isolated`` names, else the first
-    of ``headline`` that was measured, else the first in the order of the page.
+    that are its floor, the best that a metric has, and its ceiling, the first; None for the usual ones. Of each family
+    the metric of one condition is the headline: that which the family ``isolated`` names, else the first of
+    ``headline`` that was measured, else the first in the order of the page. ``minimised`` names what sees a metric:
+    ``flow`` (the squared error that training minimises), ``lpips`` or the ``judge``, whose networks may be in losses.
     """
 
     name: str  # in the config, among `tests` and as the key of its section
@@ -56,7 +57,8 @@ class SuiteTest:
     charted: tuple[str, ...] = ()  # families that have a chart instead of lines in tables
     default_part: str = "all"  # what a name means that does not say what was given
     parts: Mapping[str, str] = field(default_factory=dict)  # of names -> how people say them
-    roles: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    roles: Mapping[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = field(default_factory=dict)
+    minimised: Mapping[str, str] = field(default_factory=dict)  # how metrics begin -> what may be a loss, too
     values: Callable[[str, Any], Values | None] | None = None  # what a metric is a mean of, to pair two evaluations by
     beside: Callable[[str, float | None, Mapping[str, Any]], str] | None = None  # name, value, settings -> words
     alarms: Mapping[str, str] = field(default_factory=dict)  # `alarms` of its extras by name -> in words

@@ -117,6 +117,7 @@ TEST = SuiteTest(
         "distribution/cmmd_above_real": "CMMD above real",
     },
     headline=("text",),
+    minimised={"distribution": "judge"},
     roles={"distribution": ((), ("real",))},  # no floor: retrieved training images are as near as real ones
     terms=(
         (

@@ -25,7 +25,16 @@ from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.distances import SPACES, as_points, jackknife, spread
-from evaluate.records import ATTRIBUTES, BASELINE, MODEL, NO_SKILL, Metric, Skipped, degenerate_reason, from_table
+from evaluate.records import (
+    ATTRIBUTES,
+    BASELINE,
+    MODEL,
+    Metric,
+    Skipped,
+    degenerate_reason,
+    from_table,
+    upgraded,
+)
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
@@ -245,10 +254,10 @@ def _lpips(
 ) -> tuple[Metric, dict[str, Any] | None, bool | None]:
     """Return the median of LPIPS, its quantiles at every checkpoint, and whether it jumped."""
     name = f"divergence/lpips{'' if asked.arm.name == 'all' else f'/{asked.arm.name}'}"
-    others = {label: rows.select(BASELINE, label) for label in (*NO_SKILL, "round_trip")}
+    others = {**rows.without_skill, "round_trip": rows.select(BASELINE, "round_trip")}
     baselines = {label: float(np.median(found)) for label, own in others.items() if (found := _known(own, asked.keys))}
-    details = {"baselines": baselines, "settings": _settings(context, asked, "lpips"), "better": "lower"}
-    details["settings"]["interval_by"] = "bootstrap over prompts"
+    settings = {**_settings(context, asked, "lpips"), **context.lpips, "interval_by": "bootstrap over prompts"}
+    details = {"baselines": baselines, "settings": settings, "better": "lower"}
     if reason := degenerate_reason(_pick(rows, asked)):
         return Metric(name, None, n=len(asked.keys), reason=reason, **details), None, None
     past = [(one.step, values) for one in earlier if (values := _per_prompt(one.rows, asked)) is not None]
@@ -310,7 +319,7 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
     """Return Step, metrics of this test and by space its settings, of a finished evaluation; None where it has none."""
     try:
         report = json.loads((folder / "report.json").read_text())
-        own = [metric for metric in report["metrics"] if metric["name"].startswith("divergence/")]
+        own = [upgraded(metric) for metric in report["metrics"] if metric["name"].startswith("divergence/")]
         return {
             "step": report["provenance"]["step"],
             "metrics": {one["name"]: {name: one[name] for name in ("value", "low", "high", "n")} for one in own},
@@ -413,8 +422,9 @@ TEST = SuiteTest(
         "divergence/error_change": "Distance to real, change over checkpoints",
         "divergence/lpips": "LPIPS to the real image, median over prompts",
     },
+    minimised={"divergence": "judge", "divergence/lpips": "lpips"},
     roles={
-        "divergence/lpips": (NO_SKILL, ("round_trip",)),
+        "divergence/lpips": (None, ("round_trip",)),
         "divergence/variety": ((), ("real",)),  # no floor: retrieved training images vary as real ones do
         "divergence": (("round_trip", "mean_image"), ("real_pairs", "real")),
     },

@@ -25,7 +25,7 @@ from evaluate.metrics.colours import CHANCE
 from evaluate.metrics.distances import SPACE_NAMES, SPACES, as_points
 from evaluate.metrics.garments import UNCHANGED, garment, unchanged
 from evaluate.metrics.joints import ALPHA, CONFIDENCE, PARTS, Box, hits
-from evaluate.records import BASELINE, MODEL, NO_SKILL, REAL, Metric, Skipped, degenerate_reason
+from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest
 from evaluate.suite.reconstruction import lpips_to_own
@@ -99,7 +99,7 @@ def summarise(rows: Rows, context: DrawingContext, config: EditConfig) -> tuple[
             metrics += found
             skipped += left_out
         if context.examiner.lpips_label:
-            metrics.append(test.lpips())
+            metrics.append(test.lpips(context.lpips))
         if context.probe is not None:
             metrics.append(test.probed(context.probe))
     if context.no_probe and not (context.figures and context.no_probe == NO_PROBE):  # figures are judged at the garment
@@ -276,13 +276,15 @@ class _EditMetrics:
             )
         ]
 
-    def lpips(self) -> Metric:
+    def lpips(self, measured_with: Row) -> Metric:
         """Return the perceptual distance of the edited pictures to the samples' own images."""
         others = {"unedited": self._unedited, "null_edit": self._null}
         baselines = {label: [own[name] for name in self._edited if name in own] for label, own in others.items()}
-        baselines |= {name: self._rows.select(BASELINE, name) for name in (*NO_SKILL, "round_trip")}
+        baselines |= {**self._rows.without_skill, "round_trip": self._rows.select(BASELINE, "round_trip")}
         reason = self._unfit(list(self._edited), "caption has an edit of this type")
-        return lpips_to_own(self._name("lpips"), list(self._edited.values()), baselines, self._settings, reason)
+        return lpips_to_own(
+            self._name("lpips"), list(self._edited.values()), baselines, {**self._settings, **measured_with}, reason
+        )
 
     def probed(self, probe: Any) -> Metric:
         """Return how much more probable the edit makes the new words than the old ones to CLIP."""
@@ -479,13 +481,14 @@ TEST = SuiteTest(
     },
     default_part="another attribute",
     parts={"opposite": "the opposite"},
+    minimised={"edit/effect": "judge", "edit/lpips": "lpips"},
     roles={
         "edit/effect": (("null_edit",), ()),
         "edit/direction_": (("no_edit",), ()),
         "edit/direction": (("chance", "unedited"), ("judge_on_real",)),
         "edit/preserved": ((), ("null_edit",)),  # no floor: whoever ignores the text keeps everything
         "edit/pose_kept": ((), ("null_edit",)),
-        "edit/lpips": (NO_SKILL, ("unedited",)),
+        "edit/lpips": (None, ("unedited",)),
     },
     terms=(
         (

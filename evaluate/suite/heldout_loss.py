@@ -357,6 +357,7 @@ TEST = SuiteTest(
         "heldout_gap": "Loss on training images less held-out",
     },
     charted=("heldout_mse",),
+    minimised={"heldout": "flow"},
     roles={"heldout": (("best_trivial", *PREDICTORS), ())},
     values=values_of,
     terms=(

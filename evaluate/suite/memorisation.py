@@ -355,6 +355,7 @@ TEST = SuiteTest(
         "memorisation/distance_ratio": "Distance to training / that of the holdout",
         "memorisation/matches": "Matches with a training image, also mirrored or shifted",
     },
+    minimised={"memorisation": "judge"},
     roles={"memorisation": ((), ("real",))},
     alarms={
         "memorisation": "memorisation: copies of training images, or more likely copies than by chance",

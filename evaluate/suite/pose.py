@@ -20,7 +20,7 @@ from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.joints import ALPHA, AREA_OF_BOX, CONFIDENCE, HEADLINE, PARTS, Joints
-from evaluate.records import BASELINE, MODEL, NO_SKILL, REAL, Metric, Skipped, degenerate_reason, select
+from evaluate.records import MODEL, REAL, Metric, Skipped, degenerate_reason, select
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
 from evaluate.suite.declaration import Section, SuiteTest, Values
@@ -97,7 +97,7 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     arms, _ = _arms(context, config)
     if not arms:
         return [], [Skipped("pose_pck", "no condition with a pose can be drawn")]
-    references = {name: rows.select(BASELINE, name) for name in NO_SKILL} | {CEILING: rows.select(REAL, "real")}
+    references = rows.without_skill | {CEILING: rows.select(REAL, "real")}
     metrics: list[Metric] = []
     counts, overlays = {}, []
     for arm in arms:

@@ -8,6 +8,7 @@ bucket, the mean image, the nearest training image, a JPEG.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def summarise(rows: Rows, context: DrawingContext, config: ReconstructionConfig)
     arms, _ = _arms(context, config)
     names, settings = [arm.name for arm in arms], context.settings_of(arms, **context.judged)
     found = likeness(rows.all, names, settings, measures) + skills(rows.all, names, settings, measures)
+    found = [replace(one, settings={**one.settings, **context.lpips}) if "lpips" in one.name else one for one in found]
     extras = {"lpips_scale": LPIPS_SCALE} if "lpips" in measures else {}
     ranked = quantiles(rows.select(MODEL, names[0], 0)) if names else []
     if ranked:
@@ -266,6 +268,14 @@ TEST = SuiteTest(
         "reconstruction/skill_ssim": "Skill on SSIM",
         "reconstruction/skill_lpips": "Skill on LPIPS",
         "reconstruction/skill_dino_similarity": "Skill on DINO similarity",
+    },
+    minimised={
+        "reconstruction/psnr": "flow",
+        "reconstruction/skill_mse": "flow",
+        "reconstruction/lpips": "lpips",
+        "reconstruction/skill_lpips": "lpips",
+        "reconstruction/dino_similarity": "judge",
+        "reconstruction/skill_dino_similarity": "judge",
     },
     values=values_of,
     beside=scale_words,

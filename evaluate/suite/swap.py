@@ -23,7 +23,6 @@ from evaluate.records import (
     ATTRIBUTES,
     BASELINE,
     MODEL,
-    NO_SKILL,
     REAL,
     Metric,
     Skipped,
@@ -115,14 +114,13 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
     asked = _ask(context, config)
     if isinstance(asked, Skipped):
         return [], []  # named with the pictures
-    spaces = SPACES if context.judge else SPACES[1:]
+    spaces, judged_text = SPACES if context.judge else SPACES[1:], context.figures and not context.no_detector
     skipped = [] if context.judge else [Skipped(f"swap/{name}", context.no_judge) for name in ("gain", "identified")]
-    judged_text = context.figures and not context.no_detector
     if context.figures and context.no_detector:
         skipped.append(Skipped("swap/text_kept", context.no_detector))
     if context.examiner.no_lpips:
         skipped.append(Skipped("swap/lpips", context.examiner.no_lpips))
-    references = {name: rows.select(BASELINE, name) for name in (*NO_SKILL, "round_trip")}
+    references = {**rows.without_skill, "round_trip": rows.select(BASELINE, "round_trip")}
     metrics: list[Metric] = []
     nearest: dict[str, dict[str, dict[str, str]]] = {}  # mode -> sample -> space -> whose image it was taken for
     for mode, arm in asked.arms.items():
@@ -142,7 +140,7 @@ def summarise(rows: Rows, context: DrawingContext, config: SwapConfig) -> tuple[
                 nearest[mode].setdefault(key, {})[space] = found
         if context.examiner.lpips_label:
             others = {"unswapped": drawn.unswapped, **references}
-            metrics.append(lpips_to_own(_name("lpips", mode), drawn.swapped, others, settings, reason))
+            metrics.append(lpips_to_own(_name("lpips", mode), drawn.swapped, others, settings | context.lpips, reason))
         if judged_text:
             metrics.append(_text_kept(rows, drawn, mode, settings, reason))
         elif context.judge and not context.figures:
@@ -299,7 +297,7 @@ def _text_kept(
     right = [_right(row, row) for row in drawn.swapped]
     donors = [rows.real[drawn.pairs[key].donor] for key in drawn.keys]
     real = rows.select(REAL, "real")
-    near = [row for row in rows.select(BASELINE, "nearest_train") if row["key"] in drawn.pairs]
+    near = [row for row in rows.without_skill["nearest_train"] if row["key"] in drawn.pairs]
     nearest = {"nearest_train": float(np.mean([_right(row, row) for row in near])) / len(ATTRIBUTES)} if near else {}
     baselines = nearest | {
         "chance": float(np.mean([CHANCE[attribute] for attribute in ATTRIBUTES])),
@@ -323,7 +321,7 @@ def _similarity_kept(
     name = _name("similarity_kept", mode)
     if reason:
         return Metric(name, None, n=len(drawn.pairs), settings=settings, reason=reason)
-    others = {"unswapped": drawn.unswapped, **{name: rows.select(BASELINE, name) for name in NO_SKILL}}
+    others = {"unswapped": drawn.unswapped, **rows.without_skill}
     means = {label: average(own, lambda row: row["dino_similarity"]) for label, own in others.items()}
     interval = intervals.mean([row["dino_similarity"] for row in drawn.swapped], drawn.clusters)
     baselines = {label: mean for label, mean in means.items() if mean is not None}
@@ -429,9 +427,10 @@ TEST = SuiteTest(
         "swap/lpips": "LPIPS to the own image under the swap",
     },
     default_part=MODE_NAMES["both"],
+    minimised={"swap": "judge", "swap/text_kept": "", "swap/lpips": "lpips"},
     roles={
         "swap/identified": (("chance", "unswapped"), ("donor_itself",)),
-        "swap/lpips": (NO_SKILL, ("unswapped",)),
+        "swap/lpips": (None, ("unswapped",)),
     },
     parts={mode: MODE_NAMES[mode] for mode in ("cls", "patches")},
     terms=(

@@ -1,6 +1,7 @@
 """LPIPS in all tests that report it, with the words of the original recipe, over steps, and with its alarm."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluate.config import EvaluateConfig
-from evaluate.records import MODEL, Metric
+from evaluate.metrics.likeness import open_judge
+from evaluate.records import ITSELF, MODEL, RELATED, Metric, upgraded
+from evaluate.report.compare import differing
 from evaluate.report.files import EvaluationFiles
 from evaluate.report.report import render
 from evaluate.report.summary import summary
@@ -69,6 +72,55 @@ def test_swaps_and_edits_say_how_far_pictures_are_from_their_own_image(evaluated
     assert metric.baselines["round_trip"] < metric.baselines["random_pair"]
     assert metric.better == "lower"
     assert "not the published weights" in metric.settings["lpips"]
+
+
+def test_lpips_is_a_setting_of_its_own_metrics_alone(evaluated):
+    """So that a run trained with LPIPS is compared in all others; and in LPIPS itself, where its label says so."""
+    _, evidence = evaluated
+    for metric in evidence.metrics:
+        assert ("lpips" in metric.settings) == ("lpips" in metric.name), metric.name
+
+
+def labels(figures, folder, losses):
+    """Evaluate noise of a model with these perceptual losses, by LPIPS and the judge: metrics by name."""
+    rows = tuple(figures.rows("holdout"))
+    model = Constant(lambda z: z)
+    subject = Subject(model, FlowConfig(), TABLE.resolve(), figures, rows, losses=frozenset(losses))
+    sizes = {"conditions": {"text": 1.0}, "reconstruction": {"conditions": ["text"]}, "divergence": {"prompts": 8}}
+    tests = {"tests": ["heldout_loss", "reconstruction", "divergence", "distribution"], **sizes}
+    evidence = evaluate(subject, EvaluateConfig.model_validate({**CONFIG, **tests}), folder)
+    return {metric.name: metric for metric in evidence.metrics}
+
+
+def test_what_training_minimised_is_a_label_and_keeps_nothing_from_being_compared(
+    figures, random_alexnet, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
+    judge, _ = open_judge(None, figures, "cpu")
+    monkeypatch.setattr("evaluate.run.open_judge", lambda *_: (replace(judge, label="dinov2"), None))
+    plain, taught = (labels(figures, tmp_path / str(len(losses)), losses) for losses in ((), ("lpips", "dinov2")))
+    assert plain.keys() == taught.keys()
+    for name, metric in plain.items():
+        assert differing([metric.to_dict(), taught[name].to_dict()]) == []
+        itself = name.startswith(("heldout", "reconstruction/psnr", "reconstruction/skill_mse"))
+        seen = name.startswith(("divergence", "distribution")) or "dino_similarity" in name or "lpips" in name
+        assert metric.objective == (ITSELF if itself else ""), name
+        network = RELATED if seen and "_pixels" not in name else ""
+        assert taught[name].objective == (ITSELF if itself else network), name
+    said = summary([*taught.values()], [])
+    assert f"{RELATED}: " in said
+    assert f"{ITSELF}: heldout_error" in said
+
+
+def test_evaluations_from_when_it_was_a_setting_are_read_as_if_it_were_a_label():
+    old = {"name": "reconstruction/lpips", "settings": {"lpips": f"AlexNet v0.1, {RELATED}", "steps": 8}}
+    assert upgraded(old) == {**old, "settings": {"lpips": "AlexNet v0.1", "steps": 8}, "objective": RELATED}
+    other = {"name": "pose_pck/text", "settings": {"lpips": f"AlexNet v0.1, {RELATED}", "steps": 8}}
+    assert upgraded(other) == {**other, "settings": {"steps": 8}, "objective": ""}
+    judged = {"name": "distribution/kid", "settings": {"judge": f"dinov2, {RELATED}"}}
+    assert upgraded(judged) == {**judged, "settings": {"judge": "dinov2"}, "objective": RELATED}
+    now = {"name": "swap/gain", "settings": {"judge": "dinov2", "space": "feature"}, "objective": RELATED}
+    assert upgraded(now) == now
 
 
 def test_without_weights_each_is_skipped_with_the_way_to_get_them(readable_figures, tmp_path, monkeypatch):
