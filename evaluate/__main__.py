@@ -50,7 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--tier", choices=TIERS, help="how thorough: configs/evaluate/TIER.yaml")
     run.add_argument("--tests", help="which tests, separated by commas (default: those of the config)")
     run.add_argument("--dataset", help="the dataset (default: that of the run's config)")
-    run.add_argument("--output", type=Path, help="folder to write to (default: RUN/validation_outputs/step-NNNNNN)")
+    run.add_argument(
+        "--weights", default="ema", metavar="ema|model|posthoc:SIGMA_REL", help="as for `nanodit train sample`"
+    )
+    run.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write to (default: RUN/validation_outputs/step-NNNNNN, -WEIGHTS behind it for others than ema)",
+    )
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of the model (default: that of the config)")
     run.add_argument("--strict", action="store_true", help="exit with 5 if any metric was skipped")
     run.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -85,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
     chosen = [f"tests=[{options.tests}]"] if options.tests else []
     chosen += [f"precision={options.precision}"] if options.precision else []
     config = load_config(EvaluateConfig, file, [*options.overrides, *chosen])
-    folder, evidence = run(options.checkpoint, config, options.dataset, options.output)
+    folder, evidence = run(options.checkpoint, config, options.dataset, options.output, options.weights)
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
     following = f"nanodit evaluate report {quote(str(folder))} --output report.html"

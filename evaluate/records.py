@@ -153,6 +153,11 @@ class Skipped:
     reason: str
 
 
+def folder_name(checkpoint: str, weights: str) -> str:
+    """Return the name of an evaluation's folder: the checkpoint's, with the weights behind it unless they are ``ema``."""
+    return checkpoint if weights == "ema" else f"{checkpoint}-{weights.replace(':', '-')}"
+
+
 def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Return rows as samples.parquet has them."""
     return pa.Table.from_pylist([dict(row) for row in rows], schema=SAMPLES_SCHEMA)

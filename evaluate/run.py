@@ -29,7 +29,7 @@ from evaluate.metrics.clip import open_probe
 from evaluate.metrics.examiner import Examiner, detector_label, open_detector
 from evaluate.metrics.likeness import open_judge
 from evaluate.metrics.pixels import Lpips, lpips_unavailable
-from evaluate.records import SCHEMA_VERSION, Metric, Skipped, to_table
+from evaluate.records import SCHEMA_VERSION, Metric, Skipped, folder_name, to_table
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import TESTS
 from nanodit.config import dump_config
@@ -40,7 +40,7 @@ from prep.dataset.reader import Dataset, open_version
 from prep.dataset.readers import reading
 from prep.images.twins import altered_twins
 from train.checkpoint.checkpoint import resolve_checkpoint
-from train.checkpoint.open import load_model
+from train.checkpoint.open import load_model, weights_file
 from train.checkpoint.provenance import git_state
 from train.config import TrainConfig
 from train.hardware import pick_device
@@ -63,19 +63,25 @@ class Evidence:
 
 
 def run(
-    checkpoint: Path, config: EvaluateConfig, dataset: Path | str | None = None, output: Path | None = None
+    checkpoint: Path,
+    config: EvaluateConfig,
+    dataset: Path | str | None = None,
+    output: Path | None = None,
+    weights: str = "ema",
 ) -> tuple[Path, Evidence]:
     """Evaluate a checkpoint (a step folder, or a run folder for its newest) and write what was found.
 
-    ``dataset`` defaults to the one the run's config names, ``output`` to ``RUN/validation_outputs/step-NNNNNN``.
+    ``dataset`` defaults to the one the run's config names, ``output`` to ``RUN/validation_outputs/step-NNNNNN``, with
+    the ``weights`` behind it where they are not ``ema`` (:func:`train.checkpoint.open.load_model` has the others).
     Returns the output folder and the evidence. Raises :class:`DataError` when the dataset is not the one trained on,
     or when its holdout leaks into training.
     """
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
-    folder = output or run_folder / "validation_outputs" / step_folder.name
+    source = weights_file(step_folder, weights)  # or says that there are no such weights
+    folder = output or run_folder / "validation_outputs" / folder_name(step_folder.name, weights)
     check_writable(folder, "--output" if output else "the evaluation's folder", folder=True)
-    model, train_config, state = load_model(step_folder)
+    model, train_config, state = load_model(step_folder, weights)
     data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
     if data.fingerprint != state["dataset"]["fingerprint"]:
         raise DataError(
@@ -94,11 +100,12 @@ def run(
         losses=perceptual_losses(train_config),
         tread=train_config.tread,
         precision=config.precision,
+        weights=weights,
     )
     if config.captions == "short":
         subject.with_short_captions()  # or says that there are none, before anything is deleted
     (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
-    facts = provenance(subject, config, state, step_folder / "ema.safetensors")
+    facts = provenance(subject, config, state, source)
     if not (folder / "parts").is_dir():  # nothing to go on from
         shutil.rmtree(folder / "images", ignore_errors=True)
     with reading(data, folder):
@@ -207,7 +214,7 @@ def provenance(
     return {
         "checkpoint": f"step-{state['step']:06d}",
         "step": state["step"],
-        "weights": "ema",
+        "weights": subject.weights,
         "weights_sha256": sha256_file(weights) if weights else "unknown",
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},

@@ -80,7 +80,8 @@ class Subject:
 
     ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``; ``losses`` are the
     perceptual networks that training used, ``lpips`` and ``dinov2``; ``tread`` is the routing for self-guidance.
-    ``precision`` is what the model computes in (:func:`train.hardware.computing_in`).
+    ``precision`` is what the model computes in (:func:`train.hardware.computing_in`), ``weights`` which it has:
+    ``ema``, ``model`` or ``posthoc:SIGMA_REL``.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class Subject:
     losses: frozenset[str] = frozenset()
     tread: TreadConfig = NO_ROUTING
     precision: Precision = "fp32"
+    weights: str = "ema"
 
     @cached_property
     def _memory(self) -> Halving:

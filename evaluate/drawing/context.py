@@ -189,7 +189,7 @@ class DrawingContext:
         chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
         chosen |= {} if self.config.captions == "long" else {"given_captions": self.config.captions}
         precision = precision_setting(self.subject.precision)
-        return {"weights": "ema", "base": self.subject.dataset.info["base"], **chosen, **precision}
+        return {"weights": self.subject.weights, "base": self.subject.dataset.info["base"], **chosen, **precision}
 
     @property
     def judged(self) -> dict[str, Any]:

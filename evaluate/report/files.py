@@ -120,7 +120,8 @@ def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str
         except (DataError, KeyError):
             continue  # a note on the past: what cannot be read is no part of the curve
         alike = [one for one in other["metrics"] if one["name"] in now and not differing([one, now[one["name"]]])]
-        found[other["provenance"]["step"]] = alike
+        if alike:  # nothing of an evaluation of other weights is
+            found[other["provenance"]["step"]] = alike
     return found
 
 
@@ -193,10 +194,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run folder and the step."""
+        """The run folder and the step, and the weights unless they are the usual average."""
         provenance = self.files.provenance
-        training = provenance.get("training") or {}
-        return f"{training.get('output', UNKNOWN)}, step {provenance.get('step', 0):,}"
+        training, weights = provenance.get("training") or {}, provenance.get("weights", "ema")
+        title = f"{training.get('output', UNKNOWN)}, step {provenance.get('step', 0):,}"
+        return title if weights in ("ema", UNKNOWN) else f"{title}, weights {weights}"
 
     @property
     def name(self) -> str:

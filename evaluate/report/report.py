@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate import suite
-from evaluate.records import ATTRIBUTES, MODEL, SCHEMA_VERSION
+from evaluate.records import ATTRIBUTES, MODEL, SCHEMA_VERSION, folder_name
 from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
@@ -138,8 +138,10 @@ def facts(run: Run) -> dict[str, Any]:
         )
     place = training.get("output", UNKNOWN)
     step = given.get("checkpoint", UNKNOWN)
-    config = f"{place}/{OUTPUTS}/{step}/config.yaml"
+    kind = given.get("weights", "ema")
+    config = f"{place}/{OUTPUTS}/{folder_name(step, kind)}/config.yaml"
     command = ["nanodit", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
+    command += ["--weights", kind] if kind != "ema" else []
     return {
         "letter": run.letter,
         "style": run.style,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from evaluate.records import Metric, Skipped
 from evaluate.report.obedience import obedience
-from evaluate.suite import beside, is_charted
+from evaluate.suite import TESTS, beside, is_charted
 
 
 def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
@@ -33,8 +33,10 @@ def summary(metrics: Sequence[Metric], skipped: Sequence[Skipped]) -> str:
 
 
 def is_headline(name: str) -> bool:
-    """Whether a metric is the one of its test and condition, and no breakdown of it."""
-    return name.count("/") <= 1 and not is_charted(name)
+    """Whether a metric is the one of its test and condition, and no breakdown of it; or heads its family."""
+    tests = (test for test in TESTS.values() if test.headline)
+    heads = any(name == f"{family}/{test.headline[0]}" for test in tests for family in test.families)
+    return (name.count("/") <= 1 or heads) and not is_charted(name)
 
 
 def _row(metric: Metric) -> tuple[str, ...]:

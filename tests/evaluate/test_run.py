@@ -19,10 +19,13 @@ from PIL import Image
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.records import SAMPLES_SCHEMA
+from evaluate.report.compare import differing
+from evaluate.report.files import EvaluationFiles
+from evaluate.report.report import render
 from evaluate.run import evaluate, with_bars
 from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
-from nanodit.files import sha256_bytes
+from nanodit.files import sha256_bytes, sha256_file
 from nanodit.rng import noise
 from prep.dataset.reader import Dataset
 from train.__main__ import main as train
@@ -174,7 +177,7 @@ def trained(figures_dataset, tmp_path_factory) -> Path:
     small = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.bottleneck=16", "train.batch_size=4"]
     places = ["--config", "configs/train/quickstart.yaml", f"dataset={figures_dataset}", f"output={folder}"]
     short = ["train.steps=24", "train.lr=0.02", "train.lr_min=0.02", "train.device=cpu", "visual_debug.every_steps=0"]
-    assert train(["run", *places, *small, *short]) == 0
+    assert train(["run", *places, *small, *short, "ema.snapshots=8"]) == 0
     return folder
 
 
@@ -282,6 +285,31 @@ def test_a_checkpoint_is_a_step_or_a_run_wherever_the_command_is_given(trained, 
         monkeypatch.chdir(trained)
         shutil.rmtree(copy)
     assert len(written) == 1
+
+
+@pytest.mark.slow
+def test_other_weights_have_a_folder_of_their_own_and_are_compared_with_nothing(trained, capsys):
+    few = ["tests=[heldout_loss]", "samples=8", "heldout_loss.conditions=[all]", "heldout_loss.gap=[]"]
+    command, found = ["run", "--checkpoint", str(trained), *few], {}
+    step, outputs = trained / "checkpoints" / "step-000024", trained / "validation_outputs"
+    for weights, source in (("ema", "ema"), ("model", "model"), ("posthoc:0.15", "power")):
+        folder = outputs / f"step-000024{'' if weights == 'ema' else '-' + weights.replace(':', '-')}"
+        folder = folder if weights != "ema" else trained.parent / "ema"  # another test's evaluation stays
+        assert main([*command, "--weights", weights, *(["--output", str(folder)] if weights == "ema" else [])]) == 0
+        found[weights] = json.loads((folder / "report.json").read_text())
+        facts = found[weights]["provenance"]
+        assert (facts["weights"], facts["weights_sha256"]) == (weights, sha256_file(step / f"{source}.safetensors"))
+        assert {metric["settings"]["weights"] for metric in found[weights]["metrics"]} == {weights}
+        html = render(EvaluationFiles.read(folder))
+        assert (f"--weights {weights}" in html) == (weights != "ema")
+    errors = {weights: report["metrics"][0]["value"] for weights, report in found.items()}
+    assert len(set(errors.values())) == 3
+    assert differing([report["metrics"][0] for report in found.values()]) == ["weights ema, model, posthoc:0.15"]
+    for weights, why in (("posthoc:0.9", "posthoc:SIGMA_REL"), ("best", "must be ema, model")):
+        assert main([*command, "--weights", weights]) == 2
+        assert why in capsys.readouterr().err
+    for folder in outputs.glob("step-000024-*"):
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -18,6 +18,11 @@ from train.config import TrainConfig
 from train.model.network import TRAINING_ONLY, NanoDiT
 
 
+def weights_file(step_folder: Path, weights: str) -> Path:
+    """Return the file of a checkpoint that ``weights`` (``ema``, ``model``, ``posthoc:SIGMA_REL``) are read from."""
+    return step_folder / f"{'power' if parse_weights(weights) else weights}.safetensors"
+
+
 def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, dict[str, Any]]:
     """Build the model of a checkpoint exactly as training did: (model, config, state.json), for drawing and evaluation.
 
@@ -36,7 +41,7 @@ def load_model(path: Path, weights: str = "ema") -> tuple[NanoDiT, TrainConfig, 
         config = TrainConfig.model_validate(state["config"])
     except ValidationError as error:
         raise DataError(f"{step_folder}/state.json: its config does not fit this version: {error}") from None
-    source = step_folder / f"{'power' if sigma_rel else weights}.safetensors"
+    source = weights_file(step_folder, weights)
     if source.name not in names:
         raise ConfigError(f"{step_folder}: was trained without `ema.snapshots`, so there is no {weights}; use ema")
     tensors = read_tensors(source)

@@ -26,7 +26,7 @@ from nanodit.rng import noise
 from prep.dataset.reader import open_version
 from train.checkpoint.checkpoint import load_weights, resolve_checkpoint
 from train.checkpoint.exported import COMPONENT, CONFIG, INDEX, LOADER, PREFIX, SCHEMA, SECTIONS, WEIGHTS
-from train.checkpoint.open import load_model
+from train.checkpoint.open import load_model, weights_file
 from train.checkpoint.posthoc import parse_weights
 from train.checkpoint.tensorfile import Tensors, sync_file, write_tensors
 from train.config import TrainConfig
@@ -84,7 +84,7 @@ def export(
     source = {
         "checkpoint": step_folder.name,
         "weights": weights,
-        "weights_sha256": sha256_file(step_folder / f"{'power' if ':' in weights else weights}.safetensors"),
+        "weights_sha256": sha256_file(weights_file(step_folder, weights)),
         "parent": state.get("parent"),  # whose weights the run began with, if it did
         "nanodit": importlib.metadata.version("nanodit"),
     }
