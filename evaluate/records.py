@@ -154,7 +154,7 @@ class Skipped:
 
 
 def folder_name(checkpoint: str, weights: str) -> str:
-    """Return the name of an evaluation's folder: the checkpoint's, with the weights behind it unless they are ``ema``."""
+    """Return the name of an evaluation's folder: the checkpoint's, and the weights behind it unless ``ema``."""
     return checkpoint if weights == "ema" else f"{checkpoint}-{weights.replace(':', '-')}"
 
 

@@ -58,11 +58,12 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     else:
         word = "obeyed" if value >= MOSTLY * most else "partly obeyed"
     settings = gain["settings"]
-    what = {"text": "colours as they are named", "pose": "joints where they were asked for"}[condition]
+    what = {"text": "named colours that are right", "pose": "joints that are in their place"}[condition]
     bounds = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}]"
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
-    why = f"given {given}, the share of {what} is higher by {bounds} than given {without}"
-    why += f"; {number(most, gain)} is possible"
+    why = (
+        f"given {given}, the share of {what} is {bounds} higher than given {without}; {number(most, gain)} is possible"
+    )
     return Obedience(condition, word, _sentence(condition, word, why))
 
 
@@ -74,10 +75,7 @@ def _of_edits(effect: Mapping[str, Any]) -> Obedience:
     elif effect["low"] <= 0:
         word, why = "undecided", "whether an edit changes more than a paraphrase does cannot be told"
     else:
-        word, why = (
-            "undecided",
-            "an edit changes the picture more than a paraphrase does; whether rightly is not measured",
-        )
+        word, why = "undecided", "an edit changes more than a paraphrase does, but whether rightly is not measured"
     return Obedience("text", word, _sentence("text", word, why))
 
 
