@@ -59,7 +59,7 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
         word = "obeyed" if value >= MOSTLY * most else "partly obeyed"
     settings = gain["settings"]
     what = {"text": "named colours that are right", "pose": "joints that are in their place"}[condition]
-    bounds = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}]"
+    more = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}] higher"
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
     why = (
         f"given {given}, the share of {what} is {bounds} higher than given {without}; {number(most, gain)} is possible"
