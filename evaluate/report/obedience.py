@@ -61,9 +61,7 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     what = {"text": "named colours that are right", "pose": "joints that are in their place"}[condition]
     more = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}] higher"
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
-    why = (
-        f"given {given}, the share of {what} is {bounds} higher than given {without}; {number(most, gain)} is possible"
-    )
+    why = f"given {given}, the share of {what} is {more} than given {without}; {number(most, gain)} is possible"
     return Obedience(condition, word, _sentence(condition, word, why))
 
 
