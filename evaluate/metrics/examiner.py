@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluate.metrics.clip import ClipProbe
 from evaluate.metrics.colours import score_colours
-from evaluate.metrics.joints import CONFIDENCE, JOINTS_BOX, TRUE_BOX, Box, score_joints
+from evaluate.metrics.joints import CONFIDENCE, JOINTS_BOX, TRUE_BOX, Box, mirror, score_joints
 from evaluate.metrics.likeness import Judge, cosine, pixel_features
 from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
 from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
@@ -101,8 +101,12 @@ class Examiner:
             samples = [batch.rows[index] for index in scored]
             poses: list[Pose] = []
             if joints is None:
-                poses = self.detect(pictures[scored])
+                # of real photographs the targets are what this detector found before: it has to find that again
+                again = kind == REAL and not self.figures
+                poses = self.detect(pictures[scored][:, :, ::-1] if again else pictures[scored])
                 joints = [pose.keypoints if pose.persons else None for pose in poses]
+                if again:
+                    joints = [None if one is None else mirror(one, batch.width) for one in joints]
             elif joints:
                 joints = [joints[index] for index in scored]
             given = [posed[index] for index in scored] if posed else None

@@ -24,7 +24,9 @@ PARTS = {
     "hands": slice(91, 133),
     "whole": slice(0, 133),
 }
-ALPHA = 0.1  # of the longer side of the person's box
+# face and each hand are measured by their own box: a tenth of the person's is most of a face
+OWN_BOX = (slice(23, 91), slice(91, 112), slice(112, 133))
+ALPHA = 0.1  # of the longer side of the box
 CONFIDENCE = 0.3
 HEADLINE = "body"  # the part that a condition is quoted by
 # where the person's box comes from: what the allowance is a part of, so PCKs under the two are not comparable
@@ -114,9 +116,33 @@ class Joints:
         return cls([cluster_of(row) for row in rows], found, target, asked, sure & ~there, side, area)
 
     @cached_property
+    def sides(self) -> np.ndarray:
+        """The longer side of the box that each joint's error is relative to, in pixels, float64 (n, 133).
+
+        The person's; of the face and of each hand that around their own joints asked for, which is 0 for a single one.
+        """
+        sides = np.repeat(self.side[:, None], len(SIGMAS), axis=1)
+        for part in OWN_BOX:
+            points, asked = self.target[:, part, :2].astype(np.float64), self.asked[:, part, None]
+            low = np.where(asked, points, np.inf).min(axis=1)
+            high = np.where(asked, points, -np.inf).max(axis=1)
+            sides[:, part] = np.maximum(high - low, 0).max(axis=1, keepdims=True)
+        return sides
+
+    @cached_property
+    def counted(self) -> np.ndarray:
+        """Which of the joints asked for have a box to be measured by, bool (n, 133)."""
+        return self.asked & (self.sides > 0)
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """Which joints were found, asked for or not, bool (n, 133)."""
+        return self.found[..., 2] >= CONFIDENCE
+
+    @cached_property
     def hit(self) -> np.ndarray:
-        """Which of the joints asked for were met, bool (n, 133)."""
-        return self.asked & hits(self.found, self.target, self.side)
+        """Which of the joints that count were met, bool (n, 133)."""
+        return self.counted & hits(self.found, self.target, self.sides)
 
     def oks(self, part: slice) -> np.ndarray:
         """Return OKS of a part of the body (n,); NaN where none of it was asked for."""
@@ -132,11 +158,12 @@ def inside(joints: np.ndarray, width: np.ndarray | int, height: np.ndarray | int
 def hits(found: np.ndarray, target: np.ndarray, longer_side: np.ndarray | float, alpha: float = ALPHA) -> np.ndarray:
     """Return which joints were detected at most ``alpha * longer_side`` from their target: bool (..., J).
 
-    ``found``, ``target``: (..., J, 3); ``longer_side``: of the person's box, in pixels (...). PCK is the share of hits
-    among the joints asked for, pooled over people (Yang & Ramanan 2013, "Articulated Human Detection with Flexible
-    Mixtures of Parts").
+    ``found``, ``target``: (..., J, 3); ``longer_side``: of the box, in pixels (...), or of each joint's (..., J). PCK
+    is the share of hits among the joints asked for, pooled over people (Yang & Ramanan 2013, "Articulated Human
+    Detection with Flexible Mixtures of Parts").
     """
-    allowed = alpha * np.asarray(longer_side, np.float64)[..., None]
+    allowed = alpha * np.asarray(longer_side, np.float64)
+    allowed = allowed if allowed.ndim == found.ndim - 1 else allowed[..., None]
     return (found[..., 2] >= CONFIDENCE) & (_distance(found, target) <= allowed)
 
 

@@ -84,6 +84,7 @@ def _turned(arm: DrawingArm) -> str:
 def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tuple[list[Metric], list[Skipped]]:
     """Return ``pose_pck/CONDITION`` and ``pose_oks/CONDITION`` of the body, and of its parts behind a further /.
 
+    ``pose_wanted/CONDITION``: see :func:`wanted`.
     ``pose_persons/CONDITION/nobody`` and ``/several``: the share of pictures asked for a person in which so many were
     found. ``pose_mirror/CONDITION``: PCK against the pose given, less that of the same pictures against its mirror
     image. ``pose_mirror/CONDITION/mirrored``: PCK against the pose itself, less that of pictures drawn from its mirror
@@ -105,7 +106,7 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
         turned = PosedPictures(
             _turned(arm), rows.select(MODEL, _turned(arm)), references, _settings(context, arm, turned=True)
         )
-        metrics += [*accuracy(drawn), *persons(drawn), margin(drawn)]
+        metrics += [*accuracy(drawn), wanted(drawn), *persons(drawn), margin(drawn)]
         if turned.rows:
             metrics += [*accuracy(turned, [HEADLINE]), *persons(turned), drop(drawn, turned)]
         for one in (drawn, turned):
@@ -206,7 +207,7 @@ def accuracy(drawn: PosedPictures, parts: Sequence[str] = tuple(PARTS)) -> list[
     """Return ``pose_pck`` (pooled over joints) and ``pose_oks`` (mean over pictures) of one condition by part."""
     box = drawn.settings["box"]
     scales = {
-        "pck": {"alpha": ALPHA, "of": f"longer side of the {box}"},
+        "pck": {"alpha": ALPHA, "of": f"longer side of the {box}; of face and hands, of their own joints asked for"},
         "oks": {"sigmas": "COCO-WholeBody", "area": f"{AREA_OF_BOX:g} x that of the {box}"},
     }
     return [
@@ -222,13 +223,26 @@ def accuracy(drawn: PosedPictures, parts: Sequence[str] = tuple(PARTS)) -> list[
 
 
 def _pck(drawn: PosedPictures, part: slice) -> tuple[np.ndarray, np.ndarray]:
-    return drawn.joints.hit[:, part].sum(1), drawn.joints.asked[:, part].sum(1)
+    return drawn.joints.hit[:, part].sum(1), drawn.joints.counted[:, part].sum(1)
 
 
 def _oks(drawn: PosedPictures, part: slice) -> tuple[np.ndarray, np.ndarray]:
     values = drawn.joints.oks(part)
     there = np.isfinite(values)
     return np.where(there, values, 0), there
+
+
+def wanted(drawn: PosedPictures) -> Metric:
+    """Return ``pose_wanted/CONDITION``: of the body's joints that were found, the share that was asked for and met.
+
+    A limb that nobody asked for costs nothing in PCK; here it does.
+    """
+    return drawn.metric(f"pose_wanted/{drawn.name}", _wanted, joints=HEADLINE, alpha=ALPHA)
+
+
+def _wanted(drawn: PosedPictures) -> tuple[np.ndarray, np.ndarray]:
+    body, somebody = PARTS[HEADLINE], drawn.joints.asked.any(1)
+    return drawn.joints.hit[:, body].sum(1) * somebody, drawn.joints.seen[:, body].sum(1) * somebody
 
 
 def persons(drawn: PosedPictures) -> list[Metric]:
@@ -379,6 +393,7 @@ TEST = SuiteTest(
     families={
         "pose_pck": f"Pose, PCK at {ALPHA}",
         "pose_oks": "Pose, OKS",
+        "pose_wanted": "Joints found that were asked for",
         "pose_gain": "PCK gained by the pose",
         "pose_mirror": "Pose met less its mirror image met",
         "pose_persons": "Persons drawn",
@@ -390,9 +405,11 @@ TEST = SuiteTest(
         (
             f"Pose, PCK at {ALPHA} and OKS",
             f"PCK: the share of the joints asked for (confidence at least {CONFIDENCE}) that are found in the picture "
-            f"within {ALPHA} of the longer side of the person's box; a joint not found is wrong (Yang & Ramanan "
-            "2013). OKS: object keypoint similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random "
-            "pair” is another sample's pose, “detector on real” the detector on the real image. Gained by the "
+            f"within {ALPHA} of the longer side of the person's box, those of the face and of a hand within {ALPHA} of "
+            "that of the face or the hand; a joint not found is wrong (Yang & Ramanan 2013). OKS: object keypoint "
+            "similarity with the constants of COCO-WholeBody (Jin et al. 2020). “Random pair” is another sample's "
+            "pose, “detector on real” the detector on the real image; of photographs, where the target is what it "
+            "found there before, on the mirror image of the real image. Gained by the "
             "pose: PCK of an arm without image features, which alone say where joints are, less that of the same arm "
             "without the pose, from the same noises.",
         ),

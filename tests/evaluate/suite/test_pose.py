@@ -15,7 +15,7 @@ from evaluate.records import BASELINE, MODEL, REAL
 from evaluate.run import evaluate
 from evaluate.subject import Subject, read_batches
 from evaluate.suite import pose
-from prep.encoders.dwpose import denormalise
+from prep.encoders.dwpose import Pose, denormalise
 from tests.evaluate.conftest import to_tensor
 from train.method.dropout import ConditioningConfig
 from train.method.flow import FlowConfig
@@ -71,6 +71,43 @@ def test_the_allowance_is_a_tenth_of_the_box():
     moved[:, :, 0] += 4.9
     assert pck(rows(list(moved), targets)).value == 1.0
     assert pck(rows(list(moved), targets, box=Box(48.0, 20.0))).value == 0.0
+
+
+def test_face_and_hands_are_measured_by_their_own_box():
+    """A face drawn as one dot in its middle is no face, though a tenth of the person's box reaches around all of it."""
+    targets = skeletons(20)
+    for part, place in ((PARTS["face"], 20), (slice(91, 112), 40), (slice(112, 133), 50)):
+        targets[:, part, :2] = place + np.random.default_rng(0).uniform(-2, 2, (part.stop - part.start, 2))
+    dots = targets.copy()
+    for part in (PARTS["face"], slice(91, 112), slice(112, 133)):
+        dots[:, part, :2] = targets[:, part, :2].mean(axis=1, keepdims=True)
+    found = accuracies(drawn(rows(list(dots), targets)))
+    for part in ("face", "hands"):
+        assert found[f"pose_pck/text+pose/{part}"].value < 0.1
+        assert (
+            found[f"pose_pck/text+pose/{part}"]
+            .settings["of"]
+            .endswith("of face and hands, of their own joints asked for")
+        )
+    assert found["pose_pck/text+pose"].value == 1
+    assert accuracies(drawn(rows(list(targets), targets)))["pose_pck/text+pose/whole"].value == 1
+    lone = targets.copy()
+    lone[:, 24:91, 2] = 0  # a single joint of the face has no box
+    assert accuracies(drawn(rows(list(lone), lone)))["pose_pck/text+pose/face"].value is None
+
+
+def test_joints_that_nobody_asked_for_cost_something():
+    targets = skeletons(20)
+    found = targets.copy()
+    targets[:, 5:11, 2] = 0  # six of the body's seventeen joints are not asked for, and drawn all the same
+    one = drawn(rows(list(found), targets), {pose.CEILING: rows(list(targets), targets, kind=REAL, condition="real")})
+    assert accuracies(one)["pose_pck/text+pose"].value == 1
+    metric = pose.wanted(one)
+    assert metric.name == "pose_wanted/text+pose"
+    assert metric.value == pytest.approx(11 / 17)
+    assert metric.baselines[pose.CEILING] == 1
+    nobody = pose.wanted(drawn(rows([None] * 20, targets)))
+    assert nobody.value is None
 
 
 def test_every_part_of_the_body_has_its_own_numbers():
@@ -158,7 +195,7 @@ def test_floor_and_ceiling_are_those_of_the_same_samples():
     assert metric.baselines["random_pair"] < 0.2
     assert metric.baselines["detector_on_real"] == pytest.approx(0.9)
     assert metric.settings["alpha"] == 0.1
-    assert metric.settings["of"] == "longer side of the true box"
+    assert metric.settings["of"] == "longer side of the true box; of face and hands, of their own joints asked for"
     assert pck(rows(list(targets), targets)[2:], references).baselines["detector_on_real"] == 1.0
 
 
@@ -241,6 +278,34 @@ def test_the_settings_say_whose_box_the_allowance_is_part_of(figures):
     assert found[TRUE_BOX]["box_area"] == pytest.approx(0.53 * float(np.ptp(corners, axis=0).prod()))
     confident = joints[joints[:, 2] >= pose.CONFIDENCE, :2]
     assert found[JOINTS_BOX]["box_side"] == pytest.approx(float(np.ptp(confident, axis=0).max()))
+
+
+def test_the_ceiling_of_photographs_is_no_circle(figures):
+    """The target is what the detector found in the image itself: found there once more, it would be perfect."""
+    unknown = copy(figures)
+    unknown.truth = lambda: None
+    (batch, *_) = read_batches(figures, figures.rows("holdout")[:2], 2)
+    own = [denormalise(figures.pose(row), batch.width, batch.height) for row in batch.rows]
+
+    class Detector:
+        """Finds the joints of these images, and in a mirrored one everything two pixels further right."""
+
+        def detect(self, pictures):
+            mirrored = not np.array_equal(pictures, batch.pixels)
+            assert not mirrored or np.array_equal(pictures, batch.pixels[:, :, ::-1])
+            found = [
+                mirror(joints, batch.width) + np.float32([2, 0, 0]) * mirrored if mirrored else joints for joints in own
+            ]
+            return [Pose(joints, np.ones((1, 5), np.float32)) for joints in found]
+
+    rows = Examiner(unknown, lpips=None, detector=Detector()).rows(batch, batch.pixels, kind=REAL, condition="real")
+    for row, joints in zip(rows, own):
+        there = joints[:, 2] > 0
+        found = np.reshape(row["joints"], (-1, 3))[there]
+        assert found[:, :2] == pytest.approx(joints[there, :2] - (2, 0), abs=1e-4)
+        assert row["persons"] == 1
+    rows = Examiner(figures, lpips=None, detector=Detector()).rows(batch, batch.pixels, kind=REAL, condition="real")
+    assert np.reshape(rows[0]["joints"], (-1, 3)) == pytest.approx(own[0])  # the truth of figures is no detector's
 
 
 def test_pictures_are_those_with_a_pose_and_some_from_its_mirror_image(figures, judged):
