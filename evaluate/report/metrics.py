@@ -56,7 +56,7 @@ def part_name(condition: str) -> str:
     """Return the name of a condition as people say it: ``text+pose`` becomes "text + pose"."""
     name, _, scale = condition.removeprefix("noises/").partition("@")
     words = "all conditions" if name == "all" else PARTS.get(name, name).replace("+", " + ")
-    words = words.replace("/mirrored", ", mirrored")
+    words = words.replace("/mirrored", ", mirrored").replace("/training", " of training images")
     return words + (f", {guidance_words(scale)}" if scale else "")
 
 

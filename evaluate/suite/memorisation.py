@@ -11,11 +11,13 @@ the training images as the holdout was (``prep/images/altered.py``), where two d
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 from scipy.stats import beta
 
 from evaluate.drawing.arms import DrawingArm
@@ -26,10 +28,12 @@ from evaluate.records import BASELINE, MODEL, REAL, Metric, Skipped, degenerate_
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
 from evaluate.suite.declaration import Section, SuiteTest
+from nanodit.config import Config
 from prep.images.altered import altered_between
 
 QUANTILE = 0.05  # of the holdout's distances
 NEIGHBOURS = 50  # next ones that the nearest is held against, as in the paper
+TRAINING = "training"  # what follows the name of a condition where it was that of a training image
 CLOSEST, NEAREST = 16, 6  # pairs shown: of drawn pictures and of the holdout
 OWN = 2048  # training images whose nearest other one is looked up
 AT_ONCE = 2**22  # numbers held at once while resampling
@@ -99,12 +103,51 @@ def share_of_copies(
     return Interval(interval.value, low, high, interval.n)
 
 
-def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
-    """Ask for every sample under each of the configured conditions."""
-    return context.configured()
+class MemorisationTestConfig(Config):
+    """The pictures drawn for this test alone."""
+
+    training: int = Field(default=64, ge=0)  # pictures drawn from what training images were given, one noise each
 
 
-def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple[list[Metric], list[Skipped]]:
+def pictures(context: DrawingContext, config: MemorisationTestConfig) -> tuple[list[Picture], list[Skipped]]:
+    """Ask for every sample under each of the configured conditions, and for some with what training images were given.
+
+    What was memorised comes back most easily where the model is asked for it.
+    """
+    drawn, skipped = context.configured()
+    return drawn + _of_training(context, config.training), skipped
+
+
+def _of_training(context: DrawingContext, count: int) -> list[Picture]:
+    """Ask for some noises of the holdout with the text, and as little beside it as possible, of a training image.
+
+    Each takes another training image of its bucket, in the order of those searched.
+    """
+    arm = _least(context)
+    if arm is None or not count:
+        return []
+    training = context.train_features
+    waiting = {bucket: deque() for bucket in set(training.buckets)}
+    for key, bucket in zip(training.keys, training.buckets):
+        waiting[bucket].append(key)
+    asked = []
+    for key in context.keys[:count]:
+        if own := waiting.get(context.rows[key]["bucket"]):
+            donors = dict.fromkeys(sorted(arm.subset), own[0])
+            own.rotate(-1)
+            asked.append(Picture(key, f"{arm.name}/{TRAINING}", arm.subset, arm.guidance, donors=donors))
+    return asked
+
+
+def _least(context: DrawingContext) -> DrawingArm | None:
+    """Return the configured arm with a text and the fewest conditions beside it."""
+    arms = [arm for arm in context.arms if "text" in arm.subset]
+    return min(arms, key=lambda arm: (len(arm.subset), arm.name), default=None)
+
+
+def summarise(
+    rows: Rows, context: DrawingContext, config: MemorisationTestConfig | None = None
+) -> tuple[list[Metric], list[Skipped]]:
     """Return ``memorisation/copies``, ``/distance_ratio`` and ``/matches`` of each condition.
 
     ``_pixels`` is on mean colours. ``copies``: see :func:`share_of_copies`. ``distance_ratio``: distance to the nearest
@@ -126,13 +169,15 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
     drawn = [row for row in rows if row["kind"] == MODEL and not row["degenerate"]]
     searches = [_Search(space, features, drawn) for space, features in spaces.items()]
     metrics = [metric for arm in context.arms for search in searches for metric in _metrics(rows, context, arm, search)]
-    matches = [_matches(rows, context, arm, training) for arm in context.arms]
-    metrics += matches
+    arms = list(context.arms)
+    if (least := _least(context)) and rows.select(MODEL, f"{least.name}/{TRAINING}"):
+        arms.append(replace(least, name=f"{least.name}/{TRAINING}"))
+    metrics += [_matches(rows, context, arm, training) for arm in arms]
     context.extras["memorisation"] = {
         "wording": WORDING,
         "training_images": len(training),
         "quantile": QUANTILE,
-        "alarms": _alarms(metrics, [arm.name for arm in context.arms], detectable_share(len(context.keys))),
+        "alarms": _alarms(metrics, [arm.name for arm in arms]),
         "closest": _closest(rows, context, searches),
         "holdout": _closest_of_holdout(rows, context, searches[0]),
     }
@@ -220,7 +265,11 @@ def _matches(rows: Rows, context: DrawingContext, arm: DrawingArm, training: Any
         name,
         intervals.proportion(found, np.ones(len(found)), clusters),
         baselines={"real": float(matched(real, training.feature_pixels).mean())},
-        settings=settings | {"images_with_a_match": len({row["key"] for row, one in zip(drawn, found) if one})},
+        settings=settings
+        | {
+            "images": len({row["key"] for row in drawn}),
+            "images_with_a_match": len({row["key"] for row, one in zip(drawn, found) if one}),
+        },
         better="lower",
     )
 
@@ -241,19 +290,22 @@ def detectable_share(count: int) -> float:
     return float(beta.ppf(POWER, FEWEST, count - FEWEST + 1))
 
 
-def _alarms(metrics: Sequence[Metric], conditions: Sequence[str], detectable: float) -> list[dict[str, Any]]:
+def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[str, Any]]:
     """Return for each condition whether there are likely copies or matches, or None where nobody can tell."""
     lows = {metric.name: metric.low for metric in metrics}
     found = {metric.name: metric for metric in metrics}
     alarms = []
     for condition in conditions:
         suffix = "" if condition == "all" else f"/{condition}"
-        own = [lows.get(f"memorisation/{name}{suffix}") for name in ("copies", "copies_pixels")]
+        spaces = [f"memorisation/{name}{suffix}" for name in ("copies", "copies_pixels")]
+        own = [lows.get(name) for name in spaces]
         matches = found[f"memorisation/matches{suffix}"]
         fired = None if None in own else all(low > QUANTILE for low in own)
+        if not any(name in found for name in spaces):  # where matches alone are looked for
+            fired = None if matches.value is None else False
         if matches.value is not None and matches.settings["images_with_a_match"] >= FEWEST:
             fired = fired or matches.value > matches.baselines["real"]
-        told = {} if matches.value is None else {"detectable": detectable}
+        told = {} if matches.value is None else {"detectable": detectable_share(matches.settings["images"])}
         alarms.append({"name": "memorisation", "condition": condition, "fired": fired, **told})
     return alarms
 
@@ -350,6 +402,7 @@ TEST = SuiteTest(
     title="Memorisation (an indicator)",
     pictures=pictures,
     summarise=summarise,
+    config=MemorisationTestConfig,
     families={
         "memorisation/copies": "Likely copies",
         "memorisation/distance_ratio": "Distance to training / that of the holdout",

@@ -12,7 +12,14 @@ from evaluate.drawing.draw import show
 from evaluate.records import MODEL, REAL
 from evaluate.statistics import intervals
 from evaluate.suite import memorisation
-from evaluate.suite.memorisation import QUANTILE, Nearness, detectable_share, nearness, share_of_copies
+from evaluate.suite.memorisation import (
+    QUANTILE,
+    MemorisationTestConfig,
+    Nearness,
+    detectable_share,
+    nearness,
+    share_of_copies,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,36 @@ def test_altered_and_rare_copies_raise_the_alarm_too(judged, known_pictures, for
     assert matches.value == pytest.approx(matches.settings["images_with_a_match"] / len(truth))
     assert matches.baselines["real"] == 0
     assert alarm(context) is (form != "a single one")
+
+
+def test_training_images_are_asked_for_by_their_own_words(judged, known_pictures, figures):
+    context = judged.context(conditions={"all": 1.0, "text+pose": 2.0, "text": 2.0})
+    wanted, _ = memorisation.pictures(context, MemorisationTestConfig(training=20))
+    asked = [picture for picture in wanted if picture.condition == "text/training"]
+    assert len(asked) == 20
+    assert len(wanted) == 20 + 3 * len(context.keys) * context.config.seeds
+    rows = {row["key"]: row for row in figures.rows()}
+    for picture in asked:
+        (donor,) = set(picture.donors.values())
+        assert picture.donors.keys() == picture.subset == {"text"}
+        assert rows[donor]["split"] == "train"
+        assert rows[donor]["bucket"] == rows[picture.key]["bucket"]
+    assert len({picture.donors["text"] for picture in asked}) > 15  # one bucket has few
+    assert memorisation.pictures(context, MemorisationTestConfig(training=0))[0] == wanted[:-20]
+
+    context = judged.context(conditions={"text": 2.0})
+    copied = {key: known_pictures["copycat"][key] for key in list(known_pictures["copycat"])[:20]}
+    rows = judged.rows({("text", 0): known_pictures["truth"], ("text/training", 0): copied})
+    metrics, _ = memorisation.summarise(rows, context)
+    found = {metric.name: metric for metric in metrics}
+    assert found["memorisation/matches/text"].value == 0
+    assert found["memorisation/matches/text/training"].value == 1
+    fired = {one["condition"]: one for one in context.extras["memorisation"]["alarms"]}
+    assert (fired["text"]["fired"], fired["text/training"]["fired"]) == (False, True)
+    assert fired["text/training"]["detectable"] == detectable_share(20)
+    rows = judged.rows({("text", 0): known_pictures["truth"], ("text/training", 0): known_pictures["truth"]})
+    memorisation.summarise(rows, context)
+    assert [one["fired"] for one in context.extras["memorisation"]["alarms"]] == [False, False]
 
 
 def test_the_share_that_would_have_been_found_is_said(verdicts):
