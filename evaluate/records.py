@@ -58,7 +58,7 @@ SAMPLES_SCHEMA = pa.schema(
 )
 
 
-ITSELF = "what training minimises, the squared error"
+ITSELF = "the objective itself"  # the squared error, which training minimises
 RELATED = "related to a loss of training"  # by a network that the model was trained to please
 
 

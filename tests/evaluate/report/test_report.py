@@ -156,6 +156,18 @@ def test_long_and_foreign_captions_do_no_harm(html):  # fault E07
     assert "long " * 100 not in html
 
 
+def test_each_noise_level_has_its_share_of_the_loss_beside_its_error(folder):
+    html = report.render(EvaluationFiles.read(folder))
+    table = html.partition('aria-label="held-out error by noise level"')[2].partition("</table>")[0]
+    cells = re.findall(r"<td>([^<]*)</td>", table)
+    lines = table.count("of its loss")
+    assert table.count("<tr>") == 11
+    for line in range(lines):
+        shares = [int(cell.removesuffix(" %")) for cell in cells[2 * line + 1 :: 2 * lines]]
+        assert len(shares) == 10
+        assert sum(shares) == pytest.approx(100, abs=5)  # rounded
+
+
 def test_what_was_measured_is_on_the_page(html):
     for words in ("Attribute accuracy", "inconclusive", "JPEG round trip", "judge on real", "chance", "PCK at 0.1"):
         assert words in html
