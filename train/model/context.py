@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from train.model.conditions import Conditions
 from train.model.config import ModelConfig
-from train.model.layers import _layer_norm
+from train.model.layers import _layer_norm, _near_zero
 from train.model.modalities import MODALITIES, Features, Grid, Row
 from train.model.spans import Spans
 
@@ -77,15 +77,15 @@ class ContextEncoder(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.config, self.modalities = config, features.modalities
-        self.null = nn.Parameter(torch.randn(SHARED_ROWS, d) * 0.02)
-        self.role = nn.Parameter(torch.randn(SHARED_ROWS, d) * 0.02)
+        self.null = _near_zero(SHARED_ROWS, d)
+        self.role = _near_zero(SHARED_ROWS, d)
         self._row = {name: row for row, name in enumerate(MODALITIES) if row < SHARED_ROWS}
         for name in self.modalities:
             for part, value in MODALITIES[name].parts(config, features.widths[name]).items():
                 setattr(self, part, value)
             if name not in self._row:
-                setattr(self, f"null_{name}", nn.Parameter(torch.randn(d) * 0.02))
-                setattr(self, f"role_{name}", nn.Parameter(torch.randn(d) * 0.02))
+                setattr(self, f"null_{name}", _near_zero(d))
+                setattr(self, f"role_{name}", _near_zero(d))
 
     def forward(self, conditions: Conditions, rows: int, columns: int, base_grid: float) -> tuple[Tensor, ...]:
         """Return tokens (M, d), their positions (M, 2) in grid units, whose they are, and the CLS part of adaLN (b, d).

@@ -25,6 +25,14 @@ def _linear(inputs: int, outputs: int, *, bias: bool = False, zero: bool = False
     return layer
 
 
+def _near_zero(*shape: int) -> nn.Parameter:
+    """Return a parameter that begins as N(0, 0.02²)."""
+    values = torch.empty(shape)
+    if not values.is_meta:  # where either would import torch's compiler, which takes more than a second
+        values.normal_().mul_(0.02)
+    return nn.Parameter(values)
+
+
 def _rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanodit.keypoints import JOINTS
 from prep.dataset.quantise import GROUP, Quantised
 from train.model.config import ModelConfig
-from train.model.layers import _layer_norm, _linear
+from train.model.layers import _layer_norm, _linear, _near_zero
 from train.model.mirror import flip_pose
 
 NULL_JOINT_CONFIDENCE = 0.05  # below it a joint counts as not found
@@ -128,7 +128,7 @@ def _text_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Par
     d = config.hidden_size
     return {
         "text": _linear(width, d, bias=True),
-        "text_order": nn.Parameter(torch.randn(MAX_TEXT_TOKENS, d) * 0.02),
+        "text_order": _near_zero(MAX_TEXT_TOKENS, d),
     }
 
 
@@ -141,7 +141,7 @@ def _cls_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Para
     return {
         "cls": _linear(width, d, bias=True),
         "cls_to_adaln": _linear(width, d, bias=True),
-        "null_cls_to_adaln": nn.Parameter(torch.randn(d) * 0.02),
+        "null_cls_to_adaln": _near_zero(d),
     }
 
 
@@ -187,9 +187,9 @@ def _pose_parts(config: ModelConfig, width: int) -> dict[str, nn.Module | nn.Par
     return {
         "pose": nn.Sequential(_linear(width, d, bias=True), nn.GELU(), _linear(d, d, bias=True)),
         "pose_position": _linear(4 * POSE_FREQUENCIES, d),
-        "joint": nn.Parameter(torch.randn(config.context_joints, d) * 0.02),
-        "null_joint": nn.Parameter(torch.randn(d) * 0.02),
-        "no_person": nn.Parameter(torch.randn(d) * 0.02),
+        "joint": _near_zero(config.context_joints, d),
+        "null_joint": _near_zero(d),
+        "no_person": _near_zero(d),
     }
 
 
