@@ -13,14 +13,17 @@ import pytest
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.images.scan import scan
+from prep.passes.supervisor import Supervisor
+from prep.run import run
 from tests.local_cluster import LocalCluster
 from tests.prep.passes.test_plan import write_images
+from tests.prep.prepared import compute_here
 from tests.prep.runs import NETWORKS, files_of
 
 PROJECT = Path(__file__).parents[2]
-IMAGES, SHARD = 300, 4
-POISON = {"image-007.png": "segfault", "image-123.png": "hang"}
-REASONS = {"image-007.png": "crashes_worker", "image-123.png": "hangs_worker"}
+IMAGES, SHARD = 100, 2
+POISON = {"image-007.png": "segfault", "image-053.png": "hang"}
+REASONS = {"image-007.png": "crashes_worker", "image-053.png": "hangs_worker"}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +64,14 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 1
         time.sleep(0.02)
 
 
+def children(root: Path) -> list[int]:
+    """The processes whose temporary files are there: those that compute for actors."""
+    return [int(path.name.rsplit("-", 1)[1]) for path in root.glob("bucket_*/.*.tmp-*")]
+
+
 def writers(root: Path) -> list[int]:
-    """The processes of actors at work: the parents of the children whose temporary files are there."""
-    children = [int(path.name.rsplit("-", 1)[1]) for path in root.glob("bucket_*/.*.tmp-*")]
-    return [parent for child in children if (parent := parent_of(child))]
+    """The processes of actors at work: the parents of those that compute."""
+    return [parent for child in children(root) if (parent := parent_of(child))]
 
 
 def parent_of(process: int) -> int:
@@ -78,7 +85,7 @@ def parent_of(process: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environment, tmp_path):
+def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environment, tmp_path, monkeypatch):
     fields = {"source": str(source), "base": 64, "shard_size": SHARD, "sample_timeout": 3, "layers": ["pose"]}
     disturbed = PrepConfig(output=str(tmp_path / "disturbed"), **fields)
     root, log = Path(disturbed.output), tmp_path / "log.txt"
@@ -108,9 +115,11 @@ def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environ
         assert last.wait(timeout=240) == 0, log.read_text()
     assert "an actor was killed" in log.read_text()
 
-    undisturbed = PrepConfig(output=str(tmp_path / "undisturbed"), **fields)
-    alone = start(undisturbed, environment, tmp_path / "alone.txt")
-    assert alone.wait(timeout=240) == 0, (tmp_path / "alone.txt").read_text()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    undisturbed = PrepConfig(output=str(tmp_path / "undisturbed"), encoders="production", pose=NETWORKS, **fields)
+    compute_here(monkeypatch, Supervisor)
+    run(undisturbed)
     assert files_of(root) == files_of(Path(undisturbed.output))
     rejects = {row["source"]: row["reason"] for row in pq.read_table(root / "rejects.parquet").to_pylist()}
     assert rejects == REASONS  # the poison images, and no innocent one
@@ -120,13 +129,18 @@ def test_p10_p11_p12_killed_driver_actor_and_node_change_nothing(source, environ
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_joins_takes_part(source, tmp_path):
+    """What computes on the first node is stopped meanwhile, so that something is left to do."""
     fields = {"source": str(source), "base": 64, "shard_size": SHARD, "layers": ["pose"]}
     config = PrepConfig(output=str(tmp_path / "out"), **fields)
     root, log = Path(config.output), tmp_path / "log.txt"
     with LocalCluster(nodes=1, environment={"NANODIT_FAULT": "px.decode@*:delay", "OMP_NUM_THREADS": "1"}) as cluster:
         driver = start(config, cluster.environment, log)
         wait_for(lambda: committed(root) > 2, driver, log)
+        found: list[int] = []
+        wait_for(lambda: found.extend(children(root)) or found, driver, log)
+        os.kill(found[0], signal.SIGSTOP)
         raylet = cluster.add_node()
         wait_for(lambda: raylet in map(parent_of, writers(root)), driver, log)
+        os.kill(found[0], signal.SIGCONT)
         assert driver.wait(timeout=240) == 0, log.read_text()
     assert len(Dataset(root)) == IMAGES

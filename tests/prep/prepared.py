@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -15,6 +15,7 @@ from prep.passes.nodes import local_node
 from prep.passes.placement import Pass
 from prep.passes.plan import Plan, make_plan, write_manifest
 from prep.passes.publish import publish
+from prep.passes.supervisor import Supervisor
 from prep.run import current_parts
 from tests.prep.captioning import ask_here
 
@@ -33,12 +34,12 @@ def prepare(config: PrepConfig) -> Plan:
 class LocalPipeline(ModuleType):
     """What ``prep/passes/ray_passes.py`` and ``ray_captions.py`` offer, on one worker of this process.
 
-    ``before`` is called with the layers of every pass, before it begins.
+    ``before`` is called with the layers of every pass, before it begins; ``worker`` makes what computes one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Callable[[PrepConfig], LayerWorker | Supervisor] = LayerWorker) -> None:
         super().__init__("prep.passes.ray_passes")
-        self.before = lambda layers: None
+        self.before, self.worker = lambda layers: None, worker
 
     @contextmanager
     def ray_session(self) -> Iterator[None]:
@@ -54,14 +55,18 @@ class LocalPipeline(ModuleType):
 
     def run_pass(self, settings: PrepConfig, step: Pass, tasks: list[ShardTask]) -> Iterator[list[dict]]:
         self.before(step.layers)
-        worker = LayerWorker(settings)
+        worker = self.worker(settings)
         for task in tasks:
             yield worker.run(ShardTask.from_json(task.to_json()))
+        if isinstance(worker, Supervisor):
+            worker.close()
 
 
-def compute_here(monkeypatch: pytest.MonkeyPatch) -> LocalPipeline:
-    """Let ``prep run`` compute in this process."""
-    local = LocalPipeline()
+def compute_here(
+    monkeypatch: pytest.MonkeyPatch, worker: Callable[[PrepConfig], LayerWorker | Supervisor] = LayerWorker
+) -> LocalPipeline:
+    """Let ``prep run`` compute in this process, or with ``Supervisor`` in one child of it."""
+    local = LocalPipeline(worker)
     for name in ("ray_passes", "ray_captions"):
         monkeypatch.setitem(sys.modules, f"prep.passes.{name}", local)
     return local
