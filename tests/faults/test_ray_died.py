@@ -15,6 +15,7 @@ import pytest
 from prep.run import run
 from tests.local_cluster import LocalCluster
 from tests.prep.passes.test_plan import write_images
+from tests.prep.prepared import prepare
 from tests.prep.runs import PROJECT, command, files_of, poses
 from tests.processes import left, with_role
 from tests.train.sweeps import write_sweep
@@ -50,30 +51,33 @@ def killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
-def test_prep_run_says_that_its_ray_died_and_the_same_command_continues(tmp_path, victim):
-    write_images(tmp_path / "source", 24, size=(400, 400))
-    settings = poses(tmp_path, shard_size=2)
+def test_prep_run_says_that_its_ray_died_and_the_same_command_continues(tmp_path, ray_session):
+    """First its raylet is killed; then, while the same command goes on, the GCS; then that command ends undisturbed."""
+    write_images(tmp_path / "source", 60)
+    settings = poses(tmp_path, shard_size=1)
     parts = tmp_path / "out" / "parts"
-    # slow enough that it cannot end by itself meanwhile
-    code, said = killed(
-        command(settings), lambda driver: with_role(victim, driver), lambda: len(list(parts.glob("*"))) > 2,
-        NANODIT_FAULT="px.decode@*:delay",
-    )  # fmt: skip
-    assert code == 4, said
-    error = said.splitlines()[-1]
-    whom = {"raylet": "error: the raylet of this command's own Ray", "gcs_server": "error: the GCS of this command's"}
-    assert error.startswith(whom[victim])
-    assert f"logs/{victim}.out" in error
-    assert "Run the same command again: finished units are kept" in error
-    committed = {path: path.stat().st_mtime_ns for path in parts.glob("*")}
-    assert 0 < len(committed) < 24
-    assert subprocess.run(command(settings), cwd=PROJECT, stdout=subprocess.DEVNULL, timeout=WAIT).returncode == 0
+    committed: dict[Path, int] = {}
+    whose = {"raylet": "error: the raylet of this command's own Ray", "gcs_server": "error: the GCS of this command's"}
+    for victim, words in whose.items():
+        more = len(committed) + 2
+        # slow enough that it cannot end by itself meanwhile
+        code, said = killed(
+            command(settings, "workers=1"), lambda driver, victim=victim: with_role(victim, driver),
+            lambda more=more: len(list(parts.glob("*"))) > more, NANODIT_FAULT="px.decode@*:delay",
+        )  # fmt: skip
+        assert code == 4, said
+        error = said.splitlines()[-1]
+        assert error.startswith(words)
+        assert f"logs/{victim}.out" in error
+        assert "Run the same command again: finished units are kept" in error
+        assert {path: path.stat().st_mtime_ns for path in committed} == committed
+        committed = {path: path.stat().st_mtime_ns for path in parts.glob("*")}
+        assert more < len(committed) < 120
+    run(settings)
     assert {path: path.stat().st_mtime_ns for path in committed} == committed
-    if victim == "raylet":
-        undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
-        run(undisturbed)
-        assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+    undisturbed = settings.model_copy(update={"output": str(tmp_path / "undisturbed")})
+    prepare(undisturbed)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
@@ -83,7 +87,7 @@ def test_prep_run_in_a_cluster_says_that_the_raylet_beside_it_died(tmp_path):
     parts = tmp_path / "out" / "parts"
     with LocalCluster(nodes=1, environment={"NANODIT_FAULT": "px.decode@*:delay"}) as cluster:
         code, said = killed(
-            command(settings), lambda driver: cluster.raylets, lambda: len(list(parts.glob("*"))) > 2,
+            command(settings, "workers=1"), lambda driver: cluster.raylets, lambda: len(list(parts.glob("*"))) > 2,
             **cluster.environment,
         )  # fmt: skip
     assert code == 4, said
@@ -91,8 +95,8 @@ def test_prep_run_in_a_cluster_says_that_the_raylet_beside_it_died(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path):
-    dataset = write_dataset(tmp_path / "dataset")
+def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path, ray_session):
+    dataset = write_dataset(tmp_path / "dataset", encoders="production")
     straight = write_sweep(tmp_path / "straight", dataset, arms={"A": {}})
     assert main(["sweep", "--config", str(straight), "--trial", "A-seed0"]) == 0
     file = write_sweep(tmp_path / "killed", dataset, arms={"A": {}})
@@ -106,8 +110,7 @@ def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path):
     error = said.splitlines()[-1]
     assert error.startswith("error: the raylet of this command's own Ray")
     assert "The same command with --resume continues: finished trials are kept" in error
-    again = subprocess.run([*sweep, "--resume"], cwd=PROJECT, capture_output=True, text=True, timeout=WAIT)
-    assert again.returncode == 0, again.stdout + again.stderr
+    assert main([*sweep[3:], "--resume"]) == 0
     assert (read_record(trial)["status"], read_record(trial)["attempts"]) == ("finished", 2)
     last = Path("checkpoints/step-000012/model.safetensors")
     assert (trial / last).read_bytes() == (straight.parent / "sweep/trials/A-seed0" / last).read_bytes()
@@ -115,7 +118,8 @@ def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_asked_to_stop_ends_with_75_and_its_trial_with_it(tmp_path):
-    file = write_sweep(tmp_path / "stopped", write_dataset(tmp_path / "dataset"), arms={"A": {}})
+    dataset = write_dataset(tmp_path / "dataset", encoders="production")
+    file = write_sweep(tmp_path / "stopped", dataset, arms={"A": {}})
     sweep = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
     code, said = killed(
         sweep, lambda driver: [driver] if with_role("trial", driver) else [], lambda: True, signal.SIGTERM
