@@ -15,6 +15,7 @@ from nanodit import __version__, place
 from nanodit.errors import ConfigError
 from nanodit.place import PACKAGES, PROJECT, claim, hides, overwritten, shadow
 from prep.doctor.places import project_check
+from tests.prep.passes.test_plan import write_images
 
 FOREIGN = "raise SystemExit('this is somebody else')\n"
 
@@ -104,10 +105,9 @@ def test_a_folder_that_hides_ours_is_known(strangers, tmp_path):
 def test_rays_workers_run_ours(strangers):
     """Ray puts the working directory first on their path."""
     (strangers / "prep.py").write_text(FOREIGN)
-    figures = python(strangers, "-m", "nanodit", "prep", "figures", "figures", "--count", "8", "--size", "64")
-    assert figures.returncode == 0, figures.stderr
-    overrides = ["source=figures", "output=out", "base=64", "encoders=demo", "layers=[pose]", "shard_size=4"]
-    done = python(strangers, "-m", "nanodit", "prep", "run", *overrides)
+    write_images(strangers / "images", 4)
+    overrides = ["source=images", "output=out", "base=64", "encoders=demo", "layers=[pose]", "shard_size=4"]
+    done = python(strangers, "-m", "nanodit", "prep", "run", *overrides, "workers=1")
     assert done.returncode == 0, done.stderr
     assert (strangers / "out" / "dataset.json").is_file()
 

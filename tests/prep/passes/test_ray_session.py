@@ -14,30 +14,22 @@ from pathlib import Path
 import pytest
 
 from nanodit.errors import ConfigError, ResourceError
+from prep.dataset.reader import Dataset
 from prep.doctor.node import _address
 from prep.passes import ray_passes
 from prep.passes.ray_passes import cluster_address, ray_session, temporary_folder
+from prep.run import run
 from tests.prep.passes.test_plan import write_images
 from tests.prep.runs import PROJECT, command, parent_of, poses
 
 STARTED = (
-    "import ray\n"
     "from nanodit.errors import run_command\n"
     "from prep.passes.ray_passes import ray_session\n"
     "def main():\n"
     "    with ray_session():\n"
-    "        print(ray.get(ray.remote(lambda: 'ran').remote()))\n"
+    "        print('started')\n"
     "raise SystemExit(run_command(main))\n"
 )
-
-
-def started(limits: tuple[int, int] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command that starts a Ray of its own, in a process with this environment."""
-    return subprocess.run(
-        [sys.executable, "-c", STARTED], env={**os.environ, "RAY_ADDRESS": "", **environment}, text=True,
-        capture_output=True, check=False,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits)) if limits else None,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -84,17 +76,11 @@ def test_a_folder_with_a_long_name_is_not_used(tmp_path, monkeypatch):
         temporary_folder()
 
 
-@pytest.mark.slow
-def test_a_long_tmpdir_and_few_open_files_are_no_hindrance(tmp_path):
-    long = tmp_path / ("x" * 60)
-    long.mkdir()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    done = started((64, hard), TMPDIR=str(long), RAY_TMPDIR="")
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ran"), done.stderr
-
-
 def test_too_few_open_files_are_said():
-    done = started((64, 64))
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED], env=os.environ | {"RAY_ADDRESS": ""}, text=True, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )  # fmt: skip
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
     assert f"ulimit -n {ray_passes.OPEN_FILES}" in done.stderr
@@ -130,19 +116,35 @@ def listening(parent: int) -> dict[str, set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_run_of_ones_own_listens_on_loopback_alone(tmp_path, monkeypatch):
+def test_a_run_with_a_ray_of_its_own_listens_on_loopback_alone_stops_when_asked_and_continues(
+    tmp_path, monkeypatch, without_ray
+):
+    """A long TMPDIR and few open files are no hindrance to it."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     write_images(tmp_path / "source", 40, size=(400, 400))
-    process = subprocess.Popen(command(poses(tmp_path, shard_size=1)), cwd=PROJECT, stderr=subprocess.DEVNULL)
+    settings = poses(tmp_path, shard_size=1)
+    process = subprocess.Popen(
+        command(settings, "workers=1"), cwd=PROJECT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(long), "RAY_TMPDIR": ""},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
+    )  # fmt: skip
     parts = tmp_path / "out" / "parts"
     while process.poll() is None and not list(parts.glob("*.parquet")):
         time.sleep(0.05)
     found = listening(process.pid)
     process.terminate()
-    assert process.wait(timeout=60) == 75  # it was at work
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "The same command continues" in errors
+    assert not (tmp_path / "out" / "index.parquet").exists()
     assert {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= set(found)
     outside = {one for at in found.values() for one in at if not ipaddress.ip_address(one).is_loopback}
     assert {name: at for name, at in found.items() if at & outside} == {}
+    run(settings)
+    assert len(Dataset(tmp_path / "out")) == 40
 
 
 def test_a_ray_that_listens_elsewhere_is_said(monkeypatch, capsys):

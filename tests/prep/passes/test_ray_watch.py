@@ -20,7 +20,7 @@ WATCHED = """
 import os, resource, signal, sys, time
 from prep.passes import ray_watch
 from prep.passes.ray_watch import RayPlace, ended_with_ray
-raylet, gcs, own, end, ray_watch.GCS_AWAY = *sys.argv[1:5], float(sys.argv[5])
+raylet, gcs, own, end, ray_watch.GCS_AWAY, ray_watch.TRY = *sys.argv[1:5], *map(float, sys.argv[5:])
 if end == "many files":
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     kept = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
@@ -76,10 +76,15 @@ def ray(tmp_path) -> Iterator[tuple[Listener, Listener]]:
 
 
 def watched(
-    ray: tuple[Listener, Listener], own: bool = True, end: str = "stay", gcs: str = "", away: float = 45
+    ray: tuple[Listener, Listener],
+    own: bool = True,
+    end: str = "stay",
+    gcs: str = "",
+    away: float = 45,
+    a_try: float = 5,
 ) -> subprocess.Popen[str]:
     raylet, (host, port) = (one.socket.getsockname() for one in ray)
-    arguments = [raylet, gcs or f"{host}:{port}", "own" if own else "joined", end, str(away)]
+    arguments = [raylet, gcs or f"{host}:{port}", "own" if own else "joined", end, str(away), str(a_try)]
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -137,7 +142,7 @@ def test_a_cluster_may_start_its_gcs_again(ray):
 def test_a_gcs_that_is_too_busy_to_answer_is_not_dead(ray):
     """As one that the system has stopped: what it took it keeps, and its queue is full."""
     gcs = ray[1].socket
-    process = watched(ray)
+    process = watched(ray, a_try=0.5)
     gcs.listen(0)
     crowd = [socket.socket() for _ in range(4)]
     try:
@@ -145,7 +150,7 @@ def test_a_gcs_that_is_too_busy_to_answer_is_not_dead(ray):
             one.setblocking(False)
             one.connect_ex(gcs.getsockname())
         ray[1].drop()
-        for _ in range(80):  # longer than one try takes
+        for _ in range(20):  # longer than three tries take
             assert process.stdout.readline() == "here\n", process.stderr.read()
     finally:
         for one in crowd:
@@ -156,7 +161,7 @@ def test_a_gcs_that_is_too_busy_to_answer_is_not_dead(ray):
 
 def test_a_cluster_whose_gcs_only_ray_can_reach_is_not_dead(ray):
     process = watched(ray, own=False, gcs="nowhere.invalid:6379", away=1)
-    for _ in range(40):
+    for _ in range(25):
         assert process.stdout.readline() == "here\n", process.stderr.read()
     ray[0].die()
     assert ended(process)[1].startswith("error: the raylet of Ray at nowhere.invalid:6379")
