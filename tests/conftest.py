@@ -18,8 +18,9 @@ from prep.figures.figures import write_figures
 FIGURES = 80  # 64 for training, 16 held out
 # Minutes each, the longest first: a worker of `--dist loadfile` that began one of them last would end alone
 LONG = (
-    "train/check/test_check.py", "faults/test_sweep_faults.py", "train/sweep/test_sweep.py",
-    "faults/test_prep_cluster.py", "test_seed.py", "faults/test_train_faults.py", "evaluate/test_run.py",
+    "train/check/test_check.py", "faults/test_sweep_faults.py", "faults/test_ray_died.py", "train/sweep/test_sweep.py",
+    "faults/test_prep_cluster.py", "faults/test_caption_stage.py", "test_seed.py", "faults/test_train_faults.py",
+    "evaluate/test_run.py",
     "prep/passes/test_crops.py", "prep/passes/test_killed.py", "train/test_presets.py",
     "prep/passes/test_preflight.py", "train/plan/test_plan.py", "nanodit/test_storage.py",
     "faults/test_version_faults.py", "extensions/test_extensions.py", "nanodit/test_place.py",

@@ -23,7 +23,9 @@ class LocalCluster:
     def __init__(self, nodes: int, cpus: int = 1, environment: dict[str, str] | None = None, vram_gb: int = 0) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
         patient = {"RAY_raylet_start_wait_time_s": "180"}  # where other tests have the processors
-        self.environment = {**(environment or {}), **token, **patient}
+        # a raylet that was killed is missed five looks later; one that is slow to answer has ten seconds for each
+        attentive = {"RAY_health_check_period_ms": "300"}
+        self.environment = {**(environment or {}), **token, **patient, **attentive}
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(nodes), str(cpus), str(vram_gb)],
             env=os.environ | self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

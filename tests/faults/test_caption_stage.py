@@ -87,7 +87,7 @@ class Site:
         while not condition():
             assert driver.poll() is None, f"ended with {driver.returncode}:\n{self.said(name)}"
             assert time.monotonic() < end, f"waited {seconds} s in vain:\n{self.said(name)}"
-            time.sleep(0.02)
+            time.sleep(0.1)  # what is looked at is all of /proc
 
     def kill(self, driver: subprocess.Popen, name: str, raylet: int, what: str) -> None:
         """Kill the actor of a raylet while its server is asked, or first the raylet; the server goes too.
