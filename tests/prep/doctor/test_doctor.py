@@ -317,26 +317,34 @@ def test_no_cluster_at_the_address_is_found_at_once(monkeypatch: pytest.MonkeyPa
     assert find(checks, "packages").status == "OK"  # this machine is looked at all the same
 
 
-def doctor_of(environment: dict[str, str], join_seconds: float) -> dict[str, dict[str, Any]]:
-    """The checks by name that a process with this environment prints."""
+def doctor_of(environment: dict[str, str], join_seconds: float) -> Callable[[], dict[str, dict[str, Any]]]:
+    """Start a process with this environment; what is returned waits for the checks by name that it prints."""
     script = (
         "from tests.prep.doctor.test_doctor import PATIENT, config, doctor, doctor_module\n"
         f"doctor_module.LIMIT, doctor_module.JOIN_SECONDS = 2 * PATIENT, {join_seconds}\n"
         "doctor(config(encoders='demo'), as_json=True)"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | environment)
-    # the document alone is on stdout, whatever Ray says
-    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+    def wait() -> dict[str, dict[str, Any]]:
+        printed, _ = process.communicate(timeout=200)
+        # the document alone is on stdout, whatever Ray says
+        return {check["name"]: check for check in json.loads(printed)["checks"]}
+
+    return wait
 
 
 @pytest.mark.slow
 def test_the_machines_of_a_running_ray_are_examined() -> None:
     with LocalCluster(nodes=2) as running:
-        checks = doctor_of(running.environment, PATIENT)
+        stranger = doctor_of(running.environment | {"RAY_AUTH_TOKEN": "0" * 32}, 7.0)
+        checks = doctor_of(running.environment, PATIENT)()
+        stranger = stranger()
         assert checks["ray"]["found"] == "2 nodes on 1 machine"
         assert (checks["packages"]["node"], checks["packages"]["status"]) == (socket.gethostname(), "OK")
-        stranger = doctor_of(running.environment | {"RAY_AUTH_TOKEN": "0" * 32}, 7.0)
     assert stranger["ray"]["status"] == "FAIL"
     assert "token" in stranger["ray"]["fix"]
     assert stranger["packages"]["status"] == "OK"  # of this machine
