@@ -24,7 +24,7 @@ SECRET = "hf_secret_of_the_tests"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("sweeps") / "dataset")
+    return write_dataset(tmp_path_factory.mktemp("sweeps") / "dataset", encoders="production")
 
 
 def records(file: Path) -> dict[str, dict]:
@@ -85,14 +85,15 @@ def test_S01_a_trial_that_was_killed_goes_on_from_its_checkpoint(dataset, tmp_pa
 def test_S02_a_sweep_whose_driver_is_killed_goes_on(dataset, tmp_path, ray_session):
     """Its final table is that of a sweep that nothing disturbed, and no trial is trained twice."""
     arms = {"A": {"overrides": {"optimizer.type": "adamw"}}, "B": {}, "C": {"overrides": {"train.lr": 1e-3}}}
-    overrides = {"checkpoint.every_steps": 10, "train.batch_size": 2}
-    changes = {"arms": arms, "overrides": overrides, "concurrent": 1, "budget": {"steps": 120}}
+    overrides = {"checkpoint.every_steps": 4, "train.batch_size": 2}
+    changes = {"arms": arms, "overrides": overrides, "concurrent": 1, "budget": {"steps": 40}}
     straight = write_sweep(tmp_path / "straight", dataset, **changes)
-    assert main(["sweep", "--config", str(straight)]) == 0
+    for name in arms:  # one by one in this process: the same trials, as tests/train/sweep/test_sweep.py holds
+        assert main(["sweep", "--config", str(straight), "--trial", f"{name}-seed0"]) == 0
     file = write_sweep(tmp_path / "killed", dataset, **changes)
     command = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
     # so slow that it cannot finish while the driver's death spreads
-    environment = os.environ | {"NANODIT_FAULT": "train.step@B-seed0:delay"}
+    environment = os.environ | {"NANODIT_FAULT": ",".join(["train.step@B-seed0:delay"] * 2)}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     second = load_sweep(file).trials_folder / "B-seed0" / "checkpoints"
     deadline = time.monotonic() + 180
@@ -131,7 +132,7 @@ def test_failed_trials_stay_until_they_are_asked_for(dataset, tmp_path, ray_sess
 
 @pytest.mark.slow
 def test_a_sweep_without_a_finished_trial_ends_with_three(dataset, tmp_path, ray_session, monkeypatch, capsys):
-    file = write_sweep(tmp_path, dataset, retries=0)
+    file = write_sweep(tmp_path, dataset, retries=0, arms={"A": {}})
     monkeypatch.setenv("NANODIT_FAULT", "sweep.trial@*:raise")
     assert main(["sweep", "--config", str(file)]) == 3
     assert "no trial finished" in capsys.readouterr().err

@@ -321,12 +321,12 @@ def test_shards_are_handed_out_some_at_a_time(tmp_path, ray_session, monkeypatch
     monkeypatch.setattr(pipeline, "TASKS", 2)
     handed, real = [], pipeline._results
     monkeypatch.setattr(pipeline, "_results", lambda *given: handed.append(len(given[2])) or real(*given))
-    write_images(tmp_path / "source", 13)
+    write_images(tmp_path / "source", 8)
     settings = config(tmp_path, layers=["text"])
     plan = make_plan(settings)
-    assert len(plan.shards) == 5
+    assert len(plan.shards) == 3
     write_manifest(plan)
     finished = list(pipeline.run_pass(settings, Pass(("px", "text"), "cpu", 1), plan.tasks(("px", "text"))))
-    assert handed == [2, 2, 1]
-    assert len(finished) == 5
+    assert handed == [2, 1]
+    assert len(finished) == 3
     assert {unit.layer for unit in make_plan(settings).missing} == {"t5"}
