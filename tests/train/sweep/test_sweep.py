@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -13,7 +16,7 @@ from evaluate import trial as measuring
 from nanodit.errors import ConfigError, DataError, ResourceError
 from prep.dataset.reader import Dataset
 from tests.train.sweeps import tiny_sweep, write_sweep
-from tests.train.tiny import tiny_config
+from tests.train.tiny import tiny_config, write_dataset
 from train.__main__ import main
 from train.checkpoint.checkpoint import load_checkpoint
 from train.sweep import process as sweep_process
@@ -33,12 +36,45 @@ FACTORS = {"tread": ["tread"], "grid": ["evaluate.heldout_loss"]}
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_dataset, tmp_path_factory, ray_session) -> Path:
+def tiny_dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("sweeps") / "dataset", encoders="production")
+
+
+class Grown(NamedTuple):
+    """A sweep of three arms that was first asked for one, then for another: its YAML, and what was there after each."""
+
+    file: Path
+    printed: list[str]
+    plans: list[dict]
+    trials: list[list[str]]
+    pages: list[str]
+    records: list[dict]  # of the arm that was asked for first
+
+
+@pytest.fixture(scope="module")
+def grown(tiny_dataset, tmp_path_factory, ray_session) -> Grown:
+    from evaluate.__main__ import main as evaluate
+
+    file = write_sweep(
+        tmp_path_factory.mktemp("sweep"), tiny_dataset, arms=ARMS, factors=FACTORS, primary={"metric": "heldout_loss"}
+    )
+    found, folder = Grown(file, [], [], [], [], []), load_sweep(file).folder
+    for more in (["--arms", "B"], ["--resume", "--arms", "fine"]):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main(["sweep", "--config", str(file), *more]) == 0
+            assert evaluate(["report", str(folder)]) == 0
+        found.printed.append(printed.getvalue())
+        found.plans.append(json.loads((folder / "sweep.json").read_text()))
+        found.trials.append(sorted(path.name for path in (folder / "trials").iterdir()))
+        found.pages.append((folder / "report.html").read_text(encoding="utf-8"))
+        found.records.append(record_of(file, "B-seed0"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(grown) -> Path:
     """The YAML of a sweep that is finished; one of its arms measures another one's weights."""
-    folder = tmp_path_factory.mktemp("sweep")
-    file = write_sweep(folder, tiny_dataset, arms=ARMS, factors=FACTORS)
-    assert main(["sweep", "--config", str(file)]) == 0
-    return file
+    return grown.file
 
 
 def record_of(file: Path, name: str) -> dict:
@@ -130,40 +166,23 @@ def test_S05_code_that_changed_is_refused_or_a_cohort_of_its_own(finished, tmp_p
 
 
 @pytest.mark.slow
-def test_a_sweep_of_chosen_arms_takes_in_others_later(tiny_dataset, tmp_path, ray_session, capsys):
-    from evaluate.__main__ import main as evaluate
-
-    file = write_sweep(tmp_path, tiny_dataset, arms=ARMS, factors=FACTORS, primary={"metric": "heldout_loss"})
-    command = ["sweep", "--config", str(file)]
-    folder = load_sweep(file).folder
-
-    def recorded() -> tuple[list[str], list[str], str]:
-        assert evaluate(["report", str(folder)]) == 0
-        page = (folder / "report.html").read_text(encoding="utf-8")
-        plan = json.loads((folder / "sweep.json").read_text())
-        return list(plan["arms"]), sorted(path.name for path in (folder / "trials").iterdir()), page
-
-    assert main([*command, "--arms", "B,fin"]) == 2
+def test_a_sweep_of_chosen_arms_takes_in_others_later(grown, capsys):
+    assert main(["sweep", "--config", str(grown.file), "--arms", "B,fin"]) == 2
     assert "--arms fin: there is no such arm; did you mean fine?" in capsys.readouterr().err
-    assert main([*command, "--arms", "B"]) == 0
-    printed = capsys.readouterr().out
+    printed, later = grown.printed
     assert "warning: B is not compared: no arm A" in printed
     assert "1 of 1 trials finished" in printed
-    arms, trials, page = recorded()
-    assert (arms, trials) == (["B"], ["B-seed0"])
+    assert "of these, A, fine run now" in later
+    assert "2 of 2 trials finished" in later
+    assert [list(plan["arms"]) for plan in grown.plans] == [["B"], ["A", "B", "fine"]]
+    assert grown.trials == [["B-seed0"], ["A-seed0", "B-seed0", "fine-seed0"]]
+    page, page_later = grown.pages
     assert "B is not compared: A was not asked for" in page
     assert "not finished" not in page
-    before = record_of(file, "B-seed0")
-    assert before["status"] == "finished"
-    capsys.readouterr()
-    assert main([*command, "--resume", "--arms", "fine"]) == 0
-    printed = capsys.readouterr().out
-    assert "of these, A, fine run now" in printed
-    assert "2 of 2 trials finished" in printed
-    arms, trials, page = recorded()
-    assert (arms, trials) == (["A", "B", "fine"], ["A-seed0", "B-seed0", "fine-seed0"])
-    assert "is not compared" not in page
-    assert record_of(file, "B-seed0") == before
+    assert "is not compared" not in page_later
+    first, record = grown.records
+    assert first["status"] == "finished"
+    assert record == first
 
 
 def test_a_trial_that_goes_on_elsewhere_belongs_to_neither_cohort(tiny_dataset, tmp_path):
@@ -215,14 +234,16 @@ def test_a_budget_of_hours_becomes_steps_at_the_measured_pace(tiny_dataset, tmp_
 
 
 @pytest.mark.slow
-def test_S04_asha_stops_the_worse_and_marks_it(tiny_dataset, tmp_path, ray_session, capsys):
+def test_S04_asha_stops_the_worse_and_marks_it(tiny_dataset, tmp_path, ray_session, monkeypatch, capsys):
+    # so slow that they do not finish before they are looked at
+    monkeypatch.setenv("NANODIT_FAULT", ",".join([f"train.step@slow{n}-seed0:delay" for n in (1, 2)] * 2))
     arms = {"A": {}, **{f"slow{n}": {"overrides": {"train.lr": 1e-9 * n}} for n in (1, 2)}}
     overrides = {
-        "validation.every_steps": 1, "validation.samples": 2, "validation.conditions": ["all"],
+        "validation.every_steps": 3, "validation.samples": 2, "validation.conditions": ["all"],
         "checkpoint.every_steps": 100, "train.batch_size": 2,
     }  # fmt: skip
     file = write_sweep(
-        tmp_path, tiny_dataset, arms=arms, overrides=overrides, early_stopping="asha", budget={"steps": 60},
+        tmp_path, tiny_dataset, arms=arms, overrides=overrides, early_stopping="asha", budget={"steps": 36},
         concurrent=1,
     )  # fmt: skip
     assert main(["sweep", "--config", str(file)]) == 0
