@@ -157,6 +157,7 @@ def test_the_second_run_computes_nothing_and_says_so(copied, capsys):
 
 
 def test_a_new_caption_and_a_new_image_redo_only_what_they_reach(copied, ray_session, capsys):
+    copied = copied.model_copy(update={"workers": 1})  # two would load the encoders twice
     source, root = Path(copied.source), Path(copied.output)
     before, rows = files_of(root), {row["source"]: row for row in Dataset(root).rows()}
     edited = rows["figure-000005.png"]
