@@ -69,7 +69,8 @@ def main(nodes: int, cpus: int, vram_gb: int) -> None:
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
     for _ in sys.stdin:
         print(json.dumps({"raylet": pid(cluster.add_node(**each))}), flush=True)
-    cluster.shutdown()
+    for node in [*cluster.worker_nodes, cluster.head_node]:
+        cluster.remove_node(node, allow_graceful=False)  # which would give each process a second
 
 
 if __name__ == "__main__":

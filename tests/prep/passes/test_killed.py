@@ -16,6 +16,7 @@ from prep.run import run
 from tests.prep.passes.test_plan import write_images
 from tests.prep.prepared import prepare
 from tests.prep.runs import PROJECT, command, files_of, parent_of, poses
+from tests.processes import below, left
 
 
 @pytest.mark.slow
@@ -28,9 +29,10 @@ def test_p11_a_killed_run_continues_and_ends_with_the_same_bytes(
     deadline = time.monotonic() + 400
     while process.poll() is None and len(list(parts.glob("*.parquet"))) < 12 and time.monotonic() < deadline:
         time.sleep(0.02)
+    others = {(one.pid, one.begun) for one in below(process.pid).values()}
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    time.sleep(2)  # Ray's processes follow their driver
+    assert left(others, seconds=60) == []  # Ray's processes follow their driver
     committed = {path: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
     assert len(committed) >= 12
     assert not (tmp_path / "out" / "index.parquet").exists()
