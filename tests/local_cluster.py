@@ -5,6 +5,7 @@ The token is the cluster's own; ``cluster.environment`` lets a driver join it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -59,18 +60,23 @@ def main(nodes: int, cpus: int, vram_gb: int) -> None:
     """Start the nodes and serve ``add`` until the input is closed."""
     from ray.cluster_utils import Cluster
 
-    def pid(node) -> int:
-        return node.all_processes["raylet"][0].process.pid
+    def raylet(node) -> subprocess.Popen:
+        return node.all_processes["raylet"][0].process
 
     card = {"num_gpus": 1, "resources": {"vram_gb": vram_gb}} if vram_gb else {}
     each = {"num_cpus": cpus, **card}
     cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
-    raylets = [pid(cluster.head_node)] + [pid(cluster.add_node(**each)) for _ in range(nodes - 1)]
+    raylets = [raylet(cluster.head_node).pid] + [raylet(cluster.add_node(**each)).pid for _ in range(nodes - 1)]
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"raylet": pid(cluster.add_node(**each))}), flush=True)
-    for node in [*cluster.worker_nodes, cluster.head_node]:
-        cluster.remove_node(node, allow_graceful=False)  # which would give each process a second
+        print(json.dumps({"raylet": raylet(cluster.add_node(**each)).pid}), flush=True)
+    nodes = [*cluster.worker_nodes, cluster.head_node]
+    for node in nodes:
+        raylet(node).terminate()
+    for node in nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raylet(node).wait(5)  # it ends its agents and workers
+        cluster.remove_node(node, allow_graceful=False)  # or each of the others is given a second
 
 
 if __name__ == "__main__":

@@ -322,6 +322,7 @@ def doctor_of(environment: dict[str, str], join_seconds: float) -> Callable[[], 
     script = (
         "from tests.prep.doctor.test_doctor import PATIENT, config, doctor, doctor_module\n"
         f"doctor_module.LIMIT, doctor_module.JOIN_SECONDS = 2 * PATIENT, {join_seconds}\n"
+        "doctor_module.NODE_SECONDS = PATIENT\n"
         "doctor(config(encoders='demo'), as_json=True)"
     )
     process = subprocess.Popen(
