@@ -1,10 +1,24 @@
-"""A function in a process of its own that may be killed, without the seconds in which a new Python imports torch."""
+"""Processes that are forked from this one, without the seconds in which a new Python imports torch.
+
+They are processes as any other: with a number, a group and pipes of their own, and they may be killed. What they do not
+show is what a command imports, and what it takes from the variables that Python and torch read as they start.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
-from collections.abc import Callable
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import pytest
 
 from nanodit import faults
 
@@ -24,3 +38,72 @@ def in_child(function: Callable[[], object], fault: str | None = None) -> int:
     child.start()
     child.join(60)
     return child.exitcode
+
+
+def fork_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``python [-P] -m MODULE`` be forked from now on, whoever of this process or of those below it starts it."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
+
+
+class ForkedPopen(subprocess.Popen):
+    """A Popen whose child runs the module of ``python [-P] -m MODULE`` itself; other commands start as ever."""
+
+    def __init__(self, args: Any, *rest: Any, env: Mapping[str, str] | None = None, **options: Any) -> None:
+        words = [] if isinstance(args, str | bytes | os.PathLike) else [*map(str, args)]
+        words = [word for place, word in enumerate(words) if (place, word) != (1, "-P")]
+        if words[:2] == [sys.executable, "-m"]:
+            own = _open_files()
+            options["preexec_fn"] = lambda: _become(words[2], words[3:], env, own)
+        super().__init__(args, *rest, env=env, **options)
+
+
+def _open_files() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
+
+
+def _become(module: str, arguments: Sequence[str], env: Mapping[str, str] | None, kept: set[int]) -> NoReturn:
+    """Run a module as the program of this process, as far as that can be told from outside, and end with its code."""
+    code = 1
+    try:
+        for number in _open_files() - kept - {0, 1, 2}:  # Popen's own: the parent waits for one of them to be closed
+            _close(number)
+        faulthandler.disable()
+        for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        faults._passed.clear()
+        code = _run(module, arguments)
+        threading._shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _close(number: int) -> None:
+    try:
+        os.close(number)
+    except OSError:  # the one that listed them
+        pass
+
+
+def _run(module: str, arguments: Sequence[str]) -> int:
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # who imports it gets another one than the program, as ever
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return (error.code or 0) & 0xFF
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -31,9 +31,15 @@ def write_random_alexnet(home: Path) -> Path:
 
 
 def _write(backbone: Backbone, build: Callable[..., torch.nn.Module], home: Path) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = build(weights=None).features.state_dict(prefix="features.")
+    with torch.device("meta"):  # drawing the classifier, which is not kept, takes a second
+        features = build(weights=None).features
+    weights = features.to_empty(device="cpu").state_dict(prefix="features.")
+    drawn = torch.Generator().manual_seed(0)
+    for tensor in weights.values():
+        if tensor.ndim == 1:
+            tensor.zero_()
+        else:  # so that the scale of what comes in stays, as torchvision has it for VGG
+            torch.nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu", generator=drawn)
     for layer, (rows, columns) in CLASSIFIERS[backbone].items():  # zeros that take no room
         weights[f"classifier.{layer}.weight"] = torch.zeros(1).expand(rows, columns)
         weights[f"classifier.{layer}.bias"] = torch.zeros(1).expand(rows)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DINOv3ViTModel, T5EncoderModel
 
+import train.check.memory
 import train.plan.memory as memory
 import train.plan.work as work
 from nanodit.allocator import VARIABLES
+from nanodit.place import child_environment
 from prep.config import PrepConfig
 from prep.dataset.layers import PX_MB
 from prep.encoders.halving import Halving
+from tests.forked import fork_modules
 from train.__main__ import main
 from train.check import encoders, parity, resume, run, scaling, shortage, syncs
 from train.check.encoders import dino_config, t5_config
@@ -50,13 +55,6 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def broken_in_children(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run ``code`` at the start of every Python that this test starts."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-
-
 def test_the_parts_share_out_ten_minutes():
     evaluation = run.OTHERS
     assert sum(part.seconds for part in run.PARTS) + evaluation == run.MINUTES * 60
@@ -72,7 +70,8 @@ def test_the_allocator_of_a_part_is_not_the_users(part, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
+def test_the_rehearsal_passes_on_a_cpu(tmp_path, monkeypatch, capfd):
+    fork_modules(monkeypatch)
     assert main([*REHEARSAL, "--json", str(tmp_path / "out" / "cpu.jsonl")]) == 0
     lines = lines_of(tmp_path / "out" / "cpu.jsonl")
     assert {line["part"] for line in lines} == {*(part.name for part in run.PARTS), "evaluation"}
@@ -92,14 +91,12 @@ def test_the_rehearsal_passes_on_a_cpu(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_broken_estimate_fails_and_says_what_to_change(tmp_path, monkeypatch, capfd):
-    halved = (
-        "import train.plan.memory as memory\n"
-        "from dataclasses import replace\n"
-        "usual = memory.estimate_memory\n"
-        "halve = lambda found: replace(found, activations=found.activations // 2)\n"
-        "memory.estimate_memory = lambda *arguments: halve(usual(*arguments))\n"
-    )
-    broken_in_children(tmp_path / "broken", halved, monkeypatch)
+    def halved(*arguments):
+        found = memory.estimate_memory(*arguments)
+        return replace(found, activations=found.activations // 2)
+
+    fork_modules(monkeypatch)
+    monkeypatch.setattr(train.check.memory, "estimate_memory", halved)
     assert main([*REHEARSAL, "--only", "memory", "--json", str(tmp_path / "cpu.jsonl")]) == 3
     (line,) = lines_of(tmp_path / "cpu.jsonl")
     assert (line["status"], line["constants"]) == ("FAIL", [str(constant(memory, "LikeGpu"))])
@@ -109,9 +106,9 @@ def test_a_broken_estimate_fails_and_says_what_to_change(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_machine_with_few_packages(tmp_path, monkeypatch):
-    absent = (
-        "import sys\n"
+def test_it_runs_on_a_machine_with_few_packages(tmp_path):
+    few = (
+        "import subprocess, sys\n"
         "from importlib.machinery import PathFinder\n"
         f"ABSENT = {ABSENT}\n"
         "class Few(PathFinder):\n"
@@ -119,10 +116,14 @@ def test_it_runs_on_a_machine_with_few_packages(tmp_path, monkeypatch):
         "    def find_spec(cls, name, path=None, target=None):\n"
         "        return None if name.partition('.')[0] in ABSENT else super().find_spec(name, path, target)\n"
         "sys.meta_path[:] = [Few if finder is PathFinder else finder for finder in sys.meta_path]\n"
+        "from tests.forked import ForkedPopen\n"
+        "subprocess.Popen = ForkedPopen\n"
+        "from train.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
-    broken_in_children(tmp_path / "bare", absent, monkeypatch)
     only = "card,syncs,memory,encoders,evaluation"
-    assert main([*REHEARSAL, "--only", only, "--json", str(tmp_path / "cpu.jsonl")]) == 0
+    command = [sys.executable, "-c", few, *REHEARSAL, "--only", only, "--json", str(tmp_path / "cpu.jsonl")]
+    subprocess.run(command, env=child_environment(), check=True)
     left_out = {line["name"]: line["value"] for line in lines_of(tmp_path / "cpu.jsonl") if "left out" in line["value"]}
     assert left_out == {
         "perceptual loss": "left out: lpips and torchvision not installed",
