@@ -16,6 +16,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, NoReturn
 
 import pytest
@@ -40,8 +42,13 @@ def in_child(function: Callable[[], object], fault: str | None = None) -> int:
     return child.exitcode
 
 
-def fork_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``python [-P] -m MODULE`` be forked from now on, whoever of this process or of those below it starts it."""
+def fork_modules(monkeypatch: pytest.MonkeyPatch, *needed: str) -> None:
+    """Let ``python [-P] -m MODULE`` be forked from now on, whoever of this process or of those below it starts it.
+
+    Modules that several of them are ``needed`` by are imported once, here.
+    """
+    for name in needed:
+        import_module(name)
     monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
@@ -66,7 +73,8 @@ def _become(module: str, arguments: Sequence[str], env: Mapping[str, str] | None
     code = 1
     try:
         for number in _open_files() - kept - {0, 1, 2}:  # Popen's own: the parent waits for one of them to be closed
-            _close(number)
+            with suppress(OSError):  # the one that listed them
+                os.close(number)
         faulthandler.disable()
         for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
@@ -84,13 +92,6 @@ def _become(module: str, arguments: Sequence[str], env: Mapping[str, str] | None
         sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def _close(number: int) -> None:
-    try:
-        os.close(number)
-    except OSError:  # the one that listed them
-        pass
 
 
 def _run(module: str, arguments: Sequence[str]) -> int:

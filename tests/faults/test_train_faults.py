@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanodit.config import load_config, walk_keys
 from nanodit.errors import ConfigError, ResourceError
 from prep.dataset.reader import Dataset
-from tests.forked import in_child
+from tests.forked import ForkedPopen, in_child
 from tests.train.tiny import write_config, write_dataset
 from train.__main__ import main
 from train.checkpoint.checkpoint import find_latest, load_checkpoint, save_checkpoint
@@ -68,10 +68,13 @@ def train(config: Path, *arguments: str) -> int:
     return main(["run", "--config", str(config), *arguments])
 
 
-def train_process(config: Path, *arguments: str, fault: str | None = None) -> subprocess.Popen:
+def train_process(
+    config: Path, *arguments: str, fault: str | None = None, start: type[subprocess.Popen] = ForkedPopen
+) -> subprocess.Popen:
+    """Start ``train run``: forked, but where a test is about what a new Python does before that."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"NANODIT_FAULT": fault} if fault else {})}
     command = [sys.executable, "-m", "train", "run", "--config", str(config), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def weights(run: Path, step: int = STEPS) -> dict[str, bytes]:

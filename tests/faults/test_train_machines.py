@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def test_a_limit_of_no_hours_is_refused(config, tmp_path, hours, capsys):
 @pytest.mark.parametrize("moment", ["_multiarray_umath", "libtorch_cpu", "run.lock"])
 def test_T11_a_signal_while_the_program_starts_gives_75(config, tmp_path, moment):
     """The moments: while NumPy is imported, while torch is, and when the run folder has just been locked."""
-    process = train_process(config)
+    process = train_process(config, start=subprocess.Popen)
     reached = (
         (tmp_path / "run" / "run.lock").exists
         if moment == "run.lock"

@@ -20,29 +20,27 @@ from prep.dataset.reader import Dataset
 from prep.figures.figures import write_figures
 from prep.run import run
 from prep.verify.verify import verify
-from tests.prep.runs import PROJECT, command
-from tests.prep.test_run import LocalPipeline
+from tests.forked import FORK, ForkedPopen
+from tests.prep.runs import PROJECT
 from tests.train.tiny import write_config
 from train.__main__ import main
 from train.checkpoint.checkpoint import find_latest, load_checkpoint
 from train.loop.tracking import read_metrics
 
 BEFORE, ADDED, MENDED, PRUNED = 80, 100, 20, 20
-STEPS, EVERY = 600, 10
+STEPS, EVERY = 240, 10
 SLOWLY = "train.step@run:delay"  # a tenth of a second a step, so that the change falls into the training
 PATIENCE = 240.0  # seconds
 
 
 @pytest.fixture
-def figures(tmp_path, monkeypatch) -> Path:
+def figures(tmp_path, without_ray) -> Path:
     """Eighty figures and their dataset of pixels and captions, and a hundred figures beside them."""
     write_figures(tmp_path / "all", BEFORE + ADDED, size=96, seed=3, short_captions=True, workers=1)
     (tmp_path / "source").mkdir()
     for image in sorted((tmp_path / "all").glob("*.png"))[:BEFORE]:
         take(tmp_path, image)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "prep.passes.ray_passes", LocalPipeline())
-        run(settings_of(tmp_path))
+    run(settings_of(tmp_path))
     shutil.copytree(tmp_path / "out", tmp_path / "untouched")
     return tmp_path
 
@@ -72,18 +70,17 @@ def change(folder: Path) -> None:
 def training(config: Path) -> subprocess.Popen:
     environment = os.environ | {"NANODIT_FAULT": SLOWLY}
     arguments = [sys.executable, "-m", "train", "run", "--config", str(config), *LONG]
-    return subprocess.Popen(arguments, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return ForkedPopen(arguments, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 LONG = [f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2", "data.cache_gb=0"]
 
 
-def wait_for(ready: Callable[[], object], *alive: subprocess.Popen) -> None:
+def wait_for(ready: Callable[[], object], training: subprocess.Popen) -> None:
     deadline = time.monotonic() + PATIENCE
     while not ready():
         assert time.monotonic() < deadline
-        for process in alive:
-            assert process.poll() is None, process.communicate()[0]
+        assert training.poll() is None, training.communicate()[0]
         time.sleep(0.02)
 
 
@@ -116,11 +113,13 @@ def test_d1_a_training_sees_one_version_while_prep_adds_mends_and_prunes(figures
     first = training(config)
     wait_for(lambda: step_of(run_folder) >= EVERY, first)
     change(figures)
-    preparing = subprocess.Popen(command(settings_of(figures), "--prune"), cwd=PROJECT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: [*(figures / "out" / "kept").glob("*.tar")], first, preparing)
+    preparing = FORK.Process(target=run, args=(settings_of(figures),), kwargs={"prune": True})
+    preparing.start()
+    wait_for(lambda: [*(figures / "out" / "kept").glob("*.tar")], first)
     kill(first)  # while units are replaced
     second = training(config)
-    assert preparing.wait(PATIENCE) == 0
+    preparing.join(PATIENCE)
+    assert preparing.exitcode == 0
     newest = Dataset(figures / "out")
     assert newest.fingerprint != began
     done = max(step_of(run_folder), EVERY)

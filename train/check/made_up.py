@@ -37,7 +37,7 @@ TINY_BASE = 64
 TINY = (
     "model.hidden_size=32", "model.depth=4", "model.num_heads=2", "model.patch_size=8", "model.bottleneck=16",
     "tread.enabled=true", "repa.enabled=true", "perceptual.every=2", "perceptual.size=24", "train.steps=100",
-    "train.batch_size=1", "train.grad_accumulation_steps=24", "train.token_budget=512", "visual_debug.count=2",
+    "train.batch_size=1", "train.grad_accumulation_steps=12", "train.token_budget=512", "visual_debug.count=2",
     "visual_debug.steps=2",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from train.check.report import Report, Setting
 from train.model.conditions import TEXT_MULTIPLE
 from train.plan.rehearsal import Shapes, full_batch
 
-WALK, TINY_WALK = 300, 24  # (shape, context length) pairs
+WALK, TINY_WALK = 300, 12  # (shape, context length) pairs
 SETTLED = 1 / 3  # of the walk, after which nothing should grow any more
 CREEP = 1.05  # reserved at the end / reserved then
 CARD = 24e9

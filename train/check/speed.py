@@ -165,9 +165,9 @@ def _loader_alone(setting: Setting, trainer: Trainer, numbers: list[int]) -> dic
         if threads > (os.cpu_count() or 1) or setting.left < SECONDS:
             break
         wanted = list(islice(cycle(numbers), max(threads, len(numbers) // (1 if threads > 1 else 3))))
-        seconds = seconds_of(lambda: _threaded(trainer, wanted, threads), torch.device("cpu"))  # noqa: B023
-        sizes = dict(zip(numbers, (len(trainer.batches.plan.of_step(0)[i].images) for i in range(len(numbers)))))
-        rates[threads] = sum(sizes[number] for number in wanted) / seconds
+        made: list[MicroBatch] = []
+        seconds = seconds_of(lambda: made.extend(_threaded(trainer, wanted, threads)), torch.device("cpu"))  # noqa: B023
+        rates[threads] = sum(len(batch.keys) for batch in made) / seconds
     return rates
 
 
