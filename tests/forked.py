@@ -7,6 +7,7 @@ show is what a command imports, and what it takes from the variables that Python
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -24,6 +25,7 @@ import pytest
 
 from nanodit import faults
 
+PYTHON = sys.executable
 FORK = multiprocessing.get_context("fork")
 
 
@@ -58,21 +60,18 @@ class ForkedPopen(subprocess.Popen):
     def __init__(self, args: Any, *rest: Any, env: Mapping[str, str] | None = None, **options: Any) -> None:
         words = [] if isinstance(args, str | bytes | os.PathLike) else [*map(str, args)]
         words = [word for place, word in enumerate(words) if (place, word) != (1, "-P")]
-        if words[:2] == [sys.executable, "-m"]:
-            own = _open_files()
-            options["preexec_fn"] = lambda: _become(words[2], words[3:], env, own)
+        if words[:2] == [PYTHON, "-m"]:
+            kept = {0, 1, 2, *options.get("pass_fds", ())}
+            options["preexec_fn"] = lambda: _become(words[2], words[3:], env, kept)
         super().__init__(args, *rest, env=env, **options)
-
-
-def _open_files() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
 def _become(module: str, arguments: Sequence[str], env: Mapping[str, str] | None, kept: set[int]) -> NoReturn:
     """Run a module as the program of this process, as far as that can be told from outside, and end with its code."""
     code = 1
     try:
-        for number in _open_files() - kept - {0, 1, 2}:  # Popen's own: the parent waits for one of them to be closed
+        gc.freeze()  # nothing of this process's is closed later, when its number is another file's
+        for number in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
             with suppress(OSError):  # the one that listed them
                 os.close(number)
         faulthandler.disable()

@@ -34,6 +34,7 @@ TABLE = ConditioningConfig(preset="default")
 CONFIG = {
     "conditions": {"all": 1.0, "text": 1.0},
     "sampler": {"method": "euler", "steps": 1},
+    "heldout_loss": {"bins": 2},
     "reconstruction": {"conditions": ["all"]},
     "swap": {"prompts": 12, "matrix": 2},
     "edit": {"prompts": 12},

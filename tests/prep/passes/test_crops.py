@@ -20,6 +20,7 @@ from prep.passes.crops import CropCache, decode_freely, encode_beside
 from prep.passes.layers import LayerWorker, ShardTask
 from prep.passes.plan import make_plan
 from prep.passes.supervisor import Supervisor
+from tests.forked import fork_modules
 from tests.prep.passes.test_plan import config, write_images
 
 LAYERS = ("px", "text", "t5", "dino", "pose")
@@ -178,8 +179,9 @@ def test_an_error_waits_for_what_is_at_work():
 
 @pytest.mark.parametrize(("action", "reason"), [("segfault", "crashes_worker"), ("hang", "hangs_worker")])
 def test_a_crop_that_ends_a_thread_of_a_worker_is_found(tmp_path, monkeypatch, action, reason):
+    fork_modules(monkeypatch)
     write_images(tmp_path / "source", 9)
-    settings = config(tmp_path, layers=["dino"], shard_size=9, dino={"batch_size": 2}, sample_timeout=2)
+    settings = config(tmp_path, layers=["dino"], shard_size=9, dino={"batch_size": 2}, sample_timeout=1)
     compute(settings, ("px",))
     (task,) = make_plan(settings).tasks(("dino",))
     poison = task.sources[3].key

@@ -15,14 +15,16 @@ from prep.dataset.layout import Unit, read_part
 from prep.passes.layers import LayerWorker, ShardTask
 from prep.passes.plan import make_plan
 from prep.passes.supervisor import Death, Supervisor
+from tests.forked import ForkedPopen, fork_modules
 from tests.prep.passes.test_plan import config, write_images
 
-MEMORY = 3 << 30
+MEMORY = 16 << 30  # more than this process, of which the workers are forked, and less than what a fault allocates
 
 
 @pytest.fixture
 def supervised(tmp_path, monkeypatch):
     """Compute one shard of six images under supervision with a fault at the samples of some positions."""
+    fork_modules(monkeypatch)
 
     def compute(faults: dict[int, str], **changes) -> tuple[ShardTask, list[dict], Path]:
         write_images(tmp_path / "source", 6)
@@ -53,7 +55,7 @@ def rejects(root: Path, task: ShardTask) -> dict[str, str]:
     ],
 )
 def test_p12_a_poison_sample_is_rejected_and_no_innocent_one(supervised, action, reason):
-    task, (done,), root = supervised({2: action}, sample_timeout=1.5)
+    task, (done,), root = supervised({2: action}, sample_timeout=0.7)
     assert rejects(root, task) == {task.sources[2].key: reason}
     assert read_part(root, Unit(task.bucket, task.shard, "px")).table.num_rows == 5
     assert len(done["deaths"]) == 1
@@ -100,7 +102,7 @@ def test_a_killed_worker_is_nobodys_fault(supervised, monkeypatch):
         return ask(self, job)
 
     monkeypatch.setattr(Supervisor, "_compute", kill_the_first)
-    task, (done,), root = supervised({})
+    task, (done,), root = supervised(dict.fromkeys(range(6), "delay"))  # six tenths of a second
     assert rejects(root, task) == {}
     assert len(done["deaths"]) == 1
 
@@ -180,6 +182,7 @@ def test_a_worker_that_cannot_start_says_why(supervised, tmp_path, monkeypatch):
     (broken.parent / "__init__.py").write_text("")
     (broken / "__init__.py").write_text("")
     (broken / "worker.py").write_text("raise ImportError('libcuda is not there')")
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen.__base__)
     monkeypatch.setattr("nanodit.place.PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ResourceError, match=r"before or after .*exit code 1.*ImportError: libcuda is not there"):
