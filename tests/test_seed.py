@@ -318,9 +318,9 @@ def test_the_recipe_runs_resumes_validates_and_reports(
     prepare(figures_config.model_copy(update={"output": str(tmp_path / "dataset"), "flips": True}))
     small = (
         "model.hidden_size=64", "model.depth=4", "model.num_heads=2", "model.patch_size=4",
-        "train.steps=50", "train.grad_accumulation_steps=4", "train.warmup=10", "train.ema_warmup=10",
-        "train.phases=[{until_step: 20, scale: 0.5}, {until_step: 50, scale: 1.0}]", "train.device=cpu",
-        "checkpoint.every_steps=10", "visual_debug.every_steps=25", "visual_debug.steps=2", "validation.every_steps=25",
+        "train.steps=20", "train.grad_accumulation_steps=4", "train.warmup=5", "train.ema_warmup=5",
+        "train.phases=[{until_step: 8, scale: 0.5}, {until_step: 20, scale: 1.0}]", "train.device=cpu",
+        "checkpoint.every_steps=4", "visual_debug.every_steps=10", "visual_debug.steps=2", "validation.every_steps=10",
         "validation.samples=4",
     )  # fmt: skip
     places = [f"dataset={tmp_path / 'dataset'}", f"output={tmp_path / 'run'}"]
@@ -329,18 +329,18 @@ def test_the_recipe_runs_resumes_validates_and_reports(
         patch.setattr(VisualDebug, "draw", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
         assert train_main(command) == 75
     assert train_main(command) == 0
-    assert re.search("continuing from .*step-000025", capsys.readouterr().out)
+    assert re.search("continuing from .*step-000010", capsys.readouterr().out)
 
     run = tmp_path / "run"
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in logged] == list(range(1, 51))
+    assert [record["step"] for record in logged] == list(range(1, 21))
     last = logged[-1]
     assert last["train/ema_decay"] == 0.9999
     assert {"train/repa_loss", "sys/active_tokens", "validation/heldout_loss"} <= last.keys()
     assert "validation/reconstruction/lpips" in last
     assert {key for key in last if key.startswith(("validation/swap", "validation/edit"))}
-    assert (run / "visual_debug" / "step-000050" / "grid.png").exists()
-    metrics = json.loads((run / "validation_outputs" / "step-000050" / "report.json").read_text())["metrics"]
+    assert (run / "visual_debug" / "step-000020" / "grid.png").exists()
+    metrics = json.loads((run / "validation_outputs" / "step-000020" / "report.json").read_text())["metrics"]
     assert {metric["settings"]["guidance"] for metric in metrics if metric["name"] == "edit/effect"} == {"self=3"}
     assert evaluate_main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     assert "self-guidance 3" in (tmp_path / "report.html").read_text(encoding="utf-8")

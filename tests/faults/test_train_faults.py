@@ -230,6 +230,8 @@ def test_T05_killed_from_outside_at_a_moment_nobody_chose(config, dataset, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile("cpu"), reason="torch.compile needs a C++ compiler and Python's headers")
 def test_T05_compiled_in_bf16_killed_and_resumed_is_byte_equal(config, tmp_path):
+    import torch._inductor.compile_fx  # noqa: F401, once for the three
+
     overrides = ["train.compile=true", "train.precision=bf16", "train.steps=6"]
     for fault, output in (("train.step:kill:5", "run"), (None, "run"), (None, "straight")):
         process = train_process(config, *overrides, f"output={tmp_path / output}", fault=fault)
