@@ -5,6 +5,7 @@ import sys
 
 # before anything imports torch: two test workers share two cores, and a second thread makes both slower
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch first
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from pathlib import Path
