@@ -29,6 +29,7 @@ from evaluate.suite.pose import ALPHA
 from nanodit.files import sha256_bytes, sha256_file
 from nanodit.rng import noise
 from prep.dataset.reader import Dataset
+from tests.forked import ForkedPopen
 from train.__main__ import main as train
 from train.checkpoint.checkpoint import find_latest
 from train.checkpoint.open import load_model
@@ -318,7 +319,7 @@ def test_other_weights_have_a_folder_of_their_own_and_are_compared_with_nothing(
 def test_a_killed_evaluation_goes_on_to_the_same_bytes(trained, evaluated, tmp_path):  # fault E06
     output, parts = tmp_path / "out", tmp_path / "out" / "parts"
     command = ["run", "--checkpoint", str(trained), "--output", str(output), *FAST]
-    process = subprocess.Popen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
+    process = ForkedPopen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(parts.glob("nothing-*.parquet")):
         time.sleep(0.01)
     process.kill()  # SIGKILL, when one condition is drawn and the next one begun
@@ -328,7 +329,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(trained, evaluated, tmp_p
     assert not list(parts.glob("text*"))
     assert not (output / "report.json").exists()
 
-    process = subprocess.Popen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
+    process = ForkedPopen([sys.executable, "-m", "evaluate", *command], stdout=subprocess.DEVNULL)
     kept = {}
     while process.poll() is None:  # what was done is not done again
         for path in done:

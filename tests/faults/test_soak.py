@@ -31,7 +31,7 @@ if again and fault == "leaves":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(folder)], start_new_session=True)
 for number in range(30):
     if not (folder / str(number)).exists():
-        time.sleep(0.05)
+        time.sleep(0.03)
         (folder / "part").write_bytes(bytes([number, again and fault == "byte"]))
         (folder / "part").rename(folder / str(number))
 sys.exit(3 if again and fault == "code" else 0)

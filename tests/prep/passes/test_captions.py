@@ -4,8 +4,6 @@ import asyncio
 import io
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -28,6 +26,7 @@ from prep.passes.layers import ShardTask
 from prep.passes.nodes import Node
 from prep.passes.plan import make_plan
 from prep.run import place
+from tests.forked import in_child
 from tests.prep.caption_server import DIGEST, MODEL, STATUSES, CaptionServer, caption
 from tests.prep.captioning import (
     caption_config,
@@ -432,15 +431,6 @@ def test_a_caller_that_stops_loses_nothing_that_was_answered(tmp_path):
     assert len(captions_of(config, tasks)) == 24
 
 
-KILLED = """
-import sys
-from tests.prep.captioning import caption_config, commit_crops, run_captions
-from pathlib import Path
-config = caption_config(Path(sys.argv[1]), [{"url": sys.argv[2], "slots": 2}])
-run_captions(config, commit_crops(config, shards=3, size=8))
-"""
-
-
 @pytest.mark.parametrize("point", ["captions.after_cache:kill:11", "shards.before_part:kill:5"])
 def test_a_killed_run_asks_nobody_twice_and_ends_with_the_same_bytes(tmp_path, server, point):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -450,14 +440,16 @@ def test_a_killed_run_asks_nobody_twice_and_ends_with_the_same_bytes(tmp_path, s
     tasks = commit_crops(config, shards=3, size=8)
     run_captions(config, tasks)
     server.log.clear()
-    command = [sys.executable, "-c", KILLED, str(killed), server.url]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NANODIT_FAULT": point}
-    assert subprocess.run(command, env=environment, cwd=ROOT, capture_output=True).returncode == -9
+
+    def caption() -> None:
+        config = caption_config(killed, [{"url": server.url, "slots": 2}])
+        run_captions(config, commit_crops(config, shards=3, size=8))
+
+    assert in_child(caption, fault=point) == -9
     first = [entry["image"] for entry in server.captioned]
     cached = len(list((killed / "out" / "captions").rglob("*.json")))
     assert cached >= 11
-    environment.pop("NANODIT_FAULT")
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    assert in_child(caption) == 0
     again = [entry["image"] for entry in server.captioned][len(first) :]
     assert len(again) == 24 - cached
     config_killed = caption_config(killed, [{"url": server.url, "slots": 2}])
