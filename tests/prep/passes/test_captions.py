@@ -40,8 +40,6 @@ from tests.prep.captioning import (
     with_recipes,
 )
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture
 def server():
