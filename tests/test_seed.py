@@ -317,7 +317,7 @@ def test_the_recipe_runs_resumes_validates_and_reports(
     monkeypatch.setenv("TORCH_HOME", str(random_alexnet))
     prepare(figures_config.model_copy(update={"output": str(tmp_path / "dataset"), "flips": True}))
     small = (
-        "model.hidden_size=64", "model.depth=4", "model.num_heads=2", "model.patch_size=8",
+        "model.hidden_size=64", "model.depth=4", "model.num_heads=2", "model.patch_size=4",
         "train.steps=20", "train.grad_accumulation_steps=4", "train.warmup=5", "train.ema_warmup=5",
         "train.phases=[{until_step: 8, scale: 0.5}, {until_step: 20, scale: 1.0}]", "train.device=cpu",
         "checkpoint.every_steps=4", "visual_debug.every_steps=10", "visual_debug.steps=2", "validation.every_steps=10",
