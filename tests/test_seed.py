@@ -321,7 +321,7 @@ def test_the_recipe_runs_resumes_validates_and_reports(
         "train.steps=20", "train.grad_accumulation_steps=4", "train.warmup=5", "train.ema_warmup=5",
         "train.phases=[{until_step: 8, scale: 0.5}, {until_step: 20, scale: 1.0}]", "train.device=cpu",
         "checkpoint.every_steps=4", "visual_debug.every_steps=10", "visual_debug.steps=2", "validation.every_steps=10",
-        "validation.samples=4", "validation.evaluate_overrides={sampler.steps: 4}",
+        "validation.samples=4",
     )  # fmt: skip
     places = [f"dataset={tmp_path / 'dataset'}", f"output={tmp_path / 'run'}"]
     command = ["run", "--config", "configs/train/seed-baseline.yaml", *places, *small]
