@@ -22,7 +22,9 @@ ALTERED = 0.84
 CANDIDATE = 0.5  # as it is; crops of 95 % are above .57, and about one pair of figures in a thousand is
 FLAT = 2.0  # grey levels of standard deviation, below which a thumbnail says nothing but noise
 SCALES = (1.0, 0.975, 0.95, 0.925, 0.9)  # of the sides of a window; in nine places each
-QUERIES, TILE, PAIRS = 1024, 4096, 256  # rows compared at once, and pairs that are aligned at once: 120 MB
+UNSURE = 1e-4  # of a cosine in float32, whose error is below 1e-6: nearer to ALTERED than that, float64 decides
+DENSE = 40  # a pair picked out of two arrays costs as much as this many of a product of matrices
+QUERIES, TILE, PAIRS = 1024, 2048, 4096  # rows compared at once, and pairs that are picked out at once
 
 
 def altered_pairs(
@@ -49,12 +51,37 @@ def altered_between(
             right = _even_and_odd(_described(_pictures(others[top : top + TILE])))
             cosines = left[0] @ right[0].T + np.abs(left[1] @ right[1].T)
             pairs = np.column_stack(np.nonzero(cosines > CANDIDATE)) + np.array([start, top])
-            for part in range(0, len(pairs), PAIRS):
-                some = pairs[part : part + PAIRS]
-                like = aligned_cosines(queries[some[:, 0]], others[some[:, 1]])
-                found.append(some[like > ALTERED])
+            if len(pairs):
+                found.append(_aligned(queries, others, pairs))
             done(cosines.size)
     return np.concatenate(found)
+
+
+def _aligned(queries: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the pairs (M, 2) that are altered forms at the best window of either, mirrored or not.
+
+    Every image is described once, not once a pair: where all images are built alike most pairs come this far.
+    """
+    (left, first), (right, second) = (np.unique(column, return_inverse=True) for column in pairs.T)
+    pictures = [_pictures(side[rows]).astype(np.float32) for side, rows in ((queries, left), (others, right))]
+    best = np.full(len(pairs), -1, np.float32)
+    dense = len(pairs) * DENSE > len(left) * len(right)
+    for whole, cropped, at, of in ((*pictures, first, second), (*pictures[::-1], second, first)):
+        target = _even_and_odd(_described(whole))
+        for window in _windows(cropped):
+            seen = _even_and_odd(_described(window))
+            if dense:
+                np.maximum(best, (seen[0] @ target[0].T + np.abs(seen[1] @ target[1].T))[of, at], out=best)
+                continue
+            for start in range(0, len(pairs), PAIRS):
+                some = slice(start, start + PAIRS)
+                even, odd = (np.einsum("ij,ij->i", ours[of[some]], its[at[some]]) for ours, its in zip(seen, target))
+                np.maximum(best[some], even + np.abs(odd), out=best[some])
+    counts, unsure = best > ALTERED, np.flatnonzero(np.abs(best - ALTERED) < UNSURE)
+    for start in range(0, len(unsure), PAIRS):
+        some = unsure[start : start + PAIRS]
+        counts[some] = aligned_cosines(queries[pairs[some, 0]], others[pairs[some, 1]]) > ALTERED
+    return pairs[counts]
 
 
 def aligned_cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -105,12 +132,14 @@ def _even_and_odd(described: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _windows(pictures: np.ndarray) -> Iterator[np.ndarray]:
     """Yield (N, 16, 16, 3) as seen through each window, by areas."""
+    planes = pictures.reshape(len(pictures), THUMBNAIL_SIDE, -1)
     for scale in SCALES:
-        ways = [_interval(start, scale) for start in sorted({0.0, (1 - scale) / 2, 1 - scale})]
+        ways = [_interval(start, scale).astype(pictures.dtype) for start in sorted({0.0, (1 - scale) / 2, 1 - scale})]
+        channels = [np.kron(way.T, np.eye(3, dtype=way.dtype)) for way in ways]
         for down in ways:
-            rows = np.einsum("ij,njkc->nikc", down, pictures)
-            for across in ways:
-                yield np.einsum("kl,nilc->nikc", across, rows)
+            rows = np.matmul(down, planes).reshape(-1, planes.shape[2])
+            for across in channels:
+                yield (rows @ across).reshape(pictures.shape)
 
 
 def _interval(start: float, length: float) -> np.ndarray:

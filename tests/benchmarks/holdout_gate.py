@@ -143,7 +143,10 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         write_figures(Path(folder), options.figures, size=96, seed=1, workers=os.cpu_count())
         rows = thumbnail_rows([described(Image.open(path))[1] for path in sorted(Path(folder).glob("*.png"))])
-    print(f"\n{len(rows)} figures, all pairs: {len(altered_pairs(rows, np.arange(len(rows))))} links")
+    cpu = time.process_time()
+    links = len(altered_pairs(rows, np.arange(len(rows))))
+    cpu = (time.process_time() - cpu) / len(rows) ** 2 * 1e6
+    print(f"\n{len(rows)} figures, all pairs: {links} links, {cpu:.2f} us of CPU a pair")
     rows = np.random.default_rng(0).integers(0, 256, (options.scale, 768), dtype=np.uint8)
     held = np.arange(0, options.scale, 50)
     start, cpu = time.monotonic(), time.process_time()

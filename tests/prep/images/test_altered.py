@@ -16,6 +16,7 @@ from nanodit.errors import DataError
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
 from prep.figures.figures import write_figures
+from prep.images import altered
 from prep.images.altered import altered_pairs
 from prep.images.duplicates import join_groups, thumbnail, thumbnail_rows
 from prep.images.twins import altered_twins
@@ -76,17 +77,30 @@ def test_pictures_without_anything_to_see_are_like_no_other(photographs):
     assert altered_pairs(rows[:0], np.empty(0, np.int64)).shape == (0, 2)
 
 
-def test_what_is_found_depends_on_no_block_and_no_order(photographs, monkeypatch):
+@pytest.mark.parametrize("dense", [0, 10**6])
+def test_what_is_found_depends_on_no_block_and_no_order(photographs, monkeypatch, dense):
     rows = thumbnails([*photographs, *map(FORMS["cropped"], photographs)])
     whole = {tuple(sorted(pair)) for pair in altered_pairs(rows, np.arange(len(rows))).tolist()}
     monkeypatch.setattr("prep.images.altered.QUERIES", 3)
     monkeypatch.setattr("prep.images.altered.TILE", 5)
     monkeypatch.setattr("prep.images.altered.PAIRS", 2)
+    monkeypatch.setattr("prep.images.altered.DENSE", dense)
+    monkeypatch.setattr("prep.images.altered.UNSURE", 0.2)  # both ways to compare a pair are taken
     counted = []
     order = np.random.default_rng(0).permutation(len(rows))
     found = altered_pairs(rows[order], np.arange(len(rows)), counted.append)
     assert {tuple(sorted(pair)) for pair in order[found].tolist()} == whole
     assert sum(counted) == len(rows) ** 2
+
+
+def test_images_that_are_all_built_alike_are_described_once_and_not_once_a_pair(photographs, monkeypatch):
+    noise = np.random.default_rng(0).normal(0, 6, (60, 16 * 16 * 3))
+    rows = np.clip(thumbnails(photographs[:1]) + noise, 0, 255).astype(np.uint8)
+    described, told = altered._described, []
+    monkeypatch.setattr(altered, "_described", lambda pictures: (told.append(len(pictures)), described(pictures))[1])
+    pairs = altered_pairs(rows, np.arange(60))
+    assert len(pairs) == len(rows) * (len(rows) - 1)
+    assert sum(told) < 100 * len(rows)  # twice through 37 windows; once a pair it was 75 times as much
 
 
 def test_groups_that_are_joined_are_named_after_the_smallest_key():
