@@ -60,9 +60,11 @@ def check_table(config: PrepConfig) -> None:
 def join_named(
     groups: Mapping[str, str], named: Mapping[str, str], published: Mapping[str, str]
 ) -> tuple[dict[str, str], int]:
-    """Return the groups with those of equal names joined, and how many were left as they are.
+    """Return the groups with those of equal names joined, and of how many names not all could be.
 
-    Those would hold published samples of both sides. Nothing can mend that, and new samples are not refused for it.
+    Nothing joined holds published samples of both sides. Where a name has some, all that is new is joined with the side
+    that its own samples are published on (train, if none is), but copies of the other side's samples stay with those;
+    and where its own are published on both, nothing is joined: no new sample is refused for that.
     """
     members = defaultdict(list)
     for key in sorted(named):
@@ -85,7 +87,8 @@ def join_named(
         roots = sorted({root(groups[key]) for key in keys})
         if len(set().union(*(sides[one] for one in roots))) == 2:
             torn += len(roots) > 1
-            continue
+            own = {published[key] for key in keys if key in published} or {"train"}
+            roots = [one for one in roots if len(own) == 1 and sides[one] <= own]
         for other in roots[1:]:
             parent[other] = roots[0]
             sides[roots[0]] |= sides[other]

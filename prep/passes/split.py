@@ -70,23 +70,25 @@ def add_split(
     DINO class tokens, where they decide about duplicates. No holdout sample is an altered form of a training sample
     (``prep/images/altered.py``) but where both were published before the rules found that: there ``altered_twin`` of
     the holdout sample is the key of the other. With ``named``, the groups by ``split.group_by``, ``split_group`` is
-    what was drawn as one.
+    what of them is on one side.
     """
     keys, hashes = table["key"].to_pylist(), table["phash"].to_pylist()
     thumbnails = duplicates.thumbnail_rows(table["thumbnail"])
     groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
-    units, torn = (groups, 0) if named is None else join_named(groups, named, published)
-    split, altered = _draw(config, keys, thumbnails, units, published)
+    split, altered, torn = _draw(config, keys, thumbnails, groups, named, published)
     if split.linking:  # without them the rest falls into other groups
         kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
         table, more = add_split(config, table.filter(kept), published, alike and alike.kept(np.asarray(kept)), named)
         return table, sorted(split.linking + more)
     joined, twins = sort_links(altered, split.sides)
-    columns = {"split": split.sides, "duplicate_group": duplicates.join_groups(groups, joined), "altered_twin": twins}
+    groups = duplicates.join_groups(groups, joined)
+    columns = {"split": split.sides, "duplicate_group": groups, "altered_twin": twins}
     if named is not None:
-        columns["split_group"] = duplicates.join_groups(units, joined)
+        by_side = {key: f"{split.sides[key]} {named[key]}" for key in keys if key in named}
+        columns["split_group"], _ = join_named(groups, by_side, split.sides)
         if torn:
-            say(f"warning: {torn} groups by split.group_by lie on both sides: they were published before it was set")
+            both = f"warning: {torn} groups by split.group_by lie on both sides"
+            say(f"{both}: images of them, or copies of such images, are published there")
     for name, values in columns.items():
         position = table.column_names.index("width")
         table = table.add_column(position, name, pa.array([values.get(key) for key in keys], pa.string()))
@@ -95,12 +97,12 @@ def add_split(
 
 def _draw(
     config: PrepConfig, keys: Sequence[str], thumbnails: np.ndarray, groups: Mapping[str, str],
-    published: Mapping[str, str],
-) -> tuple[duplicates.Split, list[tuple[str, str]]]:  # fmt: skip
+    named: Mapping[str, str] | None, published: Mapping[str, str],
+) -> tuple[duplicates.Split, list[tuple[str, str]], int]:  # fmt: skip
     """Draw the split, and compare what is drawn for the holdout with all others until nothing else is drawn.
 
-    Also returns the pairs of keys that are altered forms of each other. Of a million samples the holdout alone is
-    compared: links between two training samples decide nothing.
+    Also returns the pairs of keys that are altered forms of each other, and how many of the ``named`` groups cannot be
+    on one side. Of a million samples the holdout alone is compared: links between two training samples decide nothing.
     """
     links: list[tuple[str, str]] = []
     compared = np.zeros(len(keys), bool)
@@ -108,14 +110,15 @@ def _draw(
         # what is torn already tells nothing of where new samples belong
         usable = [pair for pair in links if len({published.get(key) for key in pair} - {None}) < 2]
         joined = duplicates.join_groups(groups, usable)
-        split = duplicates.assign_splits(joined, published, config.seed, config.holdout, config.holdout_min)
+        units, torn = (joined, 0) if named is None else join_named(joined, named, published)
+        split = duplicates.assign_splits(units, published, config.seed, config.holdout, config.holdout_min)
         held = np.fromiter((split.sides.get(key) == "holdout" for key in keys), bool, len(keys))
         new = np.flatnonzero(held & ~compared)
         found = find_links(keys, thumbnails, new)
         compared[new] = True
         links += found
         if not found:
-            return split, links
+            return split, links, torn
 
 
 def find_links(keys: Sequence[str], thumbnails: np.ndarray, rows: np.ndarray) -> list[tuple[str, str]]:

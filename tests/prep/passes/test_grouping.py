@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nanodit.errors import ConfigError
 from prep.config import PrepConfig
@@ -84,6 +84,25 @@ def test_published_samples_stay_and_a_torn_group_refuses_nothing(source, capsys)
         shoot = row["source"].rpartition("/")[0]
         if row["key"] not in before and shoot not in torn:
             assert {row["split"]} == shoots[shoot]
+
+
+@pytest.mark.parametrize("copied", [ImageOps.mirror, lambda image: image.resize((64, 64))])
+def test_a_copy_of_a_training_image_in_a_published_group_leaves_the_others_of_it_together(source, copied, capsys):
+    config = settings(source, split=rules(source)["folder"])
+    rows = list(prepare(config).rows())
+    shoot = next(row["source"].rpartition("/")[0] for row in rows if row["split"] == "holdout" and "/" in row["source"])
+    trained = next(row["source"] for row in rows if row["split"] == "train")
+    copied(Image.open(source / "source" / trained)).save(source / "source" / shoot / "copy.png")
+    for number in range(6):
+        Image.fromarray(photograph(1000 + number, 128)).save(source / "source" / shoot / f"new{number}.png")
+    capsys.readouterr()
+    after = {row["source"]: row for row in prepare(config).rows()}
+    assert after[f"{shoot}/copy.png"]["split"] == "train"
+    held = [row for name, row in after.items() if name.startswith(f"{shoot}/") and name != f"{shoot}/copy.png"]
+    assert [row["split"] for row in held] == ["holdout"] * (EACH + 6)
+    assert len({row["split_group"] for row in held}) == 1  # of intervals they are one all the same
+    assert "warning: 1 groups by split.group_by lie on both sides" in capsys.readouterr().out
+    verify(source / "out")
 
 
 def test_groups_larger_than_the_holdout_are_said(source):
