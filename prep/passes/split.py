@@ -19,7 +19,7 @@ from prep.dataset.layout import read_parquet
 from prep.images import duplicates
 from prep.images.altered import altered_pairs
 from prep.images.compared import MILLION, Alike
-from prep.passes.grouping import join_named
+from prep.passes.grouping import join_named, table_hash
 
 INDEX, DATASET = "index.parquet", "dataset.json"
 SPLIT_RULES = "nanodit.split"  # in the metadata of the index: what `split_rules` says
@@ -28,7 +28,10 @@ LONG = 10**8  # pairs: what takes some seconds
 
 def split_rules(config: PrepConfig) -> str:
     """Write the part of the config that decides the split of new samples as text, which the index carries."""
-    return canonical_json({"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min})
+    rules = {"seed": config.seed, "holdout": config.holdout, "holdout_min": config.holdout_min}
+    if config.split.group_by is not None:
+        rules["split"] = config.split.model_dump() | {"csv": table_hash(config)}
+    return canonical_json(rules)
 
 
 def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:

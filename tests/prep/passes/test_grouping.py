@@ -86,6 +86,16 @@ def test_published_samples_stay_and_a_torn_group_refuses_nothing(source, capsys)
             assert {row["split"]} == shoots[shoot]
 
 
+def test_a_first_publication_that_was_killed_does_not_keep_a_split_without_groups(source):
+    prepare(settings(source))
+    (source / "out" / "dataset.json").unlink()  # it comes last: nobody has read this version
+    (source / "out" / "runs" / "published.json").unlink()
+    sides: dict[str, set[str]] = {}
+    for row in prepare(settings(source, split=rules(source)["csv"])).rows():
+        sides.setdefault(row["source"].rpartition("/")[0], set()).add(row["split"])
+    assert all(len(side) == 1 for side in sides.values())
+
+
 @pytest.mark.parametrize("copied", [ImageOps.mirror, lambda image: image.resize((64, 64))])
 def test_a_copy_of_a_training_image_in_a_published_group_leaves_the_others_of_it_together(source, copied, capsys):
     config = settings(source, split=rules(source)["folder"])
