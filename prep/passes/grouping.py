@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 
+from nanodit.console import say
 from nanodit.errors import ConfigError
 from nanodit.files import sha256_file
 from prep.config import PrepConfig, SplitConfig
-from prep.images.sources import read_taken
+from prep.images.sources import Source, read_taken
 
 THREADS = 8
 FILE_NAME = "file_name"
@@ -26,8 +27,8 @@ FILE_NAME = "file_name"
 def name_groups(config: PrepConfig, names: Mapping[str, str]) -> dict[str, str] | None:
     """Map keys to the name of their group, those that have one; None without ``split.group_by``.
 
-    ``names`` maps keys to the file's name below the source. Raises ConfigError for a table that cannot be used, and
-    where not a single image has a group.
+    ``names`` maps keys to the file's name below the source. Says how many have no date. Raises
+    ConfigError for a table that cannot be used, and where not a single image has a group.
     """
     rule = config.split
     if rule.group_by is None:
@@ -43,7 +44,32 @@ def name_groups(config: PrepConfig, names: Mapping[str, str]) -> dict[str, str] 
             f"split.group_by is {rule.group_by}, but none of {len(names)} images has {lacks}, not even "
             f"{next(iter(names.values()))}. Change split, or leave group_by null"
         )
+    if rule.group_by == "date":
+        for line in _lone(rule, names, groups):
+            say(f"warning: {line}")
     return groups
+
+
+def group_remarks(config: PrepConfig, sources: Mapping[str, Source]) -> list[str]:
+    """Return what :func:`name_groups` cannot group, before anything is computed; not of dates, which take all files.
+
+    A published sample stays on its side, so a wrong pattern has to show before.
+    """
+    if config.split.group_by in (None, "date"):
+        return []
+    names = {key: source.name for key, source in sources.items()}
+    return _lone(config.split, names, name_groups(config, names) or {})
+
+
+def _lone(rule: SplitConfig, names: Mapping[str, str], groups: Mapping[str, str]) -> list[str]:
+    lone = [name for key, name in names.items() if key not in groups]
+    if not lone:
+        return []
+    lacks = "date (or their file is gone)" if rule.group_by == "date" else "group"
+    return [
+        f"split.group_by is {rule.group_by}: {len(lone)} of {len(names)} images have no {lacks} and are split one by "
+        f"one, the first is {min(lone)}"
+    ]
 
 
 def table_hash(config: PrepConfig) -> str | None:

@@ -39,7 +39,7 @@ from prep.images.scan import Reject, scan
 from prep.images.scan_cache import ReadAhead, ScanCache
 from prep.images.sources import Source
 from prep.passes.fitting import judge_sizes
-from prep.passes.grouping import check_table
+from prep.passes.grouping import check_table, group_remarks
 from prep.passes.last_publication import known_parts
 from prep.passes.layers import ShardTask
 from prep.passes.missing_sources import (
@@ -209,7 +209,7 @@ def make_plan(
     refused = {reject.source for reject in found.rejects}
     seen = len(found.sources) + len(found.rejects) + sum(source.name not in refused for source in kept)
     notes = silent + [found.others] * bool(found.others) + count_rejects(rejects + expected, seen)
-    notes += unlisted_remark(rejects) + kept_captions
+    notes += unlisted_remark(rejects) + kept_captions + group_remarks(config, sources)
     notes += [f"warning: {line}" for line in crop_remarks(fitting.cropped)]
     notes += source_remarks(gone, away, missing.replaced, prune, shards, reasons)
     excluded = read_excluded(root).keys & sources.keys()

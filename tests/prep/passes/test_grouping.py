@@ -13,6 +13,7 @@ from nanodit.errors import ConfigError
 from prep.config import PrepConfig
 from prep.passes.advice import warn
 from prep.passes.grouping import join_named, name_groups
+from prep.passes.plan import make_plan
 from prep.verify.verify import verify
 from tests.prep.images.test_altered import settings
 from tests.prep.images.test_duplicates import photograph, prepare
@@ -84,6 +85,17 @@ def test_published_samples_stay_and_a_torn_group_refuses_nothing(source, capsys)
         shoot = row["source"].rpartition("/")[0]
         if row["key"] not in before and shoot not in torn:
             assert {row["split"]} == shoots[shoot]
+
+
+def test_images_without_a_group_are_counted_before_anything_is_computed(source, capsys):
+    plan = make_plan(settings(source, split=rules(source)["csv"]))
+    said = "split.group_by is csv: 1 of 25 images have no group and are split one by one, the first is alone.png"
+    assert said in plan.notes
+    with pytest.raises(ConfigError, match="none of 25 images has a group"):
+        make_plan(settings(source, split={"group_by": "name", "pattern": "nothing like it"}))
+    (source / "source" / "shoot 0" / "model00-0.png").unlink()
+    prepare(settings(source, split=rules(source)["date"]))
+    assert "1 of 24 images have no date (or their file is gone) and are split one by one" in capsys.readouterr().out
 
 
 def test_a_first_publication_that_was_killed_does_not_keep_a_split_without_groups(source):
