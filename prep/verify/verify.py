@@ -357,7 +357,7 @@ def find_leaks(
             problem = f"is in holdout and near duplicates are in train: {', '.join(trained[:3])} (group {name})"
             findings.append(Finding("leak", "index.parquet", problem, held[0]))
     if twins is not None:
-        findings += check_twins(index, twins)
+        findings += check_twins(index, twins, len(keys) == len(sides))
     if "duplicate_group" in index.column_names and len(keys) == len(sides):
         said = dict(zip(index["key"].to_pylist(), index["duplicate_group"].to_pylist()))
         wrong = [key for key in keys if said[key] != groups[key]]
@@ -367,8 +367,11 @@ def find_leaks(
     return findings
 
 
-def check_twins(index: pa.Table, twins: dict[str, str]) -> list[Finding]:
-    """Return where ``altered_twin`` of the index is not what was found: one that it does not name is a leak."""
+def check_twins(index: pa.Table, twins: dict[str, str], whole: bool) -> list[Finding]:
+    """Return where ``altered_twin`` of the index is not what was found: one that it does not name is a leak.
+
+    Unless all samples could be compared, which is ``whole``, those that it names may be right.
+    """
     known = "altered_twin" in index.column_names
     said = dict(zip(index["key"].to_pylist(), index["altered_twin"].to_pylist())) if known else {}
     findings = []
@@ -376,7 +379,7 @@ def check_twins(index: pa.Table, twins: dict[str, str]) -> list[Finding]:
         if said.get(key) is None:
             problem = f"is in holdout, {twins[key]} in train is an altered form of it, and altered_twin does not say so"
             findings.append(Finding("leak", "index.parquet", problem, key))
-        else:
-            problem = f"altered_twin is {said[key]}, computed again it is {twins.get(key)}"
+        elif whole:
+            problem = f"altered_twin is {said[key]}, computed again it is {twins.get(key, 'none')}"
             findings.append(Finding("damaged", "index.parquet", problem, key))
     return findings

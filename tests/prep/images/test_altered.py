@@ -211,6 +211,17 @@ def test_without_thumbnails_nobody_can_tell(torn, capsys):
     assert "nothing tells whether training has holdout images mirrored" in capsys.readouterr().out
 
 
+def test_verify_doubts_no_twin_that_it_cannot_compare(torn, capsys):
+    (torn / "out" / "runs" / "published.json").unlink()  # publish again, with what is known now
+    assert altered_twins(prepare(settings(torn)))
+    next((torn / "out" / "parts").glob("*.px.parquet")).unlink()
+    with pytest.raises(DataError):
+        verify(torn / "out")
+    said = capsys.readouterr().out
+    assert "are in no committed px unit" in said
+    assert "altered_twin" not in said
+
+
 def test_an_index_that_denies_a_twin_does_not_hide_it(torn, capsys):
     from tests.prep.verify.test_verify import publish_again
 
