@@ -92,7 +92,7 @@ class DisjointSets:
 def thumbnail_rows(thumbnails: pa.ChunkedArray | Sequence[bytes]) -> np.ndarray:
     """Return thumbnails as uint8 (N, 768), without a copy of a column that is one array."""
     if not isinstance(thumbnails, pa.ChunkedArray):
-        return np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(thumbnails), -1)
+        return np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(thumbnails), THUMBNAIL_BYTES)
     rows = [np.empty((0, THUMBNAIL_BYTES), np.uint8)]
     for chunk in thumbnails.chunks:
         ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]

@@ -168,7 +168,7 @@ def torn(tmp_path, pairs, monkeypatch) -> Path:
     write(tmp_path, pairs | {f"alone-{seed}": Image.fromarray(photograph(seed)) for seed in range(8)})
     with monkeypatch.context() as patch:
         patch.setattr(split, "altered_pairs", lambda *given: np.empty((0, 2), np.int64))
-        dataset = prepare(settings(tmp_path))
+        dataset = prepare(settings(tmp_path, shard_size=8))
     assert sum(side == "holdout" for side in sides(dataset).values()) == 6
     return tmp_path
 
@@ -213,13 +213,16 @@ def test_without_thumbnails_nobody_can_tell(torn, capsys):
 
 def test_verify_doubts_no_twin_that_it_cannot_compare(torn, capsys):
     (torn / "out" / "runs" / "published.json").unlink()  # publish again, with what is known now
-    assert altered_twins(prepare(settings(torn)))
-    next((torn / "out" / "parts").glob("*.px.parquet")).unlink()
-    with pytest.raises(DataError):
-        verify(torn / "out")
-    said = capsys.readouterr().out
-    assert "are in no committed px unit" in said
-    assert "altered_twin" not in said
+    dataset = prepare(settings(torn))
+    shards = {row["key"]: row["shard"] for row in dataset.rows()}
+    for shard in (shards[min(altered_twins(dataset).values())], *set(shards.values())):  # one part, then all
+        (torn / "out" / f"parts/bucket_64x64-shard-{shard:06d}.px.parquet").unlink(missing_ok=True)
+        with pytest.raises(DataError):
+            verify(torn / "out")
+        said = capsys.readouterr().out
+        assert "are in no committed px unit" in said
+        assert "altered_twin" not in said
+        assert "cannot be compared" not in said
 
 
 def test_an_index_that_denies_a_twin_does_not_hide_it(torn, capsys):
