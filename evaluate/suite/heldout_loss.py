@@ -94,7 +94,7 @@ def measure_batch(
     config: HeldoutLossConfig,
 ) -> list[dict[str, Any]]:
     """Return the rows of :func:`measure` for one batch."""
-    rows, clusters = [], [row.get("duplicate_group") for row in batch.rows]
+    rows, clusters = [], [row.get("split_group") or row.get("duplicate_group") for row in batch.rows]
     trivial = _trivial_errors(subject, batch, training, config) if training else {}
     for subset in subsets:
         condition = subset_name(subset, subject.modalities)

@@ -38,6 +38,14 @@ def test_times_lie_in_their_strata_and_belong_to_the_sample():
     assert not np.array_equal(times, grid_times("abd", 10, 3))
 
 
+def test_images_of_one_split_group_are_one_observation(make_subject, figures, training):
+    groups = [{"split_group": f"{place // 6}"} for place in range(24)]
+    shoots = [row | group for row, group in zip(figures.rows("holdout"), groups)]
+    rows, metrics = measured(make_subject("noise", shoots), training)
+    assert {row["key"]: row["cluster"] for row in rows} == {row["key"]: row["split_group"] for row in shoots}
+    assert metrics["heldout_loss"].n == 4
+
+
 def test_a_perfect_model_has_no_loss(make_subject, training):
     _, metrics = measured(make_subject("truth"), training)
     assert metrics["heldout_loss"].value == pytest.approx(0, abs=1e-9)
