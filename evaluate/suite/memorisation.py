@@ -169,10 +169,11 @@ def summarise(
     drawn = [row for row in rows if row["kind"] == MODEL and not row["degenerate"]]
     searches = [_Search(space, features, drawn) for space, features in spaces.items()]
     metrics = [metric for arm in context.arms for search in searches for metric in _metrics(rows, context, arm, search)]
+    real = float(matched(rows.select(REAL, "real"), training.feature_pixels).mean())
     arms = list(context.arms)
     if (least := _least(context)) and rows.select(MODEL, f"{least.name}/{TRAINING}"):
         arms.append(replace(least, name=f"{least.name}/{TRAINING}"))
-    metrics += [_matches(rows, context, arm, training) for arm in arms]
+    metrics += [_matches(rows, context, arm, training, real) for arm in arms]
     context.extras["memorisation"] = {
         "wording": WORDING,
         "training_images": len(training),
@@ -251,11 +252,11 @@ def _metrics(rows: Rows, context: DrawingContext, arm: DrawingArm, search: _Sear
     ]
 
 
-def _matches(rows: Rows, context: DrawingContext, arm: DrawingArm, training: Any) -> Metric:
-    """Return the share of pictures of one condition that are altered forms of a training image."""
+def _matches(rows: Rows, context: DrawingContext, arm: DrawingArm, training: Any, real: float) -> Metric:
+    """Return the share of one condition's pictures that training images are altered forms of; ``real``: of holdout."""
     name = f"memorisation/matches{'' if arm.name == 'all' else f'/{arm.name}'}"
     settings = context.settings(arm.name, arm.guidance, training_images=len(training), space="feature_pixels")
-    pictures, real = rows.select(MODEL, arm.name), rows.select(REAL, "real")
+    pictures = rows.select(MODEL, arm.name)
     if reason := degenerate_reason(pictures):
         return Metric(name, None, n=len(context.keys), settings=settings, reason=reason)
     drawn = [row for row in pictures if not row["degenerate"]]
@@ -264,7 +265,7 @@ def _matches(rows: Rows, context: DrawingContext, arm: DrawingArm, training: Any
     return Metric.of(
         name,
         intervals.proportion(found, np.ones(len(found)), clusters),
-        baselines={"real": float(matched(real, training.feature_pixels).mean())},
+        baselines={"real": real},
         settings=settings
         | {
             "images": len({row["key"] for row in drawn}),
@@ -304,7 +305,7 @@ def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[s
         if not any(name in found for name in spaces):  # where matches alone are looked for
             fired = None if matches.value is None else False
         if matches.value is not None and matches.settings["images_with_a_match"] >= FEWEST:
-            fired = fired or matches.value > matches.baselines["real"]
+            fired = matches.value > matches.baselines["real"] or fired
         told = {} if matches.value is None else {"detectable": detectable_share(matches.settings["images"])}
         alarms.append({"name": "memorisation", "condition": condition, "fired": fired, **told})
     return alarms
