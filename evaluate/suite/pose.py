@@ -181,18 +181,20 @@ class PosedPictures:
         return {label: PosedPictures(label, rows, {}, {}) for label, rows in members.items() if rows}
 
     def metric(
-        self, name: str, share: Share, pool: Pool = intervals.proportion, better: str = "higher", **settings: Any
-    ) -> Metric:
+        self, name: str, share: Share, pool: Pool = intervals.proportion, better: str = "higher",
+        nothing: str = "none of these was asked for", **settings: Any,
+    ) -> Metric:  # fmt: skip
         """Pool a share over these pictures, and over those of the baselines; a reason where there is none.
 
-        ``pool`` is :func:`intervals.ratio` for differences, which may be below zero.
+        ``pool`` is :func:`intervals.ratio` for differences, which may be below zero. ``nothing`` is the reason where
+        all pictures together have nothing that a share could be of.
         """
         found = {label: share(other) for label, other in self.baselines.items() if not other.reason}
         baselines = {label: float(tops.sum() / whole) for label, (tops, of) in found.items() if (whole := of.sum())}
         details = {"baselines": baselines, "settings": {**self.settings, **settings}, "better": better}
         tops, of = (np.zeros(1), np.zeros(1)) if self.reason else share(self)
         if not of.any():
-            return Metric(name, None, n=len(self.keys), reason=self.reason or "none of these was asked for", **details)
+            return Metric(name, None, n=len(self.keys), reason=self.reason or nothing, **details)
         metric = Metric.of(name, pool(tops, of, self.joints.clusters), **details)
         if metric.low is None:
             return replace(metric, reason=f"inconclusive, about {MIN_CLUSTERS - metric.n} more samples")
@@ -237,7 +239,9 @@ def wanted(drawn: PosedPictures) -> Metric:
 
     A limb that nobody asked for costs nothing in PCK; here it does.
     """
-    return drawn.metric(f"pose_wanted/{drawn.name}", _wanted, joints=HEADLINE, alpha=ALPHA)
+    return drawn.metric(
+        f"pose_wanted/{drawn.name}", _wanted, joints=HEADLINE, alpha=ALPHA, nothing="no joint was found"
+    )
 
 
 def _wanted(drawn: PosedPictures) -> tuple[np.ndarray, np.ndarray]:

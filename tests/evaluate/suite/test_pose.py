@@ -107,7 +107,7 @@ def test_joints_that_nobody_asked_for_cost_something():
     assert metric.value == pytest.approx(11 / 17)
     assert metric.baselines[pose.CEILING] == 1
     nobody = pose.wanted(drawn(rows([None] * 20, targets)))
-    assert nobody.value is None
+    assert (nobody.value, nobody.reason) == (None, "no joint was found")
 
 
 def test_every_part_of_the_body_has_its_own_numbers():
