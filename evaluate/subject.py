@@ -21,6 +21,7 @@ from prep.dataset.reader import Dataset
 from prep.dataset.rows import Rows, by_key
 from prep.encoders.halving import Halving
 from prep.images.twins import altered_twins
+from prep.passes.advice import ANEW
 from train.data.samples import load_conditions
 from train.hardware import Precision
 from train.method.flow import FlowConfig
@@ -180,14 +181,12 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
         names = ", ".join(f"{row['source']} ({row['key']})" for row in left_out[:NAMED])
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         say(
-            f"warning: {len(left_out)} of {len(holdout)} holdout images are left out, as training has them mirrored, "
-            f"brighter or cropped: {names}{more}. Delete index.parquet and run nanodit prep run to split anew"
+            f"warning: {dataset.root}: {len(left_out)} of {len(holdout)} holdout images are left out, as training has "
+            f"them mirrored, brighter or cropped: {names}{more}. {ANEW}"
         )
         holdout = [row for row in holdout if row["key"] not in twins]
         if not holdout:
-            raise DataError(
-                f"{dataset.root}: training has all holdout images in an altered form. Split the dataset anew"
-            )
+            raise DataError(f"{dataset.root}: training has all holdout images mirrored, brighter or cropped. {ANEW}")
     ordered = sorted(holdout, key=lambda row: row["key"])
     if seed is not None:
         chosen = generator("holdout sample", seed).permutation(len(ordered))[:count]

@@ -15,6 +15,11 @@ from prep.images.filters import CROPPED, crop_remarks
 
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
 FEW = 1000  # training samples that a network learns by heart
+# whoever deletes it deletes the version, of which nothing else says what its split was
+ANEW = (
+    "To split anew, delete index.parquet and run nanodit prep run; what was trained on this version can then neither "
+    "go on nor be evaluated"
+)
 LARGE_GROUP = 0.01  # a group of near duplicates above this share of the set is worth a warning
 
 
@@ -33,11 +38,11 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
             "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
         )
     if not splits["holdout"]:
-        few = f"{len(table)} samples are too few for a holdout"
+        few = f"{len(table)} samples are too few for a holdout, or too alike: what shows the same stays on one side"
         if "split_group" in table.column_names:
             sizes = pc.value_counts(table["split_group"]).field("counts")
-            few = f"no group by split.group_by is small enough for a holdout: {len(sizes)} of {len(table)} samples"
-        warnings.append(f"{few}: nothing can be validated with this dataset")
+            few = f"{len(table)} samples in {len(sizes)} groups by split.group_by: none is small enough for a holdout"
+        warnings.append(f"{few}. Nothing can be validated with this dataset")
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
         warnings.append(
@@ -48,14 +53,12 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
     if torn := len(table.group_by(["duplicate_group", "split"]).aggregate([])) - len(groups):
         warnings.append(
             f"{torn} groups of near duplicates lie on both sides of the split: they were published before the present "
-            f"rules found them, and published samples stay where they are. Delete index.parquet and run again to split "
-            "anew"
+            f"rules found them, and published samples stay where they are. {ANEW}"
         )
     if "altered_twin" in table.column_names and (held := len(table) - table["altered_twin"].null_count):
         warnings.append(
             f"{held} holdout images are mirrored, brighter or cropped in train too: they were published before the "
-            "present rules found that, and stay where they are; an evaluation leaves them out. Delete index.parquet "
-            "and run again to split anew"
+            f"present rules found that, and stay where they are; an evaluation leaves them out. {ANEW}"
         )
     sizes = groups.field("counts").to_numpy()
     name, size, alike = groups.field("values")[int(np.argmax(sizes))].as_py(), int(sizes.max()), sizes[sizes > 1]
