@@ -39,7 +39,7 @@ class SplitConfig(Config):
     pattern: str | None = None
     csv: Place | None = None
     column: str | None = None
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0, le=10**9)  # two thousand years: more is no duration
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:

@@ -137,10 +137,9 @@ def _namer(rule: SplitConfig) -> Callable[[str], str | None]:
 
 def _read_table(rule: SplitConfig) -> dict[str, str]:
     """Return the value of ``split.column`` by file name."""
-    path, column = Path(rule.csv or ""), rule.column or ""
-    where = f"split.csv {path}"
+    column, where = rule.column or "", f"split.csv {rule.csv}"
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(rule.csv or "", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             if lacking := [name for name in (FILE_NAME, column) if name not in (reader.fieldnames or ())]:
                 raise ConfigError(
@@ -151,7 +150,8 @@ def _read_table(rule: SplitConfig) -> dict[str, str]:
             for number, row in enumerate(reader, 2):
                 name, value = row[FILE_NAME] or "", (row[column] or "").strip()
                 if found.setdefault(name, value) != value:
-                    raise ConfigError(f"{where}, row {number}: {name} is of {value}, but before of {found[name]}")
+                    now, before = value or "nothing", found[name] or "nothing"
+                    raise ConfigError(f"{where}, row {number}: {name} is of {now}, but before of {before}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{where} cannot be read: {error}. Give a CSV with file_name and {column}") from error
     return {name: value for name, value in found.items() if value}

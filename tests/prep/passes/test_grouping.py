@@ -152,6 +152,7 @@ def test_joining_leaves_torn_groups_and_those_they_are_connected_with_alone():
         ({"pattern": "x"}, "split.pattern is not for split.group_by null"),
         ({"group_by": "folder", "minutes": 3}, "split.minutes is not for split.group_by folder"),
         ({"group_by": "name", "pattern": "("}, "is no regular expression"),
+        ({"group_by": "date", "minutes": 1e13}, "less than or equal to"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(split, words):
@@ -167,6 +168,7 @@ def test_what_does_not_go_together_is_an_error(split, words):
         ("name,person\na.png,1\n", "has no column file_name; it has name, person"),
         ("file_name,who\na.png,1\n", "has no column person"),
         ("file_name,person\na.png,1\na.png,2\n", "row 3: a.png is of 2, but before of 1"),
+        ("file_name,person\na.png,\na.png,2\n", "row 3: a.png is of 2, but before of nothing"),
         (b"file_name,person\n\xff.png,1\n", "cannot be read"),
         ("", "has no column file_name and no column person; it has nothing"),
         ("file_name,person\nother.png,1\n", "none of 1 images has a group, not even a.png"),
