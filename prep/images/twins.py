@@ -69,7 +69,8 @@ def _thumbnails(dataset: Dataset, rows: Rows) -> np.ndarray | None:
         return None
     stored = pa.concat_tables(tables)
     keys = rows.column("key").cast(pa.string())
-    taken = stored["thumbnail"].take(pc.index_in(keys, value_set=stored["key"].combine_chunks()))
-    if not pc.all(pc.fill_null(pc.equal(pc.binary_length(taken), THUMBNAIL_BYTES), False)).as_py():
+    places = pc.index_in(keys, value_set=stored["key"].combine_chunks())
+    lengths = pc.binary_length(stored["thumbnail"])
+    if places.null_count or not pc.all(pc.fill_null(pc.equal(lengths, THUMBNAIL_BYTES), False)).as_py():
         return None
-    return thumbnail_rows(taken)
+    return thumbnail_rows(stored["thumbnail"])[places.to_numpy()]  # Arrow takes no more than 2 GB from a column
