@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 NO_ROUTING = TreadConfig()
 NAMED = 5  # holdout images that are named in a message
+_told: WeakSet[Dataset] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,14 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
     check_leaks(dataset.rows("train"), holdout)
     twins = altered_twins(dataset)
     if twins is None:
-        say(f"warning: {dataset.root}: nothing tells whether training has holdout images mirrored, brighter or cropped")
+        _tell_once(dataset, "nothing tells whether training has holdout images mirrored, brighter or cropped")
     if left_out := [row for row in holdout if row["key"] in (twins or {})]:
         names = ", ".join(f"{row['source']} ({row['key']})" for row in left_out[:NAMED])
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
-        say(
-            f"warning: {dataset.root}: {len(left_out)} of {len(holdout)} holdout images are left out, as training has "
-            f"them mirrored, brighter or cropped: {names}{more}. {ANEW}"
+        _tell_once(
+            dataset,
+            f"{len(left_out)} of {len(holdout)} holdout images are left out, as training has them mirrored, brighter "
+            f"or cropped: {names}{more}. {ANEW}",
         )
         holdout = [row for row in holdout if row["key"] not in twins]
         if not holdout:
@@ -192,6 +195,13 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
         chosen = generator("holdout sample", seed).permutation(len(ordered))[:count]
         ordered = [ordered[index] for index in sorted(chosen)]
     return tuple(ordered[:count])
+
+
+def _tell_once(dataset: Dataset, line: str) -> None:
+    """Warn of a dataset's holdout, but not again: a training asks for it at each of its validations."""
+    if dataset not in _told:
+        _told.add(dataset)
+        say(f"warning: {dataset.root}: {line}")
 
 
 def check_leaks(train: Sequence[Row], holdout: Sequence[Row]) -> None:

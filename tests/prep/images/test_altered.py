@@ -196,6 +196,8 @@ def test_what_was_published_before_stays_and_is_left_out_of_evaluations(torn, ca
     assert f"{len(twins)} of 6 holdout images are left out" in said
     assert f"{names[min(twins)]}.png ({min(twins)})" in said
     assert "what was trained on this version can then neither go on nor be evaluated" in said
+    assert select_holdout(before, 99) == rows
+    assert "left out" not in capsys.readouterr().out  # once is enough
     after = prepare(settings(torn))  # the column comes with the next publication, and nothing changes its side
     assert sides(after) == found
     assert altered_twins(after) == twins
