@@ -24,16 +24,26 @@ def isolating(condition: str, context: DrawingContext, rows: Rows) -> tuple[Draw
     """Return the arm that isolates a condition and the arm without it, both drawn for all samples and noises.
 
     ``text`` is isolated by text + pose against the pose alone, else by the text alone against nothing; the pose
-    likewise. Of two arms that differ in guidance alone the configured one is taken. None where no such pair was drawn.
+    likewise. What both are given is guided alike, as guidance alone makes a picture clearer; the configured guidance
+    comes first. None where no such pair was drawn.
     """
-    asked = [context.arm(given, guidance) for guidance in (None, 1.0) for given in GIVEN]
+    asked = [context.arm(given, guidance) for given in GIVEN for guidance in (None, 1.0)]
     pictures = len(context.keys) * context.config.seeds
-    arms: dict[frozenset[str], DrawingArm] = {}
-    for arm in asked:
-        if not isinstance(arm, Skipped) and len(rows.select(MODEL, arm.name)) == pictures:
-            arms.setdefault(arm.subset, arm)
-    pairs = ((arm, arms.get(arm.subset - {condition})) for arm in arms.values() if condition in arm.subset)
-    return next(((arm, other) for arm, other in pairs if other is not None), None)
+    drawn = {arm.name: arm for arm in asked if not isinstance(arm, Skipped)}
+    arms = [arm for arm in drawn.values() if len(rows.select(MODEL, arm.name)) == pictures]
+    pairs = (
+        (arm, other)
+        for arm in arms
+        for other in arms
+        if condition in arm.subset and other.subset == arm.subset - {condition} and _guided_alike(arm, other)
+    )
+    return next(pairs, None)
+
+
+def _guided_alike(arm: DrawingArm, other: DrawingArm) -> bool:
+    """Whether ``other`` is ``arm`` for a model that ignores what only ``arm`` is given."""
+    guidance = arm.guidance.of_given(other.subset)
+    return guidance == other.guidance or (not other.subset and guidance.self_scale == 1)  # nothing has no guidance
 
 
 def gain(

@@ -1,10 +1,14 @@
 """What a condition adds: which pair of arms says it, and how much it is."""
 
+from dataclasses import replace
+
 import pytest
 
 from evaluate.records import MODEL
 from evaluate.suite import attributes
 from evaluate.suite.gain import gain, isolating
+from train.method.dropout import ConditioningConfig
+from train.model.tread import TreadConfig
 
 CONFIG = {"conditions": {"all": 1.0, "text+pose": 2.0, "text": 2.0}}
 
@@ -29,6 +33,26 @@ def test_the_pair_is_the_fullest_without_image_features_that_was_drawn(judged, k
     for condition, expected in (("text", text), ("pose", pose)):
         pair = isolating(condition, context, rows)
         assert (pair and tuple(arm.name for arm in pair)) == expected
+
+
+@pytest.mark.parametrize(
+    ("configured", "drawn", "expected"),
+    [
+        ({"text+pose": 2.0, "text": 2.0}, ("text_and_pose", "pose", "text", "nothing"), ("text", "nothing")),
+        ({"text+pose": 2.0}, ("text_and_pose", "pose"), None),
+        ({"text+pose": 2.0}, ("text_and_pose", "text_and_pose@1", "pose"), ("text+pose@1", "pose")),
+        ({"text+pose": 2.0, "pose": 2.0}, ("text_and_pose", "pose"), ("text+pose", "pose")),
+        ({"text+pose": {"text": 3.0}}, ("text_and_pose", "pose"), ("text+pose", "pose")),
+        ({"text": {"self": 3.0}}, ("text", "nothing"), None),
+    ],
+)
+def test_no_pair_differs_in_the_guidance_of_what_both_are_given(judged, known_pictures, configured, drawn, expected):
+    """Guidance alone makes a pose clearer, and with it the colours of whoever is found."""
+    context = judged.context(conditions={"all": 1.0, **configured})
+    table, tread = ConditioningConfig().resolve(), TreadConfig(enabled=True)
+    context.subject = replace(context.subject, table=table, tread=tread)
+    pair = isolating("text", context, rows_of(judged, known_pictures, **dict.fromkeys(drawn, "truth")))
+    assert (pair and tuple(arm.name for arm in pair)) == expected
 
 
 def test_the_gain_is_paired_and_ends_at_what_the_judge_finds_in_real_images(judged, known_pictures):
