@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evaluate.report.metrics import ROUNDING, number, part_name
+from evaluate.suite.gain import CEILING
 
 GAINS = {"text": "attribute_gain", "pose": "pose_gain"}
 MOSTLY = 0.5  # of what could be gained: from here on a condition is obeyed
@@ -27,9 +28,10 @@ class Obedience:
 def obedience(metrics: Sequence[Mapping[str, Any]]) -> list[Obedience]:
     """Return the verdict on each condition, from entries of report.json; none on what was not measured.
 
-    From what the condition adds to the arm without it (:mod:`evaluate.suite.gain`), as a share of what it could add:
-    ``obeyed`` where the interval is above zero and the share at least MOSTLY; ``partly obeyed`` below that; ``not
-    obeyed`` where the interval reaches zero and ends below MOSTLY, or ends below HARDLY; otherwise ``undecided``.
+    From what the condition adds to the arm without it (:mod:`evaluate.suite.gain`) beyond luck, the best of no gain
+    and what pictures of anybody would add, as a share of what it could add: ``obeyed`` where the interval is above luck
+    and the share at least MOSTLY; ``partly obeyed`` below that; ``not obeyed`` where the interval reaches luck and ends
+    below MOSTLY, or ends below HARDLY; otherwise ``undecided``.
     Texts of images whose truth is not known: by what an edit changes beyond a paraphrase, which can only deny.
     """
     found = []
@@ -48,20 +50,23 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     if gain["value"] is None or gain["low"] is None:
         return Obedience(condition, "undecided", _sentence(condition, "undecided", gain["reason"] or "no interval"))
     low, value, high = (gain[name] for name in ("low", "value", "high"))
-    most = gain["baselines"].get("ceiling_on_real", 0.0)
-    if most <= 0:  # without the condition pictures are as right as real ones: nothing is left to add
+    known = gain["baselines"]
+    most, luck = known.get(CEILING, 0.0), max(0.0, *(known[name] for name in known if name != CEILING))
+    span = most - luck
+    if span <= 0:  # without the condition pictures are as right as real ones: nothing is left to add
         word: Word = "undecided"
-    elif high < HARDLY * most or (low <= 0 and high < MOSTLY * most):
+    elif high - luck < HARDLY * span or (low <= luck and high - luck < MOSTLY * span):
         word = "not obeyed"
-    elif low <= 0:
+    elif low <= luck:
         word = "undecided"
     else:
-        word = "obeyed" if value >= MOSTLY * most else "partly obeyed"
+        word = "obeyed" if value - luck >= MOSTLY * span else "partly obeyed"
     settings = gain["settings"]
     what = {"text": "named colours that are right", "pose": "joints that are in their place"}[condition]
     more = f"{number(value, gain)} [{number(low, gain)}, {number(high, gain)}] higher"
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
     why = f"given {given}, the share of {what} is {more} than given {without}; {number(most, gain)} is possible"
+    why += f", {number(luck, gain)} is luck" if luck > 0 else ""
     return Obedience(condition, word, _sentence(condition, word, why))
 
 

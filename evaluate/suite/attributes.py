@@ -30,7 +30,7 @@ from evaluate.records import (
 )
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest, Values
-from evaluate.suite.gain import gain
+from evaluate.suite.gain import CEILING, gain
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
@@ -50,7 +50,8 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
     arms = [arm for arm in context.arms if "text" in arm.subset]
     real = rows.select(REAL, "real")
     ceiling = float(np.mean([_right(row, ATTRIBUTES) for row in real])) / len(ATTRIBUTES)
-    gained = gain("attribute_gain", "text", context, rows, _score, ceiling)
+    marks = {"chance": float(np.mean([CHANCE[name] for name in ATTRIBUTES])), CEILING: ceiling}
+    gained = gain("attribute_gain", "text", context, rows, _score, marks)
     return accuracies(rows.all, [arm.name for arm in arms], context.settings_of(arms)) + gained, []
 
 

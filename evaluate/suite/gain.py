@@ -15,7 +15,8 @@ from evaluate.records import MODEL, Metric, Skipped, cluster_of, degenerate_reas
 from evaluate.statistics import intervals
 
 GIVEN = ("text+pose", "text", "pose", "nothing")  # what a pair is looked for among, the fullest first
-NO_GAIN = "no_gain"  # the floor: whoever ignores the condition
+NO_GAIN = "no_gain"  # whoever ignores the condition
+CEILING = "ceiling_on_real"
 
 Score = Callable[[Mapping[str, Any]], tuple[int, int]]  # of a row of samples.parquet: how many are right, of how many
 
@@ -47,12 +48,19 @@ def _guided_alike(arm: DrawingArm, other: DrawingArm) -> bool:
 
 
 def gain(
-    name: str, condition: str, context: DrawingContext, rows: Rows, score: Score, ceiling: float, **settings: Any
+    name: str,
+    condition: str,
+    context: DrawingContext,
+    rows: Rows,
+    score: Score,
+    marks: Mapping[str, float],
+    **settings: Any,
 ) -> list[Metric]:
     """Return ``NAME/CONDITIONS``: the share that is right with ``condition``, less that without it, of the same noises.
 
-    Baselines: ``no_gain`` (the floor) and ``ceiling_on_real``, what would be gained at the ``ceiling``, the share that
-    the judge finds right in real images. Empty where no pair was drawn.
+    Baselines: ``no_gain``, and what would be gained at each of the ``marks``: the share that is right by luck in
+    pictures of anybody, which is no gain either where without the condition nobody is drawn, and CEILING, the share
+    that the judge finds right in real images. Empty where no pair was drawn.
     """
     pair = isolating(condition, context, rows)
     if pair is None:
@@ -70,7 +78,7 @@ def gain(
         return [Metric(name, None, n=len(context.keys), reason=reason, **details)]
     whole = [of for _, (_, of), _ in counted]
     gained = [one[0] - two[0] for _, one, two in counted]
-    floor = sum(two[0] for _, _, two in counted) / sum(whole)
-    baselines = {NO_GAIN: 0.0, "ceiling_on_real": ceiling - floor}
+    lacking = sum(two[0] for _, _, two in counted) / sum(whole)
+    baselines = {NO_GAIN: 0.0} | {label: share - lacking for label, share in marks.items()}
     interval = intervals.ratio(gained, whole, [cluster_of(row) for row, _, _ in counted])
     return [Metric.of(name, interval, baselines=baselines, **details)]

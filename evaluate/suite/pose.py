@@ -117,7 +117,10 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
     if real.rows and not real.reason:
         right, asked = _pck(real, PARTS[HEADLINE])
         judged = {**_judged(context), "box": context.examiner.box, "alpha": ALPHA, "joints": HEADLINE}
-        metrics += gain("pose_gain", "pose", context, rows, _score, float(right.sum() / asked.sum()), **judged)
+        hits, joints = np.sum([(0, 0), *map(_score, rows.without_skill["random_pair"])], axis=0)
+        marks = {"random_pair": float(hits / joints)} if joints else {}
+        marks["ceiling_on_real"] = float(right.sum() / asked.sum())
+        metrics += gain("pose_gain", "pose", context, rows, _score, marks, **judged)
     for one in overlays:
         context.show(MODEL, one["condition"], one["key"], one["seed"])
     context.extras["pose"] = {

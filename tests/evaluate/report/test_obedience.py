@@ -39,6 +39,23 @@ def test_the_word_follows_from_what_a_condition_adds_of_what_it_could(low, value
         assert ("too few" if low is None else "given text + pose") in one.words
 
 
+@pytest.mark.parametrize(
+    ("low", "value", "high", "word"),
+    [
+        (0.1, 0.2, 0.3, "not obeyed"),
+        (0.15, 0.4, 0.7, "undecided"),
+        (0.25, 0.4, 0.45, "partly obeyed"),
+        (0.25, 0.7, 0.8, "obeyed"),
+    ],
+)
+def test_what_anybody_would_add_is_luck(low, value, high, word):
+    baselines = {"no_gain": 0.0, "chance": 0.2, "ceiling_on_real": 1.0}
+    (one,) = obedience([entry("attribute_gain/text", low, value, high, baselines=baselines)])
+    assert one.word == word
+    assert one.words.endswith("; 1.00 is possible, 0.20 is luck.")
+    assert "luck" not in obedience([entry("attribute_gain/text", low, value, high)])[0].words
+
+
 def test_where_nothing_is_left_to_add_nothing_is_decided():
     most = {"no_gain": 0.0, "ceiling_on_real": 0.0}
     assert obedience([entry("pose_gain/text+pose", 0.0, 0.0, 0.0, baselines=most)])[0].word == "undecided"

@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from evaluate.records import MODEL
+from evaluate.metrics.colours import CHANCE
+from evaluate.records import ATTRIBUTES, MODEL
+from evaluate.report.metrics import against_floor
+from evaluate.report.obedience import obedience
 from evaluate.suite import attributes
-from evaluate.suite.gain import gain, isolating
+from evaluate.suite.gain import CEILING, gain, isolating
 from train.method.dropout import ConditioningConfig
 from train.model.tread import TreadConfig
 
@@ -60,7 +64,7 @@ def test_the_gain_is_paired_and_ends_at_what_the_judge_finds_in_real_images(judg
     found = {}
     for model in ("truth", "shuffled"):
         rows = rows_of(judged, known_pictures, text=model, nothing="shuffled")
-        (found[model],) = gain("attribute_gain", "text", context, rows, attributes._score, 1.0)
+        (found[model],) = gain("attribute_gain", "text", context, rows, attributes._score, {CEILING: 1.0})
         right = {
             name: [attributes._score(row)[0] / 4 for row in rows.select(MODEL, name)] for name in ("text", "nothing")
         }
@@ -73,11 +77,25 @@ def test_the_gain_is_paired_and_ends_at_what_the_judge_finds_in_real_images(judg
     assert (found["shuffled"].low, found["shuffled"].value, found["shuffled"].high) == (0, 0, 0)
 
 
+def test_drawing_a_figure_at_all_is_no_gain(judged, known_pictures):
+    context = judged.context(**CONFIG)
+    others = {"all": "truth", "text_and_pose": "truth"}
+    rows = rows_of(judged, known_pictures, text="shuffled", nothing="noise", **others)
+    for row in rows.select(MODEL, "nothing"):
+        row.update({f"{name}_judged": None for name in ATTRIBUTES})  # nobody is found
+    found, _ = attributes.summarise(rows, context)
+    metric = next(one for one in found if one.name == "attribute_gain/text")
+    assert metric.baselines["chance"] == pytest.approx(np.mean([CHANCE[name] for name in ATTRIBUTES]))
+    assert metric.low > 0
+    assert against_floor(metric.to_dict())["verdict"] != "better"
+    assert obedience([metric.to_dict()])[0].word == "not obeyed"
+
+
 def test_a_picture_that_cannot_be_scored_leaves_no_gain_and_says_why(judged, known_pictures):
     context = judged.context(**CONFIG)
     rows = rows_of(judged, known_pictures, text="truth", nothing="truth")
     rows.select(MODEL, "nothing")[0]["degenerate"] = "blank"
-    (metric,) = gain("attribute_gain", "text", context, rows, attributes._score, 1.0)
+    (metric,) = gain("attribute_gain", "text", context, rows, attributes._score, {CEILING: 1.0})
     assert metric.value is None
     assert "blank" in metric.reason
-    assert gain("pose_gain", "pose", context, rows, attributes._score, 1.0) == []  # no pair was drawn
+    assert gain("pose_gain", "pose", context, rows, attributes._score, {CEILING: 1.0}) == []  # no pair was drawn
