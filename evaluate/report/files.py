@@ -85,12 +85,16 @@ class EvaluationFiles:
 
 
 def find_output(folder: Path) -> Path:
-    """Return the evaluation's folder that is meant: itself, or the newest of a run folder."""
+    """Return the evaluation's folder that is meant: itself, or of a run folder the newest one of ema weights."""
     if (folder / "report.json").is_file():
         return folder
     if (folder / "parts").is_dir():
         raise ConfigError(f"{folder}: this evaluation is not finished. {AGAIN}: it continues from what is there")
-    outputs = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json") if step_of(path.parent) is not None]
+    found = [path.parent for path in folder.glob(f"{OUTPUTS}/step-*/report.json")]
+    outputs = [path for path in found if step_of(path) is not None]
+    if found and not outputs:
+        others = ", ".join(sorted(map(str, found)))
+        raise ConfigError(f"{folder}: was evaluated with other weights than ema; give the folder: {others}")
     if not outputs:
         raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run nanodit evaluate run first")
     return max(outputs, key=step_of)
@@ -98,7 +102,7 @@ def find_output(folder: Path) -> Path:
 
 def unfinished(run_folder: Path) -> list[str]:
     """Return the evaluations of a run that were begun and neither finished nor cleared away, by name."""
-    begun = {path.parent for path in run_folder.glob(f"{OUTPUTS}/step-*/parts")}
+    begun = {path.parent for path in run_folder.glob(f"{OUTPUTS}/step-*/parts") if step_of(path.parent) is not None}
     return sorted(path.name for path in begun if not (path / "report.json").is_file())
 
 

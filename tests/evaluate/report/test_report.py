@@ -243,6 +243,11 @@ def test_a_run_folder_means_its_newest_evaluation(folder, tmp_path):
     shutil.rmtree(older)
     with pytest.raises(ConfigError, match="evaluate run first"):
         find_output(tmp_path)
+    of_the_last = tmp_path / "validation_outputs" / "step-000123-model"
+    of_the_last.mkdir(parents=True)
+    (of_the_last / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"other weights than ema; give the folder: .*step-000123-model"):
+        find_output(tmp_path)
     (tmp_path / "report.json").write_text('{"schema": 99}')
     with pytest.raises(DataError, match="schema 99"):
         EvaluationFiles.read(tmp_path)
@@ -299,6 +304,8 @@ def test_an_evaluation_that_was_killed_is_not_taken_for_finished(folder, copy, t
     assert "A newer evaluation was not finished and is not shown: step-000200" in page
     with pytest.raises(ConfigError, match="not finished"):
         find_output(newer)
+    newer.rename(newer.with_name("step-000200-model"))  # of other weights, which a run folder does not mean
+    assert "was not finished" not in report.render(EvaluationFiles.read(run_folder))
 
 
 def test_skipped_tests_leave_their_reasons_and_no_empty_sections(copy):
