@@ -78,7 +78,7 @@ def _of_edits(effect: Mapping[str, Any]) -> Obedience:
     elif effect["low"] <= 0:
         word, why = "undecided", "whether an edit changes more than a paraphrase does cannot be told"
     else:
-        word, why = "undecided", "an edit changes more than a paraphrase does, but whether rightly is not measured"
+        word, why = "undecided", "an edit changes more than a paraphrase does, but that is not to say rightly"
     return Obedience("text", word, _sentence("text", word, why))
 
 
