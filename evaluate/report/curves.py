@@ -196,17 +196,22 @@ def _block(
         "ratio": line_chart(ratios, gated),
         "legend": [(series.name, series.style) for series in shown],
         "names": [name for name, *_ in lines],
-        "table": [
-            {
-                "t": f"{metric['settings']['t_low']:.2g} to {metric['settings']['t_high']:.2g}",
-                "cells": [
-                    {"metric": own[place], "share": of_loss[place] if len(of_loss) == len(own) else None}
-                    for _, _, own, of_loss in lines
-                ],
-            }
-            for place, metric in enumerate(trivial)
-        ],
+        "table": _table([(own, of_loss) for *_, own, of_loss in lines]),
     }
+
+
+def _table(columns: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[float]]]) -> list[dict[str, Any]]:
+    """Return a row for each bin of any column (errors, shares of the loss); None in a cell without a value."""
+
+    def span(metric: Mapping[str, Any]) -> tuple[float, float]:
+        return metric["settings"]["t_low"], metric["settings"]["t_high"]
+
+    cells = []
+    for own, of_loss in columns:
+        known = of_loss if len(of_loss) == len(own) else [None] * len(own)
+        cells.append({span(metric): {"metric": metric, "share": share} for metric, share in zip(own, known)})
+    spans = sorted({place for column in cells for place in column})
+    return [{"t": f"{low:.2g} to {high:.2g}", "cells": [one.get((low, high)) for one in cells]} for low, high in spans]
 
 
 def _middle(metric: Mapping[str, Any]) -> float:

@@ -14,6 +14,8 @@ from evaluate import run
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.report import report
+from evaluate.report.curves import heldout_charts
+from evaluate.report.files import name_runs
 from evaluate.report.report import EvaluationFiles, find_output, number, write_report
 from evaluate.subject import Subject
 from nanodit.errors import ConfigError, DataError, ResourceError
@@ -221,6 +223,29 @@ def test_a_null_metric_is_shown_with_its_reason(copy):
     page = report.render(EvaluationFiles.read(copy))
     assert "degenerate: 3 of 24" in page
     assert "no interval" in page
+
+
+def test_a_bin_without_a_value_moves_no_error_to_another_t(copy):
+    def lose(report):
+        own = [metric for metric in report["metrics"] if metric["name"].startswith("heldout_mse/all/")]
+        for bin, metric in enumerate(own):
+            other = {
+                **metric,
+                "name": f"heldout_mse/other/{bin}",
+                "settings": {**metric["settings"], "conditions": "pose"},
+            }
+            report["metrics"].append(other)
+            if bin in (0, 9):  # the first bin of one condition is lost, and the last one of the other
+                (metric, other)[bin == 9].update(value=None, low=None, high=None, reason="non-finite")
+
+    edit_json(copy / "report.json", lose)
+    (run,) = name_runs([EvaluationFiles.read(copy)])
+    (block,) = heldout_charts([run])["blocks"]
+    assert len(block["table"]) == 10
+    for row in block["table"]:
+        cells = [one["metric"]["settings"] for one in row["cells"] if one]
+        assert {f"{one['t_low']:.2g} to {one['t_high']:.2g}" for one in cells} == {row["t"]}
+    assert report.render(EvaluationFiles.read(copy))
 
 
 def test_the_csv_holds_every_metric(folder, tmp_path):
