@@ -83,7 +83,9 @@ def named_arm(
     The name is that of the conditions, with ``@GUIDANCE`` behind it where ``guidances`` draw the same ones with another
     one.
     """
-    usual = {_label(_subset(name, subject), subject): Guidance.of(value) for name, value in guidances.items()}
+    usual: dict[str, Guidance] = {}
+    for name, value in guidances.items():
+        usual.setdefault(_label(_subset(name, subject), subject), Guidance.of(value))  # of twins the first is drawn
     label = _label(_subset(conditions, subject), subject)
     chosen_guidance = usual.get(label, NO_GUIDANCE) if guidance is None else Guidance.of(guidance)
     chosen, skipped = _choose({conditions: chosen_guidance}, subject, test)

@@ -1,5 +1,6 @@
 """What a condition adds: which pair of arms says it, and how much it is."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_no_pair_differs_in_the_guidance_of_what_both_are_given(judged, known_pi
     context.subject = replace(context.subject, table=table, tread=tread)
     pair = isolating("text", context, rows_of(judged, known_pictures, **dict.fromkeys(drawn, "truth")))
     assert (pair and tuple(arm.name for arm in pair)) == expected
+
+
+def test_of_two_names_of_the_same_conditions_the_first_one_says_the_guidance(judged, figures):
+    """Without image features ``text+pose`` is ``all``; the pictures that there are were drawn as ``all`` says."""
+    bare = copy(figures)
+    layers = {name: layer for name, layer in figures.info["layers"].items() if name != "dino"}
+    bare.info = {**figures.info, "layers": layers}
+    context = judged.context(**CONFIG)
+    context.subject = replace(context.subject, dataset=bare, table=ConditioningConfig().resolve(("text", "pose")))
+    assert [(arm.name, arm.guidance.value) for arm in context.arms] == [("all", 1), ("text", 2)]
+    assert context.arm("text+pose") == context.arms[0] == context.arm("all", 1.0)
+    assert context.arm("text+pose", 2.0).name == "all@2"
 
 
 def test_the_gain_is_paired_and_ends_at_what_the_judge_finds_in_real_images(judged, known_pictures):
