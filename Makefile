@@ -35,6 +35,7 @@ lowest:
 	$(VENV)-lowest/bin/uv pip compile --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
 		--all-extras --output-file $(VENV)-lowest/lowest.txt pyproject.toml
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --requirement $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --no-deps --editable .
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest $(LOWEST)
 
 # figures -> shards -> a trained model -> a report, without any download

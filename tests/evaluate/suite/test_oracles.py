@@ -96,7 +96,7 @@ def test_only_the_copy_cat_sets_off_the_alarm_of_memorisation(evidence):  # faul
     fired = {
         model: [alarm["fired"] for alarm in found.extras["memorisation"]["alarms"]] for model, found in evidence.items()
     }
-    assert fired == {model: [model == "copy_cat"] for model in evidence}
+    assert fired == {model: [model == "copy_cat"] * 2 for model in evidence}  # and asked by training images' own words
 
 
 # --- painters without skill
