@@ -24,12 +24,12 @@ FIGURES = 80  # 64 for training, 16 held out
 # Minutes each, the longest first: a worker of `--dist loadfile` that began one of them last would end alone
 LONG = (
     "faults/test_sweep_faults.py", "faults/test_prep_cluster.py", "faults/test_ray_died.py",
-    "train/sweep/test_sweep.py", "faults/test_prep_job.py", "train/check/test_check.py", "prep/passes/test_killed.py", "train/test_presets.py",
-    "faults/test_caption_stage.py", "evaluate/test_run.py", "train/plan/test_plan.py", "train/draw/test_draw.py",
-    "faults/test_version_faults.py", "test_seed.py", "nanodit/test_storage.py", "faults/test_train_faults.py",
-    "train/loop/test_everything.py", "prep/passes/test_captions.py", "platforms/test_windows.py",
-    "extensions/test_extensions.py", "evaluate/suite/test_oracles.py", "evaluate/report/test_degenerate.py",
-    "prep/passes/test_preflight.py", "prep/passes/test_ray_passes.py",
+    "train/sweep/test_sweep.py", "faults/test_prep_job.py", "train/check/test_check.py", "prep/passes/test_killed.py",
+    "train/test_presets.py", "faults/test_caption_stage.py", "evaluate/test_run.py", "train/plan/test_plan.py",
+    "train/draw/test_draw.py", "faults/test_version_faults.py", "test_seed.py", "nanodit/test_storage.py",
+    "faults/test_train_faults.py", "train/loop/test_everything.py", "prep/passes/test_captions.py",
+    "platforms/test_windows.py", "extensions/test_extensions.py", "evaluate/suite/test_oracles.py",
+    "evaluate/report/test_degenerate.py", "prep/passes/test_preflight.py", "prep/passes/test_ray_passes.py",
 )  # fmt: skip
 
 
