@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from nanodit import faults
 from prep.config import PrepConfig
 from prep.figures.figures import write_figures
 
@@ -59,6 +60,12 @@ def ray_session():
 
     with ray_session():
         yield
+
+
+@pytest.fixture(autouse=True)
+def points_passed() -> None:
+    """Count the points that faults are asked for at from zero: which tests of this process passed them is chance."""
+    faults._passed.clear()
 
 
 @pytest.fixture

@@ -97,9 +97,10 @@ def test_prep_run_in_a_cluster_says_that_the_raylet_beside_it_died(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path, ray_session):
     dataset = write_dataset(tmp_path / "dataset", encoders="production")
-    straight = write_sweep(tmp_path / "straight", dataset, arms={"A": {}})
+    steps = {"budget": {"steps": 40}}  # at a tenth of a second each the trial cannot end before its Ray is missed
+    straight = write_sweep(tmp_path / "straight", dataset, arms={"A": {}}, **steps)
     assert main(["sweep", "--config", str(straight), "--trial", "A-seed0"]) == 0
-    file = write_sweep(tmp_path / "killed", dataset, arms={"A": {}})
+    file = write_sweep(tmp_path / "killed", dataset, arms={"A": {}}, **steps)
     trial = load_sweep(file).trials_folder / "A-seed0"
     sweep = [sys.executable, "-m", "train", "sweep", "--config", str(file)]
     code, said = killed(
@@ -112,7 +113,7 @@ def test_a_sweep_says_that_its_ray_died_and_goes_on(tmp_path, ray_session):
     assert "The same command with --resume continues: finished trials are kept" in error
     assert main([*sweep[3:], "--resume"]) == 0
     assert (read_record(trial)["status"], read_record(trial)["attempts"]) == ("finished", 2)
-    last = Path("checkpoints/step-000012/model.safetensors")
+    last = Path("checkpoints/step-000040/model.safetensors")
     assert (trial / last).read_bytes() == (straight.parent / "sweep/trials/A-seed0" / last).read_bytes()
 
 

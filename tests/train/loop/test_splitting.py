@@ -25,7 +25,7 @@ CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(hand
 FULL = {"class": lambda: torch.OutOfMemoryError(OUT_OF_MEMORY), "text": lambda: RuntimeError(CUBLAS)}
 # TREAD in all steps, REPA, LPIPS of crops, every subset of conditions in a step of two buckets, mirrored images
 MIXED = everything(
-    train__steps=2, train__lr=1e-3, train__precision="fp32", train__token_budget="null", train__batch_size=6,
+    train__steps=2, train__lr=3e-4, train__precision="fp32", train__token_budget="null", train__batch_size=6,
     train__grad_accumulation_steps=3, train__phases="[]", tread__dense_tail=0, perceptual__every=1,
     perceptual__view="crop", checkpoint__every_steps=2, validation__every_steps=0, visual_debug__every_steps=0,
     ema__snapshots=0, train__gradient_checkpointing="none", data__short_captions=0.0,
