@@ -12,6 +12,7 @@ from nanodit.errors import ConfigError
 from prep.captions.config import CaptionConfig
 from prep.dataset.buckets import buckets_for
 from prep.dataset.layers import CHOICES, ENCODER_LAYERS, LAYERS
+from prep.images.altered import ALTERED, CANDIDATE
 from prep.images.filters import FilterConfig
 
 Chosen = Literal[CHOICES]  # layers that the config may ask for
@@ -30,6 +31,7 @@ class DuplicateConfig(Config):
     """When two samples are near duplicates besides their perceptual hash; None means what ``encoders`` stands for."""
 
     cls_cosine: float | None = Field(None, gt=0, le=1)
+    altered_cosine: float = Field(ALTERED, gt=CANDIDATE, le=1)
 
 
 class SplitConfig(Config):

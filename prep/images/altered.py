@@ -22,26 +22,32 @@ ALTERED = 0.84
 CANDIDATE = 0.5  # as it is; crops of 95 % are above .57, and about one pair of figures in a thousand is
 FLAT = 2.0  # grey levels of standard deviation, below which a thumbnail says nothing but noise
 SCALES = (1.0, 0.975, 0.95, 0.925, 0.9)  # of the sides of a window; in nine places each
-UNSURE = 1e-4  # of a cosine in float32, whose error is below 1e-6: nearer to ALTERED than that, float64 decides
+UNSURE = 1e-4  # of a cosine in float32, whose error is below 1e-6: nearer to the threshold than that, float64 decides
 DENSE = 40  # a pair picked out of two arrays costs as much as this many of a product of matrices
 QUERIES, TILE, PAIRS = 1024, 2048, 4096  # rows compared at once, and pairs that are picked out at once
 
 
 def altered_pairs(
-    thumbnails: np.ndarray, rows: np.ndarray, done: Callable[[int], None] = lambda pairs: None
+    thumbnails: np.ndarray,
+    rows: np.ndarray,
+    done: Callable[[int], None] = lambda pairs: None,
+    threshold: float = ALTERED,
 ) -> np.ndarray:
     """Return the pairs of an image of ``rows`` and any other that are altered forms of each other, int64 (M, 2).
 
     ``thumbnails`` are uint8 (N, 768), ``rows`` int64 (Q,). A pair of two of ``rows`` comes once or twice. ``done`` is
-    told how many pairs were compared.
+    told how many pairs were compared. ``threshold`` is above CANDIDATE.
     """
-    pairs = altered_between(thumbnails[rows], thumbnails, done)
+    pairs = altered_between(thumbnails[rows], thumbnails, done, threshold)
     pairs[:, 0] = rows[pairs[:, 0]]
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def altered_between(
-    queries: np.ndarray, others: np.ndarray, done: Callable[[int], None] = lambda pairs: None
+    queries: np.ndarray,
+    others: np.ndarray,
+    done: Callable[[int], None] = lambda pairs: None,
+    threshold: float = ALTERED,
 ) -> np.ndarray:
     """Return which of ``queries`` (Q, 768) and ``others`` (N, 768), in 0..255, are altered forms: int64 (M, 2)."""
     found = [np.empty((0, 2), np.int64)]
@@ -52,12 +58,12 @@ def altered_between(
             cosines = left[0] @ right[0].T + np.abs(left[1] @ right[1].T)
             pairs = np.column_stack(np.nonzero(cosines > CANDIDATE)) + np.array([start, top])
             if len(pairs):
-                found.append(_aligned(queries, others, pairs))
+                found.append(_aligned(queries, others, pairs, threshold))
             done(cosines.size)
     return np.concatenate(found)
 
 
-def _aligned(queries: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def _aligned(queries: np.ndarray, others: np.ndarray, pairs: np.ndarray, threshold: float) -> np.ndarray:
     """Return the pairs (M, 2) that are altered forms at the best window of either, mirrored or not.
 
     Every image is described once, not once a pair: where all images are built alike most pairs come this far.
@@ -77,10 +83,10 @@ def _aligned(queries: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.n
                 some = slice(start, start + PAIRS)
                 even, odd = (np.einsum("ij,ij->i", ours[of[some]], its[at[some]]) for ours, its in zip(seen, target))
                 np.maximum(best[some], even + np.abs(odd), out=best[some])
-    counts, unsure = best > ALTERED, np.flatnonzero(np.abs(best - ALTERED) < UNSURE)
+    counts, unsure = best > threshold, np.flatnonzero(np.abs(best - threshold) < UNSURE)
     for start in range(0, len(unsure), PAIRS):
         some = unsure[start : start + PAIRS]
-        counts[some] = aligned_cosines(queries[pairs[some, 0]], others[pairs[some, 1]]) > ALTERED
+        counts[some] = aligned_cosines(queries[pairs[some, 0]], others[pairs[some, 1]]) > threshold
     return pairs[counts]
 
 

@@ -38,7 +38,10 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
             "few thousand are needed. `train run --init-from CHECKPOINT` begins with one that has learnt from others"
         )
     if not splits["holdout"]:
-        few = f"{len(table)} samples are too few for a holdout, or too alike: what shows the same stays on one side"
+        few = (
+            f"{len(table)} samples are too few for a holdout, or too alike (duplicates.altered_cosine): what shows the "
+            "same stays on one side"
+        )
         if "split_group" in table.column_names:
             sizes = pc.value_counts(table["split_group"]).field("counts")
             few = f"{len(table)} samples in {len(sizes)} groups by split.group_by: none is small enough for a holdout"

@@ -345,6 +345,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
                 "holdout_min": config.holdout_min,
                 "cls_cosine": cls_cosine(config),
                 "altered": altered.CODE_VERSION,
+                "altered_cosine": config.duplicates.altered_cosine,
                 **config.split.model_dump(exclude={"csv"}, exclude_none=True),  # a path is no part of a dataset
             },
         },

@@ -117,15 +117,19 @@ def _draw(
         split = duplicates.assign_splits(units, published, config.seed, config.holdout, config.holdout_min)
         held = np.fromiter((split.sides.get(key) == "holdout" for key in keys), bool, len(keys))
         new = np.flatnonzero(held & ~compared)
-        found = find_links(keys, thumbnails, new)
+        found = find_links(keys, thumbnails, new, config.duplicates.altered_cosine)
         compared[new] = True
         links += found
         if not found:
             return split, links, torn
 
 
-def find_links(keys: Sequence[str], thumbnails: np.ndarray, rows: np.ndarray) -> list[tuple[str, str]]:
-    """Return the pairs of keys, one of the given rows first, that are altered forms of each other."""
+def find_links(
+    keys: Sequence[str], thumbnails: np.ndarray, rows: np.ndarray, threshold: float
+) -> list[tuple[str, str]]:
+    """Return the pairs of keys, one of the given rows first, that are altered forms; none at ``duplicates.OFF``."""
+    if threshold >= duplicates.OFF:
+        return []
     pairs = len(rows) * len(keys)
     bar = Progress("holdout against all", pairs // MILLION, "million pairs") if pairs > LONG else nullcontext()
     with bar as progress:
@@ -137,7 +141,7 @@ def find_links(keys: Sequence[str], thumbnails: np.ndarray, rows: np.ndarray) ->
                 progress.advance((seen + count) // MILLION - seen // MILLION)
             seen += count
 
-        return [(keys[row], keys[other]) for row, other in altered_pairs(thumbnails, rows, done).tolist()]
+        return [(keys[row], keys[other]) for row, other in altered_pairs(thumbnails, rows, done, threshold).tolist()]
 
 
 def sort_links(

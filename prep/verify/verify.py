@@ -341,9 +341,11 @@ def find_leaks(
         hashes = [stored[key][0] for key in keys]
         thumbnails = duplicates.thumbnail_rows([stored[key][1] for key in keys])
         groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike)
-        if info.get("stages", {}).get("split", {}).get("altered") == altered.CODE_VERSION:
+        rules = info.get("stages", {}).get("split", {})
+        if rules.get("altered") == altered.CODE_VERSION:
             held = np.flatnonzero([sides[key] == "holdout" for key in keys])
-            joined, twins = sort_links(find_links(keys, thumbnails, held), sides)
+            threshold = float(rules.get("altered_cosine", altered.ALTERED))
+            joined, twins = sort_links(find_links(keys, thumbnails, held, threshold), sides)
             groups = duplicates.join_groups(groups, joined)
     except (ValueError, TypeError) as error:
         return [*findings, Finding("damaged", "parts", f"hashes or thumbnails cannot be compared ({error})")]

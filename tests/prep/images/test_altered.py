@@ -152,6 +152,23 @@ def test_altered_forms_are_split_as_one(tmp_path, pairs, seed, capsys):
     verify(tmp_path / "out")
 
 
+def test_where_all_images_look_alike_it_can_be_switched_off(tmp_path, photographs):
+    """As X-rays do: one picture with a small mark somewhere else in each."""
+    pictures = {}
+    for number in range(20):
+        picture = photographs[0].copy()
+        picture.paste((255, 0, 0), (10 + 12 * number, 40, 20 + 12 * number, 200))
+        pictures[f"{number:02d}"] = picture
+    write(tmp_path, pictures)
+    alike = prepare(settings(tmp_path))
+    assert len(alike.rows("holdout")) == 0
+    off = settings(tmp_path, duplicates={"altered_cosine": 1.0})
+    other = prepare(off.model_copy(update={"output": str(tmp_path / "other")}))
+    assert len(other.rows("holdout")) == 5
+    assert len({row["duplicate_group"] for row in other.rows()}) > 10
+    verify(tmp_path / "other")
+
+
 def test_a_new_image_follows_what_it_is_an_altered_form_of(tmp_path, pairs):
     write(tmp_path, {name: pairs[name] for name in NAMES})
     first = sides(prepare(settings(tmp_path)))
