@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        help="folder to write to (default: RUN/validation_outputs/step-NNNNNN, -WEIGHTS behind it for others than ema)",
+        help="folder to write to (default: RUN/validation_outputs/step-NNNNNN, -WEIGHTS behind it for others than ema, -dev with holdout=dev)",
     )
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of the model (default: that of the config)")
     run.add_argument("--strict", action="store_true", help="exit with 5 if any metric was skipped")

@@ -60,6 +60,7 @@ SAMPLES_SCHEMA = pa.schema(
 
 ITSELF = "the objective itself"  # the squared error, which training minimises
 RELATED = "related to a loss of training"  # by a network that the model was trained to please
+DEV = "-dev"  # ends the name of the folder of an evaluation of that part of the holdout
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,10 @@ class Skipped:
     reason: str
 
 
-def folder_name(checkpoint: str, weights: str) -> str:
-    """Return the name of an evaluation's folder: the checkpoint's, and the weights behind it unless ``ema``."""
-    return checkpoint if weights == "ema" else f"{checkpoint}-{weights.replace(':', '-')}"
+def folder_name(checkpoint: str, weights: str, part: str = "test") -> str:
+    """Return the name of an evaluation's folder: the checkpoint's, the weights unless ``ema``, and ``dev`` for that."""
+    name = checkpoint if weights == "ema" else f"{checkpoint}-{weights.replace(':', '-')}"
+    return name + DEV if part == "dev" else name
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -72,14 +72,14 @@ def run(
     """Evaluate a checkpoint (a step folder, or a run folder for its newest) and write what was found.
 
     ``dataset`` defaults to the one the run's config names, ``output`` to ``RUN/validation_outputs/step-NNNNNN``, with
-    the ``weights`` behind it where they are not ``ema`` (:func:`train.checkpoint.open.load_model` has the others).
+    the ``weights`` behind it where they are not ``ema``, and ``dev`` where that is read (:func:`train.checkpoint.open.load_model` has the others).
     Returns the output folder and the evidence. Raises :class:`DataError` when the dataset is not the one trained on,
     or when its holdout leaks into training.
     """
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent
     source = weights_file(step_folder, weights)  # or says that there are no such weights
-    folder = output or run_folder / "validation_outputs" / folder_name(step_folder.name, weights)
+    folder = output or run_folder / "validation_outputs" / folder_name(step_folder.name, weights, config.holdout)
     check_writable(folder, "--output" if output else "the evaluation's folder", folder=True)
     model, train_config, state = load_model(step_folder, weights)
     data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
@@ -94,7 +94,8 @@ def run(
         flow=train_config.flow,
         table=train_config.conditioning.resolve(dataset_modalities(data)),
         dataset=data,
-        rows=select_holdout(data, config.samples, config.seed),
+        rows=select_holdout(data, config.samples, config.seed, config.holdout),
+        part=config.holdout,
         batch_size=config.batch_size,
         device=str(pick_device(config.device)),
         losses=perceptual_losses(train_config),
@@ -218,6 +219,7 @@ def provenance(
         "weights_sha256": sha256_file(weights) if weights else "unknown",
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
+        "holdout": subject.part,
         "left_out": left_out(subject.dataset),
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),

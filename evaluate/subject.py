@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
-from weakref import WeakSet
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +32,10 @@ from train.model.tread import TreadConfig
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
+HoldoutPart = Literal["test", "dev"]
 NO_ROUTING = TreadConfig()
 NAMED = 5  # holdout images that are named in a message
-_told: WeakSet[Dataset] = WeakSet()
+_told: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Subject:
 
     ``table`` is the dropout table it was trained with; ``rows`` are holdout rows of ``dataset``; ``losses`` are the
     perceptual networks that training used, ``lpips`` and ``dinov2``; ``tread`` is the routing for self-guidance.
+    ``part`` is the part of the holdout that these are of, or all of it.
     ``precision`` is what the model computes in (:func:`train.hardware.computing_in`), ``weights`` which it has:
     ``ema``, ``model`` or ``posthoc:SIGMA_REL``.
     """
@@ -92,6 +94,7 @@ class Subject:
     table: Mapping[Subset, float]
     dataset: Dataset
     rows: tuple[Row, ...]
+    part: HoldoutPart | Literal["holdout"] = "holdout"
     batch_size: int = 32
     device: str = "cpu"
     losses: frozenset[str] = frozenset()
@@ -129,8 +132,8 @@ class Subject:
 
     @cached_property
     def partners(self) -> dict[str, Row]:
-        """For each holdout sample another one of its bucket, for the random-pair baseline; a lone one has none."""
-        holdout = {row["key"]: row for row in self.dataset.rows("holdout")}
+        """For each sample of this part of the holdout another one of its bucket, the random pair; a lone one has none."""
+        holdout = {row["key"]: row for row in self.dataset.rows(self.part)}
         return {key: holdout[other] for key, other in random_pairs(list(holdout.values())).items()}
 
 
@@ -161,11 +164,13 @@ def read_batches(dataset: Dataset, rows: Sequence[Row], batch_size: int) -> Iter
         yield read_batch(dataset, chunk)
 
 
-def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tuple[Row, ...]:
-    """Return the first ``count`` holdout rows in key order: keys are content hashes, so a random sample for good.
+def select_holdout(
+    dataset: Dataset, count: int, seed: int | None = None, part: HoldoutPart = "test"
+) -> tuple[Row, ...]:
+    """Return the first ``count`` rows of a part of the holdout, in key order: a random sample, as keys are hashes.
 
     A ``seed`` chooses others, and returns them in key order too.
-    Raises :class:`DataError` when there is no holdout, and when a holdout sample is also in the training split: as the
+    Raises :class:`DataError` when there is no such part, and when a holdout sample is also in the training split: as the
     same key, or as a member of the same duplicate group. Holdout samples that training has in an altered form are left
     out, counted and named.
     """
@@ -176,6 +181,12 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
             "nanodit prep run again"
         )
     check_leaks(dataset.rows("train"), holdout)
+    holdout = dataset.rows(part)
+    if not holdout:
+        raise DataError(
+            f"{dataset.root}: nothing of the holdout is left for its part {part}: what shows the same is all in the "
+            "other. Raise holdout or holdout_min, and run nanodit prep run again"
+        )
     twins = altered_twins(dataset)
     if twins is None:
         _tell_once(dataset, "nothing tells whether training has holdout images mirrored, brighter or cropped")
@@ -184,12 +195,14 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         _tell_once(
             dataset,
-            f"{len(left_out)} of {len(holdout)} holdout images are left out, as training has them mirrored, brighter "
+            f"{len(left_out)} of {len(holdout)} holdout images ({part}) are left out, as training has them mirrored, brighter "
             f"or cropped: {names}{more}. {ANEW}",
         )
         holdout = [row for row in holdout if row["key"] not in twins]
         if not holdout:
-            raise DataError(f"{dataset.root}: training has all holdout images mirrored, brighter or cropped. {ANEW}")
+            raise DataError(
+                f"{dataset.root}: training has all holdout images ({part}) mirrored, brighter or cropped. {ANEW}"
+            )
     ordered = sorted(holdout, key=lambda row: row["key"])
     if seed is not None:
         chosen = generator("holdout sample", seed).permutation(len(ordered))[:count]
@@ -199,8 +212,9 @@ def select_holdout(dataset: Dataset, count: int, seed: int | None = None) -> tup
 
 def _tell_once(dataset: Dataset, line: str) -> None:
     """Warn of a dataset's holdout, but not again: a training asks for it at each of its validations."""
-    if dataset not in _told:
-        _told.add(dataset)
+    told = _told.setdefault(dataset, set())
+    if line not in told:
+        told.add(line)
         say(f"warning: {dataset.root}: {line}")
 
 

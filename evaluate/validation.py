@@ -18,6 +18,7 @@ from torch import nn
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import choose_subsets
 from evaluate.drawing.vocabulary import load_pairs
+from evaluate.records import folder_name
 from evaluate.report.summary import is_headline
 from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
 from evaluate.subject import Subject, dataset_modalities, select_holdout
@@ -91,6 +92,7 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
     tier = _tier(config.validation, subject.batch_size)
     subject = replace(subject, losses=perceptual_losses(config), precision=tier.precision)
     state = {"step": step, "config": config.model_dump(mode="json")}
+    folder = folder.with_name(folder_name(folder.name, "ema", "dev"))
     weights = config.run_folder / "checkpoints" / f"step-{step:06d}" / "ema.safetensors"
     facts = provenance(subject, tier, state, weights if weights.is_file() else None)
     metrics = _known(folder / "report.json", facts)
@@ -106,7 +108,7 @@ def _tests(subject: Subject, config: TrainConfig, step: int, folder: Path) -> di
 
 def _tier(validation: ValidationSection, batch_size: int) -> EvaluateConfig:
     """Return the config of the tests; raises :class:`ConfigError`."""
-    own = {"samples": validation.samples, "seed": validation.seed, "batch_size": batch_size}
+    own = {"holdout": "dev", "samples": validation.samples, "seed": validation.seed, "batch_size": batch_size}
     if validation.tests:
         own["tests"] = validation.tests
     if taken := [key for key in ("tests", *own) if key in validation.evaluate_overrides]:
@@ -130,8 +132,8 @@ def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     try:
         report = json.loads(file.read_bytes())
         same = report["provenance"]["weights_sha256"] == facts["weights_sha256"] != "unknown"
-        given = [one["evaluation"].get("captions", "long") for one in (report["provenance"], facts)]
-        same = same and given[0] == given[1]
+        of = [(one.get("holdout"), one["evaluation"].get("captions", "long")) for one in (report["provenance"], facts)]
+        same = same and of[0] == of[1]
         return report["metrics"] if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -139,13 +141,14 @@ def _known(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def _subject(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Subject:
     device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-    rows = select_holdout(dataset, config.validation.samples, config.validation.seed)
+    rows = select_holdout(dataset, config.validation.samples, config.validation.seed, "dev")
     return Subject(
         model=model,
         flow=config.flow,
         table=config.conditioning.resolve(dataset_modalities(dataset)),
         dataset=dataset,
         rows=rows,
+        part="dev",
         batch_size=_batch_size(config, {row["bucket"] for row in rows}),
         device=device,
         tread=config.tread,

@@ -116,7 +116,7 @@ class PrepConfig(Config):
     placement: PlacementConfig = PlacementConfig()
     shard_size: int = Field(128, ge=1)
     holdout: float = Field(0.02, ge=0, lt=1)
-    holdout_min: int = Field(64, ge=0)
+    holdout_min: int = Field(128, ge=0)
     max_reject_rate: float = Field(0.5, ge=0, le=1)
     sample_timeout: float = Field(120, gt=0)
     memory_limit_gb: float | None = Field(None, gt=0)

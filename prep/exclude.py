@@ -43,9 +43,14 @@ def exclude(dataset: str, names: Sequence[str], include: bool = False) -> None:
         chosen = _find(names, known)
         after = before.keys - chosen if include else before.keys | chosen
         if after != before.keys:
-            sides = published_sides(storage) if after - before.keys else {}
-            splits = before.splits | {key: sides[key] for key in after - before.keys if key in sides}
-            storage.write(NAME, canonical_json({"keys": sorted(after)} | ({"splits": splits} if splits else {})))
+            new = after - before.keys
+            sides, places = published_sides(storage) if new else ({}, {})
+            record = {
+                "splits": before.splits | {key: sides[key] for key in new & sides.keys()},
+                "parts": before.parts | {key: places[key] for key in new & places.keys()},
+            }
+            known_of = {name: values for name, values in record.items() if values}
+            storage.write(NAME, canonical_json({"keys": sorted(after)} | known_of))
     changed = len(after ^ before.keys)
     what = "taken in again" if include else "excluded"
     say(f"{changed} {'sample' if changed == 1 else 'samples'} {what}, {len(after)} excluded in all")

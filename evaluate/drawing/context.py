@@ -19,7 +19,7 @@ from evaluate.metrics.examiner import Examiner
 from evaluate.metrics.likeness import Judge
 from evaluate.metrics.training_features import TrainFeatures, load_train_features
 from evaluate.records import BASELINE, ITSELF, NO_SKILL, REAL, RELATED, Metric, Skipped, cluster_of, select
-from evaluate.subject import Row, Subject
+from evaluate.subject import HoldoutPart, Row, Subject
 from nanodit.config import Config
 from prep.dataset.rows import by_key
 from train.hardware import Precision
@@ -31,6 +31,7 @@ class DrawingConfig(Config):
     """The part of the config that all tests share: what is drawn, and what it is compared with."""
 
     samples: int = Field(default=256, gt=0)  # holdout images, at most
+    holdout: HoldoutPart = "test"  # the part of it that is read
     seed: int | None = Field(default=None, ge=0)  # chooses the holdout images; null: the first in key order
     seeds: int = Field(default=1, gt=0)  # noises per image and condition
     captions: Literal["long", "short"] = "long"  # given as text
@@ -186,7 +187,8 @@ class DrawingContext:
     @property
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
-        chosen = {} if self.config.seed is None else {"holdout_seed": self.config.seed}
+        chosen: dict[str, Any] = {"holdout": self.subject.part} if self.subject.part == "dev" else {}
+        chosen |= {} if self.config.seed is None else {"holdout_seed": self.config.seed}
         chosen |= {} if self.config.captions == "long" else {"given_captions": self.config.captions}
         precision = precision_setting(self.subject.precision)
         return {"weights": self.subject.weights, "base": self.subject.dataset.info["base"], **chosen, **precision}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evaluate.records import AGAIN, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, from_table, upgraded
+from evaluate.records import AGAIN, DEV, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric, from_table, upgraded
 from evaluate.report.compare import differing, objections
 from nanodit.errors import ConfigError, DataError
 from prep.dataset.layout import read_parquet
@@ -97,7 +97,7 @@ def find_output(folder: Path) -> Path:
         raise ConfigError(f"{folder}: was evaluated with other weights than ema; give the folder: {others}")
     if not outputs:
         raise ConfigError(f"{folder}: no report.json here or in {OUTPUTS}. Run nanodit evaluate run first")
-    return max(outputs, key=step_of)
+    return max(outputs, key=lambda path: (step_of(path), not path.name.endswith(DEV)))
 
 
 def unfinished(run_folder: Path) -> list[str]:
@@ -107,8 +107,8 @@ def unfinished(run_folder: Path) -> list[str]:
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the step in a folder's name ``step-NNNNNN``; None for any other name."""
-    digits = folder.name.removeprefix("step-")
+    """Return the step in a folder's name ``step-NNNNNN``, ``-dev`` behind it or not; None for any other name."""
+    digits = folder.name.removeprefix("step-").removesuffix(DEV)
     return int(digits) if digits.isdecimal() else None
 
 

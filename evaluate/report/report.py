@@ -139,7 +139,8 @@ def facts(run: Run) -> dict[str, Any]:
     place = training.get("output", UNKNOWN)
     step = given.get("checkpoint", UNKNOWN)
     kind = given.get("weights", "ema")
-    config = f"{place}/{OUTPUTS}/{folder_name(step, kind)}/config.yaml"
+    own = folder_name(step, kind, given.get("holdout", "test"))
+    config = f"{place}/{OUTPUTS}/{own}/config.yaml"
     command = ["nanodit", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
     command += ["--weights", kind] if kind != "ema" else []
     return {

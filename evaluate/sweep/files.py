@@ -248,7 +248,8 @@ def _read_trial(path: Path) -> RecordedTrial:
         log = read_metrics(folder / "metrics.jsonl")
     except (DataError, OSError) as error:
         raise DataError(f"{folder / 'metrics.jsonl'} is damaged ({error}). {AGAIN}") from error
-    reports = {step: file for file in folder.glob(f"{OUTPUTS}/step-*/report.json") if (step := step_of(file.parent))}
+    files = sorted(folder.glob(f"{OUTPUTS}/step-*/report.json"))  # of a step the one of dev, the sweep's own, comes last
+    reports = {step: file for file in files if (step := step_of(file.parent))}
     if not reports:
         return RecordedTrial(record["arm"], record["seed"], folder, record, log)
     step = max(reports)

@@ -95,7 +95,8 @@ def _watched(trial: RecordedTrial) -> dict[int, Any]:
 
 def _evaluated(trial: RecordedTrial) -> dict[int, Any]:
     """Return step -> how to open what an evaluation kept of the first noise: by condition and key."""
-    folders = {step_of(path.parent): path.parent for path in trial.folder.glob(f"{OUTPUTS}/step-*/samples.parquet")}
+    kept = sorted(trial.folder.glob(f"{OUTPUTS}/step-*/samples.parquet"))  # as the reports are read
+    folders = {step_of(path.parent): path.parent for path in kept}
 
     def load(folder: Path) -> dict[str, Pictures]:
         path, found = folder / "samples.parquet", {}

@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 
 from nanodit.errors import ConfigError, DataError, first_line
 from prep.dataset.buckets import buckets_for
+from prep.dataset.holdout import COLUMN as HOLDOUT_PART
+from prep.dataset.holdout import PARTS
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import DAMAGED, MOST, SCHEMA_VERSION, check_columns, member_columns
 
@@ -87,3 +89,7 @@ def _check_values(table: pa.Table, needed: dict[str, pa.DataType], base: int) ->
                 raise ValueError(f"{name} is {wrong:,}, and no more than {most:,}")
     if odd := sorted(set(pc.unique(table["split"]).to_pylist()) - {"train", "holdout"}):
         raise ValueError(f"names a split {', '.join(odd)}")
+    if HOLDOUT_PART in table.column_names:
+        parts = set(pc.unique(table.filter(pc.equal(table["split"], "holdout"))[HOLDOUT_PART]).to_pylist())
+        if odd := sorted(map(str, parts - set(PARTS))):
+            raise ValueError(f"names a part of the holdout {', '.join(odd)}, and there are {' and '.join(PARTS)}")

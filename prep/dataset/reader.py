@@ -23,6 +23,7 @@ from prep.dataset import versions
 from prep.dataset.buckets import Bucket
 from prep.dataset.checks import check_index, check_info, undamaged
 from prep.dataset.codecs import decode_pixels, load_npy
+from prep.dataset.holdout import NEEDED, PARTS, parts_of
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
     TAR_BLOCK,
@@ -158,10 +159,22 @@ class Dataset:
         return Rows(self._columns)
 
     def rows(self, split: str | None = None) -> Rows:
-        """Return the rows of the index in key order; ``split`` is "train", "holdout" or None for all."""
-        if split not in (None, "train", "holdout"):
-            raise ValueError(f"split is {split!r}, expected 'train', 'holdout' or None")
+        """Return the rows of the index in key order; ``split`` is "train", "holdout" or None for all.
+
+        It may also be one of the holdout's parts, "dev" or "test" (:mod:`prep.dataset.holdout`).
+        """
+        if split not in (None, "train", "holdout", *PARTS):
+            raise ValueError(f"split is {split!r}, expected 'train', 'holdout', 'dev', 'test' or None")
+        if split in PARTS:
+            return self.rows("holdout").take(self._parts == split)
         return self._rows if split is None else self._rows.take(pc.equal(self._rows.column("split"), split))
+
+    @cached_property
+    def _parts(self) -> np.ndarray:
+        """The part of each row of the holdout."""
+        held = self.rows("holdout")
+        parts = parts_of(pa.table({name: held.column(name) for name in NEEDED if name in self._columns.names}))
+        return np.array([parts[row["key"]] for row in held], dtype=object)
 
     def together(self) -> Dataset:
         """Return a view that reads a sample's arrays of a layer at once, where one of them is asked for.

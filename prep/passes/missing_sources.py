@@ -19,6 +19,7 @@ from nanodit.errors import ResourceError
 from nanodit.storage import Storage
 from prep.captions.sidecar import SidecarCaptions
 from prep.config import PrepConfig
+from prep.dataset.holdout import parts_of
 from prep.dataset.layout import Part, Unit, read_parquet
 from prep.images.filters import DECISIONS
 from prep.images.formats import is_image_name
@@ -141,13 +142,16 @@ def published_keys(storage: Storage) -> set[str]:
     return set(table["key"].to_pylist()) if table else set()
 
 
-def published_sides(storage: Storage) -> dict[str, str]:
-    """Return the side of the split of each key of the published index; otherwise as :func:`published_keys`."""
-    table = _published(storage, ["key", "split"])
-    return dict(zip(table["key"].to_pylist(), table["split"].to_pylist())) if table else {}
+def published_sides(storage: Storage) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the side of the split of each key of the published index, and the part of those of the holdout.
+
+    Otherwise as :func:`published_keys`.
+    """
+    table = _published(storage)
+    return (dict(zip(table["key"].to_pylist(), table["split"].to_pylist())), parts_of(table)) if table else ({}, {})
 
 
-def _published(storage: Storage, columns: list[str]) -> pa.Table | None:
+def _published(storage: Storage, columns: list[str] | None = None) -> pa.Table | None:
     data = storage.read_if_there(INDEX)
     try:
         return read_parquet(data, columns=columns) if data else None

@@ -23,6 +23,7 @@ from nanodit.faults import fault
 from nanodit.files import canonical_json, sha256_bytes
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
+from prep.dataset import holdout
 from prep.dataset.buckets import Bucket, buckets_for, centre_crop, crop_boxes
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import (
@@ -46,7 +47,7 @@ from prep.passes import last_publication
 from prep.passes.advice import CROP_COLUMNS, count_values, warn
 from prep.passes.grouping import name_groups
 from prep.passes.plan import MANIFEST, NAMED, REQUESTS, Plan
-from prep.passes.split import SPLIT_RULES, add_split, cls_cosine, published_splits, split_rules
+from prep.passes.split import SPLIT_RULES, add_split, cls_cosine, published_split, split_rules
 
 INDEX, REJECTS, DATASET = "index.parquet", "rejects.parquet", "dataset.json"
 ONE_ARRAY = 1 << 31  # bytes of text that Arrow can hold in one array
@@ -123,7 +124,7 @@ def collect(plan: Plan, parts: Mapping[Unit, Part]) -> tuple[pa.Table, list[Reje
         detail = "taken out with nanodit prep exclude"
         rejects += [Reject(name, "publish", EXCLUDED, detail) for name in table.filter(out)["source"].to_pylist()]
         table = table.filter(pc.invert(out))
-    published = published_splits(storage, plan.config)
+    published = published_split(storage, plan.config)
     named = name_groups(plan.config, dict(zip(table["key"].to_pylist(), table["source"].to_pylist())))
     if len(table) and (cosine := cls_cosine(plan.config)) < duplicates.OFF:
         with compared_tokens(storage, table, cosine, write=True) as alike:
@@ -346,6 +347,7 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
                 "cls_cosine": cls_cosine(config),
                 "altered": altered.CODE_VERSION,
                 "altered_cosine": config.duplicates.altered_cosine,
+                "parts": holdout.CODE_VERSION,
                 **config.split.model_dump(exclude={"csv"}, exclude_none=True),  # a path is no part of a dataset
             },
         },

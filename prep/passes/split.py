@@ -1,13 +1,15 @@
-"""The split of an index into train and holdout, and which samples are groups of near duplicates."""
+"""The split of an index into train and the two parts of the holdout, and which samples are groups of near duplicates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from nanodit.console import Progress, say
 from nanodit.errors import DataError
@@ -15,6 +17,8 @@ from nanodit.files import canonical_json
 from nanodit.storage import Storage
 from prep.config import PrepConfig
 from prep.dataset.excluded import read_excluded
+from prep.dataset.holdout import COLUMN as HOLDOUT_PART
+from prep.dataset.holdout import NEEDED, assign_parts, parts_of
 from prep.dataset.layout import read_parquet
 from prep.images import duplicates
 from prep.images.altered import altered_pairs
@@ -34,17 +38,26 @@ def split_rules(config: PrepConfig) -> str:
     return canonical_json(rules)
 
 
-def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
-    """Return the side of every key of the index that was published before; empty when there is none.
+@dataclass(frozen=True)
+class PublishedSplit:
+    """Where samples were published, and so stay: keys -> "train" or "holdout", and those of the holdout -> its part."""
+
+    sides: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+def published_split(storage: Storage, config: PrepConfig) -> PublishedSplit:
+    """Return the split of the index that was published before; empty when there is none.
 
     An index without dataset.json is of a first publication that was killed. Nobody has read it, so its split counts
     only as long as the config asks for the same one.
     """
     data = storage.read_if_there(INDEX)
     if data is None:
-        return {}
+        return PublishedSplit()
     try:
-        table = read_parquet(data, columns=["key", "split"])
+        there = dict.fromkeys(pq.ParquetFile(pa.BufferReader(data)).schema_arrow.names)
+        table = read_parquet(data, columns=[name for name in NEEDED if name in there])
     except (OSError, pa.ArrowException) as error:
         path = storage.where(INDEX)
         raise DataError(
@@ -53,21 +66,22 @@ def published_splits(storage: Storage, config: PrepConfig) -> dict[str, str]:
         ) from error
     rules = (table.schema.metadata or {}).get(SPLIT_RULES.encode(), b"").decode()
     if not storage.exists(DATASET) and rules != split_rules(config):
-        return {}
+        return PublishedSplit()
     sides = table["split"].combine_chunks().dictionary_encode()
     names = sides.dictionary.to_pylist()  # one string for all, not a million
     index = zip(table["key"].to_pylist(), map(names.__getitem__, sides.indices.to_pylist()))
-    return read_excluded(storage).splits | dict(index)  # the others were published before they were excluded
+    excluded = read_excluded(storage)  # those were published before they were excluded
+    return PublishedSplit(excluded.splits | dict(index), excluded.parts | parts_of(table))
 
 
 def add_split(
     config: PrepConfig,
     table: pa.Table,
-    published: Mapping[str, str],
+    published: PublishedSplit,
     alike: Alike | None = None,
     named: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, list[str]]:
-    """Add ``split``, ``duplicate_group`` and ``altered_twin``; also returns the keys that had to be left out.
+    """Add ``split``, its part, ``duplicate_group`` and ``altered_twin``; also returns the keys that had to be left out.
 
     Those would connect published samples of both sides (see ``assign_splits``). ``alike`` are the groups of the rows by
     DINO class tokens, where they decide about duplicates. No holdout sample is an altered form of a training sample
@@ -78,20 +92,23 @@ def add_split(
     keys, hashes = table["key"].to_pylist(), table["phash"].to_pylist()
     thumbnails = duplicates.thumbnail_rows(table["thumbnail"])
     groups = duplicates.duplicate_groups(keys, hashes, thumbnails, alike.labels if alike else None)
-    split, altered, torn = _draw(config, keys, thumbnails, groups, named, published)
+    split, altered, torn = _draw(config, keys, thumbnails, groups, named, published.sides)
     if split.linking:  # without them the rest falls into other groups
         kept = pc.invert(pc.is_in(table["key"], pa.array(split.linking)))
         table, more = add_split(config, table.filter(kept), published, alike and alike.kept(np.asarray(kept)), named)
         return table, sorted(split.linking + more)
     joined, twins = sort_links(altered, split.sides)
     groups = duplicates.join_groups(groups, joined)
-    columns = {"split": split.sides, "duplicate_group": groups, "altered_twin": twins}
+    columns = {"split": split.sides, HOLDOUT_PART: {}, "duplicate_group": groups, "altered_twin": twins}
     if named is not None:
         by_side = {key: f"{split.sides[key]} {named[key]}" for key in keys if key in named}
         columns["split_group"], _ = join_named(groups, by_side, split.sides)
         if torn:
             both = f"warning: {torn} groups by split.group_by lie on both sides"
             say(f"{both}: images of them, or copies of such images, are published there")
+    together = columns.get("split_group", groups)
+    held = {key: together[key] for key in keys if split.sides[key] == "holdout"}
+    columns[HOLDOUT_PART] = assign_parts(held, published.parts, twins)
     for name, values in columns.items():
         position = table.column_names.index("width")
         table = table.add_column(position, name, pa.array([values.get(key) for key in keys], pa.string()))

@@ -238,7 +238,7 @@ def measure(config: TrainConfig, weights: str) -> dict[str, float | None]:
     model, _, _ = load_model(config.run_folder, weights)
     data = Dataset(config.dataset)
     table = config.conditioning.resolve(dataset_modalities(data))
-    subject = Subject(model, config.flow, table, data, select_holdout(data, 64))
+    subject = Subject(model, config.flow, table, data, select_holdout(data, 64, part="dev"), "dev")
     grid = heldout_loss.HeldoutLossConfig(bins=10, times_per_bin=1)
     subsets = {name: parse_subset(name) for name in ("all", "text")}
     rows = heldout_loss.measure(subject, list(subsets.values()), _training_images(config.dataset), grid)

@@ -146,7 +146,7 @@ def _batches(options: argparse.Namespace, size: int) -> Iterator[tuple[Task, Bat
     model, config, _ = load_model(options.checkpoint)
     model.requires_grad_(False)
     dataset = Dataset(options.dataset or config.dataset)
-    for batch in read_batches(dataset, select_holdout(dataset, options.samples), size):
+    for batch in read_batches(dataset, select_holdout(dataset, options.samples, part="dev"), size):
         tokens = (batch.height // config.model.patch_size) * (batch.width // config.model.patch_size)
         keys = [(key, 0) for key in batch.keys]
         keep_ids = trajectory_keep_ids(config.tread, keys, tokens) if model.route else None

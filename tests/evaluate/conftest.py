@@ -24,6 +24,7 @@ from evaluate.subject import Batch, Subject, random_pairs
 from nanodit.files import sha256_bytes
 from nanodit.rng import generator, noise
 from prep.dataset.buckets import centre_crop, choose_bucket, crop_to_bucket
+from prep.dataset.holdout import COLUMN, assign_parts
 from prep.encoders.dwpose import normalise
 from prep.encoders.registry import build_encoder
 from prep.figures.figures import draw_figure
@@ -67,12 +68,15 @@ class FiguresInMemory:
                 "duplicate_group": None,
                 "altered_twin": None,
             }
+        held = [key for key, row in self._rows.items() if row["split"] == "holdout"]
+        for key, part in assign_parts(dict(zip(held, held))).items():
+            self._rows[key][COLUMN] = part
 
     def together(self) -> FiguresInMemory:
         return self
 
     def rows(self, split: str | None = None) -> list[dict[str, Any]]:
-        return [dict(row) for key, row in sorted(self._rows.items()) if split in (None, row["split"])]
+        return [dict(row) for key, row in sorted(self._rows.items()) if split in (None, row["split"], row.get(COLUMN))]
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
         return self._pixels[row["key"]]

@@ -206,6 +206,7 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
         assert {"name", "value", "low", "high", "n", "baselines", "settings"} <= set(metric)
     provenance = report["provenance"]
     assert provenance["step"] == 24
+    assert provenance["holdout"] == "test"
     assert provenance["git"] == git_state(Path("evaluate"))
     assert provenance["dataset"]["fingerprint"] == Dataset(figures_dataset).fingerprint
     assert provenance["judges"]["joints"] == "cpu"
@@ -218,7 +219,7 @@ def test_the_files_are_those_promised(evaluated, figures_dataset):
     for row in (*rows, *(row for row in heldout if row["split"] == "holdout")):
         assert row["cluster"] == groups[row["key"]] is not None
     drawn = [row for row in rows if row["kind"] == "model"]
-    holdout = {row["key"] for row in Dataset(figures_dataset).rows("holdout")[:12]}
+    holdout = {row["key"] for row in Dataset(figures_dataset).rows("test")[:12]}
     for condition in ("all", "text+pose", "text", "nothing"):
         assert {row["key"] for row in drawn if row["condition"] == condition} == holdout
     assert len({(row["condition"], row["key"], row["seed"]) for row in drawn}) == len(drawn)

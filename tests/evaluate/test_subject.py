@@ -64,9 +64,11 @@ def test_leaks_are_those_that_comparing_all_pairs_finds(train, holdout):
 
 
 def test_the_holdout_is_taken_in_key_order_and_nothing_else(figures):
-    rows = select_holdout(figures, 10)
-    assert [r["key"] for r in rows] == sorted(r["key"] for r in figures.rows("holdout"))[:10]
-    assert {r["split"] for r in rows} == {"holdout"}
+    for part in ("test", "dev"):
+        rows = select_holdout(figures, 10, part=part)
+        assert [r["key"] for r in rows] == sorted(r["key"] for r in figures.rows(part))[:10]
+        assert {r["split"] for r in rows} == {"holdout"}
+    assert select_holdout(figures, 10) == select_holdout(figures, 10, part="test")
 
 
 def test_a_seed_takes_other_samples_of_the_holdout_the_same_ones_each_time(figures):
@@ -74,7 +76,7 @@ def test_a_seed_takes_other_samples_of_the_holdout_the_same_ones_each_time(figur
     assert chosen == [row["key"] for row in select_holdout(figures, 10, 42)] == sorted(set(chosen))
     assert len(chosen) == 10
     assert set(chosen) != {row["key"] for row in select_holdout(figures, 10, 43)}
-    assert len(select_holdout(figures, 10**6, 42)) == len(figures.rows("holdout"))
+    assert len(select_holdout(figures, 10**6, 42)) == len(figures.rows("test"))
 
 
 def test_no_holdout_is_an_error_that_says_what_to_do(figures):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -62,7 +63,7 @@ def test_they_are_those_of_the_evaluation(run, dataset):
     assert last["validation/heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=1e-6)
     assert last["validation/heldout_loss/text"] == pytest.approx(metrics["heldout_loss/text"], rel=1e-6)
     record = json.loads((run / "validation_outputs" / "step-000006" / "heldout.json").read_text())
-    assert record["samples"] == 6
+    assert record["samples"] == len(Dataset(dataset).rows("dev")) == 3
     assert record["conditions"]["all"]["mse"][3] == pytest.approx(metrics["heldout_mse/all/0.3-0.4"], rel=1e-6)
 
 
@@ -80,7 +81,7 @@ def test_trap_27_28_on_or_off_the_run_is_the_same(run, dataset, tmp_path):
 
 
 def test_batches_and_the_number_of_samples(dataset, tmp_path):
-    config = tiny_config(dataset, tmp_path / "run", "validation.samples=4", "validation.conditions=[all]")
+    config = tiny_config(dataset, tmp_path / "run", "validation.samples=2", "validation.conditions=[all]")
     torch.manual_seed(0)
     model = build_model(config.model, Features.from_dataset(Dataset(dataset).info))
     for parameter in model.parameters():
@@ -91,7 +92,7 @@ def test_batches_and_the_number_of_samples(dataset, tmp_path):
     ]
     assert values[0].keys() == {"validation/heldout_loss"}
     assert values[0] == pytest.approx(values[1], rel=1e-4)
-    assert json.loads((tmp_path / "heldout.json").read_text())["samples"] == 4
+    assert json.loads((tmp_path / "heldout.json").read_text())["samples"] == 2
 
 
 def test_what_can_never_be_measured_is_refused_before_the_run(dataset, tmp_path, capsys):
@@ -135,14 +136,17 @@ def test_further_tests_write_what_a_report_is_made_of(dataset, tmp_path):
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     tests = "validation.tests=[heldout_loss, reconstruction]"
     assert main(["run", "--config", str(config), "train.steps=2", "validation.every_steps=2", tests]) == 0
-    folder = tmp_path / "run" / "validation_outputs" / "step-000002"
+    folder = tmp_path / "run" / "validation_outputs" / "step-000002-dev"
     report = json.loads((folder / "report.json").read_text())
     metrics = {metric["name"]: metric["value"] for metric in report["metrics"]}
     (_, last) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert last["validation/reconstruction/psnr"] == metrics["reconstruction/psnr"]
     assert last["validation/heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=1e-6)
     assert report["provenance"]["step"] == 2
-    assert (folder / "samples.parquet").is_file()
+    assert report["provenance"]["holdout"] == "dev"
+    assert {row["key"] for row in pq.read_table(folder / "samples.parquet", columns=["key"]).to_pylist()} <= {
+        row["key"] for row in Dataset(dataset).rows("dev")
+    }
     assert not (folder / "parts").exists()
 
 
@@ -150,7 +154,8 @@ def test_a_fuller_report_of_the_same_weights_stays(dataset, tmp_path):
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     on = ["validation.every_steps=2", "validation.tests=[reconstruction]"]
     assert main(["run", "--config", str(config), "train.steps=2", *on]) == 0
-    folder = tmp_path / "run" / "validation_outputs" / "step-000002"
+    given = tmp_path / "run" / "validation_outputs" / "step-000002"
+    folder = given.with_name("step-000002-dev")  # not where `evaluate run` reads test
     report = json.loads((folder / "report.json").read_text())
     fuller = json.dumps(report | {"skipped": [{"name": "from `evaluate run`", "reason": "of this test"}]})
     (folder / "report.json").write_text(fuller)
@@ -158,9 +163,9 @@ def test_a_fuller_report_of_the_same_weights_stays(dataset, tmp_path):
     others = fuller.replace(report["provenance"]["weights_sha256"], "other"), short
     for changed, kept in ((fuller, True), *((other, False) for other in others)):
         (folder / "report.json").write_text(changed)
-        (folder / "heldout.json").unlink()  # as where a kill came before the validation's end
+        (given / "heldout.json").unlink()  # as where a kill came before the validation's end
         model, trained, _ = load_model(tmp_path / "run")
-        values = pulse.validate(model, trained, Dataset(dataset), 2, folder)
+        values = pulse.validate(model, trained, Dataset(dataset), 2, given)
         assert values["validation/reconstruction/psnr"] is not None
         assert ((folder / "report.json").read_text() == changed) == kept
 

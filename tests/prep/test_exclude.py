@@ -70,6 +70,7 @@ def test_a_sample_that_comes_back_is_on_the_side_that_it_was_on(tmp_path: Path) 
     write_images(tmp_path / "source", 10)
     prepare(settings)
     sides = {row["key"]: row["split"] for row in Dataset(settings.output).rows()}
+    parts = {row["key"]: row["holdout_part"] for row in Dataset(settings.output).rows()}
     held = [key for key in sides if sides[key] == "holdout"]
     trained = next(key for key in sides if sides[key] == "train")
     assert len(held) == 2
@@ -77,9 +78,14 @@ def test_a_sample_that_comes_back_is_on_the_side_that_it_was_on(tmp_path: Path) 
     published(settings)
     exclude(settings.output, [trained], include=True)  # there is room in the holdout
     published(settings)
+    write_images(tmp_path / "source", 12)  # further samples of the holdout have taken their places
+    settings = settings.model_copy(update={"holdout": 0.4})
+    prepare(settings)
     exclude(settings.output, held, include=True)
     published(settings)
-    assert {row["key"]: row["split"] for row in Dataset(settings.output).rows()} == sides
+    after = {row["key"]: row for row in Dataset(settings.output).rows()}
+    assert {key: after[key]["split"] for key in sides} == sides
+    assert {key: after[key]["holdout_part"] for key in held} == {key: parts[key] for key in held}
 
 
 def test_nothing_is_changed_where_a_name_is_not_known(settings: PrepConfig) -> None:

@@ -41,7 +41,7 @@ class VisualDebug:
     def __init__(self, config: TrainConfig, dataset: Any, table: Mapping[Subset, float]) -> None:
         self.config = config
         debug = config.visual_debug
-        rows = dataset.rows("holdout")
+        rows = dataset.rows("dev")
         count = min(debug.count, len(rows))
         self.rows = [rows[i * len(rows) // count] for i in range(count)]  # spread evenly over the keys
         self._dataset = dataset

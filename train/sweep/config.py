@@ -206,8 +206,8 @@ class Sweep:
         return self.folder / "trials"
 
     def evaluation_of(self, arm: Arm) -> list[str]:
-        """Return the overrides of an arm's evaluation as a command line has them."""
-        return as_arguments({**self.config.evaluate_overrides, **arm.evaluate})
+        """Return the overrides of an arm's evaluation as a command line has them: by dev, as sweeps are to choose."""
+        return as_arguments({"holdout": "dev", **self.config.evaluate_overrides, **arm.evaluate})
 
     def absent(self, question: QuestionConfig) -> list[str]:
         """Return the arms that a question is about and that are not here."""

@@ -102,9 +102,10 @@ def _finished(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 def primary_of(trial: Path, metric: str, step: int) -> float | None:
     """Return a metric of the evaluation of a trial's last step; None where it has no value."""
-    file = trial / "validation_outputs" / f"step-{step:06d}" / "report.json"
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-    except FileNotFoundError:
+    outputs = trial / "validation_outputs"  # dev: what a sweep measures by, unless it is told to read test
+    files = (outputs / f"step-{step:06d}{part}" / "report.json" for part in ("-dev", ""))
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
         return None
+    metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
     return next((one["value"] for one in metrics if one["name"] == metric), None)

@@ -79,7 +79,7 @@ def test_a_row_is_a_mapping_that_holds_nothing(tmp_path):
     for split in ("train", "holdout"):
         assert dataset.rows(split) == [row for row in plain if row["split"] == split]
     with pytest.raises(ValueError, match="expected 'train'"):
-        dataset.rows("test")
+        dataset.rows("validation")
 
 
 def test_rows_are_chosen_and_sorted_as_plain_ones(tmp_path):

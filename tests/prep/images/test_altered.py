@@ -147,7 +147,7 @@ def test_altered_forms_are_split_as_one(tmp_path, pairs, seed, capsys):
     groups = {Path(row["source"]).stem: row["duplicate_group"] for row in dataset.rows("holdout")}
     assert len(set(groups.values())) == 2  # for intervals they are one
     assert altered_twins(dataset) == {}
-    assert len(select_holdout(dataset, 99)) == 4
+    assert [len(select_holdout(dataset, 99, part=part)) for part in ("test", "dev")] == [2, 2]
     assert "warning" not in capsys.readouterr().out
     verify(tmp_path / "out")
 
@@ -207,14 +207,23 @@ def test_what_was_published_before_stays_and_is_left_out_of_evaluations(torn, ca
     for held, trained in twins.items():
         assert names[held].removesuffix("-altered") == names[trained].removesuffix("-altered")
         assert (found[names[held]], found[names[trained]]) == ("holdout", "train")
-    rows = select_holdout(before, 99)
-    assert {row["key"] for row in rows} == {row["key"] for row in before.rows("holdout")} - twins.keys()
-    said = capsys.readouterr().out
-    assert f"{len(twins)} of 6 holdout images are left out" in said
-    assert f"{names[min(twins)]}.png ({min(twins)})" in said
-    assert "what was trained on this version can then neither go on nor be evaluated" in said
-    assert select_holdout(before, 99) == rows
-    assert "left out" not in capsys.readouterr().out  # once is enough
+    torn_parts = [part for part in ("test", "dev") if twins.keys() & {row["key"] for row in before.rows(part)}]
+    for part in torn_parts:
+        whole = {row["key"] for row in before.rows(part)}
+        if whole <= twins.keys():
+            with pytest.raises(DataError, match="training has all holdout images"):
+                select_holdout(before, 99, part=part)
+            continue
+        rows = select_holdout(before, 99, part=part)
+        assert {row["key"] for row in rows} == whole - twins.keys()
+        said = capsys.readouterr().out
+        assert f"{len(twins.keys() & whole)} of {len(whole)} holdout images ({part}) are left out" in said
+        first = min(twins.keys() & whole)
+        assert f"{names[first]}.png ({first})" in said
+        assert "what was trained on this version can then neither go on nor be evaluated" in said
+        assert select_holdout(before, 99, part=part) == rows
+        assert "left out" not in capsys.readouterr().out  # once is enough
+    assert torn_parts
     after = prepare(settings(torn))  # the column comes with the next publication, and nothing changes its side
     assert sides(after) == found
     assert altered_twins(after) == twins
@@ -227,7 +236,7 @@ def test_without_thumbnails_nobody_can_tell(torn, capsys):
     next((torn / "out" / "parts").glob("*.px.parquet")).unlink()
     dataset = Dataset(torn / "out")
     assert altered_twins(dataset) is None
-    assert len(select_holdout(dataset, 99)) == 6
+    assert sum(len(select_holdout(dataset, 99, part=part)) for part in ("test", "dev")) == 6
     assert "nothing tells whether training has holdout images mirrored" in capsys.readouterr().out
 
 
