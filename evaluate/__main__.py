@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        help="folder to write to (default: RUN/validation_outputs/step-NNNNNN, -WEIGHTS behind it for others than ema, -dev with holdout=dev)",
+        help="folder to write to (default: RUN/validation_outputs/step-NNNNNN; behind it -WEIGHTS for others than ema, "
+        "and -dev with holdout=dev)",
     )
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of the model (default: that of the config)")
     run.add_argument("--strict", action="store_true", help="exit with 5 if any metric was skipped")

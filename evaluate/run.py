@@ -72,9 +72,9 @@ def run(
     """Evaluate a checkpoint (a step folder, or a run folder for its newest) and write what was found.
 
     ``dataset`` defaults to the one the run's config names, ``output`` to ``RUN/validation_outputs/step-NNNNNN``, with
-    the ``weights`` behind it where they are not ``ema``, and ``dev`` where that is read (:func:`train.checkpoint.open.load_model` has the others).
-    Returns the output folder and the evidence. Raises :class:`DataError` when the dataset is not the one trained on,
-    or when its holdout leaks into training.
+    the ``weights`` behind it where they are not ``ema`` (:func:`train.checkpoint.open.load_model` has the others), and
+    ``dev`` where that part of the holdout is read. Returns the output folder and the evidence. Raises
+    :class:`DataError` when the dataset is not the one trained on, or when its holdout leaks into training.
     """
     step_folder = resolve_checkpoint(checkpoint)
     run_folder = step_folder.parent.parent

@@ -132,7 +132,7 @@ class Subject:
 
     @cached_property
     def partners(self) -> dict[str, Row]:
-        """For each sample of this part of the holdout another one of its bucket, the random pair; a lone one has none."""
+        """For each sample of this part of the holdout another of its bucket, its random pair; a lone one has none."""
         holdout = {row["key"]: row for row in self.dataset.rows(self.part)}
         return {key: holdout[other] for key, other in random_pairs(list(holdout.values())).items()}
 
@@ -170,9 +170,9 @@ def select_holdout(
     """Return the first ``count`` rows of a part of the holdout, in key order: a random sample, as keys are hashes.
 
     A ``seed`` chooses others, and returns them in key order too.
-    Raises :class:`DataError` when there is no such part, and when a holdout sample is also in the training split: as the
-    same key, or as a member of the same duplicate group. Holdout samples that training has in an altered form are left
-    out, counted and named.
+    Raises :class:`DataError` when there is no such part, and when a holdout sample is also in the training split: as
+    the same key, or as a member of the same duplicate group. Holdout samples that training has in an altered form are
+    left out, counted and named.
     """
     holdout = dataset.rows("holdout")
     if not holdout:
@@ -195,8 +195,8 @@ def select_holdout(
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         _tell_once(
             dataset,
-            f"{len(left_out)} of {len(holdout)} holdout images ({part}) are left out, as training has them mirrored, brighter "
-            f"or cropped: {names}{more}. {ANEW}",
+            f"{len(left_out)} of {len(holdout)} holdout images ({part}) are left out, as training has them mirrored, "
+            f"brighter or cropped: {names}{more}. {ANEW}",
         )
         holdout = [row for row in holdout if row["key"] not in twins]
         if not holdout:

@@ -340,7 +340,7 @@ def test_the_recipe_runs_resumes_validates_and_reports(
     assert "validation/reconstruction/lpips" in last
     assert {key for key in last if key.startswith(("validation/swap", "validation/edit"))}
     assert (run / "visual_debug" / "step-000020" / "grid.png").exists()
-    metrics = json.loads((run / "validation_outputs" / "step-000020" / "report.json").read_text())["metrics"]
+    metrics = json.loads((run / "validation_outputs" / "step-000020-dev" / "report.json").read_text())["metrics"]
     assert {metric["settings"]["guidance"] for metric in metrics if metric["name"] == "edit/effect"} == {"self=3"}
     assert evaluate_main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     assert "self-guidance 3" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -248,7 +248,7 @@ def _read_trial(path: Path) -> RecordedTrial:
         log = read_metrics(folder / "metrics.jsonl")
     except (DataError, OSError) as error:
         raise DataError(f"{folder / 'metrics.jsonl'} is damaged ({error}). {AGAIN}") from error
-    files = sorted(folder.glob(f"{OUTPUTS}/step-*/report.json"))  # of a step the one of dev, the sweep's own, comes last
+    files = sorted(folder.glob(f"{OUTPUTS}/step-*/report.json"))  # of a step, that of dev comes last: the sweep's own
     reports = {step: file for file in files if (step := step_of(file.parent))}
     if not reports:
         return RecordedTrial(record["arm"], record["seed"], folder, record, log)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.dataset.buckets import cut_away
+from prep.dataset.holdout import COLUMN as HOLDOUT_PART
 from prep.images.filters import CROPPED, crop_remarks
 
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
@@ -46,6 +47,13 @@ def warn(table: pa.Table, buckets: Mapping[str, Any]) -> list[str]:
             sizes = pc.value_counts(table["split_group"]).field("counts")
             few = f"{len(table)} samples in {len(sizes)} groups by split.group_by: none is small enough for a holdout"
         warnings.append(f"{few}. Nothing can be validated with this dataset")
+    parts = count_values(table[HOLDOUT_PART].drop_null()) if HOLDOUT_PART in table.column_names else Counter()
+    if len(parts) == 1:
+        (there,) = parts
+        warnings.append(
+            f"the holdout of {splits['holdout']} is one group of images that show the same: all of it is {there}, and "
+            f"nothing is left for {'what is reported' if there == 'dev' else 'validation and sweeps'}. Raise holdout"
+        )
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:
         warnings.append(

@@ -1,4 +1,4 @@
-"""The split of an index into train and the two parts of the holdout, and which samples are groups of near duplicates."""
+"""The split of an index into train and two parts of a holdout, and which samples are groups of near duplicates."""
 
 from __future__ import annotations
 

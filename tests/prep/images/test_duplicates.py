@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prep.config import PrepConfig
+from prep.dataset.holdout import COLUMN
 from prep.dataset.layout import Unit, read_part
 from prep.dataset.reader import Dataset
 from prep.encoders.demo import ASSETS, DETECTOR, POSE
@@ -368,6 +369,18 @@ def test_groups_that_were_published_on_both_sides_and_large_ones_are_warned_of()
     assert large == "3 of 203 samples are near duplicates of each other (group a)"
     (large,) = warnings("aaabb" + "".join(map(chr, range(1000, 1200))), "ttttt" + "h" * 200)
     assert large.endswith("(group a, the largest of 2 groups with 5 samples)")
+
+
+def test_a_holdout_that_cannot_be_divided_is_warned_of():
+    def warnings(parts: list[str | None]) -> list[str]:
+        sides = ["train" if part is None else "holdout" for part in parts]
+        table = pa.table({"duplicate_group": list("abcd"), "split": sides, COLUMN: pa.array(parts, pa.string())})
+        return [line for line in warn(table, {}) if "training images are few" not in line]
+
+    assert warnings([None, None, "test", "dev"]) == []
+    (line,) = warnings([None, None, "test", "test"])
+    assert line.startswith("the holdout of 2 is one group of images that show the same: all of it is test")
+    assert "nothing is left for validation and sweeps" in line
 
 
 def test_a_set_that_is_learnt_by_heart_is_warned_of():

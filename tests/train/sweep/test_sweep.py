@@ -99,7 +99,7 @@ def test_a_sweep_leaves_run_folders_with_a_record_and_a_report(finished):
         assert record["peak_memory_gb"] > 0
         assert record["ended"] > record["started"]
         assert set(record["cohort"]) == {"code", "dataset", "torch", "device", "threads"}
-        report = json.loads((folder / "validation_outputs" / "step-000012" / "report.json").read_text())
+        report = json.loads((folder / "validation_outputs" / "step-000012-dev" / "report.json").read_text())
         assert "heldout_loss" in {metric["name"] for metric in report["metrics"]}
         assert load_checkpoint(folder / "checkpoints" / "step-000012").state["step"] == 12
     fine = sweep.trials_folder / "fine-seed0"
@@ -307,7 +307,7 @@ def test_S09_a_metric_without_a_value_is_never_best(tiny_dataset, tmp_path):
     sweep = tiny_sweep(tmp_path, tiny_dataset, seeds=[0, 1])
     for trial, value in zip(sweep.trials, (3.0, None, 5.0, 1.0)):
         folder = sweep.trials_folder / trial.name
-        report = folder / "validation_outputs" / "step-000012" / "report.json"
+        report = folder / "validation_outputs" / "step-000012-dev" / "report.json"
         report.parent.mkdir(parents=True)
         report.write_text(json.dumps({"metrics": [{"name": "heldout_loss", "value": value}]}))
         record = {"arm": trial.arm.name, "seed": trial.config.seed, "status": "finished", "steps": 12, "cohort": {}}
