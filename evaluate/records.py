@@ -17,7 +17,8 @@ ATTRIBUTES = ("top", "trousers", "background", "hair")  # judged on figures, in 
 
 # what a row of samples.parquet is: a picture of the model, a baseline in its place, or the holdout image itself
 MODEL, BASELINE, REAL = "model", "baseline", "real"
-NO_SKILL = ("random_pair", "mean_image", "nearest_train")  # baselines that are pictures, drawn without any model
+# baselines that are pictures, drawn without any model
+NO_SKILL = ("random_pair", "mean_image", "nearest_train", "nearest_features")
 FEATURES = ("feature", "feature_pixels", "feature_probe")
 
 SAMPLES_SCHEMA = pa.schema(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from evaluate.metrics.training_features import TrainFeatures
 from nanodit.console import Progress
 from nanodit.errors import DataError
 from nanodit.rng import generator
@@ -28,18 +28,16 @@ def round_trip(images: np.ndarray) -> np.ndarray:
     return np.stack(copies)
 
 
-def nearest(pixels: np.ndarray, buckets: Sequence[str], features: Any) -> list[str | None]:
-    """Return the key of the training image nearest to each image in mean colours, of the same bucket; None without one.
+def nearest(images: np.ndarray, bucket: str, training: TrainFeatures, known: np.ndarray) -> list[str | None]:
+    """Return the key of the training image nearest to each image of a bucket, and of that bucket; None without one.
 
-    ``pixels`` float32 (B, 768) as :func:`evaluate.metrics.likeness.pixel_features`, ``features`` those of training
-    images.
+    ``images`` float32 (B, width) are features of the images, ``known`` (n, width) those of the ``training`` images in
+    the same space.
     """
-    found = []
-    for image, bucket in zip(pixels, buckets):
-        own = [index for index, other in enumerate(features.buckets) if other == bucket]
-        distances = np.square(features.feature_pixels[own] - image).sum(1)
-        found.append(features.keys[own[int(distances.argmin())]] if own else None)
-    return found
+    own = [index for index, other in enumerate(training.buckets) if other == bucket]
+    if not own:
+        return [None] * len(images)
+    return [training.keys[own[int(np.square(known[own] - image).sum(1).argmin())]] for image in images]
 
 
 class TrainingImages:

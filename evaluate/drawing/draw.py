@@ -115,6 +115,7 @@ def _references(context: DrawingContext, members: tuple[Row, ...], album: Album)
     batch = read_batch(subject.dataset, members)
     rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")
     album.keep(rows, batch.pixels)
+    features = [row["feature"] for row in rows]
     mean_image = np.rint(context.training.mean_image(batch.bucket)).astype(np.uint8)
     stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}
     # whoever is found in the one mean image of the bucket: a floor of poses and colours, too
@@ -122,11 +123,17 @@ def _references(context: DrawingContext, members: tuple[Row, ...], album: Album)
     for name, pictures in stand_ins.items():
         joints = found if name == "mean_image" else []
         rows += examiner.rows(batch, pictures, kind=BASELINE, condition=name, joints=joints)
-    near = nearest(pixel_features(batch.pixels), [batch.bucket] * len(batch.rows), context.train_features)
+    training = context.train_features
+    near = nearest(pixel_features(batch.pixels), batch.bucket, training, training.feature_pixels)
     donors = {
         "random_pair": [subject.partners[key]["key"] if key in subject.partners else None for key in batch.keys],
         "nearest_train": near,
     }
+    if training.feature is not None:  # what retrieval by features would give
+        donors["nearest_features"] = [
+            None if feature is None else nearest(feature[None], batch.bucket, training, training.feature)[0]
+            for feature in features
+        ]
     for name, keys in donors.items():
         there = [index for index, key in enumerate(keys) if key is not None]
         if there:

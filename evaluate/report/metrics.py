@@ -22,6 +22,7 @@ PIXELS = ", mean colours"  # what is told by these instead of the judge's featur
 BASELINE_NAMES = {
     "round_trip": "JPEG round trip",
     "nearest_train": "nearest training image",
+    "nearest_features": "nearest by features",
     "identity": "x = z",
     "affine": "affine in z",
 }

@@ -12,7 +12,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images, nearest
 from evaluate.drawing.edits import choose
 from evaluate.drawing.texts import Texts
-from evaluate.metrics.likeness import pixel_features
+from evaluate.metrics.likeness import open_judge, pixel_features
 from evaluate.metrics.training_features import load_train_features
 from evaluate.records import ATTRIBUTES
 from evaluate.report.files import EvaluationFiles, name_runs
@@ -104,16 +104,23 @@ def test_only_the_copy_cat_sets_off_the_alarm_of_memorisation(evidence):  # faul
 
 @pytest.fixture(scope="module")
 def unskilled(readable_figures, tmp_path_factory):
-    """The files of every test on painters of the bucket's mean training image, and of the nearest training image."""
+    """The files of every test on painters of the mean training image, and of the nearest ones by two measures."""
     figures = readable_figures
     train = {row["key"]: row for row in figures.rows("train")}
     rows = [row for row in figures.rows("holdout") if row["bucket"] in {other["bucket"] for other in train.values()}]
     training = load_training_images(figures, {row["bucket"] for row in rows}, 40)
     pixels = np.concatenate([pixel_features(figures.pixels(row)[None]) for row in rows])
-    near = nearest(pixels, [row["bucket"] for row in rows], load_train_features(figures, None, 40))
+    judge, _ = open_judge(None, figures, "cpu")
+    known = load_train_features(figures, judge, 40)
+    features = np.concatenate([judge.features(np.array(figures.pixels(row))[None]) for row in rows])
+    near, alike = (
+        [nearest(own[None], row["bucket"], known, space)[0] for own, row in zip(found, rows)]
+        for found, space in ((pixels, known.feature_pixels), (features, known.feature))
+    )
     pictures = {
         "mean_image": {row["key"]: np.uint8(np.rint(training.mean_image(row["bucket"]))) for row in rows},
         "retrieved": {row["key"]: figures.pixels(train[key]) for row, key in zip(rows, near)},
+        "retrieved_by_features": {row["key"]: figures.pixels(train[key]) for row, key in zip(rows, alike)},
     }
     sizes = {"heldout_loss": {"conditions": ["all"], "gap": []}, "edit": {"types": ["attribute"]}}
     changes = {"tests": list(TESTS), "conditions": {"all": 1.0, "text": 1.0}, "pose": {"mirrored": 8}, **sizes}
@@ -130,7 +137,7 @@ def unskilled(readable_figures, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("painter", ["mean_image", "retrieved"])
+@pytest.mark.parametrize("painter", ["mean_image", "retrieved", "retrieved_by_features"])
 def test_who_paints_the_mean_image_or_a_training_image_is_no_better_than_the_floor(unskilled, painter):
     metrics = unskilled[painter].metrics
     rows = [
