@@ -1,4 +1,4 @@
-"""The few numbers that a run shows while it trains: the held-out loss of some samples, by what is given.
+"""The few numbers that a run shows while it trains: held-out error and loss of some samples, by what is given.
 
 ``validation.tests`` adds tests of the evaluation at its tier pulse, with the files that ``evaluate report`` reads.
 """
@@ -23,7 +23,7 @@ from evaluate.report.summary import is_headline
 from evaluate.run import curves_until, evaluate, perceptual_losses, provenance, write
 from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import TESTS
-from evaluate.suite.heldout_loss import HeldoutLossConfig, measure
+from evaluate.suite.heldout_loss import HeldoutLossConfig, measure, noisy_bins
 from nanodit.config import load_config
 from nanodit.console import waiting
 from nanodit.errors import ConfigError, DataError
@@ -59,10 +59,11 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
 
 
 def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int, folder: Path) -> dict[str, float]:
-    """Measure ``model``: TensorBoard tag -> value, ``validation/heldout_loss`` for all conditions that there are.
+    """Measure ``model``: TensorBoard tag -> value, such as ``validation/heldout_error`` for all conditions together.
 
-    The mean loss of ``validation.samples`` holdout images on the grid of :mod:`evaluate.suite.heldout_loss`, equal at
-    every step, so that its curve moves with the model alone. The errors by time go to ``folder/heldout.json``. Raises
+    The mean error from t = .3 on and, as ``validation/heldout_loss``, the mean loss over all times, of
+    ``validation.samples`` holdout images on the grid of :mod:`evaluate.suite.heldout_loss`, equal at every step, so
+    that the curves move with the model alone. The errors by time go to ``folder/heldout.json``. Raises
     :class:`DataError` where the model predicts what is not a number.
     """
     subject = _subject(model, config, dataset)
@@ -77,7 +78,9 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
         if not np.isfinite([loss, *errors]).all():
             raise DataError(f"given {condition}, the model predicts values that are not finite")
         record[condition] = {"loss": loss, "mse": errors}
-        values[f"validation/heldout_loss{'' if condition == 'all' else f'/{condition}'}"] = loss
+        suffix = "" if condition == "all" else f"/{condition}"
+        values[f"validation/heldout_error{suffix}"] = float(np.mean([errors[index] for index in noisy_bins(GRID)]))
+        values[f"validation/heldout_loss{suffix}"] = loss
     if config.validation.tests:
         values |= _tests(subject, config, step, folder)
     settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}

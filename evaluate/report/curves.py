@@ -18,6 +18,7 @@ NARROW = 340
 RATE = "sys/iter_per_sec"
 TAGS = (  # of metrics.jsonl: title, log axis, noisy
     ("train/loss", "training loss", True, True),
+    ("validation/heldout_error", "held-out error while training", True, False),
     ("validation/heldout_loss", "held-out loss while training", True, False),
     ("train/learning_rate", "learning rate", False, False),
     ("train/grad_norm", "gradient norm", True, True),

@@ -197,7 +197,7 @@ def summarise(rows: Rows, context: DrawingContext, config: HeldoutLossConfig) ->
     t_min = context.subject.flow.t_min
     metrics = losses(held, config, context.common, t_min) + gaps(held, train, config, context.common, t_min)
     few = f"no bin begins at t = {NOISY_FROM:g} or later; set heldout_loss.bins to 10"
-    return metrics, [] if _noisy(config) else [Skipped("heldout_error", few)]
+    return metrics, [] if noisy_bins(config) else [Skipped("heldout_error", few)]
 
 
 def gaps(
@@ -236,7 +236,7 @@ def _settings(config: HeldoutLossConfig, settings: Mapping[str, Any], t_min: flo
     }
 
 
-def _noisy(config: HeldoutLossConfig) -> list[int]:
+def noisy_bins(config: HeldoutLossConfig) -> list[int]:
     """Return the bins that begin at NOISY_FROM or later: as the grid has them, none of a single one."""
     return [index for index in range(config.bins) if index / config.bins >= NOISY_FROM - 1e-9]
 
@@ -261,9 +261,9 @@ def losses(
         named = {**settings, "conditions": condition}
         unweighted = {name: value for name, value in named.items() if name != "weight"}
         bins = [[row for row in own if row["bin"] == index] for index in range(config.bins)]
-        noisy = [bins[index] for index in _noisy(config)]
+        noisy = [bins[index] for index in noisy_bins(config)]
         if noisy:
-            begun = {"t_from": round(_noisy(config)[0] / config.bins, 4)}
+            begun = {"t_from": round(noisy_bins(config)[0] / config.bins, 4)}
             members = [row for members in noisy for row in members]
             metrics.append(_mean_metric(f"heldout_error{suffix}", members, "mse", unweighted | begun))
         metrics.append(_mean_metric(f"heldout_loss{suffix}", own, "loss", named))

@@ -199,7 +199,7 @@ def _settings_that_differ(cohort: Cohort, arm: RecordedArm, other: str, metric: 
 
 @dataclass(frozen=True)
 class AtEqual:
-    """The held-out loss in training where every trial is asked at the same place: ``at`` a step or a minute."""
+    """The held-out error in training where every trial is asked at the same place: ``at`` a step or a minute."""
 
     axis: str
     at: float
@@ -219,7 +219,7 @@ def at_equal(sweep: RecordedSweep, cohort: Cohort, axis: str) -> AtEqual | None:
         return None
     place = min(ends)
     measured = {name: interpolate(points, place) for name, points in curves.items()}
-    margin = sweep.margin if sweep.primary in ("heldout_loss", VALIDATION) else None
+    margin = sweep.margin if sweep.primary in ("heldout_error", VALIDATION) else None
     found = contrasts(sweep, cohort, lambda trial: measured.get((trial.arm, trial.seed)), "min", margin)
     values = {arm: cohort.values(arm, lambda trial: measured.get((trial.arm, trial.seed))) for arm in sweep.arms}
     return AtEqual(axis, place, values, found)
@@ -233,9 +233,9 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None
 
 
 def slope(trial: RecordedTrial) -> float | None:
-    """Return how steeply the held-out loss falls: the least-squares slope of ln(loss) over ln(step).
+    """Return how steeply the held-out error falls: the least-squares slope of ln(error) over ln(step).
 
-    A loss that falls as step^-a has the slope -a. From SLOPE_FROM of the steps on; None below three validations.
+    An error that falls as step^-a has the slope -a. From SLOPE_FROM of the steps on; None below three validations.
     """
     points = [(step, loss) for step, loss in trial.curve(VALIDATION) if step > 0 and loss > 0]
     points = [point for point in points if point[0] >= SLOPE_FROM * points[-1][0]]

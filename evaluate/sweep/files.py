@@ -20,7 +20,7 @@ SWEEP, TRIAL, TRIALS = "sweep.json", "trial.json", "trials"
 OUTPUTS = "validation_outputs"
 AGAIN = "Run nanodit train sweep --resume to make what is missing"
 RATE = "sys/iter_per_sec"
-VALIDATION = "validation/heldout_loss"
+VALIDATION = "validation/heldout_error"
 NEEDED = ("arms", "seeds", "primary", "time_claims")
 
 

@@ -37,7 +37,7 @@ MEASURES = {
     ),
     "iterations_per_second": _Measured("iterations per second", rate, "slower", "faster", NOT_RECORDED, "a second"),
     "slope": _Measured(
-        "slope of ln(held-out loss) over ln(step)",
+        "slope of ln(held-out error) over ln(step)",
         slope,
         "steeper",
         "flatter",

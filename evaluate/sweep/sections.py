@@ -24,7 +24,7 @@ def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
         if axis == "minutes" and not sweep.time_claims:
             why.append(f"Over time: {WHY_NO_TIME}.")
             continue
-        for tag, title, noisy in ((VALIDATION, "held-out loss", False), ("train/loss", "training loss", True)):
+        for tag, title, noisy in ((VALIDATION, "held-out error", False), ("train/loss", "training loss", True)):
             if noisy and axis == "images":
                 continue  # the same picture as over the steps
             series = []
@@ -46,12 +46,12 @@ def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
                 )
                 why.append(f"{title[0].upper()}{title[1:]}: {missing}.")
             elif not noisy and charts:
-                why.append(f"Held-out loss over {words}: not recorded.")
+                why.append(f"Held-out error over {words}: not recorded.")
     return {"charts": charts, "why": why}
 
 
 def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> list[dict[str, Any]]:
-    """Compare held-out loss at equal steps and at equal time, or say why not."""
+    """Compare the held-out error at equal steps and at equal time, or say why not."""
     tables = []
     for axis, title in (("step", "At equal steps"), ("minutes", "At equal time")):
         found, why = equal[axis], ""

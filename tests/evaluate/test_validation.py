@@ -62,6 +62,8 @@ def test_they_are_those_of_the_evaluation(run, dataset):
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["validation/heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=1e-6)
     assert last["validation/heldout_loss/text"] == pytest.approx(metrics["heldout_loss/text"], rel=1e-6)
+    assert last["validation/heldout_error"] == pytest.approx(metrics["heldout_error"], rel=1e-6)
+    assert last["validation/heldout_error/text"] == pytest.approx(metrics["heldout_error/text"], rel=1e-6)
     record = json.loads((run / "validation_outputs" / "step-000006" / "heldout.json").read_text())
     assert record["samples"] == len(Dataset(dataset).rows("dev")) == 3
     assert record["conditions"]["all"]["mse"][3] == pytest.approx(metrics["heldout_mse/all/0.3-0.4"], rel=1e-6)
@@ -90,7 +92,7 @@ def test_batches_and_the_number_of_samples(dataset, tmp_path):
         pulse.validate(model.eval(), config.model_copy(update={"train": train}), Dataset(dataset), 1, tmp_path)
         for train in (config.train, config.train.model_copy(update={"batch_size": 1}))
     ]
-    assert values[0].keys() == {"validation/heldout_loss"}
+    assert values[0].keys() == {"validation/heldout_error", "validation/heldout_loss"}
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert json.loads((tmp_path / "heldout.json").read_text())["samples"] == 2
 

@@ -15,7 +15,7 @@ from ray import tune
 from train.sweep.process import TrialProcess, ending, wait_for_gpu
 from train.sweep.record import CONFIG, FAILED, FINAL_CODES, FINISHED, read_record, write_record
 
-CURVE = "validation/heldout_loss"  # what early stopping looks at
+CURVE = "validation/heldout_error"  # what early stopping looks at
 LOOK = 2.0  # seconds between looks at the trial
 
 

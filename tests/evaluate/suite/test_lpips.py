@@ -183,7 +183,7 @@ def test_tensorboard_and_the_log_have_the_tags(figures_dataset, random_alexnet, 
     tests = ["validation.every_steps=24", "validation.tests=[reconstruction, swap, edit]", "validation.samples=16"]
     assert train(["run", *places, *small, *short, *tests]) == 0
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    folder = tmp_path / "run" / "validation_outputs" / "step-000024"
+    folder = tmp_path / "run" / "validation_outputs" / "step-000024-dev"
     metrics = {one["name"]: one["value"] for one in json.loads((folder / "report.json").read_text())["metrics"]}
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     for name in ("reconstruction/lpips", "swap/lpips", "edit/lpips"):

@@ -153,6 +153,14 @@ def test_who_paints_the_mean_image_or_a_training_image_is_no_better_than_the_flo
     assert tally(run)["better"] == 0
 
 
+@pytest.mark.slow
+def test_retrieval_by_features_is_its_own_floor_where_features_are_the_measure(unskilled):
+    found = {metric["name"]: metric for metric in unskilled["retrieved_by_features"].metrics}
+    likeness = found["reconstruction/dino_similarity"]
+    assert likeness["value"] == pytest.approx(likeness["baselines"]["nearest_features"], abs=1e-5)
+    assert likeness["value"] > likeness["baselines"]["nearest_train"]
+
+
 # --- models that do, or do not, what they are told
 
 

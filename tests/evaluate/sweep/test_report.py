@@ -118,7 +118,7 @@ def write_trial(folder, arm, seed, kind, started=0.0, status="finished", picture
         line = {"step": step, "train/loss": final * (STEPS / step) ** fall * (1 + 0.1 * own.normal())}
         line["sys/iter_per_sec"] = rate
         if step % EVERY == 0:
-            line["validation/heldout_loss"] = final * (STEPS / step) ** fall
+            line["validation/heldout_error"] = final * (STEPS / step) ** fall
         lines.append(json.dumps(line))
     (trial / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     record = {
@@ -349,9 +349,9 @@ def test_every_trial_that_ended_without_a_value_is_counted_once(tmp_path):
     record = sweep_json(RecordedSweep.read(write_sweep(tmp_path / "other", duel(), trials=trials)))
     assert [one["failed"]["B"] for one in record["metrics"]] == [0, 1]
     # the last validation is no number
-    folder = write_sweep(tmp_path / "nan", duel(primary={"metric": "validation/heldout_loss", "mode": "min"}))
+    folder = write_sweep(tmp_path / "nan", duel(primary={"metric": "validation/heldout_error", "mode": "min"}))
     log = folder / "trials" / "B-seed1" / "metrics.jsonl"
-    log.write_text(log.read_text() + json.dumps({"step": STEPS + 1, "validation/heldout_loss": math.nan}) + "\n")
+    log.write_text(log.read_text() + json.dumps({"step": STEPS + 1, "validation/heldout_error": math.nan}) + "\n")
     sweep = RecordedSweep.read(folder)
     assert verdicts(folder) == {"B": "no verdict"}
     assert "the value is not a number" in words(render(sweep))
@@ -547,7 +547,7 @@ def test_the_declared_questions_are_answered(html):
     assert "A–B: What does TREAD save?" in text
     assert re.search(r"Peak memory\. A 5.99 GB, B 4.41 GB: 0.73\d* \[.*?\] times as much; less, over 3 seeds", text)
     assert re.search(r"Iterations per second\. A 4.00 a second, B 5.20 a second: 1.30 \[1.30, 1.30\] times", text)
-    assert re.search(r"Slope of ln\(held-out loss\).*?; steeper, over 3 seeds", text)
+    assert re.search(r"Slope of ln\(held-out error\).*?; steeper, over 3 seeds", text)
     assert "C–D: What of the reconstruction? LPIPS. Not answered: skipped: no backbone weights." in text
     assert re.search(r"PSNR\. C 11\.\d+, D 11\.\d+: difference .*?; 3 seeds do not tell them apart", text)
 
@@ -569,13 +569,13 @@ def test_slopes_and_equal_steps_and_time_are_what_they_say(folder, tmp_path):
     sweep = RecordedSweep.read(folder)
     (cohort,) = split_cohorts(sweep)
     for trial in cohort.trials:
-        (first, low), *_, (last, high) = trial.curve("validation/heldout_loss")
+        (first, low), *_, (last, high) = trial.curve("validation/heldout_error")
         assert slope(trial) == pytest.approx(np.log(high / low) / np.log(last / first))  # a pure power law
     steps, minutes = (at_equal(sweep, cohort, axis) for axis in ("step", "minutes"))
     assert steps.at == STEPS
     assert minutes.at == pytest.approx(STEPS / 5.2 / 60)  # arm B is the first to end
     trial = next(one for one in cohort.trials if (one.arm, one.seed) == ("A", 1))
-    points = trial.curve("validation/heldout_loss")
+    points = trial.curve("validation/heldout_error")
     expected = np.interp(STEPS / 5.2 * 4.0, *zip(*points))
     assert minutes.values["A"][1] == pytest.approx(expected)
     assert minutes.values["A"][1] > steps.values["A"][1]
