@@ -30,7 +30,7 @@ from evaluate.records import (
 )
 from evaluate.statistics import intervals
 from evaluate.suite.declaration import Section, SuiteTest, Values
-from evaluate.suite.gain import CEILING, gain
+from evaluate.suite.gain import CEILING, gain, undrawn
 
 
 def pictures(context: DrawingContext, config: None = None) -> tuple[list[Picture], list[Skipped]]:
@@ -52,7 +52,8 @@ def summarise(rows: Rows, context: DrawingContext, config: None = None) -> tuple
     ceiling = float(np.mean([_right(row, ATTRIBUTES) for row in real])) / len(ATTRIBUTES)
     marks = {"chance": float(np.mean([CHANCE[name] for name in ATTRIBUTES])), CEILING: ceiling}
     gained = gain("attribute_gain", "text", context, rows, _score, marks)
-    return accuracies(rows.all, [arm.name for arm in arms], context.settings_of(arms)) + gained, []
+    skipped = undrawn("attribute_gain", "text", gained, context)
+    return accuracies(rows.all, [arm.name for arm in arms], context.settings_of(arms)) + gained, skipped
 
 
 def accuracies(

@@ -47,6 +47,14 @@ def _guided_alike(arm: DrawingArm, other: DrawingArm) -> bool:
     return guidance == other.guidance or (not other.subset and guidance.self_scale == 1)  # nothing has no guidance
 
 
+def undrawn(name: str, condition: str, found: list[Metric], context: DrawingContext) -> list[Skipped]:
+    """Say why there is no gain, where pictures with the condition were drawn and there is none."""
+    if found or not any(condition in arm.subset for arm in context.arms):
+        return []
+    why = f"no arm that isolates the {condition} was drawn beside the same one without it, guided alike"
+    return [Skipped(name, f"{why}: such as {condition} (conditions) and nothing (reconstruction.conditions)")]
+
+
 def gain(
     name: str,
     condition: str,

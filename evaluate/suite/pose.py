@@ -24,7 +24,7 @@ from evaluate.records import MODEL, REAL, Metric, Skipped, degenerate_reason, se
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval, more_samples
 from evaluate.suite.declaration import Section, SuiteTest, Values
-from evaluate.suite.gain import gain
+from evaluate.suite.gain import gain, undrawn
 from nanodit.config import Config
 from nanodit.keypoints import BONES
 from nanodit.svg import joints_overlay
@@ -113,6 +113,7 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
             if one.rows:
                 counts[one.name] = count(one.rows, context.rows)
                 overlays += _overlays(one)
+    skipped: list[Skipped] = []
     real = PosedPictures(CEILING, [row for row in references[CEILING] if row["target_joints"] is not None], {}, {})
     if real.rows and not real.reason:
         right, asked = _pck(real, PARTS[HEADLINE])
@@ -120,7 +121,8 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
         hits, joints = np.sum([(0, 0), *map(_score, rows.without_skill["random_pair"])], axis=0)
         marks = {"random_pair": float(hits / joints)} if joints else {}
         marks["ceiling_on_real"] = float(right.sum() / asked.sum())
-        metrics += gain("pose_gain", "pose", context, rows, _score, marks, **judged)
+        gained = gain("pose_gain", "pose", context, rows, _score, marks, **judged)
+        metrics, skipped = metrics + gained, undrawn("pose_gain", "pose", gained, context)
     for one in overlays:
         context.show(MODEL, one["condition"], one["key"], one["seed"])
     context.extras["pose"] = {
@@ -132,7 +134,7 @@ def summarise(rows: Rows, context: DrawingContext, config: PoseTestConfig) -> tu
         "counts": counts,
         "overlays": overlays,
     }
-    return metrics, []
+    return metrics, skipped
 
 
 def _settings(context: DrawingContext, arm: DrawingArm, turned: bool = False) -> dict[str, Any]:

@@ -112,3 +112,13 @@ def test_a_picture_that_cannot_be_scored_leaves_no_gain_and_says_why(judged, kno
     assert metric.value is None
     assert "blank" in metric.reason
     assert gain("pose_gain", "pose", context, rows, attributes._score, {CEILING: 1.0}) == []  # no pair was drawn
+
+
+def test_a_gain_that_was_not_drawn_is_named(judged, known_pictures):
+    context = judged.context(**CONFIG)
+    arms = {"all": "truth", "text_and_pose": "truth", "text": "truth"}
+    _, skipped = attributes.summarise(rows_of(judged, known_pictures, **arms), context)
+    assert [one.name for one in skipped] == ["attribute_gain"]
+    assert "no arm that isolates the text was drawn beside the same one without it" in skipped[0].reason
+    _, skipped = attributes.summarise(rows_of(judged, known_pictures, **arms, nothing="truth"), context)
+    assert skipped == []
