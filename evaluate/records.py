@@ -61,6 +61,7 @@ SAMPLES_SCHEMA = pa.schema(
 
 ITSELF = "the objective itself"  # the squared error, which training minimises
 RELATED = "related to a loss of training"  # by a network that the model was trained to please
+ROUNDING = 1e-6  # of a metric: so much one picture may differ in two batches
 DEV = "-dev"  # ends the name of the folder of an evaluation of that part of the holdout
 
 
@@ -179,6 +180,11 @@ def from_table(table: pa.Table) -> list[dict[str, Any]]:
 def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> list[Mapping[str, Any]]:
     """Return the rows of one arm."""
     return [row for row in samples if row["kind"] == kind and row["condition"] == condition]
+
+
+def group_of(row: Mapping[str, Any]) -> str | None:
+    """Return what of an index keeps a row's sample with others: its group by ``split.group_by``, or its duplicates."""
+    return row.get("split_group") or row.get("duplicate_group")
 
 
 def cluster_of(row: Mapping[str, Any]) -> str:

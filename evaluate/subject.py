@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
+from evaluate.records import group_of
 from nanodit.console import say
 from nanodit.errors import PROBLEM_BREAK, DataError
 from nanodit.rng import generator, noise
@@ -261,7 +262,8 @@ def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Pair every sample with another of the same bucket: sample key -> partner's key.
 
     Within a bucket the keys, in an order shuffled once for all, form a ring and everybody gets the next one, so nobody
-    is paired with itself. Partners come from another duplicate group where there is one. A bucket of one has no pair.
+    is paired with itself. Partners come from another group (of duplicates, or by ``split.group_by``) where there is
+    one. A bucket of one has no pair.
     """
     buckets: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["key"]):
@@ -269,7 +271,7 @@ def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     pairs = {}
     for bucket, members in buckets.items():
         order = generator("random pair", bucket).permutation(len(members))
-        ring = [(members[index]["key"], members[index]["duplicate_group"]) for index in order.tolist()]
+        ring = [(members[index]["key"], group_of(members[index])) for index in order.tolist()]
         for index, (key, group) in enumerate(ring):
             others = (ring[place % len(ring)] for place in range(index + 1, index + len(ring)))
             foreign = (other for other, its in others if its != group)

@@ -187,7 +187,7 @@ class DrawingContext:
     @property
     def common(self) -> dict[str, Any]:
         """Settings of every metric, also of those that need no picture."""
-        chosen: dict[str, Any] = {"holdout": self.subject.part} if self.subject.part == "dev" else {}
+        chosen: dict[str, Any] = {"holdout": self.subject.part} if self.subject.part != "holdout" else {}
         chosen |= {} if self.config.seed is None else {"holdout_seed": self.config.seed}
         chosen |= {} if self.config.captions == "long" else {"given_captions": self.config.captions}
         precision = precision_setting(self.subject.precision)

@@ -13,7 +13,7 @@ from evaluate.metrics.colours import score_colours
 from evaluate.metrics.joints import CONFIDENCE, JOINTS_BOX, TRUE_BOX, Box, mirror, score_joints
 from evaluate.metrics.likeness import Judge, cosine, pixel_features
 from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
-from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
+from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA, group_of
 from evaluate.subject import Batch, Row
 from nanodit.config import Config
 from nanodit.console import say
@@ -119,7 +119,7 @@ class Examiner:
             {
                 **dict.fromkeys(SAMPLES_SCHEMA.names),
                 "key": row["key"],
-                "cluster": row.get("split_group") or row.get("duplicate_group"),
+                "cluster": group_of(row),
                 "seed": seed,
                 "kind": kind,
                 "condition": condition,

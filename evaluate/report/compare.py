@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evaluate.records import MODEL, cluster_of, select
+from evaluate.records import MODEL, ROUNDING, cluster_of, select
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import Interval, more_samples
 from evaluate.suite import TESTS
@@ -84,8 +84,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` where the interval excludes zero, otherwise ``inconclusive``."""
-        if self.interval.low is None or self.interval.low <= 0 <= self.interval.high:
+        """``better`` or ``worse`` where the interval excludes zero and rounding does not explain it."""
+        low, high = self.interval.low, self.interval.high
+        if low is None or low <= 0 <= high or max(abs(low), abs(high)) <= ROUNDING:
             return "inconclusive"
         return "better" if (self.interval.value > 0) == (self.better == "higher") else "worse"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluate.records import NO_SKILL
+from evaluate.records import NO_SKILL, ROUNDING
 from evaluate.report.compare import difference, differing, objections
 from evaluate.report.files import Run
 from evaluate.statistics.intervals import Interval, more_samples
@@ -29,7 +29,6 @@ BASELINE_NAMES = {
 # What no skill at all gives: the best that a metric has is its floor. And what a perfect model could reach: the first.
 FLOORS = (*NO_SKILL, "chance", "best_trivial", "no_gain", "no_swap", "null_edit", "no_edit", "pose_ignored")
 CEILINGS = ("round_trip", "ceiling_on_real", "judge_on_real", "detector_on_real", "real", "donor_itself", "unswapped")
-ROUNDING = 1e-6  # as near to its floor a metric is at it: so much one picture may differ in two batches
 ROLES = {start: meant for test in TESTS.values() for start, meant in test.roles.items()}
 
 

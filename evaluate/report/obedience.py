@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evaluate.report.metrics import ROUNDING, number, part_name
+from evaluate.records import ROUNDING
+from evaluate.report.metrics import number, part_name
 from evaluate.suite.gain import CEILING
 
 GAINS = {"text": "attribute_gain", "pose": "pose_gain"}

@@ -29,7 +29,7 @@ from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
-from evaluate.records import Metric, Skipped, cluster_of
+from evaluate.records import Metric, Skipped, cluster_of, group_of
 from evaluate.statistics import intervals
 from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
 from evaluate.suite.declaration import SuiteTest, Values
@@ -94,7 +94,7 @@ def measure_batch(
     config: HeldoutLossConfig,
 ) -> list[dict[str, Any]]:
     """Return the rows of :func:`measure` for one batch."""
-    rows, clusters = [], [row.get("split_group") or row.get("duplicate_group") for row in batch.rows]
+    rows, clusters = [], [group_of(row) for row in batch.rows]
     trivial = _trivial_errors(subject, batch, training, config) if training else {}
     for subset in subsets:
         condition = subset_name(subset, subject.modalities)

@@ -29,6 +29,7 @@ from evaluate.records import (
     average,
     cluster_of,
     degenerate_reason,
+    group_of,
 )
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
@@ -201,9 +202,9 @@ def _pairs(context: DrawingContext, config: SwapConfig) -> list[Pair]:
     pairs = []
     for key in context.keys:
         row, groups, others = context.rows[key], set(), []
-        groups.add(row["duplicate_group"])
+        groups.add(group_of(row))
         for other in pools[row["bucket"]]:
-            group = context.rows[other]["duplicate_group"]
+            group = group_of(context.rows[other])
             if other != key and (group is None or group not in groups):
                 groups.add(group)
                 others.append(other)

@@ -48,6 +48,9 @@ def test_partners_are_no_duplicates_where_that_is_possible():
     groups = {one["key"]: one["duplicate_group"] for one in rows}
     assert all(groups[key] != groups[partner] for key, partner in random_pairs(rows).items())
     assert set(random_pairs(rows[:2])) == {"a", "b"}  # only duplicates: better than no baseline
+    shoots = [row | {"split_group": group} for row, group in zip(rows, "xyxy")]
+    of = {row["key"]: row["split_group"] for row in shoots}
+    assert all(of[key] != of[partner] for key, partner in random_pairs(shoots).items())
 
 
 def test_the_round_trip_is_close_but_not_exact(figures):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluate.records import MODEL, Metric
-from evaluate.report.compare import differing, objections, paired
+from evaluate.report.compare import Difference, differing, objections, paired
 
 
 def metric(n=64, **settings):
@@ -63,6 +63,13 @@ def test_only_pictures_that_both_have_are_compared():
     assert paired(rows(values), [], "all", "psnr") is None
     assert paired(rows(values), rows(values, condition="text"), "all", "psnr") is None
     assert paired(rows(values), rows([None, *values[1:]]), "all", "psnr") is None
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(1e-8, "inconclusive"), (1e-3, "worse")])
+def test_a_difference_of_rounding_is_none(gap, verdict):
+    interval = paired(rows([20.0 - gap] * 40), rows([20.0] * 40), "all", "psnr")
+    assert interval.high < 0
+    assert Difference(interval, "higher").verdict == verdict
 
 
 def test_near_duplicates_differ_together():
