@@ -81,6 +81,28 @@ def run(
     source = weights_file(step_folder, weights)  # or says that there are no such weights
     folder = output or run_folder / "validation_outputs" / folder_name(step_folder.name, weights, config.holdout)
     check_writable(folder, "--output" if output else "the evaluation's folder", folder=True)
+    subject, state = open_subject(step_folder, config, dataset, weights)
+    if config.captions == "short":
+        subject.with_short_captions()  # or says that there are none, before anything is deleted
+    (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
+    facts = provenance(subject, config, state, source)
+    if not (folder / "parts").is_dir():  # nothing to go on from
+        shutil.rmtree(folder / "images", ignore_errors=True)
+    with reading(subject.dataset, folder):
+        evidence = evaluate(subject, config, folder, run_folder, facts, state["step"])
+    write(folder, config, evidence, facts, curves_until(run_folder, state["step"]))
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # what they held is in the files now
+    return folder, evidence
+
+
+def open_subject(
+    step_folder: Path, config: EvaluateConfig, dataset: Path | str | None = None, weights: str = "ema"
+) -> tuple[Subject, dict[str, Any]]:
+    """Load a checkpoint with the holdout samples that ``config`` chooses; returns the subject and its state.json.
+
+    ``dataset`` defaults to the one the run's config names. Raises :class:`DataError` when it is not the one trained on,
+    or when its holdout leaks into training.
+    """
     model, train_config, state = load_model(step_folder, weights)
     data = open_version(dataset or train_config.dataset, state["dataset"]["fingerprint"])
     if data.fingerprint != state["dataset"]["fingerprint"]:
@@ -103,17 +125,7 @@ def run(
         precision=config.precision,
         weights=weights,
     )
-    if config.captions == "short":
-        subject.with_short_captions()  # or says that there are none, before anything is deleted
-    (folder / "report.json").unlink(missing_ok=True)  # written last: until then the folder is not complete
-    facts = provenance(subject, config, state, source)
-    if not (folder / "parts").is_dir():  # nothing to go on from
-        shutil.rmtree(folder / "images", ignore_errors=True)
-    with reading(data, folder):
-        evidence = evaluate(subject, config, folder, run_folder, facts, state["step"])
-    write(folder, config, evidence, facts, curves_until(run_folder, state["step"]))
-    shutil.rmtree(folder / "parts", ignore_errors=True)  # what they held is in the files now
-    return folder, evidence
+    return subject, state
 
 
 def evaluate(
