@@ -1,6 +1,7 @@
 """What the project's HTML pages share: the frame ``page.html`` with its style, and how templates are filled in.
 
-A page is one file that loads and runs nothing: its Content-Security-Policy forbids it, and jinja2 escapes every string.
+A page is one file that loads nothing: its Content-Security-Policy forbids it, and jinja2 escapes every string. It runs
+nothing either, but for a script of ours that a page names by its hash in the block ``policy``.
 """
 
 from __future__ import annotations

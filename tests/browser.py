@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +57,74 @@ def look(port: str, page: Path, width: int, scheme: str) -> dict[str, Any]:
 
 
 async def _look(port: str, page: Path, width: int, scheme: str) -> dict[str, Any]:
-    requested, complaints = [], []
+    async with open_tab(port, width, scheme) as tab:
+        await tab.load(page)
+        await tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        return await tab.evaluate(MEASURE) | {"requested": tab.requested, "complaints": tab.complaints}
+
+
+KEYS = {
+    "ArrowLeft": ("ArrowLeft", 37, ""), "ArrowRight": ("ArrowRight", 39, ""), "ArrowDown": ("ArrowDown", 40, ""),
+    "Backspace": ("Backspace", 8, ""), " ": ("Space", 32, " "), "1": ("Digit1", 49, "1"), "2": ("Digit2", 50, "2"),
+}  # fmt: skip
+
+
+@dataclass
+class Tab:
+    """A tab under control; ``requested`` are the URLs it asked for, ``complaints`` what its console says."""
+
+    socket: aiohttp.ClientWebSocketResponse
+    requested: list[str] = field(default_factory=list)
+    complaints: list[dict[str, Any]] = field(default_factory=list)
+    number: int = 0
+
+    async def call(self, method: str, wait: str = "", **parameters: Any) -> dict[str, Any]:
+        """Call a method of the developer tools, and wait for an event after it."""
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
+        result = None
+        while result is None or wait:
+            message = await asyncio.wait_for(self.socket.receive_json(), 60)
+            event = message.get("method")
+            if event == "Network.requestWillBeSent":
+                self.requested.append(message["params"]["request"]["url"])
+            if event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(message["params"])
+            if message.get("id") == self.number:
+                result = message["result"]
+            if event == wait:
+                wait = ""
+        return result
+
+    async def load(self, page: Path) -> None:
+        """Open a file, or open it again."""
+        await self.call("Page.navigate", wait="Page.loadEventFired", url=page.as_uri())
+
+    async def evaluate(self, expression: str) -> Any:
+        """Return what an expression is in the page."""
+        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        return found["result"].get("value")
+
+    async def press(self, *keys: str) -> None:
+        """Press keys one after the other, each of KEYS."""
+        for key in keys:
+            code, number, text = KEYS[key]
+            given = {"key": key, "code": code, "windowsVirtualKeyCode": number}
+            await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **given)
+            await self.call("Input.dispatchKeyEvent", type="keyUp", **given)
+
+
+@asynccontextmanager
+async def open_tab(port: str, width: int = 1280, scheme: str = "light") -> AsyncIterator[Tab]:
+    """Open an empty tab, 800 pixels high."""
     async with aiohttp.ClientSession() as session:
         async with session.put(f"http://127.0.0.1:{port}/json/new?about:blank") as answer:
             target = await answer.json()
         async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=1 << 26) as socket:
-            number = 0
-
-            async def call(method: str, wait: str = "", **parameters) -> dict[str, Any]:
-                nonlocal number
-                number += 1
-                await socket.send_json({"id": number, "method": method, "params": parameters})
-                result = None
-                while result is None or wait:
-                    message = await asyncio.wait_for(socket.receive_json(), 60)
-                    event = message.get("method")
-                    if event == "Network.requestWillBeSent":
-                        requested.append(message["params"]["request"]["url"])
-                    if event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-                        complaints.append(message["params"])
-                    if message.get("id") == number:
-                        result = message["result"]
-                    if event == wait:
-                        wait = ""
-                return result
-
+            tab = Tab(socket)
             for domain in ("Page", "Network", "Runtime", "Log"):
-                await call(f"{domain}.enable")
-            await call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
-            await call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            await call("Page.navigate", wait="Page.loadEventFired", url=page.as_uri())
-            unfold = "document.querySelectorAll('details').forEach(one => one.open = true)"
-            await call("Runtime.evaluate", expression=unfold)
-            measured = await call("Runtime.evaluate", expression=MEASURE, returnByValue=True)
-            return measured["result"]["value"] | {"requested": requested, "complaints": complaints}
+                await tab.call(f"{domain}.enable")
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+            await tab.call("Emulation.setDeviceMetricsOverride", **size)
+            await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            yield tab

@@ -34,8 +34,8 @@ FLOORS = {
         "hardware", "model", "method data", "config", "checkpoint", "loop", "draw plan sweep", "run check", "__main__",
     ],
     "evaluate": [
-        "statistics subject", "records", "metrics", "drawing", "suite", "config report", "run",
-        "validation trial sweep", "__main__",
+        "statistics subject", "records", "metrics", "drawing", "suite", "votes", "config report", "run",
+        "validation trial sweep blind", "__main__",
     ],
 }  # fmt: skip
 FACES = {"train/pipeline.py"}  # names of old that exported models import

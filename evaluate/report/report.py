@@ -26,9 +26,11 @@ from evaluate.report.metrics import condition_order, guidance_words, number, par
 from evaluate.report.obedience import obedience
 from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
+from evaluate.report.votes import tally_votes, votes_cells, votes_json, votes_section
 from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import NOISY_FROM
 from evaluate.suite.pose import ALPHA, CONFIDENCE
+from evaluate.votes.tally import Tally
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, check_writable, write_atomic
 from nanodit.pages import open_template
@@ -38,8 +40,10 @@ __all__ = ["EvaluationFiles", "find_output", "metrics_csv", "number", "render", 
 LIMIT = 10_000_000  # bytes of the page
 
 
-def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> list[Path]:
+def write_report(folders: Path | Sequence[Path], output: Path | None = None, votes: Sequence[Path] = ()) -> list[Path]:
     """Write the page, and the metrics as JSON and CSV beside it; returns the three.
+
+    ``votes`` are files that the page of ``evaluate compare`` saved, about two of the runs.
 
     The page of one evaluation is ``report.html`` among its files unless ``output`` says otherwise, of several
     ``report.html`` in the working directory. Raises :class:`ConfigError` where the JSON would replace an evaluation's.
@@ -52,28 +56,29 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     own = len(files) == 1 and record.absolute() == (files[0].folder / "report.json").absolute()
     if not own and record.name == "report.json" and (record.parent / "samples.parquet").is_file():
         raise ConfigError(f"{record} is the evidence of another evaluation; give --output another name or folder")
-    html = render(files)
+    counted = tally_votes(votes, name_runs(files))
+    html = render(files, counted)
     write_atomic(page, html)
     if not own:  # among its files it is there already
-        write_atomic(record, canonical_json(report_json(files)))
-    write_atomic(table, metrics_csv(files))
+        write_atomic(record, canonical_json(report_json(files, counted)))
+    write_atomic(table, metrics_csv(files, counted))
     return [page, record, table]
 
 
-def render(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
+def render(files: EvaluationFiles | Sequence[EvaluationFiles], votes: Tally | None = None) -> str:
     """Return the page as text, of at most LIMIT bytes: pictures are made smaller until it is.
 
     Raises :class:`ResourceError` where the smallest do not help.
     """
     runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     for side, lossless in ((SIDES[0], True), *((side, False) for side in SIDES)):
-        html = _render(runs, EmbeddedImages(side, lossless))
+        html = _render(runs, EmbeddedImages(side, lossless), votes)
         if len(html.encode()) <= LIMIT:
             return html
     raise ResourceError(f"the page would be larger than {LIMIT / 1e6:.0f} MB; give fewer runs")
 
 
-def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
+def _render(runs: Sequence[Run], images: EmbeddedImages, votes: Tally | None) -> str:
     filters = {
         "number": number,
         "signed": numbers.signed,
@@ -89,6 +94,7 @@ def _render(runs: Sequence[Run], images: EmbeddedImages) -> str:
         obeyed=[obedience(run.files.metrics) for run in runs],
         alarms=numbers.alarms(runs),
         comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
+        votes=votes_section(votes),
         groups=[{"run": run, "groups": numbers.metric_groups(run.files.metrics)} for run in runs],
         gallery=gallery(runs, images),
         heldout=curves.heldout_charts(runs),
@@ -215,11 +221,12 @@ def missing(run: Run) -> dict[str, Any]:
     return found
 
 
-def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str, Any]:
+def report_json(files: EvaluationFiles | Sequence[EvaluationFiles], votes: Tally | None = None) -> dict[str, Any]:
     """Return what the page says: the report.json of one evaluation, or all of several with what was compared.
 
     Of several, ``metrics`` and ``skipped`` name their ``run``, ``provenance`` is by run, and ``comparisons`` hold what
     each has over the first: ``difference``, ``low``, ``high``, ``n`` (images) and ``verdict``, or ``not_compared``.
+    ``votes`` is there where any were given (:func:`evaluate.report.votes.votes_json`).
     """
     runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     if len(runs) == 1:
@@ -237,6 +244,7 @@ def report_json(files: EvaluationFiles | Sequence[EvaluationFiles]) -> dict[str,
         "skipped": [{"run": run.letter, **one} for run in runs for one in run.files.report["skipped"]],
         "provenance": {run.letter: run.files.provenance for run in runs},
         "comparisons": entries,
+        **({"votes": votes_json(votes)} if votes else {}),
     }
 
 
@@ -248,8 +256,8 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
     return {**bounds, "verdict": difference.verdict, "more": difference.more}
 
 
-def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
-    """Write the metrics of report.json as CSV; baselines and settings are JSON in their cells."""
+def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles], votes: Tally | None = None) -> str:
+    """Write the metrics of report.json as CSV, and votes; baselines and settings are JSON in their cells."""
     runs = name_runs([files] if isinstance(files, EvaluationFiles) else list(files))
     columns = ("name", "value", "low", "high", "n", "unit", "better", "needed", "verdict", "reason", "objective")
     text = io.StringIO()
@@ -260,6 +268,10 @@ def metrics_csv(files: EvaluationFiles | Sequence[EvaluationFiles]) -> str:
             nested = [json.dumps(metric[name], sort_keys=True) for name in ("baselines", "settings")]
             cells = ["" if metric[name] is None else metric[name] for name in columns]
             writer.writerow([*([run.letter] if len(runs) > 1 else []), *cells, *nested])
+    if votes:
+        letter, cells, settings = votes_cells(votes)
+        found = ["" if cells.get(name) is None else cells[name] for name in columns]
+        writer.writerow([letter, *found, "{}", json.dumps(settings, sort_keys=True)])
     return text.getvalue()
 
 

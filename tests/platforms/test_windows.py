@@ -17,7 +17,7 @@ from train.__main__ import main
 
 VERBS = {
     "prep": "run plan figures doctor report verify versions exclude captions export",
-    "train": "run plan sample sweep export gpu-check", "evaluate": "run report",
+    "train": "run plan sample sweep export gpu-check", "evaluate": "run compare report",
 }  # fmt: skip
 REFUSED = [
     "train run --config configs/train/quickstart.yaml", "train sweep --config configs/sweep/quick.yaml",
