@@ -84,8 +84,8 @@ def count(votes: Mapping[Path, Votes], letters: Mapping[str, str] = MappingProxy
     """Count the votes on one page (:func:`evaluate.votes.ballots.read_all`).
 
     ``letters`` are what the page's runs A and B are called here; the win rate is of the one with the earlier letter.
-    Answers to one prompt, and to its near duplicates, are one cluster. Without ties the interval is the exact one of
-    shares, which is also of use where all are ties; otherwise a bootstrap of the mean.
+    Answers to one prompt, and to its near duplicates, are one cluster. The interval is the exact one of shares, which
+    covers rates with ties too, better than a bootstrap does (``tests/simulations/intervals.py``, votes).
     """
     over, under = sorted(letters, key=letters.__getitem__)
     voters, scores, clusters = [], [], []
@@ -98,14 +98,9 @@ def count(votes: Mapping[Path, Votes], letters: Mapping[str, str] = MappingProxy
         if not voters[-1].left_out:
             scores += [{over: 1.0, under: 0.0, None: 0.5}[trial.chosen] for trial in pairs]
             clusters += [trial.cluster for trial in pairs]
-    ties = scores.count(0.5)
-    interval = None
-    if scores and 0 < ties < len(scores):
-        interval = intervals.mean(scores, clusters)
-    elif scores:
-        interval = intervals.proportion(scores, [1.0] * len(scores), clusters)
+    interval = intervals.proportion(scores, [1.0] * len(scores), clusters) if scores else None
     first = next(iter(votes.values()))
     return Tally(
-        letters[over], letters[under], scores.count(1.0), ties, scores.count(0.0), interval, tuple(voters),
+        letters[over], letters[under], scores.count(1.0), scores.count(0.5), scores.count(0.0), interval, tuple(voters),
         first.page, first.drawn,
     )  # fmt: skip

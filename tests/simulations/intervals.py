@@ -1,6 +1,6 @@
 """What intervals cover, and how often verdicts on sweeps that grow are false, where the truth is known.
 
-    python -m tests.simulations.intervals [--repetitions 2000] [--seed 0] [--only means shares bursts sweeps]
+    python -m tests.simulations.intervals [--repetitions 2000] [--seed 0] [--only means shares bursts sweeps votes]
 
 Calls the functions that reports call. Prints tables for docs/measurements.md, marks what misses its bar with "!", and
 ends with 1 where anything does. Bars: coverage at least .93, of means with symmetric tails at most .97 from 16 clusters
@@ -153,11 +153,30 @@ def sweeps(random: Random, repetitions: int) -> Iterator[Row]:
                 yield names, found, 2 * [lambda value: value <= FALSE] if pays else []
 
 
+def votes(random: Random, repetitions: int) -> Iterator[Row]:
+    """Cover a win rate in which a tie is half a win; each prompt has its odds, which all voters on it share."""
+    for voters in (1, 3):
+        for mean, spread, ties in ((0.0, 1.0, 0.1), (0.0, 1.0, 0.6), (0.8, 1.0, 0.3), (2.5, 0.5, 0.1), (5.0, 0.0, 0.1)):
+            odds = np.random.default_rng(0).normal(mean, spread, 10**6)
+            truth = float((1 - ties) * np.mean(special.expit(odds)) + ties / 2)
+
+            def draw(n: int) -> np.ndarray:
+                won = random.random((n, voters)) < special.expit(random.normal(mean, spread, (n, 1)))  # noqa: B023
+                return np.where(random.random((n, voters)) < ties, 0.5, won)  # noqa: B023
+
+            found = [
+                coverage(lambda: draw(n), truth, intervals.proportion, repetitions)  # noqa: B023
+                for n in CLUSTERS
+            ]
+            yield (str(voters), f"{truth:.2f}", f"{ties:g}"), found, 4 * [lambda value: value >= LEAST]
+
+
 TABLES = {
     "means": ("Means", ("values", "judgements a cluster", *map(str, CLUSTERS)), means),
     "shares": ("Shares", ("judgements a cluster", "correlation", "share", *map(str, CLUSTERS)), shares),
     "bursts": ("Bursts of four", ("by", "64 images", "128 images"), bursts),
     "sweeps": ("False verdicts", ("looks", "seeds added", "arms", "max_seeds 6", "12"), sweeps),
+    "votes": ("Win rates", ("voters", "win rate", "ties", *map(str, CLUSTERS)), votes),
 }
 
 
