@@ -43,10 +43,10 @@ def chromium(profile: Path) -> Iterator[str]:
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 60
-            while not (profile / "DevToolsActivePort").exists() and time.monotonic() < deadline:
+            deadline, told = time.monotonic() + 60, profile / "DevToolsActivePort"
+            while not (told.exists() and told.read_text()) and time.monotonic() < deadline:  # it is empty at first
                 time.sleep(0.1)
-            yield (profile / "DevToolsActivePort").read_text().split()[0]
+            yield told.read_text().split()[0]
         finally:
             process.terminate()
 
