@@ -89,12 +89,13 @@ def count(votes: Mapping[Path, Votes], letters: Mapping[str, str] = MappingProxy
     """
     over, under = sorted(letters, key=letters.__getitem__)
     voters, scores, clusters = [], [], []
+    alike = len({path.name for path in votes}) < len(votes)  # as they are where everybody's has a folder of its own
     for path, own in votes.items():
         pairs, catches = own.trials_of(PAIR), own.trials_of(CATCH)
         times = [trial.milliseconds / 1000 for trial in (*pairs, *catches)]
         failed = sum(trial.chosen != TRUTH for trial in catches)
         seconds = statistics.median(times) if times else None
-        voters.append(Voter(path.name, len(pairs), len(catches), failed, seconds))
+        voters.append(Voter(str(path) if alike else path.name, len(pairs), len(catches), failed, seconds))
         if not voters[-1].left_out:
             scores += [{over: 1.0, under: 0.0, None: 0.5}[trial.chosen] for trial in pairs]
             clusters += [trial.cluster for trial in pairs]

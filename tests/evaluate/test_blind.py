@@ -77,18 +77,9 @@ def test_the_page_shows_what_it_says(page, place, steps, tmp_path):
                 step = steps["AB".index(trial[side])]
                 out = tmp_path / f"{key}-{trial[side]}.png"
                 given = [
-                    "--conditions",
-                    "text",
-                    "--guidance",
-                    "2",
-                    "--guidance-interval",
-                    "0",
-                    "1",
-                    "--steps",
-                    "2",
-                    "--sampler",
-                    "euler",
-                ]
+                    "--conditions", "text", "--guidance", "2", "--guidance-interval", "0", "1", "--steps", "2",
+                    "--sampler", "euler",
+                ]  # fmt: skip
                 command = ["sample", "--checkpoint", step, "--key", key, *given, "--output", str(out)]
                 assert train(command) == 0
                 off = np.abs(pixels(picture).astype(int) - np.asarray(Image.open(out).convert("RGB")))

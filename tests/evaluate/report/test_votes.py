@@ -57,7 +57,7 @@ def test_page_json_and_csv_say_the_same(folders, tmp_path):
     assert json.loads(row["settings"])["voters"] == 3
     html = page.read_text()
     assert 'better">A preferred</span>' in html
-    assert "A was preferred to B in 91 % of 32 answers, a tie being half" in html
+    assert "A was preferred to B in 91 % of 32 answers of 2 voters, a tie being half" in html
     assert "28 for A, 2 for B, 2 ties." in html
     assert "votes2.json is left out: 2 of 2 catch trials failed" in html
     assert "given text, guidance 2, from the same noise" in html

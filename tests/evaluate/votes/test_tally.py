@@ -102,6 +102,12 @@ def test_more_than_a_quarter_of_the_catch_trials_is_too_many(failed, out):
     assert (voter.catches, voter.failed, voter.left_out) == (8, failed, out)
 
 
+def test_files_of_one_name_are_told_apart():
+    (own,) = votes(attentive(["A"] * 16)).values()
+    names = [voter.name for voter in count({Path("ann/votes.json"): own, Path("bob/votes.json"): own}).voters]
+    assert names == [str(Path("ann/votes.json")), str(Path("bob/votes.json"))]
+
+
 def test_nobody_left_is_no_verdict():
     tally = count(votes(lambda trial: "A"))
     assert (tally.interval, tally.wins, tally.verdict) == (None, 0, "undecided")
