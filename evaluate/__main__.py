@@ -164,10 +164,10 @@ def _compare(options: argparse.Namespace) -> None:
         raise ConfigError(f"{taken[0]}: the number of prompts is --prompts")
     config = load_config(EvaluateConfig, _config_file(options), [*options.overrides, f"samples={options.prompts}"])
     page = options.page
-    trials = compare(options.checkpoints, config, page, options.conditions, options.dataset, options.weights)
+    pairs, catches = compare(options.checkpoints, config, page, options.conditions, options.dataset, options.weights)
     say(
-        f"wrote {page}: {trials} pairs, {page.stat().st_size / 1e6:.1f} MB. Open it in a browser, or send it to who is "
-        "to vote; then: nanodit evaluate report RUN RUN --votes FILE"
+        f"wrote {page}: {pairs} pairs and {catches} catch trials, {page.stat().st_size / 1e6:.1f} MB. Open it in a "
+        "browser, or send it to whoever is to vote. Next: nanodit evaluate report RUN RUN --votes FILE"
     )
 
 

@@ -14,10 +14,11 @@ from evaluate.config import EvaluateConfig
 from evaluate.drawing.arms import DrawingArm, draw, named_arm
 from evaluate.records import Skipped
 from evaluate.run import open_subject
+from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.subject import Row, Subject, select_holdout
 from evaluate.votes.ballots import SCHEMA
 from evaluate.votes.page import SIDES, Shown, render
-from evaluate.votes.trials import TRUTH, A, B, make_trials
+from evaluate.votes.trials import PAIR, TRUTH, A, B, make_trials
 from nanodit.console import Progress, say
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, check_writable, read_json, sha256_bytes, sha256_file, write_atomic
@@ -38,8 +39,9 @@ def compare(
     conditions: str = "text",
     dataset: Path | str | None = None,
     weights: str = "ema",
-) -> int:
-    """Draw ``config.samples`` holdout prompts with both checkpoints and write the page; returns its number of trials.
+) -> tuple[int, int]:
+    """Draw ``config.samples`` holdout prompts with both checkpoints and write the page; returns how many pairs and how
+    many catch trials it has.
 
     ``conditions`` are what is given, text among them, with the guidance that ``config.conditions`` has for them.
     Raises :class:`ConfigError` where a checkpoint cannot be given them, where both have the same weights, and where all
@@ -81,7 +83,10 @@ def compare(
     write_atomic(page, html)
     if side < SIDES[0] and max(max(picture.shape) for picture in drawn[0].values()) > side:
         say(f"pictures are scaled down to {side} pixels, to keep the page small; fewer --prompts leave them larger")
-    return len(shown)
+    pairs = sum(trial["kind"] == PAIR for trial in content["trials"])
+    if (independent := len({trial["cluster"] for trial in content["trials"] if trial["kind"] == PAIR})) < MIN_CLUSTERS:
+        say(f"warning: {independent} independent prompts: below {MIN_CLUSTERS}, votes have no interval and no verdict")
+    return pairs, len(shown) - pairs
 
 
 def _arm(subject: Subject, config: EvaluateConfig, conditions: str, step: Path) -> DrawingArm:

@@ -21,6 +21,7 @@ ANSWERS = {"answer", "milliseconds"}
 SAVE_AGAIN = "Save the votes on the page again"
 
 Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=2**53)]  # what JavaScript counts exactly
 Side = Literal["A", "B", "real"]
 
 
@@ -28,7 +29,7 @@ class VotedRun(Config):
     """One of the two checkpoints: the run's folder, the step, and which weights of it."""
 
     run: Text
-    step: int = Field(ge=0)
+    step: Count
     weights: Text
     weights_sha256: Text
 
@@ -41,8 +42,8 @@ class Drawn(Config):
     sampler: dict[Text, JsonValue]
     captions: Text
     precision: Text
-    noise: int
-    holdout_seed: int | None
+    noise: Count
+    holdout_seed: Count | None
 
 
 class Trial(Config):
@@ -55,7 +56,7 @@ class Trial(Config):
     right: Side
     donor: Text | None
     answer: Literal["left", "right", "tie"] | None
-    milliseconds: int | None = Field(ge=0, le=10**9)
+    milliseconds: Count | None
 
     @model_validator(mode="after")
     def _check(self) -> Trial:
@@ -131,8 +132,12 @@ def read_votes(path: Path) -> Votes:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: these are no votes: {where and f'{where}: '}{first['msg']}. {SAVE_AGAIN}") from None
-    if page_id(votes.model_dump(mode="json", by_alias=True)) != votes.page:
-        raise DataError(f"{path}: the trials are not those of page {votes.page}: the file was changed. {SAVE_AGAIN}")
+    try:
+        page = page_id(votes.model_dump(mode="json", by_alias=True))
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise DataError(f"{path}: these are no votes: {error}. {SAVE_AGAIN}") from None
+    if page != votes.page:
+        raise DataError(f"{path}: the trials are not those of its page: the file was changed. {SAVE_AGAIN}")
     return votes
 
 

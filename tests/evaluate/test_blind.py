@@ -92,6 +92,18 @@ def test_the_same_command_makes_the_same_bytes(page, steps, tmp_path):
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
+def test_short_captions_are_shown_where_they_are_given(place, steps, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["compare", *steps, "captions=short", "--page", str(page), "--prompts", "4", *FAST]) == 0
+    said = capsys.readouterr().out
+    assert "warning: 4 independent prompts: below 8, votes have no interval and no verdict" in said
+    assert f"wrote {page}: 4 pairs and 2 catch trials" in said
+    sealed, trials = made(page)
+    short = {row["key"]: row["caption"] for row in Dataset(place / "dataset-0").with_short_captions().rows("holdout")}
+    assert [shown["prompt"] for shown in trials] == [short[trial["key"]] for trial in sealed["trials"]]
+    assert sealed["drawn"]["captions"] == "short"
+
+
 def test_the_page_does_not_name_the_runs(page, place):
     text = re.sub(r'"(data|sealed)": "[^"]*"', "", page.read_text())
     assert str(place) not in text

@@ -144,7 +144,15 @@ async def vote_in(port: str, page: Path, folder: Path) -> None:
         assert content_of["runs"] == PAGE["runs"]
         assert all(0 <= trial.milliseconds < 60_000 for trial in late.trials)
         (folder / f"votes-{IDENTITY}.json").unlink()
+        await tab.press("Backspace", "1")  # the last answer is in no file
+        await tab.load(page)
+        await tab.evaluate("window.confirm = () => false")
         await tab.evaluate(CLICK % "#again")
+        assert await tab.evaluate("document.getElementById('count').textContent") == f"{count} of {count} answered"
+        await tab.evaluate(CLICK % "#save-end")
+        assert read_votes(await saved(folder)).trials[-1].answer == "left"
+        (folder / f"votes-{IDENTITY}.json").unlink()
+        await tab.evaluate(CLICK % "#again")  # nothing would be lost
         await tab.press("1")
         await tab.evaluate(CLICK % "#save")
         other = read_votes(await saved(folder))
