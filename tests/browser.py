@@ -113,6 +113,13 @@ class Tab:
             await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **given)
             await self.call("Input.dispatchKeyEvent", type="keyUp", **given)
 
+    async def click(self, selector: str) -> None:
+        """Click on the middle of an element with the mouse, which also gives it the focus."""
+        middle = "(box => [box.x + box.width / 2, box.y + box.height / 2])"
+        x, y = await self.evaluate(f"{middle}(document.querySelector({selector!r}).getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
 
 @asynccontextmanager
 async def open_tab(port: str, width: int = 1280, scheme: str = "light") -> AsyncIterator[Tab]:
