@@ -10,14 +10,16 @@ let since = 0; // when the pictures were shown, ms
 
 function newState() {
   const ballot = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0"));
-  return {ballot: ballot.join(""), at: 0, saved: true, answers: page.trials.map(() => null)}; // saved: all answers are in a file
+  // saved: all answers are in a file
+  return {ballot: ballot.join(""), at: 0, saved: true, answers: page.trials.map(() => null)};
 }
 
 function sound(one) {
   const whole = (number, most) => Number.isInteger(number) && number >= 0 && number <= most;
+  const answer = (own) => ["left", "right", "tie"].includes(own.answer) && whole(own.milliseconds, 1e9);
   return one !== null && /^[0-9a-f]{16}$/.test(one.ballot) && whole(one.at, page.trials.length)
     && Array.isArray(one.answers) && one.answers.length === page.trials.length
-    && one.answers.every((own) => own === null || (["left", "right", "tie"].includes(own.answer) && whole(own.milliseconds, 1e9)));
+    && one.answers.every((own) => own === null || answer(own));
 }
 
 function restore() {
@@ -33,7 +35,8 @@ function keep() {
   try {
     localStorage.setItem(place, JSON.stringify(state));
   } catch {
-    element("note").textContent = "This browser keeps nothing for this page. Save your votes before you close or reload it.";
+    const note = "This browser keeps nothing for this page. Save your votes before you close or reload it.";
+    element("note").textContent = note;
     element("note").hidden = false;
   }
 }
@@ -42,7 +45,7 @@ function show() {
   const answered = state.answers.filter(Boolean).length;
   const over = state.at >= page.trials.length;
   element("bar").value = answered / page.trials.length;
-  element("count").textContent = over ? `${answered} of ${page.trials.length} answered` : `${state.at + 1} of ${page.trials.length}`;
+  element("count").textContent = `${over ? answered : state.at + 1} of ${page.trials.length}${over ? " answered" : ""}`;
   element("trial").hidden = over;
   element("end").hidden = !over;
   element("save").hidden = over;
@@ -88,7 +91,8 @@ function back() {
 }
 
 function save() {
-  const sealed = JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(page.sealed), (letter) => letter.charCodeAt(0))));
+  const bytes = Uint8Array.from(atob(page.sealed), (letter) => letter.charCodeAt(0));
+  const sealed = JSON.parse(new TextDecoder().decode(bytes));
   const none = {answer: null, milliseconds: null};
   const trials = sealed.trials.map((trial, index) => ({...trial, ...(state.answers[index] ?? none)}));
   const content = `${JSON.stringify({...sealed, ballot: state.ballot, trials}, null, 1)}\n`;

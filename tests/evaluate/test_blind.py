@@ -87,7 +87,7 @@ def test_the_page_shows_what_it_says(page, place, steps, tmp_path):
 
 
 def test_the_same_command_makes_the_same_bytes(page, steps, tmp_path):
-    again = [*steps, "batch_size=3", *FAST, "--prompts", "4", "--page", str(tmp_path / "again.html")]
+    again = [*steps, *FAST, "--prompts", "4", "--page", str(tmp_path / "again.html")]
     assert main(["compare", *again]) == 0
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
