@@ -141,7 +141,8 @@ def _trials(subject: Subject, drawn: Mapping[str, Pictures], seed: str) -> tuple
     """Return the trials, and what each shows."""
     rows = by_key(subject.dataset.rows("holdout"))
     compared = {row["key"] for row in subject.rows}
-    others = [row for row in select_holdout(subject.dataset, sys.maxsize) if row["key"] not in compared]
+    all_rows = select_holdout(subject.dataset, sys.maxsize, part=subject.part)
+    others = [row for row in all_rows if row["key"] not in compared]
     try:
         trials = make_trials([rows[row["key"]] for row in subject.rows], others, seed)
     except ValueError as error:

@@ -182,11 +182,6 @@ def select(samples: Iterable[Mapping[str, Any]], kind: str, condition: str) -> l
     return [row for row in samples if row["kind"] == kind and row["condition"] == condition]
 
 
-def group_of(row: Mapping[str, Any]) -> str | None:
-    """Return what of an index keeps a row's sample with others: its group by ``split.group_by``, or its duplicates."""
-    return row.get("split_group") or row.get("duplicate_group")
-
-
 def cluster_of(row: Mapping[str, Any]) -> str:
     """Return what a row is resampled with: the group of near duplicates in the index, the sample where it names none.
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluate.records import group_of
 from nanodit.console import say
 from nanodit.errors import PROBLEM_BREAK, DataError
 from nanodit.rng import generator, noise
@@ -256,6 +255,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Round float (B, 3, H, W) in about [-1, 1] to uint8 (B, H, W, 3), clipped; non-finite values become 0."""
     pixels = ((images.float() + 1) * 127.5).nan_to_num(0, 0, 0).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def group_of(row: Mapping[str, Any]) -> str | None:
+    """Return what of an index keeps a row's sample with others: its group by ``split.group_by``, or its duplicates."""
+    return row.get("split_group") or row.get("duplicate_group")
 
 
 def random_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

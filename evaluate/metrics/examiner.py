@@ -13,8 +13,8 @@ from evaluate.metrics.colours import score_colours
 from evaluate.metrics.joints import CONFIDENCE, JOINTS_BOX, TRUE_BOX, Box, mirror, score_joints
 from evaluate.metrics.likeness import Judge, cosine, pixel_features
 from evaluate.metrics.pixels import Lpips, lpips_unavailable, score_pixels
-from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA, group_of
-from evaluate.subject import Batch, Row
+from evaluate.records import MODEL, REAL, SAMPLES_SCHEMA
+from evaluate.subject import Batch, Row, group_of
 from nanodit.config import Config
 from nanodit.console import say
 from nanodit.errors import ResourceError

@@ -29,9 +29,9 @@ from evaluate.drawing.baselines import TrainingImages
 from evaluate.drawing.context import DrawingContext, Rows
 from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
-from evaluate.records import Metric, Skipped, cluster_of, group_of
+from evaluate.records import Metric, Skipped, cluster_of
 from evaluate.statistics import intervals
-from evaluate.subject import Batch, Row, Subject, chunks, read_batch, to_float
+from evaluate.subject import Batch, Row, Subject, chunks, group_of, read_batch, to_float
 from evaluate.suite.declaration import SuiteTest, Values
 from nanodit.config import Config
 from nanodit.console import Progress

@@ -29,10 +29,10 @@ from evaluate.records import (
     average,
     cluster_of,
     degenerate_reason,
-    group_of,
 )
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS
+from evaluate.subject import group_of
 from evaluate.suite.declaration import Section, SuiteTest
 from evaluate.suite.reconstruction import lpips_to_own
 from nanodit.config import Config

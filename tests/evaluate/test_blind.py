@@ -48,7 +48,7 @@ def pixels(picture: dict) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page(place, steps) -> Path:
-    assert main(["compare", *steps, "--page", str(place / "page.html"), "--prompts", "4", *FAST]) == 0
+    assert main(["compare", *steps, "--page", str(place / "page.html"), "--prompts", "3", *FAST]) == 0
     return place / "page.html"
 
 
@@ -66,7 +66,7 @@ def test_the_page_shows_what_it_says(page, place, steps, tmp_path):
             "weights_sha256": sha256_file(Path(step) / "ema.safetensors"),
         }  # fmt: skip
     rows = {row["key"]: row for row in dataset.rows("holdout")}
-    assert len(trials) == 6
+    assert len(trials) == 5
     for trial, shown in zip(sealed["trials"], trials):
         assert shown["prompt"] == rows[trial["key"]]["caption"]
         for side, picture in zip(("left", "right"), shown["pictures"]):
@@ -87,17 +87,17 @@ def test_the_page_shows_what_it_says(page, place, steps, tmp_path):
 
 
 def test_the_same_command_makes_the_same_bytes(page, steps, tmp_path):
-    again = [*steps, *FAST, "--prompts", "4", "--page", str(tmp_path / "again.html")]
+    again = [*steps, *FAST, "--prompts", "3", "--page", str(tmp_path / "again.html")]
     assert main(["compare", *again]) == 0
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
 def test_short_captions_are_shown_where_they_are_given(place, steps, tmp_path, capsys):
     page = tmp_path / "page.html"
-    assert main(["compare", *steps, "captions=short", "--page", str(page), "--prompts", "4", *FAST]) == 0
+    assert main(["compare", *steps, "captions=short", "--page", str(page), "--prompts", "3", *FAST]) == 0
     said = capsys.readouterr().out
-    assert "warning: 4 independent prompts: below 8, votes have no interval and no verdict" in said
-    assert f"wrote {page}: 4 pairs and 2 catch trials" in said
+    assert "warning: 3 independent prompts: below 8, votes have no interval and no verdict" in said
+    assert f"wrote {page}: 3 pairs and 2 catch trials" in said
     sealed, trials = made(page)
     short = {row["key"]: row["caption"] for row in Dataset(place / "dataset-0").with_short_captions().rows("holdout")}
     assert [shown["prompt"] for shown in trials] == [short[trial["key"]] for trial in sealed["trials"]]
@@ -113,7 +113,7 @@ def test_the_page_does_not_name_the_runs(page, place):
 @pytest.mark.parametrize(
     ("given", "code", "says"),
     [
-        (["--prompts", "4", "samples=5"], 2, "samples=5: the number of prompts is --prompts"),
+        (["--prompts", "3", "samples=5"], 2, "samples=5: the number of prompts is --prompts"),
         (["--conditions", "nothing"], 2, "text must be among them"),
         (["--conditions", "text+nose"], 2, "nose"),
         (["--weights", "posthoc:0.05"], 2, "ema.snapshots"),
