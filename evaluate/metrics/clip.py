@@ -1,4 +1,4 @@
-"""CLIP, asked which of two phrases a picture shows: whether an edit of the text went the right way on photographs.
+"""CLIP, asked which of two phrases a picture shows, and how well a caption fits it, sentence by sentence.
 
 Optional, and never downloaded: ``probe`` of the configuration names a folder or a model in the hub's cache.
 """
@@ -13,6 +13,7 @@ import torch
 
 from evaluate.metrics.likeness import local_folder
 from nanodit.errors import ConfigError
+from prep.captions.sentences import sentences
 from prep.encoders.weights import cannot_load, folder_hash, quiet_transformers
 
 NO_PROBE = "no probe: name a CLIP model in probe"
@@ -44,14 +45,34 @@ class ClipProbe:
 
     @torch.inference_mode()
     def texts(self, phrases: Sequence[str]) -> np.ndarray:
-        """Embed each phrase, cut at CLIP's 77 tokens: unit float32 (B, width)."""
+        """Embed each phrase, cut at CLIP's 77 tokens (:meth:`cut` counts those): unit float32 (B, width)."""
         found = []
         for phrase in phrases:  # one at a time, so that none depends on the others
-            length = self._model.config.text_config.max_position_embeddings
-            tokens = self._tokenizer([phrase], truncation=True, max_length=length, return_tensors="pt")
+            tokens = self._tokenizer([phrase], truncation=True, max_length=self._length, return_tensors="pt")
             pooled = self._model.text_model(**tokens.to(self._device)).pooler_output
             found.append(torch.nn.functional.normalize(self._model.text_projection(pooled), dim=-1)[0].cpu().numpy())
         return np.stack(found)
+
+    def captions(self, captions: Sequence[str]) -> np.ndarray:
+        """Embed each caption as the mean of its sentences' embeddings, float32 (B, width), shorter than 1.
+
+        CLIP reads 77 tokens, and captions are longer. The product with a picture's unit feature is the mean of its
+        cosines with the sentences, in [-1, 1]: CLIPScore (Hessel et al. 2021, eq. 1) per sentence, without its factor
+        of 2.5, its prompt and its clipping at 0.
+        """
+        parts = [sentences(caption) or [caption] for caption in captions]
+        index = {one: place for place, one in enumerate(dict.fromkeys(one for own in parts for one in own))}
+        texts = self.texts(list(index))
+        return np.stack([texts[[index[one] for one in own]].mean(0) for own in parts])
+
+    def cut(self, phrases: Sequence[str]) -> int:
+        """Return how many phrases are longer than CLIP reads, so that their ends count for nothing."""
+        with quiet_transformers():  # which warns of each
+            return sum(len(self._tokenizer(phrase)["input_ids"]) > self._length for phrase in phrases)
+
+    @property
+    def _length(self) -> int:
+        return self._model.config.text_config.max_position_embeddings
 
     def preference(self, features: np.ndarray, phrases: Sequence[tuple[str, str]]) -> np.ndarray:
         """Return the probability of the second phrase of each pair rather than the first, for each picture (B,).

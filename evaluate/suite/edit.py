@@ -294,6 +294,7 @@ class _EditMetrics:
         if reason := self._unfit(names, "picture was seen by the probe"):
             return Metric(name, None, n=_images(names), settings=settings, reason=reason)
         phrases = [self._edit(one).phrases for one in names]
+        settings["phrases_cut"] = probe.cut(list(dict.fromkeys(phrase for pair in phrases for phrase in pair)))
         after, before = (
             probe.preference(np.stack([rows[one]["feature_probe"] for one in names]), phrases)
             for rows in self._pictures

@@ -1,4 +1,4 @@
-"""The first sentence of a caption: the short caption of an image whose caption nobody shortened.
+"""The sentences of a caption. The first is the short caption of an image whose caption nobody shortened.
 
 When the same caption gets another first sentence, raise ``short.code`` of the text layer (``prep/dataset/layers.py``).
 
@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
+from collections.abc import Iterator
+from itertools import pairwise
 
 
 def _words(text: str) -> frozenset[str]:
@@ -50,14 +52,32 @@ _LONGEST = 32  # letters of a word before a mark that are looked at: longer ones
 def first_sentence(text: str) -> str:
     """Return the first sentence of a text in one line, without white space around it; all of it where none ends."""
     text = text.strip()
-    small, word = text == text.lower(), _WORD.search(text)
+    return text[: next(_sentence_ends(text), len(text))]
+
+
+def sentences(text: str) -> list[str]:
+    """Return all sentences of a text in one line, without the white space between them; none of an empty text."""
+    text = text.strip()
+    ends = [0, *_sentence_ends(text)]
+    if ends[-1] < len(text):
+        ends.append(len(text))
+    return [text[start:end].strip() for start, end in pairwise(ends)]
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    """Yield the places behind the sentences of a text that end at a mark."""
+    small, begin = text == text.lower(), 0
     spans = [span for span in (match.span() for match in _ENCLOSED.finditer(text)) if span != (0, len(text))]
     starts = [start for start, _ in spans]
-    for match in _END.finditer(text, word.end() if word else len(text)):
-        place = bisect(starts, match.start()) - 1
-        if (place < 0 or match.end() >= spans[place][1]) and _ends(text, match, small):
-            return text[: match.end()]
-    return text
+    while word := _WORD.search(text, begin):
+        for match in _END.finditer(text, word.end()):
+            place = bisect(starts, match.start()) - 1
+            if (place < 0 or match.end() >= spans[place][1]) and _ends(text, match, small):
+                begin = match.end()
+                yield begin
+                break
+        else:
+            return
 
 
 def _ends(text: str, match: re.Match[str], small: bool) -> bool:

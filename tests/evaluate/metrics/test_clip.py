@@ -96,8 +96,37 @@ def test_a_picture_is_seen_alike_in_any_batch(probe, pictures):
     assert probe.features(pictures) == pytest.approx(alone, abs=1e-5)
 
 
-def test_long_phrases_are_cut(probe):
+def test_long_phrases_are_cut_and_counted(probe):
     assert np.isfinite(probe.texts(["red shirt " * 100])).all()
+    fits = "a" * 75  # a token each, between the two that begin and end a text
+    assert np.array_equal(probe.texts([fits + "b"]), probe.texts([fits + "m"]))
+    assert (probe.cut([fits]), probe.cut([fits + "b", fits, "red shirt " * 100])) == (0, 2)
+
+
+def test_captions_are_scored_by_the_mean_over_their_sentences(folder, probe, pictures, caplog):
+    """Against transformers' own: what stands behind CLIP's 77 tokens of a whole caption counts here."""
+    captions = ["A man in a red shirt.", "A man in blue. Behind him a wall! Is it red?", "red " * 60 + "A wall. Blue."]
+    scores = np.einsum("bd,bd->b", probe.features(pictures), probe.captions(captions))
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizerFast.from_pretrained(folder)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    sentences = [
+        captions[:1],
+        ["A man in blue.", "Behind him a wall!", "Is it red?"],
+        ["red " * 60 + "A wall.", "Blue."],
+    ]
+    for picture, own, score in zip(pictures, sentences, scores):
+        inputs = tokenizer(
+            [one.strip() for one in own], padding=True, truncation=True, max_length=77, return_tensors="pt"
+        )
+        pixels = processor(images=[picture], return_tensors="pt", input_data_format="channels_last")
+        with torch.no_grad():
+            logits = model(**inputs, **pixels).logits_per_image[0] / model.logit_scale.exp()
+        assert score == pytest.approx(float(logits.mean()), abs=1e-5)
+    long = "red " * 80
+    behind = [probe.captions([f"{long}. {end}"]) for end in ("Blue.", "A man in a shirt.")]
+    assert not np.allclose(*behind, atol=1e-4)
+    assert np.array_equal(*(probe.texts([f"{long}. {end}"]) for end in ("Blue.", "A man in a shirt.")))
+    assert np.isfinite(probe.captions([""])).all()
 
 
 def test_without_its_files_there_is_none(tmp_path):  # E04
@@ -114,6 +143,9 @@ class Believes:
     """Finds in every picture what its only number says: 1 is the new phrase."""
 
     label = "believer"
+
+    def cut(self, phrases):
+        return sum(len(phrase) > 100 for phrase in phrases)
 
     def preference(self, features, phrases):
         assert all(old != new for old, new in phrases)
@@ -135,6 +167,7 @@ def test_edits_are_held_against_the_unedited_picture(judged, known_pictures):
     assert found["edit/direction_probe"].low > 0.6
     assert found["edit/direction_probe/opposite"].value == pytest.approx(0, abs=1e-6)
     assert found["edit/direction_probe"].settings["probe"] == "believer"
+    assert found["edit/direction_probe"].settings["phrases_cut"] >= 0
     assert found["edit/direction_probe"].baselines == {"no_edit": 0.0}
 
 

@@ -1,10 +1,10 @@
-"""The first sentence of a caption."""
+"""The sentences of a caption, and the first of them."""
 
 import time
 
 import pytest
 
-from prep.captions.sentences import first_sentence
+from prep.captions.sentences import first_sentence, sentences
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,34 @@ from prep.captions.sentences import first_sentence
 def test_the_first_sentence(text, first):
     assert first_sentence(text) == first
     assert first_sentence(first) == first
+    assert sentences(text)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (" A man stands.  He waves! Why? ", ["A man stands.", "He waves!", "Why?"]),
+        ("1. A man stands. 2. He waves.", ["1. A man stands.", "2. He waves."]),
+        ("A sign says “Stop. Go”. Dr. Smith reads it, cf. fig. 3. It is old", [
+            "A sign says “Stop. Go”.", "Dr. Smith reads it, cf. fig. 3.", "It is old"
+        ]),
+        ("a man in a red shirt. he holds a ball. 3", ["a man in a red shirt.", "he holds a ball.", "3"]),
+        ("一个男人站着。他穿红衣。", ["一个男人站着。", "他穿红衣。"]),
+        ("...", ["..."]),
+        ("  ", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_all_sentences(text, found):
+    assert sentences(text) == found
+    assert "".join("".join(found).split()) == "".join(text.split())  # nothing is lost
 
 
 @pytest.mark.parametrize("part", [". ", "J. ", "Mr. X ", "e.g. a ", ".", "(", "“", '"', " 'a", '("a. B ', "(a. B) "])
 def test_a_caption_of_any_length_takes_no_time(part):
     """Captions may have a megabyte, and those of scanned pages have rows of dots."""
     started = time.process_time()
-    first_sentence("a" + part * (200_000 // len(part)))
-    assert time.process_time() - started < 1
+    text = "a" + part * (200_000 // len(part))
+    first_sentence(text)
+    assert "".join("".join(sentences(text)).split()) == "".join(text.split())
+    assert time.process_time() - started < 2
