@@ -21,7 +21,7 @@ Sections = create_model(
 class EvaluateConfig(Sections):
     """Everything that ``nanodit evaluate run`` reads beside the checkpoint: a test's section has the test's name."""
 
-    tests: list[TestName] = Field(default=list(TESTS), min_length=1)
+    tests: list[TestName] = Field(default=[test.name for test in TESTS.values() if test.default], min_length=1)
     # encoder of likeness, a folder or in the hub's cache; null: see evaluate/metrics/likeness.py
     judge: str | None = None
     probe: str | None = None  # CLIP model that is asked for what an edit names, a folder or in the hub's cache

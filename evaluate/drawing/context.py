@@ -87,7 +87,8 @@ class DrawingContext:
 
     ``judge`` is None where its weights are missing, ``no_judge`` says why; joints are not judged where ``no_detector``
     says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.
-    ``heldout`` are the rows of heldout_loss.parquet. ``extras`` is written to extras.json, a key for each test.
+    ``heldout`` are the rows of heldout_loss.parquet, ``unpaired`` the features of pictures that are no rows of
+    samples.parquet. ``extras`` is written to extras.json, a key for each test.
     """
 
     subject: Subject
@@ -104,6 +105,7 @@ class DrawingContext:
     detector: str = ""  # what finds the joints, as metrics name it
     no_detector: str | None = None
     heldout: list[dict[str, Any]] = field(default_factory=list)
+    unpaired: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
     shown: dict[tuple[str, str, str, int], None] = field(default_factory=dict)
     shown_training: dict[str, str] = field(default_factory=dict)  # key -> path

@@ -93,8 +93,48 @@ def _drawn(context: DrawingContext, asked: PictureBatch, album: Album) -> pa.Tab
     return to_table(rows)
 
 
-def _draw(context: DrawingContext, asked: PictureBatch) -> tuple[Batch, np.ndarray, list[str | None]]:
-    batch = compose(context.subject.dataset, context.rows, asked.pictures, context.texts.embed)
+def draw_features(context: DrawingContext, pictures: Sequence[Picture], parts: FinishedBatches) -> list[dict[str, Any]]:
+    """Draw pictures that are held against no image of their own, and keep nothing of them but features.
+
+    Returns rows in key order: ``key``, ``degenerate``, ``feature`` of the judge; with a probe also ``probe``, and
+    ``probe_real`` of the sample's own image. Features are float32 (width,), or None.
+    """
+    rows: list[dict[str, Any]] = []
+    with Progress("pictures compared as a set", len(pictures), "pictures") as progress:
+        for asked in batches(pictures, _buckets(context, pictures), context.subject.batch_size):
+            content = [picture.to_dict() for picture in asked.pictures]
+            table = parts.get(asked.name, content, partial(_drawn_features, context, asked))
+            rows += [dict(zip(table.column_names, values)) for values in zip(*map(_column, table.columns))]
+            progress.advance(len(asked.pictures))
+    return sorted(rows, key=lambda row: row["key"])
+
+
+def _drawn_features(context: DrawingContext, asked: PictureBatch) -> pa.Table:
+    """Draw one batch and return its features."""
+    batch, images, reasons = _draw(context, asked, real=context.probe is not None)
+    seen = {
+        "feature": context.judge.features(images) if context.judge else None,
+        "probe": context.probe.features(images) if context.probe else None,
+        "probe_real": context.probe.features(batch.pixels) if context.probe else None,
+    }
+    columns = {"key": pa.array(batch.keys, pa.string()), "degenerate": pa.array(reasons, pa.string())}
+    for name, features in seen.items():
+        rows = [None] * len(batch) if features is None else list(features.astype(np.float32))
+        columns[name] = pa.array(rows, pa.list_(pa.float32()))
+    return pa.table(columns)
+
+
+def _column(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column, lists as arrays."""
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    return [value.values.to_numpy() if value.is_valid else None for value in column]
+
+
+def _draw(
+    context: DrawingContext, asked: PictureBatch, real: bool = True
+) -> tuple[Batch, np.ndarray, list[str | None]]:
+    batch = compose(context.subject.dataset, context.rows, asked.pictures, context.texts.embed, real)
     first = asked.pictures[0]
     arm = DrawingArm(asked.condition, first.subset, first.guidance)
     return batch, *draw(context.subject, batch, arm, asked.seed, context.config.sampler)

@@ -109,14 +109,26 @@ def batches(pictures: Sequence[Picture], buckets: Mapping[str, str], size: int) 
             yield PictureBatch(condition, seed, bucket, number, tuple(members[start : start + size]))
 
 
-def compose(dataset: Dataset, rows: Mapping[str, Row], pictures: Sequence[Picture], embed: Embed | None) -> Batch:
+def compose(
+    dataset: Dataset,
+    rows: Mapping[str, Row],
+    pictures: Sequence[Picture],
+    embed: Embed | None,
+    real: bool = True,
+) -> Batch:
     """Read the samples of some pictures of one bucket, with the conditions that the model is given.
 
     ``rows`` maps keys to index rows, of donors too. ``embed`` is needed only where a picture has a text of its own.
+    Without the ``real`` images, which nobody looks at then, the pixels are zeros.
     """
     samples = tuple(rows[picture.key] for picture in pictures)
-    pixels = np.stack([dataset.pixels(row) for row in samples])
-    return Batch(samples[0]["bucket"], samples, pixels, _conditions(dataset, rows, pictures, embed))
+    bucket = samples[0]["bucket"]
+    if real:
+        pixels = np.stack([dataset.pixels(row) for row in samples])
+    else:
+        width, height = map(int, bucket.split("x"))
+        pixels = np.broadcast_to(np.uint8(0), (len(samples), height, width, 3))
+    return Batch(bucket, samples, pixels, _conditions(dataset, rows, pictures, embed))
 
 
 def _conditions(

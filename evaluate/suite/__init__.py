@@ -13,12 +13,14 @@ from evaluate.suite import (
     pose,
     reconstruction,
     swap,
+    unpaired,
 )
 
 TESTS = {  # by name, in the order in which they run and stand on the page
     module.TEST.name: module.TEST
     for module in (
         heldout_loss, reconstruction, attributes, swap, edit, divergence, pose, memorisation, distribution,
+        unpaired,
     )
 }  # fmt: skip
 

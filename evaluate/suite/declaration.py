@@ -49,7 +49,8 @@ class SuiteTest:
     pictures: Callable[[DrawingContext, Any], tuple[list[Picture], list[Skipped]]]
     summarise: Callable[[Rows, DrawingContext, Any], tuple[list[Metric], list[Skipped]]]
     config: type[Config] | None = None
-    measure: Callable[[DrawingContext, Any, FinishedBatches], None] | None = None  # what needs no pictures
+    measure: Callable[[DrawingContext, Any, FinishedBatches], None] | None = None  # what is no row of samples.parquet
+    default: bool = True  # whether it runs where `tests` names none
     stem: str = ""  # how its metrics' names begin, where that is not its own name
     families: Mapping[str, str] = field(default_factory=dict)
     isolated: str = ""  # the family whose metric is of the arm that isolates what the test is about

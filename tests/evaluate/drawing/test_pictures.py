@@ -63,6 +63,16 @@ def test_what_is_not_kept_is_not_given(figures, rows, bucket):
     assert not nothing.conditions.keep.any()
 
 
+def test_real_images_that_nobody_looks_at_are_not_read(figures, rows, bucket, monkeypatch):
+    pictures = [Picture(row["key"], "text", frozenset({"text"})) for row in bucket]
+    whole = compose(figures, rows, pictures, None)
+    monkeypatch.setattr(figures, "pixels", lambda row: pytest.fail("read"))
+    batch = compose(figures, rows, pictures, None, real=False)
+    assert (batch.pixels.shape, batch.pixels.any()) == (whole.pixels.shape, False)
+    assert np.array_equal(batch.noise(0), whole.noise(0))
+    assert np.array_equal(batch.conditions.text, whole.conditions.text)
+
+
 def test_a_donor_of_patches_must_be_of_the_bucket(figures, rows, bucket):
     size = figures.pixels(bucket[0]).shape
     other = next(row for row in figures.rows("holdout") if figures.pixels(row).shape != size)
