@@ -82,7 +82,7 @@ def test_a_cluster_is_left_out_as_one():
 
 
 def test_intervals_hold_the_value_that_other_sets_have_on_average():
-    """They are too long, never too short; docs/measurements.md has what intervals would hold with the balls held still."""
+    """They are too long, never too short; docs/measurements.md has those that would hold the balls still."""
     many = [two_sets(60, 60, narrower=1, seed=seed) for seed in range(60)]
     found = [fidelity(*(Balls.of(own, alone(60)) for own in sets)) for sets in many]
     for name in NAMES:
