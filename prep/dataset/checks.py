@@ -54,7 +54,7 @@ def _is_described(name: str, described: Any) -> bool:
     width, kind = described.get("width"), described.get("format", next(iter(layer.formats), None))
     wide = type(width) is int and 0 < width <= MOST["width"]
     needs_width = layer.encoder is not None and "width" in layer.encoder.facts
-    return (wide or not needs_width) and (kind is None or (isinstance(kind, str) and kind in layer.formats))
+    return (wide or not needs_width) and (not layer.formats or (isinstance(kind, str) and kind in layer.formats))
 
 
 def check_index(types: Sequence[tuple[str, pa.DataType]], table: pa.Table, info: dict[str, Any], path: str) -> None:

@@ -90,6 +90,12 @@ class Part:
     sha256: str = ""
     batches: tuple[tuple[Any, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise TypeError where the record, which anybody may have written, has another form."""
+        for name, kind in (("recipe", dict), ("facts", dict), ("tar_bytes", int), ("tar_sha256", str)):
+            if type(value := getattr(self, name)) is not kind:  # a bool is an int
+                raise TypeError(f"{name} is {value!r}")
+
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the recipe."""

@@ -97,8 +97,6 @@ def _check_part(storage: Storage, checked: CheckedUnit) -> Part | None:
         part = Part(unit, record["recipe"], record["facts"], record["tar_bytes"], record["tar_sha256"], rejects, table)
         described = tuple(record[name] for name in ("schema", "bucket", "shard", "layer"))
         expected = part_schema(unit.layer, part.recipe)
-        if not isinstance(part.tar_bytes, int):
-            raise TypeError(f"tar_bytes is {part.tar_bytes!r}")
     except DAMAGED as error:
         checked.damaged(unit.part, f"is not an index part ({type(error).__name__}: {error})")
         return None

@@ -258,6 +258,7 @@ def test_units_of_an_older_version_are_upgraded_not_repaired(root, capsys):
         ({"counts": 3}, "not of the expected form"),
         ({"stages": []}, "not of the expected form"),
         ({"layers": {"px": None, "t5": 1}}, "no usable layer px, layer t5"),
+        ({"layers": {"px": {"format": None}}}, "no usable layer px"),
         ({"stages": {"split": {"cls_cosine": "no"}}}, "not of the expected form"),
     ],
 )
@@ -266,6 +267,17 @@ def test_descriptions_of_another_form_are_findings(root, capsys, changes, said):
     del info["fingerprint"]
     (root / "dataset.json").write_text(canonical_json(info | {"fingerprint": fingerprint_of(info)}))
     found(root, capsys, "dataset.json", said)
+
+
+@pytest.mark.parametrize(("name", "value"), [("recipe", []), ("facts", None), ("tar_bytes", 1.5), ("tar_sha256", 7)])
+def test_a_record_of_another_form_is_damage(root, capsys, name, value):
+    unit = unit_of(root, "dino")
+    table = read_part(root, unit).table
+    record = json.loads(table.schema.metadata[b"nanodit"]) | {name: value}
+    other = table.drop_columns(["dino_h"]).replace_schema_metadata({"nanodit": json.dumps(record)})
+    (root / unit.part).write_bytes(parquet_bytes(other))
+    assert read_part(root, unit) is None
+    found(root, capsys, unit.part, f"is not an index part (TypeError: {name} is ")
 
 
 def test_p05_a_near_duplicate_on_the_other_side_is_a_leak(root, capsys):
