@@ -183,12 +183,14 @@ def build_context(
     step: int | None = None,
     judges: str | None = None,
 ) -> DrawingContext:
-    """Open the judges and read the training images."""
+    """Read the training images, and open the judges where a test looks at pictures: they take seconds to import."""
     device = judges or subject.device
-    lpips = Lpips(device=device) if lpips_unavailable() is None else None
-    detector, no_detector = open_detector(config.pose_models, subject.dataset, device)
-    judge, no_judge = open_judge(config.judge, subject.dataset, subject.device)
-    probe, no_probe = open_probe(config.probe, subject.device)
+    looks = any(TESTS[name].looks for name in config.tests)
+    lpips = Lpips(device=device) if looks and lpips_unavailable() is None else None
+    nobody = None, "no test looks at pictures"
+    detector, no_detector = open_detector(config.pose_models, subject.dataset, device) if looks else nobody
+    judge, no_judge = open_judge(config.judge, subject.dataset, subject.device) if looks else nobody
+    probe, no_probe = open_probe(config.probe, subject.device) if looks else nobody
     buckets = {row["bucket"] for row in subject.rows}
     return DrawingContext(
         subject=subject,
@@ -204,6 +206,7 @@ def build_context(
         no_probe=no_probe,
         detector=detector_label(config.pose_models),
         no_detector=no_detector,
+        looks=looks,
     )
 
 

@@ -87,6 +87,7 @@ class DrawingContext:
 
     ``judge`` is None where its weights are missing, ``no_judge`` says why; joints are not judged where ``no_detector``
     says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.
+    ``looks`` tells whether a test looks at pictures: where none does, the real images are not judged either.
     ``heldout`` are the rows of heldout_loss.parquet, ``unpaired`` the features of pictures that are no rows of
     samples.parquet. ``extras`` is written to extras.json, a key for each test.
     """
@@ -104,6 +105,7 @@ class DrawingContext:
     no_probe: str | None = None
     detector: str = ""  # what finds the joints, as metrics name it
     no_detector: str | None = None
+    looks: bool = True
     heldout: list[dict[str, Any]] = field(default_factory=list)
     unpaired: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)

@@ -55,7 +55,8 @@ def draw_and_examine(
     """
     subject, config = context.subject, context.config
     context.texts.encode(picture.text for picture in pictures if picture.text is not None)
-    _ = context.train_features  # read with a progress of its own
+    if context.looks:
+        _ = context.train_features  # read with a progress of its own
     album = Album(folder, set(context.keys[: config.grid_images]))
     buckets = _buckets(context, pictures)
     size = subject.batch_size
@@ -150,11 +151,13 @@ def _posed(asked: PictureBatch, batch: Batch) -> list[tuple[str, np.ndarray]] | 
 
 
 def _references(context: DrawingContext, members: tuple[Row, ...], album: Album) -> pa.Table:
-    """Score what needs no model: the real images under the judges, and the baselines in their place."""
+    """Score what needs no model: the real images under the judges, and where tests look, the baselines."""
     subject, examiner = context.subject, context.examiner
     batch = read_batch(subject.dataset, members)
     rows = examiner.rows(batch, batch.pixels, kind=REAL, condition="real")
     album.keep(rows, batch.pixels)
+    if not context.looks:
+        return to_table(rows)
     features = [row["feature"] for row in rows]
     mean_image = np.rint(context.training.mean_image(batch.bucket)).astype(np.uint8)
     stand_ins = {"mean_image": np.stack([mean_image] * len(batch.rows)), "round_trip": round_trip(batch.pixels)}

@@ -51,6 +51,7 @@ class SuiteTest:
     config: type[Config] | None = None
     measure: Callable[[DrawingContext, Any, FinishedBatches], None] | None = None  # what is no row of samples.parquet
     default: bool = True  # whether it runs where `tests` names none
+    looks: bool = True  # at pictures; an evaluation none of whose tests does opens no judge
     stem: str = ""  # how its metrics' names begin, where that is not its own name
     families: Mapping[str, str] = field(default_factory=dict)
     isolated: str = ""  # the family whose metric is of the arm that isolates what the test is about

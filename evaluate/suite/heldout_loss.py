@@ -349,6 +349,7 @@ TEST = SuiteTest(
     summarise=summarise,
     config=HeldoutLossConfig,
     measure=measure_all,
+    looks=False,
     stem="heldout",
     families={
         "heldout_error": f"Held-out error, t from {NOISY_FROM:g} on",

@@ -243,6 +243,25 @@ def test_report_json_follows_from_samples_parquet(evaluated):
 
 
 @pytest.mark.slow
+def test_what_looks_at_no_pictures_opens_no_judge_and_measures_the_same(trained, evaluated, tmp_path):
+    """In a process of its own, which imports no encoder: a sweep's trial pays for it each time."""
+    arguments = ["run", "--checkpoint", str(trained), "--output", str(tmp_path), *FAST, "tests=[heldout_loss]"]
+    code = (
+        "import sys\nfrom evaluate.__main__ import main\n"
+        f"assert main({arguments}) == 0\nassert not {{'transformers', 'onnxruntime', 'lpips'}} & {{*sys.modules}}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    both = [json.loads((folder / "report.json").read_text()) for folder in (evaluated, tmp_path)]
+    heldout, alone = ([one for one in report["metrics"] if one["name"].startswith("heldout")] for report in both)
+    assert alone == heldout
+    assert pq.read_table(tmp_path / "heldout_loss.parquet").equals(pq.read_table(evaluated / "heldout_loss.parquet"))
+    rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    assert [(row["kind"], row["feature"]) for row in rows] == [("real", None)] * 12
+    assert both[1]["provenance"]["judges"] == {}
+    assert "Held-out loss" in render(EvaluationFiles.read(tmp_path))
+
+
+@pytest.mark.slow
 def test_trap_26_what_is_evaluated_is_what_sampling_draws(evaluated, trained, figures_dataset):
     """The pictures judged are those of the checkpoint's own model, conditions and noise."""
     data = Dataset(figures_dataset)
