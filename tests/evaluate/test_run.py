@@ -1,6 +1,7 @@
 """The whole evaluation: known models come out in the known order, and nothing but the model moves a number."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -245,20 +246,23 @@ def test_report_json_follows_from_samples_parquet(evaluated):
 @pytest.mark.slow
 def test_what_looks_at_no_pictures_opens_no_judge_and_measures_the_same(trained, evaluated, tmp_path):
     """In a process of its own, which imports no encoder: a sweep's trial pays for it each time."""
-    arguments = ["run", "--checkpoint", str(trained), "--output", str(tmp_path), *FAST, "tests=[heldout_loss]"]
+    folder = tmp_path / "it's here (2)"
+    arguments = ["run", "--checkpoint", str(trained), "--output", str(folder), *FAST, "tests=[heldout_loss]"]
     code = (
         "import sys\nfrom evaluate.__main__ import main\n"
         f"assert main({arguments}) == 0\nassert not {{'transformers', 'onnxruntime', 'lpips'}} & {{*sys.modules}}\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    both = [json.loads((folder / "report.json").read_text()) for folder in (evaluated, tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    following = shlex.split(done.stdout.rpartition("Next: ")[2])
+    assert following == ["nanodit", "evaluate", "report", str(folder), "--output", "report.html"]
+    both = [json.loads((one / "report.json").read_text()) for one in (evaluated, folder)]
     heldout, alone = ([one for one in report["metrics"] if one["name"].startswith("heldout")] for report in both)
     assert alone == heldout
-    assert pq.read_table(tmp_path / "heldout_loss.parquet").equals(pq.read_table(evaluated / "heldout_loss.parquet"))
-    rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    assert pq.read_table(folder / "heldout_loss.parquet").equals(pq.read_table(evaluated / "heldout_loss.parquet"))
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
     assert [(row["kind"], row["feature"]) for row in rows] == [("real", None)] * 12
     assert both[1]["provenance"]["judges"] == {}
-    assert "Held-out loss" in render(EvaluationFiles.read(tmp_path))
+    assert "Held-out loss" in render(EvaluationFiles.read(folder))
 
 
 @pytest.mark.slow

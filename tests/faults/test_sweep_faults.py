@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +59,9 @@ def test_S01_a_trial_that_dies_harms_no_other(dataset, tmp_path, ray_session, mo
     assert found["E-seed0"]["reason"].startswith("segmentation fault (SIGSEGV)")
     assert found["nan-seed0"]["reason"].startswith("NonFiniteError: ")
     printed = capsys.readouterr().out
-    assert "2 of 7 trials finished" in printed
+    following = re.search(r"2 of 7 trials finished\. Next: (.+)", printed)[1]
+    place = str(tmp_path / "a sweep" / "sweep")
+    assert shlex.split(following)[1:] == ["evaluate", "report", place, "--output", f"{place}/report.html"]
     for name, record in found.items():
         assert record["status"] == "finished" or f"{name}: failed: {record['reason']}" in printed
     rows = {line.split()[0]: line.split()[1:] for line in table(load_sweep(file))}

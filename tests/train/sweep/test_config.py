@@ -104,8 +104,9 @@ def test_arms_that_are_measured_differently_share_their_training(tiny_dataset, t
     ],
 )
 def test_what_cannot_be_meant_is_refused(tiny_dataset, tmp_path, changes, said):
-    with pytest.raises(ConfigError, match=f"(?s){said}"):
+    with pytest.raises(ConfigError, match=f"(?s){said}") as caught:
         tiny_sweep(tmp_path, tiny_dataset, **changes)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400, "the mistake, without all of the config"
 
 
 def test_the_written_config_is_the_sweep(tiny_dataset, tmp_path):
