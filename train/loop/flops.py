@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 from train.method.loss import Loss
@@ -27,7 +28,44 @@ from train.model.network import NanoDiT
 from train.model.spans import Spans
 
 META = torch.device("meta")
+MOST_RESULTS = 1 << 14  # a network of one shape has a few hundred
 Argument = Tensor | Conditions | None
+
+
+_results: dict[Any, tuple[Any, ...]] = {}  # what operators give by what they are given: a network's blocks are alike
+
+
+def call_on_meta(function: Any, arguments: tuple, keywords: dict) -> Any:
+    """Call an operator on the meta device, or make the tensor that it gave for the same shapes before.
+
+    torch finds shapes and dtypes there in Python, which takes several times as long.
+    """
+    key = None if function.is_view or function._schema.is_mutable else _described((function, arguments, keywords))
+    if known := _results.get(key):
+        size, stride, dtype = known
+        return torch.empty_strided(size, stride, dtype=dtype, device=META)
+    result = function(*arguments, **keywords)
+    if key is not None and isinstance(result, Tensor) and result.device == META:
+        storage, likeness = result.untyped_storage(), (result.shape, result.stride(), result.dtype)
+        again = torch.empty_strided(*likeness[:2], dtype=result.dtype, device=META).untyped_storage()
+        leaves = tree_leaves((arguments, keywords))
+        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        if storage._cdata not in given and storage.nbytes() == again.nbytes():  # not a view, nor part of more
+            if len(_results) == MOST_RESULTS:
+                _results.clear()
+            _results[key] = likeness
+    return result
+
+
+def _described(value: Any) -> Any:
+    """Return all of an operator's arguments that its result depends on, to be compared."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value  # 1, 1.0 and True are equal and make other dtypes
 
 
 def count_flops(function: Callable[..., Tensor], *arguments: Argument) -> int:
@@ -50,7 +88,7 @@ class _Operators(TorchDispatchMode):
     flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
+        result = call_on_meta(function, arguments, keywords or {})
         if formula := flop_registry.get(function.overloadpacket):
             self.flops += formula(*arguments, **(keywords or {}), out_val=result)
         return result

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 from train.config import TrainConfig
 from train.data.batch_plan import scaled_size
 from train.data.buffers import GROWTH
-from train.loop.flops import META
+from train.loop.flops import META, call_on_meta
 from train.loop.sending import SLOTS
 from train.loop.trainer import Trainer
 from train.model.modalities import MODALITIES
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
         keywords = keywords or {}
         given = {storage._cdata for storage in _storages((arguments, keywords))}
-        result = function(*arguments, **keywords)
+        result = call_on_meta(function, arguments, keywords)
         for storage in _storages(result):
             address, size = storage._cdata, storage.nbytes()
             if address not in given and address not in self._alive:  # else a view, or written in place

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from train.hardware import Gpu
-from train.loop.flops import Argument
+from train.loop.flops import Argument, call_on_meta
 from train.model.conditions import Conditions
 from train.plan.memory import LikeGpu
 
@@ -114,7 +114,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
         keywords = keywords or {}
         read = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
-        result = function(*arguments, **keywords)
+        result = call_on_meta(function, arguments, keywords)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         packet = function.overloadpacket
         of_images = [self._of_images(tensor) for tensor in read]

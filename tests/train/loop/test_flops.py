@@ -7,8 +7,10 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from train.loop.flops import _results, call_on_meta
 from train.model.conditions import Conditions
 from train.model.config import ModelConfig
 from train.model.context import find_spans, token_counts
@@ -63,6 +65,39 @@ def embedding_alone(subset: frozenset[str]) -> int:
     d, joints = CONFIG.hidden_size, CONFIG.context_joints
     sizes = {"text": TEXT * FEATURES.widths["text"] * d, "pose": joints * (3 * d + d * d + 24 * d)}
     return sum(2 * sizes[name] for name in subset)
+
+
+class Compared(TorchDispatchMode):
+    """Compares what an operator gives with what :func:`call_on_meta` says that it would."""
+
+    remembered = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        before = {tensor.untyped_storage()._cdata for tensor in arguments if isinstance(tensor, torch.Tensor)}
+        called = function(*arguments, **(keywords or {}))
+        results = len(_results)
+        for _ in range(2):  # the second is remembered
+            result = call_on_meta(function, arguments, keywords or {})
+            for one, other in zip(*(one if isinstance(one, tuple | list) else (one,) for one in (called, result))):
+                if isinstance(one, torch.Tensor):
+                    assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype), function
+                    storages = one.untyped_storage(), other.untyped_storage()
+                    assert storages[0].nbytes() == storages[1].nbytes(), function
+                    assert len({storage._cdata in before for storage in storages}) == 1, function
+        self.remembered += len(_results) - results
+        return result
+
+
+def test_what_operators_give_is_remembered_only_where_it_is_the_same():
+    _results.clear()
+    x = torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    with Compared():
+        kinds = [(x * factor).dtype for factor in (1, 1.0, True, 1)]
+        x.add_(1).view(4, 3).t().contiguous().split(2)
+    assert kinds == [torch.int64, torch.float32, torch.int64, torch.int64]
+    with Compared() as compared:
+        counted(SUBSETS[-1], tread=TreadConfig(enabled=True, start=1, end=2), kept=5)
+    assert compared.remembered > 50
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda subset: "+".join(sorted(subset)) or "nothing")
