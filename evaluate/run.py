@@ -21,7 +21,7 @@ import pyarrow as pa
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.baselines import load_training_images
 from evaluate.drawing.context import DrawingContext, Rows
-from evaluate.drawing.draw import draw_and_examine, show
+from evaluate.drawing.draw import draw_and_examine, keep_nearest, show
 from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import once
 from evaluate.drawing.texts import Texts
@@ -165,6 +165,7 @@ def evaluate(
         found, left_out = test.summarise(Rows(rows), context, section)
         metrics += [replace(one, objective=context.objective(one, test.minimised)) for one in found]
         skipped += left_out
+    keep_nearest(context, rows)
     show(context, pictures, rows, folder)
     metrics, without = with_bars(metrics, config.needed)
     return Evidence(rows, context.heldout, metrics, list(dict.fromkeys(skipped + without)), context.extras, devices)
@@ -211,10 +212,26 @@ def build_context(
 
 
 def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[list[Metric], list[Skipped]]:
-    """Attach the configured bars to their metrics; a bar whose metric was not computed is listed as skipped."""
-    names = {metric.name for metric in metrics}
-    missing = [Skipped(name, "a bar is set for it, but it was not computed") for name in needed if name not in names]
-    return [replace(metric, needed=needed.get(metric.name)) for metric in metrics], missing
+    """Attach the configured bars to their metrics; a bar whose metric was not computed is listed as skipped.
+
+    A bar of a family that isolates a condition, such as ``attribute_gain``, is for whichever conditions do so. Of tests
+    without any metric, which did not run or say themselves why they were skipped, bars say nothing.
+    """
+    isolated = {test.isolated for test in TESTS.values() if test.isolated}
+    bars = {
+        metric.name: bar
+        for metric in metrics
+        for name, bar in needed.items()
+        if metric.name == name or (name in isolated and metric.name.startswith(f"{name}/"))
+    }
+    silent = [test for test in TESTS.values() if not any(test.owns(metric.name) for metric in metrics)]
+    missing = [
+        Skipped(name, "a bar is set for it, but it was not computed")
+        for name in needed
+        if not any(one == name or (name in isolated and one.startswith(f"{name}/")) for one in bars)
+        if not any(test.owns(name) for test in silent)
+    ]
+    return [replace(metric, needed=bars.get(metric.name)) for metric in metrics], missing
 
 
 def curves_until(run_folder: Path, step: int) -> list[dict[str, Any]]:

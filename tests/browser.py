@@ -51,16 +51,20 @@ def chromium(profile: Path) -> Iterator[str]:
             process.terminate()
 
 
-def look(port: str, page: Path, width: int, scheme: str) -> dict[str, Any]:
-    """Open a page with all that is folded in it: what MEASURE says, ``requested`` URLs and ``complaints``."""
-    return asyncio.run(_look(port, page, width, scheme))
+def look(port: str, page: Path, width: int, scheme: str, ask: str = "null") -> dict[str, Any]:
+    """Open a page with all that is folded in it: what MEASURE says, ``requested`` URLs and ``complaints``.
+
+    ``asked`` is what the expression ``ask`` gives before anything is unfolded.
+    """
+    return asyncio.run(_look(port, page, width, scheme, ask))
 
 
-async def _look(port: str, page: Path, width: int, scheme: str) -> dict[str, Any]:
+async def _look(port: str, page: Path, width: int, scheme: str, ask: str) -> dict[str, Any]:
     async with open_tab(port, width, scheme) as tab:
         await tab.load(page)
+        asked = await tab.evaluate(ask)
         await tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-        return await tab.evaluate(MEASURE) | {"requested": tab.requested, "complaints": tab.complaints}
+        return await tab.evaluate(MEASURE) | {"requested": tab.requested, "complaints": tab.complaints, "asked": asked}
 
 
 KEYS = {

@@ -89,7 +89,8 @@ class DrawingContext:
     says why, otherwise with ``detector``. ``texts`` encodes captions of one's own.
     ``looks`` tells whether a test looks at pictures: where none does, the real images are not judged either.
     ``heldout`` are the rows of heldout_loss.parquet, ``unpaired`` the features of pictures that are no rows of
-    samples.parquet. ``extras`` is written to extras.json, a key for each test.
+    samples.parquet. ``extras`` is written to extras.json, a key for each test,
+    and ``nearest`` for the pictures that a report shows first.
     """
 
     subject: Subject

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,15 @@ from evaluate.drawing.baselines import nearest, round_trip
 from evaluate.drawing.context import DrawingContext
 from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture, PictureBatch, batches, compose
+from evaluate.metrics.distances import SPACES, as_points
+from evaluate.metrics.distances import nearest as nearest_points
 from evaluate.metrics.likeness import pixel_features
 from evaluate.records import BASELINE, MODEL, REAL, from_table, to_table
 from evaluate.subject import Batch, Row, chunks, read_batch
 from nanodit.console import Progress, waiting
 
 ORDER = {REAL: 0, BASELINE: 1, MODEL: 2}
+PROMPTS, ARMS = 4, ("text", "text+pose")  # samples and conditions that a report shows first
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,48 @@ def _references(context: DrawingContext, members: tuple[Row, ...], album: Album)
             stand_in = examiner.rows(batch.select(there), pictures, kind=BASELINE, condition=name, joints=joints)
             rows += [row | {"donor": other["key"]} for row, other in zip(stand_in, others)]
     return to_table(rows)
+
+
+def shown_first(conditions: Iterable[str]) -> list[str]:
+    """Return the two conditions that a report shows first: ARMS, and in the place of missing ones the first others."""
+    names = list(conditions)
+    usual = [next((name for name in names if name.partition("@")[0] == one), None) for one in ARMS]
+    usual = [name for name in usual if name is not None]
+    return [*usual, *(name for name in names if name not in usual)][: len(ARMS)]
+
+
+def keep_nearest(context: DrawingContext, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep the training images nearest to the pictures that a report shows first, as the judge sees them.
+
+    Of each of the first PROMPTS samples of the grid, the last of :func:`shown_first`; in mean colours without a judge.
+    """
+    keys = context.keys[: min(PROMPTS, context.config.grid_images)]
+    conditions = shown_first(arm.name for arm in context.arms)[-1:]
+    drawn = [
+        row
+        for row in rows
+        if row["kind"] == MODEL and row["key"] in keys and row["condition"] in conditions and not row["seed"]
+    ]
+    drawn = [row for row in drawn if not row["degenerate"]]
+    training = context.train_features
+    space = next(space for space in SPACES if getattr(training, space) is not None)
+    if not drawn or not len(training):
+        return
+    points = as_points(np.stack([row[space] for row in drawn]), space)
+    distances, places = nearest_points(points, as_points(getattr(training, space), space), 1)
+    context.extras["nearest"] = {
+        "space": space,
+        "training_images": len(training),
+        "pictures": [
+            {
+                **{name: row[name] for name in ("key", "condition")},
+                "training_key": training.keys[place],
+                "training_image": context.show_training(training.keys[place]),
+                "distance": float(distance),
+            }
+            for row, distance, place in zip(drawn, distances[:, 0], places[:, 0])
+        ],
+    }
 
 
 def show(context: DrawingContext, pictures: Sequence[Picture], rows: Sequence[dict[str, Any]], folder: Path) -> None:

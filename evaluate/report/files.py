@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ METRIC_FIELDS = tuple(name for name in Metric("", None).to_dict() if name != "ob
 OUTPUTS = "validation_outputs"
 SINCE = ("cluster",)  # columns that earlier evaluations lack
 UNKNOWN = "unknown"
+TEST = "test"  # of the holdout, the part that decides nothing before the last evaluation
 
 Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a row of samples.parquet
 
@@ -31,7 +33,8 @@ class EvaluationFiles:
 
     ``metrics_log`` holds the records of the run's metrics.jsonl up to the step, empty where the evaluation does not lie
     in its run folder; ``earlier`` the metrics of its other evaluations up to then, by step. ``unfinished`` names newer
-    evaluations that were killed.
+    evaluations that were killed. ``same_test`` are the folders of other evaluations beside it that measured on the same
+    test images.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class EvaluationFiles:
     metrics_log: list[dict[str, Any]] = field(default_factory=list)
     earlier: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
+    same_test: list[Path] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> EvaluationFiles:
@@ -66,7 +70,8 @@ class EvaluationFiles:
         step = report["provenance"].get("step", 0)
         log = [record for record in _read_curves(folder.parents[1] / "metrics.jsonl", False) if record["step"] <= step]
         killed = unfinished(given) if given != folder else []
-        return cls(**(vars(found) | {"metrics_log": log, "earlier": _earlier(folder, report), "unfinished": killed}))
+        around = {"metrics_log": log, "earlier": _earlier(folder, report), "unfinished": killed}
+        return cls(**(vars(found) | around | {"same_test": _same_test(folder, report)}))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -126,6 +131,20 @@ def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str
         alike = [one for one in other["metrics"] if one["name"] in now and not differing([one, now[one["name"]]])]
         if alike:  # nothing of an evaluation of other weights is
             found[other["provenance"]["step"]] = alike
+    return found
+
+
+def _same_test(folder: Path, report: Mapping[str, Any]) -> list[Path]:
+    """Return the other evaluations beside this one, by folder, that measured on the test images that it measured on."""
+    if report["provenance"].get("holdout") != TEST:
+        return []
+    found = []
+    for path in sorted(folder.parent.glob("*/report.json")):
+        with suppress(DataError, KeyError, TypeError, AttributeError):  # as for the curve: a note on the past
+            other = read_object(path, AGAIN)["provenance"]
+            same = other["dataset"]["fingerprint"] == report["provenance"]["dataset"]["fingerprint"]
+            if same and other.get("holdout") == TEST and path.parent != folder:
+                found.append(path.parent)
     return found
 
 

@@ -214,16 +214,17 @@ def forest(metric: Metric, low: float, high: float) -> dict[str, Any]:
 
 def alarms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the alarms of the tests that have any, and whether each fired (None: cannot be told)."""
-    found: dict[tuple[str, str, bool | None, float | None], list[str]] = {}
+    found: dict[tuple[str, str, str, bool | None, float | None], list[str]] = {}
     for run in runs:
         for test in (test for test in TESTS.values() if test.alarms):
             for alarm in run.files.extras.get(test.name, {}).get("alarms", []):
                 words = test.alarms.get(alarm["name"], alarm["name"])
-                given = found.setdefault((run.letter, words, alarm["fired"], alarm.get("detectable")), [])
+                same = (run.letter, test.name, words, alarm["fired"], alarm.get("detectable"))
+                given = found.setdefault(same, [])
                 given += [part_name(alarm["condition"])] if "condition" in alarm else []
     return [
-        {"run": run, "words": text, "fired": fired, "given": "; ".join(given), "detectable": detectable}
-        for (run, text, fired, detectable), given in found.items()
+        {"run": run, "test": test, "words": text, "fired": fired, "given": "; ".join(given), "detectable": detectable}
+        for (run, test, text, fired, detectable), given in found.items()
     ]
 
 

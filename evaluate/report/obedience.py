@@ -24,6 +24,7 @@ class Obedience:
     condition: str
     word: Word
     words: str
+    open: bool = False  # whether more images could decide it
 
 
 def obedience(metrics: Sequence[Mapping[str, Any]]) -> list[Obedience]:
@@ -49,7 +50,8 @@ def obedience(metrics: Sequence[Mapping[str, Any]]) -> list[Obedience]:
 
 def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     if gain["value"] is None or gain["low"] is None:
-        return Obedience(condition, "undecided", _sentence(condition, "undecided", gain["reason"] or "no interval"))
+        words = _sentence(condition, "undecided", gain["reason"] or "no interval")
+        return Obedience(condition, "undecided", words, gain["value"] is not None)
     low, value, high = (gain[name] for name in ("low", "value", "high"))
     known = gain["baselines"]
     most, luck = known.get(CEILING, 0.0), max(0.0, *(known[name] for name in known if name != CEILING))
@@ -68,11 +70,12 @@ def _of_gain(condition: str, gain: Mapping[str, Any]) -> Obedience:
     given, without = (part_name(settings[name]) for name in ("conditions", "without"))
     why = f"given {given}, the share of {what} is {more} than given {without}; {number(most, gain)} is possible"
     why += f", {number(luck, gain)} is luck" if luck > 0 else ""
-    return Obedience(condition, word, _sentence(condition, word, why))
+    return Obedience(condition, word, _sentence(condition, word, why), word == "undecided" and span > 0)
 
 
 def _of_edits(effect: Mapping[str, Any]) -> Obedience:
-    if effect["low"] is None:
+    few = effect["low"] is None
+    if few:
         word, why = "undecided", effect["reason"] or "no interval"
     elif effect["high"] <= 0 or max(abs(effect[name]) for name in ("low", "high")) <= ROUNDING:
         word, why = "not obeyed", "an edit changes no more than a paraphrase does"
@@ -80,7 +83,8 @@ def _of_edits(effect: Mapping[str, Any]) -> Obedience:
         word, why = "undecided", "whether an edit changes more than a paraphrase does cannot be told"
     else:
         word, why = "undecided", "an edit changes more than a paraphrase does, but that is not to say rightly"
-    return Obedience("text", word, _sentence("text", word, why))
+    few = few or (word == "undecided" and effect["low"] <= 0)
+    return Obedience("text", word, _sentence("text", word, why), few)
 
 
 def _sentence(condition: str, word: Word, why: str) -> str:

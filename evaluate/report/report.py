@@ -22,8 +22,8 @@ from evaluate.report import curves
 from evaluate.report import metrics as numbers
 from evaluate.report.compare import Difference
 from evaluate.report.files import OUTPUTS, UNKNOWN, EvaluationFiles, Run, find_output, name_runs
+from evaluate.report.first_screen import first_screen
 from evaluate.report.metrics import condition_order, guidance_words, number, part_name
-from evaluate.report.obedience import obedience
 from evaluate.report.pictures import SIDES, EmbeddedImages, gallery
 from evaluate.report.sections import colour, sections
 from evaluate.report.votes import tally_votes, votes_cells, votes_json, votes_section
@@ -91,7 +91,7 @@ def _render(runs: Sequence[Run], images: EmbeddedImages, votes: Tally | None) ->
         several=len(runs) > 1,
         headlines=[{"run": run, "metrics": numbers.headlines(run.files.metrics)} for run in runs],
         tallies=[{"run": run, **tally(run)} for run in runs],
-        obeyed=[obedience(run.files.metrics) for run in runs],
+        first=first_screen(runs, images, [unscored(run) for run in runs]),
         alarms=numbers.alarms(runs),
         comparison=numbers.comparisons(runs) if len(runs) > 1 else None,
         votes=votes_section(votes),

@@ -27,6 +27,7 @@ from evaluate.report.report import render
 from evaluate.run import evaluate, with_bars
 from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
+from nanodit.config import load_config
 from nanodit.files import sha256_bytes, sha256_file
 from nanodit.rng import noise
 from prep.dataset.reader import Dataset
@@ -150,6 +151,29 @@ def test_bars_without_a_metric_are_listed(verdicts):
     found, skipped = with_bars(list(verdicts["truth"].values()), {"pose_pck/all": 0.9, "pose_pck/text": 0.9})
     assert next(metric for metric in found if metric.name == "pose_pck/all").needed == 0.9
     assert [one.name for one in skipped] == ["pose_pck/text"]
+
+
+def test_a_bar_of_what_the_dataset_cannot_have_is_no_second_complaint(verdicts):
+    metrics = list(verdicts["truth"].values())
+    gain = replace(metrics[0], name="attribute_gain/text")
+    found, skipped = with_bars([*metrics, gain], {"attribute_gain": 0.25, "pose_gain": 0.25, "divergence/variety": 0.5})
+    assert {metric.name: metric.needed for metric in found if metric.needed} == {"attribute_gain/text": 0.25}
+    assert [one.name for one in skipped] == ["pose_gain"]  # poses were judged; divergence did not run
+    without = [metric for metric in metrics if not metric.name.startswith("pose")]
+    assert with_bars(without, {"pose_gain": 0.25})[1] == []  # nobody judged poses, and that has its own reason
+    assert [one.name for one in with_bars(without, {"psoe_gain": 0.25})[1]] == ["psoe_gain"]  # misspelt
+
+
+@pytest.mark.parametrize("tier", ["pulse", "table", "full"])
+def test_each_tier_has_bars_that_name_metrics(tier, verdicts):
+    config = load_config(EvaluateConfig, f"configs/evaluate/{tier}.yaml", [])
+    known = {name: one for name, one in verdicts["truth"].items() if "_gain/" not in name}
+    known |= {
+        name: replace(known["pose_pck/all"], name=name) for name in ("attribute_gain/text", "pose_gain/text+pose")
+    }
+    found, skipped = with_bars(list(known.values()), config.needed)
+    assert sum(metric.needed is not None for metric in found) == len(config.needed) == 3
+    assert not skipped
 
 
 @pytest.mark.parametrize("layers", [("t5", "dino"), ("t5",)])

@@ -1,0 +1,308 @@
+"""The first screen answers: what pictures look like, what is obeyed, whether to trust it, and what to do next."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from evaluate import run
+from evaluate.config import EvaluateConfig
+from evaluate.drawing.draw import shown_first
+from evaluate.report import report
+from evaluate.report.files import EvaluationFiles
+from evaluate.report.next_step import Line, next_step
+from evaluate.subject import Subject
+from nanodit.errors import DataError
+from tests.browser import chromium, look
+from tests.evaluate.conftest import Oracle
+from tests.evaluate.report.test_report import edit_json, provenance
+from train.method.dropout import ConditioningConfig
+from train.method.flow import FlowConfig
+
+# where the pictures, and the lines with the next step, end on the page
+PLACES = """(() => {
+  const ends = what => [...document.querySelectorAll(what)].map(one => one.getBoundingClientRect().bottom + scrollY);
+  return {pictures: ends('#first img'), lines: ends('#first dd, #first .next')};
+})()"""
+CONFIG = {
+    "tests": ["attributes", "pose", "divergence", "memorisation"],
+    "conditions": {"all": 1.0, "text+pose": 2.0, "text": 2.0},
+    "sampler": {"method": "euler", "steps": 2},
+    "divergence": {"prompts": 8, "noises": 2},
+    "pose": {"conditions": [], "mirrored": 0},
+    "memorisation": {"training": 0},
+    "grid_images": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(figures, known_pictures, tmp_path_factory) -> dict[str, Path]:
+    """Evaluations of a model that draws the truth, and of one that draws training images."""
+    found, config = {}, EvaluateConfig.model_validate(CONFIG)
+    table, rows = ConditioningConfig(preset="quickstart").resolve(), tuple(figures.rows("holdout"))
+    for name in ("truth", "copycat"):
+        folder = tmp_path_factory.mktemp(name) / "validation_outputs" / "step-000123"
+        subject = Subject(Oracle(figures, known_pictures[name]), FlowConfig(), table, figures, rows)
+        evidence = run.evaluate(subject, config, folder)
+        given = provenance(config) | {"left_out": {"altered_twins": []}}
+        run.write(folder, config, evidence, given, [])
+        found[name] = folder
+    return found
+
+
+@pytest.fixture
+def copies(folders, tmp_path) -> dict[str, Path]:
+    """The same in run folders that a test may change."""
+    places = {name: tmp_path / name / "validation_outputs" / folder.name for name, folder in folders.items()}
+    return {name: Path(shutil.copytree(folder, places[name])) for name, folder in folders.items()}
+
+
+def first(*folders: Path) -> str:
+    """The words and tags of the first screen, without what pictures hold."""
+    html = report.render([EvaluationFiles.read(folder) for folder in folders])
+    body = html.partition("<main>")[2].partition('id="first"')[2].partition("</section>")[0]
+    return re.sub(r"\s+", " ", unescape(re.sub('data:image[^"]*', "data:", body)))
+
+
+def line(shown: str, name: str) -> str:
+    """The verdict of a line in a word, and what follows it."""
+    found = re.search(rf"<dt>{name}</dt><dd><span class=\"pill [a-z]+\">([^<]*)</span>([^<]*)</dd>", shown)
+    return f"{found[1]}: {found[2].strip()}"
+
+
+def trust(shown: str) -> str:
+    return re.sub("<[^>]*>", "|", shown.partition('class="trust"')[2])
+
+
+def test_four_prompts_stand_as_rows_of_real_text_pose_and_nearest_training_image(folders):
+    shown = first(folders["truth"])
+    heads = re.findall('<div class="head">([^<]*)</div>', shown)
+    assert heads == ["real", "text alone", "text + pose", "nearest in training"]
+    assert shown.count('class="cell"') == shown.count("<img") == 16
+    assert shown.count('class="prompt"') == 4
+    assert "nearest to the picture given text + pose, by DINO" in shown
+
+
+def test_the_nearest_training_image_of_a_copy_is_what_was_copied(figures, folders):
+    content = json.loads((folders["copycat"] / "extras.json").read_text())["nearest"]
+    holdout, train = figures.rows("holdout"), {}
+    for row in figures.rows("train"):
+        train.setdefault(row["bucket"], []).append(row["key"])
+    copied = {row["key"]: train[row["bucket"]][place % len(train[row["bucket"]])] for place, row in enumerate(holdout)}
+    assert len(content["pictures"]) == 4
+    for one in content["pictures"]:
+        assert one["training_key"] == copied[one["key"]]
+        assert one["distance"] < 1e-3
+        assert (folders["copycat"] / one["training_image"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("drawn", "chosen"),
+    [
+        (["all", "text+pose", "text"], ["text", "text+pose"]),
+        (["dino", "all", "text"], ["text", "dino"]),
+        (["all"], ["all"]),
+        (["all", "dino", "pose"], ["all", "dino"]),
+        (["text", "text@1", "text+pose"], ["text", "text+pose"]),
+        ([], []),
+    ],
+)
+def test_other_conditions_stand_in_for_those_that_were_not_drawn(drawn, chosen):
+    assert shown_first(drawn) == chosen
+
+
+def test_each_verdict_has_its_line(folders):
+    truth, copycat = first(folders["truth"]), first(folders["copycat"])
+    assert line(truth, "copies").startswith("none found: ")
+    assert re.search(r"A share of \d+\.\d % or more would have been found, four times in five\.", line(truth, "copies"))
+    assert line(copycat, "copies").startswith("alarm: Copies of training images")
+    assert line(truth, "variety").startswith("collapsed: ")  # the truth whatever the noise
+    assert "Pictures of different prompts differ 1.0" in line(truth, "variety")
+    assert re.findall("<b>([a-z]+)</b>", truth.partition("<dt>level</dt>")[2].partition("</dl>")[0]) == [
+        "colours",
+        "joints",
+    ]
+    assert "nanodit prep report" in copycat
+    assert "There are copies" in copycat
+
+
+def test_what_was_not_measured_says_so(copies):
+    folder = copies["truth"]
+
+    def forget(content):
+        content["metrics"] = []
+        content["skipped"] = [{"name": "pose_pck", "reason": "no pose models"}]
+        content["provenance"]["evaluation"]["tests"] = ["pose"]
+
+    edit_json(folder / "report.json", forget)
+    edit_json(folder / "extras.json", dict.clear)
+    shown = first(folder)
+    assert line(shown, "text") == "not measured: The tests attributes and edit did not run."
+    assert line(shown, "pose") == "not measured: Skipped: no pose models."
+    assert line(shown, "variety") == "not measured: The test divergence did not run."
+    assert line(shown, "copies") == "not measured: The test memorisation did not run."
+    assert "<dt>level</dt>" not in shown
+    assert "nearest in training" not in shown
+    assert "Measure “text” and “copies”: this evaluation did not look." in shown
+    assert '<a href="#skips">1 skipped</a>' in shown
+
+
+def test_without_a_judge_the_nearest_image_is_that_of_mean_colours(copies):
+    edit_json(copies["truth"] / "extras.json", lambda content: content["nearest"].update(space="feature_pixels"))
+    assert "by mean colours" in first(copies["truth"])
+
+
+def test_an_evaluation_without_pictures_has_a_first_screen(copies):
+    folder = copies["truth"]
+    table = pq.read_table(folder / "samples.parquet")
+    pq.write_table(table.slice(0, 0), folder / "samples.parquet")
+    edit_json(folder / "extras.json", dict.clear)
+    shown = first(folder)
+    assert "No pictures: this evaluation drew none, or kept none" in shown
+    assert "no pictures were judged" in trust(shown)
+    assert "<img" not in shown
+
+
+def test_a_path_that_leads_out_of_the_folder_is_refused(copies):
+    folder = copies["truth"]
+    edit_json(
+        folder / "extras.json", lambda content: content["nearest"]["pictures"][0].update(training_image="../../x.png")
+    )
+    with pytest.raises(DataError, match=r"extras\.json is damaged \(nearest: ValueError"):
+        first(folder)
+
+
+def test_trust_names_the_gate_the_images_the_noises_and_who_read_the_test_before(copies):
+    folder = copies["truth"]
+    said = trust(first(folder))
+    assert "no holdout image is in training, nor an altered form of one" in said
+    assert "24 images of the whole holdout" in said
+    assert "1 noise each, one training seed" in said
+    assert "read the same test images" not in said  # of a holdout in parts alone
+
+    def test_part(content):
+        content["provenance"]["holdout"] = "test"
+        content["provenance"]["left_out"] = {"altered_twins": ["a", "b"]}
+
+    edit_json(folder / "report.json", test_part)
+    assert "|0 other evaluations of the run read the same test images" in trust(first(folder))
+    others = [Path(shutil.copytree(folder, folder.with_name(name))) for name in ("step-000060", "step-000060-model")]
+    said = trust(first(folder))
+    assert "24 images of the test part of the holdout" in said
+    assert "(2 left out, as training has them mirrored, brighter or cropped)" in said
+    assert "2 other evaluations of the run read the same test images" in said
+    assert "|1 other evaluation of the run read" in trust(first(folder, others[0]))  # what is shown is no other
+    edit_json(others[0] / "report.json", lambda content: content["provenance"].update(holdout="dev"))
+    edit_json(others[1] / "report.json", lambda content: content["provenance"]["dataset"].update(fingerprint="ef" * 32))
+    assert "|0 other evaluations" in trust(first(folder))
+    (others[1] / "report.json").write_text("[]")  # a note on the past: damage there is no error here
+    assert "|0 other evaluations" in trust(first(folder))
+    edit_json(folder / "report.json", lambda content: content["provenance"].pop("left_out"))
+    assert "whether an altered form of one is, nobody checked" in trust(first(folder))
+
+
+# --- the next step ----------------------------------------------------------------------------------------------------
+
+GIVEN = {
+    "checkpoint": "step-000100",
+    "step": 100,
+    "weights": "ema",
+    "training": {"output": "runs/a b", "dataset": "data", "train": {"steps": 100}},
+    "evaluation": {"samples": 64},
+}
+WELL = {
+    "text": ("obeyed", "met"),
+    "pose": ("obeyed", "met"),
+    "variety": ("as real", "met"),
+    "copies": ("none found", "met"),
+}
+
+
+def lines(**changed) -> list[Line]:
+    """All well but for what is ``changed``: the word, its style, and whether it is open."""
+    return [Line(name, word, "", style, *rest) for name, (word, style, *rest) in (WELL | changed).items()]
+
+
+DEAF, PARTLY = ("not obeyed", "missed"), ("partly obeyed", "inconclusive")
+UNLOOKED, FEW = ("not measured", "plain", True), ("undecided", "inconclusive", True)
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "command"),
+    [
+        (lines(), "All well", "nanodit train sample --checkpoint 'runs/a b/checkpoints/step-000100' --prompt 'A man'"),
+        (lines(pose=("not measured", "plain")), "All well", "nanodit train sample"),  # the dataset has none
+        (lines(text=DEAF), "The text is not obeyed yet: train on.", "nanodit train run --config 'runs/a b/config.ya"),
+        (lines(pose=DEAF), "The pose is not obeyed yet", "train.steps=200"),
+        (lines(text=DEAF, pose=PARTLY), "Text and pose are not obeyed yet", "nanodit train run"),
+        (lines(text=PARTLY), "The text is only partly obeyed yet", "nanodit train run"),
+        (lines(copies=("alarm", "missed"), text=DEAF), "There are copies", "nanodit prep report data"),
+        (lines(variety=("collapsed", "missed"), copies=UNLOOKED), "Pictures vary too little", "--count 8 --grid"),
+        (lines(variety=("less than real", "inconclusive")), "All well", "nanodit train sample"),
+        (lines(copies=UNLOOKED), "Measure “copies”: this evaluation did not look.", "--tier pulse"),
+        (lines(text=FEW), "Measure “text” on more images", "--tier table"),
+        (lines(text=FEW, copies=UNLOOKED), "Measure “text” and “copies”", "--tier table"),
+        (lines(text=("undecided", "inconclusive")), "More images would decide nothing here", "nanodit train sample"),
+    ],
+)  # fmt: skip
+def test_the_next_step_is_the_first_thing_that_stands_in_the_way(found, words, command):
+    step = next_step(found, False, GIVEN, "A man")
+    assert step.words.startswith(words)
+    assert command in step.command
+
+
+def test_pictures_that_cannot_be_scored_come_before_everything():
+    step = next_step(lines(copies=("alarm", "missed")), True, GIVEN)
+    assert step.words.startswith("Some pictures cannot be scored")
+    assert step.command == "nanodit train run --config 'runs/a b/config.yaml' train.steps=200"
+
+
+def test_a_run_that_has_not_ended_goes_on_as_it_is_and_other_weights_are_named():
+    unfinished = GIVEN | {"step": 50}
+    assert next_step(lines(text=DEAF), False, unfinished).command == "nanodit train run --config 'runs/a b/config.yaml'"
+    assert "--weights model" in next_step(lines(), False, GIVEN | {"weights": "model"}).command
+    assert "--weights model" in next_step(lines(text=FEW), False, GIVEN | {"weights": "model"}).command
+    assert "--prompt TEXT" in next_step(lines(), False, {}).command
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_before_tables_and_tables_before_what_numbers_depend_on(folders):
+    html = report.render([EvaluationFiles.read(folder) for folder in folders.values()])
+    headings = re.findall(r"<h2>([^<]*)</h2>", html)
+    order = [
+        "Bars and alarms",
+        "Pictures",
+        "Nearest training images",
+        "Run against run",
+        "Metrics",
+        "Where this comes from",
+    ]
+    assert [heading for heading in headings if heading in order] == order
+    assert html.index('id="first"') < html.index("<h2>Bars and alarms</h2>")
+    assert html.index("<table") > html.index("<h2>Pictures</h2>")
+
+
+@pytest.mark.slow
+def test_the_first_screen_holds_pictures_and_verdicts_on_a_desktop_and_a_phone(folders, tmp_path):
+    """Chromium: nothing wider than the window, four rows of pictures and the verdicts within the first screens."""
+    one = report.write_report(folders["truth"], tmp_path / "one.html")[0]
+    three = report.write_report([*folders.values(), folders["truth"]], tmp_path / "three.html")[0]
+    with chromium(tmp_path / "profile") as port:
+        for page in (one, three):
+            for width in (1280, 390, 320):
+                seen = look(port, page, width, "light", PLACES)
+                assert seen["scroll"] <= width, seen["wide"]
+                assert not seen["wide"]
+                assert seen["complaints"] == []
+                bottoms, verdicts = seen["asked"]["pictures"], seen["asked"]["lines"]
+                assert len(bottoms) == 16 * (1 if page == one else 3)
+                if page == one and width == 1280:
+                    assert max(*bottoms, *verdicts) < 800
+                if page == one and width == 390:
+                    assert max(bottoms) < 844
