@@ -212,6 +212,7 @@ class RecordedSweep:
         if problem := _problem_of_looks(content):
             raise DataError(f"{folder / SWEEP} is damaged ({problem}). {AGAIN}")
         arms = {name: RecordedArm.of(name, arm) for name, arm in content["arms"].items()}
+        arms = dict(sorted(arms.items(), key=lambda item: item[1].role == "a/a"))  # the repeat, which claims nothing
         found = {}
         trials = folder / TRIALS
         for path in sorted([*trials.glob(f"*/{TRIAL}"), *trials.glob(f"*/*/{TRIAL}")]):  # an arm may be called A/A

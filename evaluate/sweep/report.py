@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from evaluate.sweep.analysis import Cohort, Contrast, at_equal, contrasts, facto
 from evaluate.sweep.files import SWEEP, RecordedSweep
 from evaluate.sweep.pictures import grids
 from evaluate.sweep.questions import questions
-from evaluate.sweep.words import metric_title
+from evaluate.sweep.words import answer, metric_title
 from nanodit.errors import ConfigError
 from nanodit.files import canonical_json, check_writable, write_atomic
 from nanodit.pages import open_template
@@ -68,6 +69,7 @@ def render(sweep: RecordedSweep) -> str:
         title=metric_title(sweep.primary),
         lower=sweep.mode == "min",
         budget=views.budget(sweep),
+        answer=_answer(sweep, cohorts, judged[0]),
         banners=views.banners(sweep, cohorts, judged),
         verdicts=[
             {"cohort": cohort, "number": number, "rows": views.verdict_rows(sweep, found)}
@@ -93,6 +95,14 @@ def render(sweep: RecordedSweep) -> str:
 
 def _judge(sweep: RecordedSweep, cohort: Cohort) -> list[Contrast]:
     return contrasts(sweep, cohort, measure_of(sweep.primary), sweep.mode, sweep.margin, sweep.primary)
+
+
+def _answer(sweep: RecordedSweep, cohorts: Sequence[Cohort], judged: Sequence[Contrast]) -> str:
+    """Return the answer of the largest cohort, and whether it may still change."""
+    said = answer(judged, metric_title(sweep.primary), sweep.margin, sweep.looks)
+    said = f"Of the largest of {len(cohorts)} cohorts: {said}" if len(cohorts) > 1 else said
+    going = any(trial.status in ("running", "not started") for trial in sweep.trials)
+    return f"Not finished; so far: {said}" if going else said
 
 
 def sweep_json(sweep: RecordedSweep) -> dict[str, Any]:

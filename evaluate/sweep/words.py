@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from evaluate.report.metrics import label
@@ -92,6 +93,51 @@ def failed_words(one: Contrast) -> str:
         f"{plural(one.ranks.better, 'seed')} better and {one.ranks.worse} worse, p {p_words(one.ranks.p)} by ranks"
     )
     return f"{text}; with failures as the worst, {counted}"
+
+
+def answer(found: Sequence[Contrast], title: str, margin: float | None, looks: Looks) -> str:
+    """Return what was found in a sentence or two, from an arm's comparisons by the metric called ``title``.
+
+    What beats what by how much, what is equivalent, and what is undecided; the baseline's repeat makes no claim, but a
+    difference of it is a doubt of all the others.
+    """
+    claims = [one for one in found if not one.repeat]
+    if not claims:
+        return "There is nothing to compare."
+    decided = [one for one in claims if one.verdict.word in ("better", "worse")]
+    sentences = []
+    if decided:
+        sentences.append(f"{'; '.join(_decided(one) for one in decided)}, in {title}.")
+    if alike := [one for one in claims if one.verdict.word == "equivalent"]:
+        within = f": any difference is within ±{margin:g}" if margin else ""
+        sentences.append(f"{_pairs(alike, 'is equivalent to', False)}{within}.")
+    if unclear := [one for one in claims if one.verdict.word not in ("better", "worse", "equivalent")]:
+        more = next((words for one in unclear if (words := more_words(one.verdict, one.comparison, looks))), "")
+        more = more or next((one.verdict.note for one in unclear if one.verdict.note), "")
+        start, word = ("Undecided:", "against") if sentences else ("Nothing separates", "from")
+        sentences.append(f"{start} {_pairs(unclear, word, True)}{f'; {more}' if more else ''}.")
+    if doubted := [one.arm.name for one in found if one.repeat and one.verdict.word in ("better", "worse")]:
+        sentences.append(f"But the baseline differs from its own repeat ({doubted[0]}).")
+    return " ".join(sentences)
+
+
+def _decided(one: Contrast) -> str:
+    """Write ``C beats B by 0.089 [0.071, 0.107]``, whichever way is better."""
+    interval = one.comparison.interval
+    if interval.value < 0:
+        interval = Interval(-interval.value, -interval.high, -interval.low, interval.n)
+    verb = "beats" if one.verdict.word == "better" else "loses to"
+    more = " with more than its factor changed," if one.arm.undeclared else ""
+    return f"{one.arm.name}{more} {verb} {one.against} by {words_of(interval, sign=False)}"
+
+
+def _pairs(found: Sequence[Contrast], word: str, numbers: bool) -> str:
+    """Write ``B from A (+0.01 [−0.02, +0.04]), D from C``."""
+    return ", ".join(
+        f"{one.arm.name} {word} {one.against}"
+        + (f" ({words_of(one.comparison.interval)})" if numbers and one.comparison else "")
+        for one in found
+    )
 
 
 def duration(seconds: float) -> str:
