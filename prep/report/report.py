@@ -22,9 +22,10 @@ from prep.dataset import versions
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import read_parquet
 from prep.dataset.reader import Dataset
-from prep.passes.advice import warn
+from prep.passes.advice import advise
 from prep.passes.publish import REJECTS
 from prep.report import facts, views
+from prep.report.decisions import decisions
 from prep.report.pictures import RejectThumbnails, SampleThumbnails
 
 REPORT = "report.html"
@@ -53,6 +54,7 @@ def render(storage: Storage, source: Path | None = None) -> str:
     info, table, rejects = dataset.info, dataset.table, read_rejects(dataset)
     thumbnails = SampleThumbnails(dataset)
     sections = {
+        "first": lambda: views.first(dataset, thumbnails),
         "buckets": lambda: views.buckets(dataset, thumbnails),
         "crops": lambda: views.crops(table),
         "sharpness": lambda: views.sharpness(dataset, thumbnails),
@@ -63,7 +65,6 @@ def render(storage: Storage, source: Path | None = None) -> str:
         "bytes": lambda: facts.layer_bytes(dataset),
         "models": lambda: facts.models(info),
         "timings": lambda: facts.timings(facts.read_runs(storage)),
-        "warnings": lambda: warn(table, info["buckets"]),
     }
     shown = {}
     with Progress("report", len(sections), "sections") as progress:
@@ -73,6 +74,7 @@ def render(storage: Storage, source: Path | None = None) -> str:
     filters = {"size": size, "percent": percent, "count": lambda number: f"{number:,}", "moment": moment}
     return open_template(Path(__file__).with_name(REPORT), filters).render(
         **shown,
+        decisions=decisions(advise(table, info["buckets"]), shown["rejects"], shown["captions"], shown["duplicates"]),
         info=info,
         fingerprint=dataset.fingerprint,
         absent=[layer for layer in LAYERS if layer not in dataset.layers],

@@ -22,6 +22,7 @@ from prep.dataset.rows import Row, Rows
 from prep.passes.advice import CROP_COLUMNS
 from prep.report.pictures import LARGE, SMALL, RejectThumbnails, SampleThumbnails, in_parallel
 
+FIRST = 18  # pictures at the top of the page
 SHEET = 24  # pictures of a contact sheet
 CAPTIONS = 6  # shown with their picture
 CAPTION_LIMIT, EXTREME_LIMIT = 900, 260  # characters shown; the whole caption is in the index
@@ -88,6 +89,13 @@ def crops(table: pa.Table) -> View:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def first(dataset: Dataset, thumbnails: SampleThumbnails) -> list[View]:
+    """Return the first samples of all buckets together."""
+    rows = Rows.of(dataset.table.slice(0, FIRST))
+    pictures = equal_area_pictures(rows, thumbnails)
+    return [one | {"holdout": row["split"] == "holdout"} for row, one in zip(rows, pictures)]
 
 
 def buckets(dataset: Dataset, thumbnails: SampleThumbnails) -> list[View]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html import unescape
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import evaluate.__main__ as evaluate
+import prep.__main__ as prep
+import train.__main__ as train
 from evaluate import run
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.draw import shown_first
@@ -240,7 +244,7 @@ UNLOOKED, FEW = ("not measured", "plain", True), ("undecided", "inconclusive", T
         (lines(pose=DEAF), "The pose is not obeyed yet", "train.steps=200"),
         (lines(text=DEAF, pose=PARTLY), "Text and pose are not obeyed yet", "nanodit train run"),
         (lines(text=PARTLY), "The text is only partly obeyed yet", "nanodit train run"),
-        (lines(copies=("alarm", "missed"), text=DEAF), "There are copies", "nanodit prep report data"),
+        (lines(copies=("alarm", "missed"), text=DEAF), "There are copies", "nanodit prep report --dataset data"),
         (lines(variety=("collapsed", "missed"), copies=UNLOOKED), "Pictures vary too little", "--count 8 --grid"),
         (lines(variety=("less than real", "inconclusive")), "All well", "nanodit train sample"),
         (lines(copies=UNLOOKED), "Measure “copies”: this evaluation did not look.", "--tier pulse"),
@@ -253,6 +257,9 @@ def test_the_next_step_is_the_first_thing_that_stands_in_the_way(found, words, c
     step = next_step(found, False, GIVEN, "A man")
     assert step.words.startswith(words)
     assert command in step.command
+    program, package, *arguments = shlex.split(step.command)
+    assert program == "nanodit"
+    {"prep": prep.parser, "train": train._parser, "evaluate": evaluate._parser}[package]().parse_args(arguments)
 
 
 def test_pictures_that_cannot_be_scored_come_before_everything():

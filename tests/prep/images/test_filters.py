@@ -184,7 +184,7 @@ def test_images_that_lose_most_of_their_area_are_named_in_plan_and_report(tmp_pa
     assert make_plan(poses(tmp_path)).notes == [f"warning: {remark}"]
     dataset = prepare(poses(tmp_path))
     assert remark in warn(dataset.table, dataset.info["buckets"])
-    assert f"<li>{remark}</li>" in render(open_storage(tmp_path / "out"))
+    assert f"<li>{remark}. " in render(open_storage(tmp_path / "out"))
     decided = make_plan(poses(tmp_path, filters={"max_aspect": 4.0}))
     assert [item.reason for item in decided.rejects] == ["too_elongated"] * 2
     assert not any("area" in note for note in decided.notes)

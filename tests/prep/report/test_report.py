@@ -265,7 +265,7 @@ def test_a_group_on_both_sides_is_an_alarm(copy, html):
 def test_the_least_sharp_pictures_are_shown(dataset, html):
     table = pq.read_table(dataset / "index.parquet", columns=["source", "sharpness"]).to_pylist()
     least = sorted(table, key=lambda row: row["sharpness"])[:6]
-    part = html[html.index("<h2>Sharpness") : html.index("<h2>Captions")]
+    part = html[html.index("<h2>Sharpness") : html.index("<h2>Captions</h2>")]
     assert re.findall(r'alt="([^"]*)"', part) == [row["source"] for row in least]
     assert least[0]["source"] == "sea.png"
 
