@@ -50,7 +50,7 @@ def next_step(lines: Sequence[Line], unscored: bool, provenance: Mapping[str, An
             "There are copies: look at the pairs under “Nearest training images”, then for what the dataset holds more "
             "than once. It is copied first, the longer the training the more."
         )
-        return NextStep(words, shlex.join(["nanodit", "prep", "report", _training(provenance, "dataset")]))
+        return NextStep(words, shlex.join(["nanodit", "prep", "report", "--dataset", _training(provenance, "dataset")]))
     if unlike:
         partly = "only partly " if all(known[name].word == "partly obeyed" for name in unlike) else "not "
         subject = "Text and pose are" if len(unlike) == 2 else f"The {unlike[0]} is"
