@@ -34,7 +34,7 @@ HOLDOUTS = {TEST_PART: "the test part of the holdout", "dev": "the dev part of t
 def first_screen(runs: Sequence[Run], images: EmbeddedImages, unscored: Sequence[str]) -> list[dict[str, Any]]:
     """Return of each run its pictures, lines, scales, trust and next step; ``unscored`` as the page says it of each."""
     keys = _keys(runs)
-    shown = {run.files.folder for run in runs}
+    shown = {run.files.folder.resolve() for run in runs}
     found = []
     for run, bad in zip(runs, unscored):
         lines = [*_obeyed(run), _variety(run), _copies(run)]
@@ -267,7 +267,7 @@ def _trust(run: Run, shown: set[Any]) -> list[dict[str, Any]]:
     noises = evaluation.get("seeds")
     say(f"{noises or 'unknown'} noise{'s' if noises != 1 else ''} each, one training seed")
     if part == TEST_PART:
-        before = len([folder for folder in files.same_test if folder not in shown])
+        before = len([folder for folder in files.same_test if folder.resolve() not in shown])
         evaluations = "evaluations" if before != 1 else "evaluation"
         say(f"{before} other {evaluations} of the run read the same test images", before > 0)
     if dataset.get("encoders") == "demo":
