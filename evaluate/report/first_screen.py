@@ -46,7 +46,7 @@ def first_screen(runs: Sequence[Run], images: EmbeddedImages, unscored: Sequence
                 "lines": lines,
                 "scales": _scales(run),
                 "trust": _trust(run, shown),
-                "next": next_step(lines, bool(bad), run.files.provenance, _prompt(run, own)),
+                "next": next_step(lines, bool(bad), run.files.provenance, _prompt(run, own), len(runs) > 1),
             }
         )
     return found

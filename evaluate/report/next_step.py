@@ -35,11 +35,14 @@ class NextStep:
     command: str
 
 
-def next_step(lines: Sequence[Line], unscored: bool, provenance: Mapping[str, Any], prompt: str = "") -> NextStep:
+def next_step(
+    lines: Sequence[Line], unscored: bool, provenance: Mapping[str, Any], prompt: str = "", compared: bool = False
+) -> NextStep:
     """Return what to do next: the first of what stands in the way, in the order in which it spoils what follows.
 
     Pictures that cannot be scored, copies, a condition that is not obeyed, too little variety, what was not measured or
-    is undecided; then nothing does. ``provenance`` is that of report.json, ``prompt`` a text to draw.
+    is undecided; then nothing does. ``provenance`` is that of report.json, ``prompt`` a text to draw; ``compared``: the
+    page has another run beside it.
     """
     known = {line.name: line for line in lines}
     unlike = [name for name in ("text", "pose") if known[name].word in ("not obeyed", "partly obeyed")]
@@ -68,7 +71,8 @@ def next_step(lines: Sequence[Line], unscored: bool, provenance: Mapping[str, An
         return NextStep(f"Measure {names} on more images: too few to decide.", shlex.join(command))
     well = all(known[name].style in ("met", "plain") for name in ("text", "pose", "copies"))
     start = "All well" if well else "More images would decide nothing here: look for yourself"
-    words = f"{start}: draw from it, or set another run beside it (nanodit evaluate report RUN OTHER_RUN)."
+    other = "" if compared else ", or set another run beside it (nanodit evaluate report RUN OTHER_RUN)"
+    words = f"{start}: draw from it{other}."
     return NextStep(words, shlex.join(sample))
 
 

@@ -69,6 +69,7 @@ def first(*folders: Path) -> str:
     """The words and tags of the first screen, without what pictures hold."""
     html = report.render([EvaluationFiles.read(folder) for folder in folders])
     body = html.partition("<main>")[2].partition('id="first"')[2].partition("</section>")[0]
+    body = re.sub("<span>([^<]*)</span>", r"\1", body)  # the words of a command
     return re.sub(r"\s+", " ", unescape(re.sub('data:image[^"]*', "data:", body)))
 
 
@@ -274,6 +275,11 @@ def test_a_run_that_has_not_ended_goes_on_as_it_is_and_other_weights_are_named()
     assert "--weights model" in next_step(lines(), False, GIVEN | {"weights": "model"}).command
     assert "--weights model" in next_step(lines(text=FEW), False, GIVEN | {"weights": "model"}).command
     assert "--prompt TEXT" in next_step(lines(), False, {}).command
+
+
+def test_a_page_of_several_runs_does_not_ask_for_another_one():
+    assert "OTHER_RUN" in next_step(lines(), False, GIVEN).words
+    assert next_step(lines(), False, GIVEN, compared=True).words == "All well: draw from it."
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
