@@ -252,6 +252,7 @@ def provenance(
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
         "holdout": subject.part,
+        "holdout_images": len(subject.dataset.rows(subject.part)),
         "left_out": left_out(subject.dataset),
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),

@@ -210,8 +210,9 @@ def _not_measured(run: Run, name: str) -> Line:
 
 
 def _all_measured(run: Run) -> bool:
-    """Whether every holdout image was under test, so that no tier has more of them."""
-    held = ((run.files.provenance.get("dataset") or {}).get("counts") or {}).get("holdout")
+    """Whether every image of this part of the holdout was under test, so that no tier has more of them."""
+    given = run.files.provenance
+    held = given.get("holdout_images", ((given.get("dataset") or {}).get("counts") or {}).get("holdout"))
     return isinstance(held, int) and len({row["key"] for row in run.files.samples if row["kind"] == REAL}) >= held
 
 

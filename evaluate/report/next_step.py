@@ -91,7 +91,8 @@ def _train_on(provenance: Mapping[str, Any]) -> str:
 
 
 def _evaluate(provenance: Mapping[str, Any]) -> list[str]:
-    return ["nanodit", "evaluate", "run", "--checkpoint", checkpoint(provenance), *_weights(provenance)]
+    part = ["holdout=dev"] if provenance.get("holdout") == "dev" else []
+    return ["nanodit", "evaluate", "run", "--checkpoint", checkpoint(provenance), *_weights(provenance), *part]
 
 
 def _tier(unclear: Sequence[Line], provenance: Mapping[str, Any]) -> str:
