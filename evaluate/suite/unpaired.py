@@ -2,13 +2,13 @@
 
 A caption allows many pictures, so that none is held against the image that the caption is of: the sets are compared, in
 the judge's features. The captions are those of holdout images, for half of the pictures as far as they go, and of
-training images, one noise each; pictures of training captions may be better than others, which the settings say by
-their numbers. Of near duplicates one counts, in each set.
+training images, one noise each. Pictures from training captions may be nearer to training images than others, so the
+settings say how many there are. Of near duplicates one counts, in each set.
 
-The floor of every number is what real images score in the pictures' place: the holdout against training, and training
-against the holdout. KID is unbiased and takes all of both sets. FD depends on n, which is equal on both sides and for
-the floor; so do recall and coverage, for which there are no more pictures than the floor has images. Only features of
-the pictures are kept: they are no rows of samples.parquet.
+Beside every number stands what real images score in the pictures' place, which is what is possible: the holdout against
+training, and training against the holdout. KID is unbiased and takes all of both sets. FD depends on n, which is equal
+on both sides and for the real images; so do recall and coverage, for which there are no more pictures than real images.
+Only features of the pictures are kept: they are no rows of samples.parquet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evaluate.drawing.draw import draw_features
 from evaluate.drawing.finished import FinishedBatches
 from evaluate.drawing.pictures import Picture
 from evaluate.metrics.clip import NO_PROBE
-from evaluate.metrics.distances import FRECHET_WIDTHS, frechet, frechet_needs, kid
+from evaluate.metrics.distances import frechet, frechet_needs, kid
 from evaluate.metrics.manifolds import COUNT_K, GROUPS, NEEDED, SHARE_K, Balls, fidelity
 from evaluate.records import Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
@@ -106,7 +106,7 @@ def summarise(rows: Rows, context: DrawingContext, config: UnpairedConfig) -> tu
     """Return ``unpaired/NAME`` against training images, ``unpaired/NAME/holdout``, and ``unpaired/clip_score/text``.
 
     NAME is ``kid``, ``fd`` (:mod:`evaluate.metrics.distances`), ``precision``, ``recall``, ``density`` or ``coverage``
-    (:mod:`evaluate.metrics.manifolds`, with the reason for its intervals). The floor of each is ``real``.
+    (:mod:`evaluate.metrics.manifolds`, with the reason for its intervals). The best of each is about ``real``.
     ``clip_score`` is the cosine of pictures and the sentences of their captions (:meth:`ClipProbe.captions`), with an
     interval over clusters; ``real`` are the captions' own images, ``random_pair`` other captions.
     """
@@ -164,12 +164,12 @@ def _sets(rows: Rows, context: DrawingContext, drawn: Sequence[Mapping[str, Any]
 
 
 def _kid(sets: Mapping[str, Images], details: Mapping[str, Any]) -> list[Metric]:
-    floor = kid(sets["holdout images"].features, sets["training images"].features).value
+    possible = kid(sets["holdout images"].features, sets["training images"].features).value
     found = []
     for against, _, reference in _references(sets):
         distance = kid(sets["pictures"].features, reference.features)
         settings = _settings(details, sets["pictures"], reference, against, interval_by=BY_IMAGE)
-        more = {"baselines": {"real": floor}, "settings": settings, "better": "lower"}
+        more = {"baselines": {"real": possible}, "settings": settings, "better": "lower"}
         found.append(Metric.of(_name("kid", against), distance.interval(), **more))
     return found
 
@@ -180,13 +180,13 @@ def _fd(sets: Mapping[str, Images], details: Mapping[str, Any]) -> list[Metric |
     needed = frechet_needs(pictures.features.shape[1])
     if n < needed:
         few = " and ".join(f"{needed - len(own)} more {name}" for name, own in sets.items() if len(own) < needed)
-        return [Skipped("unpaired/fd", f"inconclusive, about {few}: it needs {FRECHET_WIDTHS} of each for a feature")]
-    floor = frechet(held.features, train.features).value
+        return [Skipped("unpaired/fd", f"inconclusive, about {few}: FD takes {needed} of each")]
+    possible = frechet(held.features, train.features).value
     return [
         Metric.of(
             _name("fd", against),
             frechet(pictures.features, reference.features).interval(),
-            baselines={"real": floor},
+            baselines={"real": possible},
             settings=_settings(details, pictures, reference, against, interval_by=BY_IMAGE),
             better="lower",
         )
@@ -201,11 +201,11 @@ def _balls(sets: Mapping[str, Images], details: Mapping[str, Any]) -> list[Metri
         equal = every.first(len(real))
         of_every = fidelity(every.balls, reference.balls)
         of_equal = of_every if equal is every else fidelity(equal.balls, reference.balls)
-        floor = fidelity(real.first(len(equal)).balls, reference.balls)
+        possible = fidelity(real.first(len(equal)).balls, reference.balls)
         for name, neighbours in BALLS.items():
             own, interval = (equal, of_equal[name]) if name in BY_SIZE else (every, of_every[name])
             settings = _settings(details, own, reference, against, interval_by=BY_GROUP, neighbours=neighbours)
-            baselines = {"real": floor[name].value}
+            baselines = {"real": possible[name].value}
             metrics.append(Metric.of(_name(name, against), interval, baselines=baselines, settings=settings))
     return metrics
 
@@ -278,8 +278,8 @@ TEST = SuiteTest(
         "unpaired/clip_score": "CLIP score by sentence",
     },
     headline=(GIVEN,),
-    default_part="against training images",
-    parts={"holdout": "against the holdout"},
+    default_part="text, against training images",
+    parts={"holdout": "text, against the holdout"},
     minimised=dict.fromkeys((f"unpaired/{name}" for name in NAMES), "judge"),  # and CLIP is in no loss
     roles={
         "unpaired/clip_score": (("random_pair",), ("real",)),
