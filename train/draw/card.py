@@ -20,12 +20,8 @@ from train.model.network import NanoDiT
 
 REPORT_SCHEMA = 1
 _FIELDS = {"name", "value", "low", "high", "n", "baselines", "settings"}
-COMPARED = (
-    "heldout_gap",
-    "memorisation",
-    "distribution",
-    "unpaired",
-)  # tests that hold pictures against training images
+# tests that hold pictures against training images
+COMPARED = ("heldout_gap", "memorisation", "distribution", "unpaired")
 
 
 @dataclass(frozen=True)
