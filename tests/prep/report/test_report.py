@@ -256,7 +256,7 @@ def test_a_group_on_both_sides_is_an_alarm(copy, html):
     groups, sides = (table[name].to_pylist() for name in ("duplicate_group", "split"))
     place = groups.index(next(name for name, count in Counter(groups).items() if count > 1))
     sides[place] = "holdout" if sides[place] == "train" else "train"
-    republish(copy, split=sides)
+    republish(copy, split=sides, holdout_part=["test" if side == "holdout" else None for side in sides])
     page = render(open_storage(copy))
     assert "The holdout leaks" in page
     assert "(checked here)" not in page

@@ -287,6 +287,7 @@ def test_p05_a_near_duplicate_on_the_other_side_is_a_leak(root, capsys):
         row for row in rows if [other["duplicate_group"] for other in rows].count(row["duplicate_group"]) == 2
     ]
     first["split"], second["split"] = "train", "holdout"
+    first["holdout_part"], second["holdout_part"] = None, "test"
     publish_again(root, "index.parquet", pa.Table.from_pylist(rows, schema=index.schema))
     found(root, capsys, "leak", second["key"], "is in holdout and near duplicates are in train", first["key"])
     second["duplicate_group"] = second["key"]  # an index that denies the group does not hide the leak
