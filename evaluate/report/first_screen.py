@@ -210,10 +210,12 @@ def _not_measured(run: Run, name: str) -> Line:
 
 
 def _all_measured(run: Run) -> bool:
-    """Whether every image of this part of the holdout was under test, so that no tier has more of them."""
+    """Whether every image that may be tested on was, so that no tier has more: fewer were found than asked for."""
     given = run.files.provenance
     held = given.get("holdout_images", ((given.get("dataset") or {}).get("counts") or {}).get("holdout"))
-    return isinstance(held, int) and len({row["key"] for row in run.files.samples if row["kind"] == REAL}) >= held
+    asked = (given.get("evaluation") or {}).get("samples")
+    measured = len({row["key"] for row in run.files.samples if row["kind"] == REAL})
+    return (isinstance(held, int) and measured >= held) or (isinstance(asked, int) and measured < asked)
 
 
 def _scales(run: Run) -> list[dict[str, Any]]:

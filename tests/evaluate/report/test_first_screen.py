@@ -156,6 +156,27 @@ def test_what_was_not_measured_says_so(copies):
     assert '<a href="#skips">1 skipped</a>' in shown
 
 
+def test_more_images_are_asked_for_only_where_there_are_more(copies):
+    folder = copies["truth"]
+
+    def undecided(content):
+        known = next(one for one in content["metrics"] if one["name"] == "attribute_accuracy/text")
+        gain = {"name": "attribute_gain/text", "value": 0.3, "low": -0.2, "high": 0.8, "reason": None}
+        gain |= {"baselines": {"no_gain": 0.0, "ceiling_on_real": 1.0}}
+        gain |= {"settings": known["settings"] | {"without": "nothing"}}
+        content["metrics"] = [known, known | gain]
+        content["provenance"]["evaluation"]["samples"] = 24
+
+    edit_json(folder / "report.json", undecided)
+    assert "More images would decide nothing here" in first(folder)  # all 24 were measured
+    edit_json(folder / "report.json", lambda content: content["provenance"]["dataset"]["counts"].update(holdout=500))
+    assert "Measure “text” on more images: too few to decide." in first(folder)
+    edit_json(folder / "report.json", lambda content: content["provenance"]["evaluation"].update(samples=64))
+    assert "More images would decide nothing here" in first(
+        folder
+    )  # of the part that may be tested on there are no more
+
+
 def test_without_a_judge_the_nearest_image_is_that_of_mean_colours(copies):
     edit_json(copies["truth"] / "extras.json", lambda content: content["nearest"].update(space="feature_pixels"))
     assert "by mean colours" in first(copies["truth"])
