@@ -225,8 +225,9 @@ def with_bars(metrics: Sequence[Metric], needed: Mapping[str, float]) -> tuple[l
         if metric.name == name or (name in isolated and metric.name.startswith(f"{name}/"))
     }
     silent = [test for test in TESTS.values() if not any(test.owns(metric.name) for metric in metrics)]
+    pair = "no two conditions were drawn that differ in what it isolates; the test reconstruction draws most"
     missing = [
-        Skipped(name, "a bar is set for it, but it was not computed")
+        Skipped(name, f"a bar is set for it, but {pair if name in isolated else 'it was not computed'}")
         for name in needed
         if not any(one == name or (name in isolated and one.startswith(f"{name}/")) for one in bars)
         if not any(test.owns(name) for test in silent)

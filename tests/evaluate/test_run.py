@@ -159,6 +159,7 @@ def test_a_bar_of_what_the_dataset_cannot_have_is_no_second_complaint(verdicts):
     found, skipped = with_bars([*metrics, gain], {"attribute_gain": 0.25, "pose_gain": 0.25, "divergence/variety": 0.5})
     assert {metric.name: metric.needed for metric in found if metric.needed} == {"attribute_gain/text": 0.25}
     assert [one.name for one in skipped] == ["pose_gain"]  # poses were judged; divergence did not run
+    assert "no two conditions were drawn" in skipped[0].reason
     without = [metric for metric in metrics if not metric.name.startswith("pose")]
     assert with_bars(without, {"pose_gain": 0.25})[1] == []  # nobody judged poses, and that has its own reason
     assert [one.name for one in with_bars(without, {"psoe_gain": 0.25})[1]] == ["psoe_gain"]  # misspelt

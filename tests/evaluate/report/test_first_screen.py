@@ -165,7 +165,7 @@ def test_more_images_are_asked_for_only_where_there_are_more(copies):
         gain |= {"baselines": {"no_gain": 0.0, "ceiling_on_real": 1.0}}
         gain |= {"settings": known["settings"] | {"without": "nothing"}}
         content["metrics"] = [known, known | gain]
-        content["provenance"]["evaluation"]["samples"] = 24
+        content["provenance"]["evaluation"] |= {"samples": 24, "tests": ["reconstruction", *CONFIG["tests"]]}
 
     edit_json(folder / "report.json", undecided)
     assert "More images would decide nothing here" in first(folder)  # all 24 were measured
@@ -175,6 +175,22 @@ def test_more_images_are_asked_for_only_where_there_are_more(copies):
     assert "More images would decide nothing here" in first(
         folder
     )  # of the part that may be tested on there are no more
+
+
+def test_a_condition_that_no_pair_of_pictures_isolates_is_to_be_measured(copies):
+    folder = copies["truth"]  # without pictures given nothing, and given the pose alone
+
+    def plain(content):
+        content["metrics"] = [one for one in content["metrics"] if not one["name"].startswith("divergence")]
+        content["skipped"] = []
+
+    edit_json(folder / "report.json", plain)
+    shown = first(folder)
+    assert line(shown, "text") == "not measured: No two sets of pictures were drawn that differ in it alone."
+    assert "Measure “text”: this evaluation did not look." in shown
+    tests = ["attributes", "pose", "reconstruction"]
+    edit_json(folder / "report.json", lambda content: content["provenance"]["evaluation"].update(tests=tests))
+    assert "this evaluation did not look" not in first(folder)  # what training left out, no evaluation tells
 
 
 def test_without_a_judge_the_nearest_image_is_that_of_mean_colours(copies):
