@@ -128,7 +128,10 @@ with torch.device("meta"):
     [
         ("nanodit.cli, prep.__main__, prep.config", {"torch", "transformers", "ray", "httpx"}),
         (f"train.run, train.draw.draw, evaluate.run{WITHOUT_WEIGHTS}", {"torch._dynamo", "transformers", "ray"}),
-        ("evaluate.config, evaluate.report.report, evaluate.sweep.report", {"transformers", "onnxruntime", "ray"}),
+        (
+            "evaluate.config, evaluate.report.report, evaluate.sweep.report",
+            {"transformers", "onnxruntime", "ray", "scipy.stats"},
+        ),
     ],
 )
 def test_what_takes_seconds_is_imported_where_it_is_used(modules, heavy):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import beta
+from scipy import special
 
 from evaluate.drawing.arms import DrawingArm
 from evaluate.drawing.context import DrawingContext, Rows
@@ -288,7 +288,7 @@ def detectable_share(count: int) -> float:
 
     The binomial's tail is a beta distribution function (Clopper and Pearson 1934).
     """
-    return float(beta.ppf(POWER, FEWEST, count - FEWEST + 1))
+    return float(special.betaincinv(FEWEST, count - FEWEST + 1, POWER))
 
 
 def _alarms(metrics: Sequence[Metric], conditions: Sequence[str]) -> list[dict[str, Any]]:
