@@ -19,6 +19,7 @@ from nanodit.files import sha256_bytes, write_atomic
 from nanodit.pages import open_template
 from nanodit.storage import Storage, open_storage
 from prep.dataset import versions
+from prep.dataset.holdout import PARTS
 from prep.dataset.layers import LAYERS
 from prep.dataset.layout import read_parquet
 from prep.dataset.reader import Dataset
@@ -76,6 +77,7 @@ def render(storage: Storage, source: Path | None = None) -> str:
         **shown,
         decisions=decisions(advise(table, info["buckets"]), shown["rejects"], shown["captions"], shown["duplicates"]),
         info=info,
+        parts={part: len(dataset.rows(part)) for part in PARTS} if dataset.rows("holdout") else None,
         fingerprint=dataset.fingerprint,
         absent=[layer for layer in LAYERS if layer not in dataset.layers],
         sheet=views.SHEET,

@@ -250,6 +250,13 @@ def test_the_warning_of_near_duplicates_leads_to_their_section(html):
     assert f"group {name}" in Page(section).text
 
 
+def test_both_parts_of_the_holdout_are_counted(dataset, html):
+    parts = pq.read_table(dataset / "index.parquet", columns=["holdout_part"])["holdout_part"].to_pylist()
+    assert parts.count("dev") > 0
+    said = f"Of the holdout, {parts.count('dev')} are dev, by which you choose, and {parts.count('test')} are test"
+    assert said in Page(html).text
+
+
 def test_a_group_on_both_sides_is_an_alarm(copy, html):
     assert "The holdout leaks" not in html
     table = pq.read_table(copy / "index.parquet")
