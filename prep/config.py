@@ -65,6 +65,7 @@ class T5Config(Config):
     revision: str | None = None
     sha256: dict[str, str] | None = None  # of every file of the model at ``revision``, a commit
     max_tokens: int = Field(512, ge=2, le=512)  # T5 was trained on 512, and so many are all that training accepts
+    words: Place | list[str] | None = Field(None, min_length=1)  # of the demo T5; None: those of the figures' captions
     batch_size: int = Field(16, ge=1)
 
 
@@ -130,6 +131,12 @@ class PrepConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from None  # what pydantic reports with the key's path
         return base
+
+    @model_validator(mode="after")
+    def _words_are_of_the_demo_t5(self) -> Self:
+        if self.t5.words is not None and (self.encoders != "demo" or self.t5.model is not None):
+            raise ValueError("t5.words is for the demo T5 alone: set encoders: demo and t5.model: null, or leave it")
+        return self
 
     @model_validator(mode="after")
     def _filters_have_their_layer(self) -> Self:

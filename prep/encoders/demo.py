@@ -13,13 +13,14 @@ import re
 import shutil
 import string
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanodit.errors import DataError
+from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_bytes, sha256_file
 from prep.encoders.weights import quiet_transformers
 from prep.figures.figures import VOCABULARY
@@ -54,20 +55,39 @@ class DemoEncoders:
     pose: Path
 
 
-def demo_folder() -> Path:
+def known_words(words: str | Sequence[str]) -> list[str]:
+    """Return the words that ``t5.words`` names or lists, sorted, each once; a file has whitespace between them.
+
+    Raises :class:`ConfigError` for a file that cannot be read or has no words.
+    """
+    if isinstance(words, str):
+        try:
+            listed = Path(words).read_text(encoding="utf-8").split()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"t5.words: cannot read {words} ({error}). Give a UTF-8 text file of words") from error
+        if not listed:
+            raise ConfigError(f"t5.words: {words} has no words. Give a text file of those in the captions")
+        words = listed
+    return sorted(set(words))
+
+
+def demo_folder(words: Sequence[str] | None = None) -> Path:
     """Return where demo encoders are by default, ``$NANODIT_CACHE`` or ``~/.cache/nanodit``, one folder per content."""
     cache = os.environ.get("NANODIT_CACHE")
     root = Path(cache) if cache else Path.home() / ".cache" / "nanodit"
-    return root / f"demo-{recipe_digest()[:16]}"
+    return root / f"demo-{recipe_digest(words)[:16]}"
 
 
-def recipe_digest() -> str:
-    """SHA-256 of what the demo encoders are made from: this recipe's version, the vocabulary, the pose networks."""
+def recipe_digest(words: Sequence[str] | None = None) -> str:
+    """SHA-256 of what the demo encoders are made from: this recipe's version, the vocabulary, the pose networks.
+
+    ``words`` None are the figures' words, here and below.
+    """
     return sha256_bytes(
         canonical_json(
             {
                 "code": CODE_VERSION,
-                "vocabulary": list(VOCABULARY),
+                "vocabulary": list(words or VOCABULARY),
                 "detector": sha256_file(_asset(DETECTOR)),
                 "pose": sha256_file(_asset(POSE)),
             }
@@ -75,7 +95,7 @@ def recipe_digest() -> str:
     )
 
 
-def build_demo_encoders(folder: Path) -> DemoEncoders:
+def build_demo_encoders(folder: Path, words: Sequence[str] | None = None) -> DemoEncoders:
     """Build the demo encoders in ``folder`` unless they are there already; equal bytes every time.
 
     The folder appears complete or not at all, so several processes may build it at once.
@@ -85,7 +105,7 @@ def build_demo_encoders(folder: Path) -> DemoEncoders:
     """
     folder = Path(folder)
     encoders = DemoEncoders(folder / "t5", folder / "dino", folder / DETECTOR, folder / POSE)
-    digest = recipe_digest()
+    digest = recipe_digest(words)
     if _is_built(folder, digest):
         return encoders
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
@@ -93,7 +113,7 @@ def build_demo_encoders(folder: Path) -> DemoEncoders:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        build_t5(temporary / "t5")
+        build_t5(temporary / "t5", words or VOCABULARY)
         build_dino(temporary / "dino")
         for name in (DETECTOR, POSE):
             shutil.copyfile(_asset(name), temporary / name)
@@ -138,7 +158,7 @@ def _publish(temporary: Path, folder: Path, digest: str) -> None:
 # --- T5 ---------------------------------------------------------------------------------------------------------------
 
 
-def pieces(words: list[str] | tuple[str, ...]) -> list[tuple[str, float]]:
+def pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Make a unigram vocabulary (piece, log probability) in which each of ``words`` is one token.
 
     Words come as they are and capitalised, since captions start with a capital. Punctuation and single characters
@@ -156,7 +176,7 @@ def pieces(words: list[str] | tuple[str, ...]) -> list[tuple[str, float]]:
     return specials + single + [(piece, -6.0) for piece in sorted(known - set(characters))]
 
 
-def build_t5(folder: Path, words: list[str] | tuple[str, ...] = VOCABULARY) -> None:
+def build_t5(folder: Path, words: Sequence[str] = VOCABULARY) -> None:
     """Save a two-layer T5 encoder whose features are *token identity plus context*.
 
     A network with random attention mixes all tokens and loses which word stood where; then no image model learns

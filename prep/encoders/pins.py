@@ -18,6 +18,7 @@ from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, sha256_file
 from nanodit.storage import Storage, open_storage
 from prep.config import PrepConfig
+from prep.encoders.demo import known_words
 from prep.encoders.hub import COMMIT, Pin, Reference, is_hub_file, resolve
 from prep.encoders.registry import MODEL_LAYERS, NETWORKS, encoder_of, pose_file
 from prep.encoders.weights import is_local
@@ -74,7 +75,7 @@ def resolve_models(config: PrepConfig, pins: Mapping[str, Pin]) -> dict[str, Pin
 
 
 def pin_config(config: PrepConfig, pins: Mapping[str, Pin]) -> PrepConfig:
-    """``config`` with commits, hashes and absolute paths filled in, so that it means the same models on every machine.
+    """``config`` with commits, hashes, words and absolute paths filled in: it means the same models on every machine.
 
     What ``pins`` does not know stays as it is: :func:`resolve_models` comes first, but for a plan that downloads
     nothing. Filling in twice changes nothing. Raises ConfigError when hashes are given without their commit.
@@ -88,6 +89,8 @@ def pin_config(config: PrepConfig, pins: Mapping[str, Pin]) -> PrepConfig:
         elif layer in models and (pin := pins.get(str(models[layer]))):
             chosen = {"model": models[layer].model, "revision": pin.revision, "sha256": pin.files}
             update[layer] = section.model_copy(update=chosen)
+    if config.t5.words is not None:
+        update["t5"] = config.t5.model_copy(update={"words": known_words(config.t5.words)})
     if config.encoders == "production" or config.pose.detector or config.pose.pose:
         update["pose"] = config.pose.model_copy(update=_pin_pose(config, models, pins))
     captions = config.captions

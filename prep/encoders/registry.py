@@ -31,9 +31,10 @@ def encoder_arguments(config: PrepConfig, layer: str) -> dict[str, Any]:
     section, encoder = getattr(config, layer), encoder_of(layer)
     models: dict[str, Any] = {layer: encoder.model, **encoder.files}
     if config.encoders == "demo":
-        from prep.encoders.demo import build_demo_encoders, demo_folder
+        from prep.encoders.demo import build_demo_encoders, demo_folder, known_words
 
-        models = vars(build_demo_encoders(demo_folder()))
+        words = None if config.t5.words is None else known_words(config.t5.words)
+        models = vars(build_demo_encoders(demo_folder(words), words))
     arguments: dict[str, Any] = {}
     if encoder.files:
         arguments = {network: pose_file(config, network) or models[network] for network in encoder.files}

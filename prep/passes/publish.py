@@ -38,6 +38,7 @@ from prep.dataset.layout import (
     read_part,
 )
 from prep.dataset.versions import keep_version
+from prep.encoders.demo import known_words
 from prep.encoders.registry import model_name
 from prep.images import altered, duplicates
 from prep.images.compared import compared_tokens
@@ -314,6 +315,8 @@ def describe(plan: Plan, parts: Mapping[Unit, Part], table: pa.Table, rejects: i
         described = {"fingerprint": fingerprint_of(recipe), **recipe, **parts[units[0]].facts}
         if "encoder" in recipe:
             described["model"] = model_name(config, layer, recipe["encoder"])
+        if layer == "t5" and config.t5.words is not None:
+            described["words"] = known_words(config.t5.words)  # by which the T5 is built again, to draw from a text
         layers[layer] = described
     return {
         "schema": SCHEMA_VERSION,

@@ -38,6 +38,8 @@ def test_the_base_config_says_every_key_and_its_default():
         "holdout=1",
         "shard_size=0",
         "t5.max_tokens=513",
+        "t5.words=words.txt",
+        "t5.words=[]",
     ],
 )
 def test_what_has_no_effect_is_an_error(override):

@@ -16,7 +16,7 @@ from train.plan.rehearsal import Shapes, changed, open_dataset
 
 FOLDER = Path("configs/train")
 PRESETS = ("figures-256", "baseline", "production", "production-p16")
-OTHERS = ("quickstart", "figures-64-long", "seed", "seed-baseline")  # one file for all GPUs
+OTHERS = ("quickstart", "figures-64-long", "emoji-64", "crops-64", "seed", "seed-baseline")  # one file for all GPUs
 SIZES = (8, 12, 16, 24)
 WHOLE = {"figures-256": 8, "baseline": 8, "production": 24, "production-p16": 24} | dict.fromkeys(OTHERS, 8)
 DESKTOP = 1e9  # bytes of a card that a desktop holds

@@ -278,7 +278,7 @@ def _limits(described: Mapping[str, Any], report: EvaluationReport | None) -> st
         "and write it as `license:` into the block at the top of this file.",
     ]
     if data["encoders"] == "demo":
-        lines.insert(2, "- It was trained with demo encoders: for the built-in figures alone, not for photographs.")
+        lines.insert(2, "- It was trained with demo encoders: for pictures like its training images alone.")
     return "\n".join([lines[0], "", *lines[1:]])
 
 

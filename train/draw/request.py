@@ -171,10 +171,13 @@ def encoder_config(dataset: Mapping[str, Any], encoders: Mapping[str, str]) -> P
             return {"model": str(encoders[layer])}
         return {name: recorded[layer].get(name) for name in ("model", "revision")}
 
+    t5 = model("t5") | ({"max_tokens": recorded["t5"]["max_tokens"]} if "max_tokens" in recorded["t5"] else {})
+    if "t5" not in encoders and (words := dataset["layers"].get("t5", {}).get("words")):
+        t5["words"] = words
     files = {name: str(encoders[name]) for name in ("detector", "pose") if name in encoders}
     return PrepConfig(
         source="unused", output="unused", base=dataset["base"], encoders=dataset["encoders"],
-        t5=model("t5") | ({"max_tokens": recorded["t5"]["max_tokens"]} if "max_tokens" in recorded["t5"] else {}),
+        t5=t5,
         dino=model("dino") | {"input_scale": recorded["dino"].get("input_scale")},
         pose=files,
     )  # fmt: skip

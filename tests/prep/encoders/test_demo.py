@@ -11,9 +11,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from nanodit.errors import DataError
+from nanodit.errors import ConfigError, DataError
 from prep.encoders import demo
-from prep.encoders.demo import DETECTOR, POSE, DemoEncoders, build_demo_encoders, demo_folder
+from prep.encoders.demo import DETECTOR, POSE, DemoEncoders, build_demo_encoders, demo_folder, known_words
 from prep.encoders.dinov3 import DINOv3Encoder
 from prep.encoders.dwpose import DETECTOR_SIDE, POSE_HEIGHT, POSE_WIDTH, DWPose
 from prep.encoders.t5 import T5Encoder
@@ -86,6 +86,28 @@ def test_folder_is_named_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert demo_folder() == before
     monkeypatch.setattr(demo, "VOCABULARY", (*demo.VOCABULARY, "zeppelin"))
     assert demo_folder() != before
+
+
+def test_words_of_their_own_leave_the_figures_encoders_as_they_are(tmp_path: Path) -> None:
+    # which datasets of figures record: another digest would have their features computed again
+    assert demo.recipe_digest() == "51e2d1d762fac3943823c532610e0093d13fe8b329a058f7a636884afbf1d805"
+    own = build_demo_encoders(tmp_path / "own", ["apple", "o'clock"])
+    assert demo.recipe_digest(["apple", "o'clock"]) != demo.recipe_digest() == demo.recipe_digest(demo.VOCABULARY)
+    encoder = T5Encoder(own.t5)
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenize("Apple o'clock")[0])
+    assert tokens == ["▁Apple", "▁o'clock", "</s>"]
+    assert len(encoder.tokenize("jumper")[0]) == len("jumper") + 2  # spelt: a figures' word is none of these
+
+
+def test_a_list_of_words_is_read_or_the_error_says_which_file(tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    with pytest.raises(ConfigError, match=r"t5\.words: cannot read .*words\.txt"):
+        known_words(str(file))
+    file.write_text(" \n")
+    with pytest.raises(ConfigError, match=r"words\.txt has no words"):
+        known_words(str(file))
+    file.write_text("pear apple\napple\n")
+    assert known_words(str(file)) == known_words(["pear", "apple"]) == ["apple", "pear"]
 
 
 def test_missing_networks_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

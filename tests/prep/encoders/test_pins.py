@@ -264,6 +264,15 @@ def test_files_in_the_models_folder_come_before_the_hub(
     assert build_encoder(local, "pose", "cpu").detect(image)[0].persons == 0
 
 
+def test_words_are_read_once_for_all_machines_and_passes(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("pear apple")
+    config = PrepConfig(source="a", output="b", encoders="demo", t5={"words": str(tmp_path / "words.txt")})
+    first = pin_config(config, {})
+    (tmp_path / "words.txt").write_text("quince")
+    assert first.t5.words == ["apple", "pear"]
+    assert pin_config(first, {}) == first
+
+
 def test_a_plan_before_the_first_download_asks_nobody(config: PrepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
     unknown = pin_config(config, {})
