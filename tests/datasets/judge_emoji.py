@@ -32,6 +32,9 @@ from train.method.sampling import Guidance
 
 CANDIDATES = 20
 BATCH = 64
+COLUMNS = (
+    "emoji of {}, pixels", "emoji of {}, judge", "style of the emoji's, pixels", "style, colours", "style, judge",
+)  # fmt: skip
 LEVELS = 8  # of each channel of a colour histogram
 RIDGE = 10.0  # of features with variance 1: probes on 4,571 pictures are right as often on others, within .03
 
@@ -92,6 +95,16 @@ def found(asked: Shown, features: np.ndarray, real: Shown, others: np.ndarray, c
     return hits
 
 
+def own_style(asked: Shown, features: np.ndarray, real: Shown, others: np.ndarray) -> np.ndarray:
+    """Return of which pictures the nearest real one of the same emoji, in any style, has the style asked for, (N,)."""
+    hits = np.zeros(len(asked), bool)
+    for index, (emoji, style) in enumerate(zip(asked.emoji.tolist(), asked.style.tolist())):
+        same = np.flatnonzero(real.emoji == emoji)
+        nearest = same[np.square(others[same] - features[index]).sum(axis=1).argmin()]
+        hits[index] = real.style[nearest] == style
+    return hits
+
+
 def probe(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the labels that ridge regression from (N, D) to one-hot ``labels`` (N,) gives ``others`` (M, D)."""
     names, places = np.unique(labels, return_inverse=True)
@@ -104,10 +117,9 @@ def probe(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.nd
 
 
 def judged(drawn: Shown, train: Shown, held: Shown, judge: Judge, candidates: int) -> dict[str, list[Interval]]:
-    """Return what is told of ``drawn`` and of three others: right emoji by pixels and judge, right style by colours and
-    judge.
+    """Return the shares of COLUMNS for ``drawn`` and for three others.
 
-    The others: the real held-out pictures; real pictures of the same emoji in another style, which is what a model that
+    These are the real held-out pictures; real pictures of the same emoji in another style, which is what a model that
     ignores the style can draw; and the drawn ones as answers to another text of the same style.
     """
     real = Shown(*(np.concatenate(pair) for pair in zip(*(vars(one).values() for one in (train, held)))))
@@ -127,7 +139,7 @@ def judged(drawn: Shown, train: Shown, held: Shown, judge: Judge, candidates: in
         right = [found(shown, mine, real, others, candidates) for mine, others in zip(own, of_real)]
         styles = [probe(palette, train.style, colours(shown.pictures))]
         styles.append(probe(of_real[1][: len(train)], train.style, own[1]))
-        right += [style == shown.style for style in styles]
+        right += [own_style(shown, own[0], real, of_real[0]), *(style == shown.style for style in styles)]
         table[name] = [proportion(hits, np.ones(len(hits)), shown.emoji.tolist()) for hits in right]
     return table
 
@@ -186,9 +198,8 @@ def run(options: argparse.Namespace) -> str:
     pictures = np.stack([np.asarray(Image.open(options.pictures / row["source"]).convert("RGB")) for row in rows])
     drawn = Shown(pictures, held.emoji, held.style)
     result = judged(drawn, train, held, judge, options.candidates)
-    of = f"of {options.candidates}"
-    lines = [f"| pictures | emoji {of}, pixels | emoji {of}, judge | style, colours | style, judge | n |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = ["pictures", *(name.format(options.candidates) for name in COLUMNS), "n"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, intervals in result.items():
         cells = [f"{one.value:.2f} ({one.low:.2f} to {one.high:.2f})" if one.low is not None else f"{one.value:.2f}"
                  for one in intervals]  # fmt: skip
