@@ -27,7 +27,7 @@ def assign_parts(
 
     ``groups`` maps the keys to names of groups, ``published`` keys to the part that they were published in, which they
     keep. A new sample follows its group, to dev where that has members in both. Further groups come in the order of
-    the smallest hash of their keys, each to the part that has fewer samples; test where both have equally many.
+    the hash of their smallest key, each to the part that has fewer samples; test where both have equally many.
     Samples that are ``unread``, as evaluations leave them out, are not counted.
     """
     unread = frozenset(unread)
@@ -44,7 +44,7 @@ def assign_parts(
         else:
             free.append(group)
     sizes = {part: sum(own == part and key not in unread for key, own in parts.items()) for part in PARTS}
-    for group in sorted(free, key=lambda group: min(map(_draw, group))):
+    for group in sorted(free, key=lambda group: _draw(min(group))):
         part = min(PARTS, key=lambda part: sizes[part])
         sizes[part] += sum(key not in unread for key in group)
         parts |= dict.fromkeys(group, part)
