@@ -217,5 +217,5 @@ def assign_splits(
 
 
 def _draw(group: Iterable[str], seed: int) -> str:
-    """Return where a group comes in the order: by one of its keys, as the least of many hashes would draw large ones."""
+    """Return where a group comes in the order: by one of its keys, as the least of all would favour large groups."""
     return hashlib.sha256(f"holdout {seed} {min(group)}".encode()).hexdigest()

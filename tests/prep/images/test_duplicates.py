@@ -371,6 +371,16 @@ def test_groups_that_were_published_on_both_sides_and_large_ones_are_warned_of()
     assert large.endswith("(group a, the largest of 2 groups with 5 samples)")
 
 
+def test_large_groups_are_held_out_as_often_as_single_images():
+    groups = {f"{group:03d}{member:02d}": f"{group:03d}" for group in range(50) for member in range(10)}
+    groups |= {f"{single:05d}": f"{single:05d}" for single in range(60_000, 60_500)}
+    held = 0
+    for seed in range(20):
+        sides = assign_splits(groups, {}, seed, 0.2, 0).sides
+        held += sum(sides[key] == "holdout" for key in groups if key < "6")
+    assert 0.15 <= held / (20 * 500) <= 0.25
+
+
 def test_a_holdout_that_cannot_be_divided_is_warned_of():
     def warnings(parts: list[str | None]) -> list[str]:
         sides = ["train" if part is None else "holdout" for part in parts]
