@@ -16,7 +16,7 @@ from evaluate.records import Skipped
 from evaluate.run import open_subject
 from evaluate.statistics.intervals import MIN_CLUSTERS
 from evaluate.subject import Row, Subject, select_holdout
-from evaluate.votes.ballots import SCHEMA
+from evaluate.votes.ballots import LARGEST_COUNT, SCHEMA
 from evaluate.votes.page import SIDES, Shown, render
 from evaluate.votes.trials import PAIR, TRUTH, A, B, make_trials
 from nanodit.console import Progress, say
@@ -48,6 +48,8 @@ def compare(
     prompts are near duplicates, and :class:`DataError` where the two were not trained on one version of a dataset.
     """
     check_writable(page, "--page")
+    if (config.seed or 0) > LARGEST_COUNT:  # the page would save another number, and its votes be refused
+        raise ConfigError(f"seed={config.seed}: a page of votes holds no number above {LARGEST_COUNT}; give another")
     steps = [resolve_checkpoint(checkpoint) for checkpoint in checkpoints]
     states = [checked_state(read_json(step / "state.json"), step) for step in steps]
     fingerprints = [state["dataset"]["fingerprint"] for state in states]
@@ -107,6 +109,7 @@ def _drawn_with(arm: DrawingArm, config: EvaluateConfig) -> dict[str, Any]:
         "captions": config.captions,
         "precision": config.precision,
         "noise": NOISE,
+        "holdout": config.holdout,
         "holdout_seed": config.seed,
     }
 

@@ -23,6 +23,7 @@ OUTPUTS = "validation_outputs"
 SINCE = ("cluster",)  # columns that earlier evaluations lack
 UNKNOWN = "unknown"
 TEST = "test"  # of the holdout, the part that decides nothing before the last evaluation
+HOLDOUTS = {TEST: "the test part of the holdout", "dev": "the dev part of the holdout, which decisions may use"}
 
 Name = tuple[str, str, str, int]  # kind, condition, key, seed (0 for null) of a row of samples.parquet
 

@@ -8,8 +8,8 @@ from typing import Any
 from evaluate.drawing.draw import PROMPTS, shown_first
 from evaluate.metrics.distances import SPACE_NAMES
 from evaluate.records import AGAIN, MODEL, REAL, cluster_of
+from evaluate.report.files import HOLDOUTS, Run
 from evaluate.report.files import TEST as TEST_PART
-from evaluate.report.files import Run
 from evaluate.report.metrics import alarms, condition_order, metric_groups, number, part_name, roles
 from evaluate.report.next_step import Line, next_step
 from evaluate.report.obedience import obedience
@@ -28,7 +28,6 @@ SCALES = {
     "likeness": ("reconstruction/dino_similarity", "reconstruction/psnr"),
 }
 LIMIT = 200  # characters of a prompt
-HOLDOUTS = {TEST_PART: "the test part of the holdout", "dev": "the dev part of the holdout, which decisions may use"}
 
 
 def first_screen(runs: Sequence[Run], images: EmbeddedImages, unscored: Sequence[str]) -> list[dict[str, Any]]:
@@ -49,6 +48,7 @@ def first_screen(runs: Sequence[Run], images: EmbeddedImages, unscored: Sequence
                 "next": next_step(lines, bool(bad), run.files.provenance, _prompt(run, own), len(runs) > 1),
             }
         )
+    _keep_comparable([scale for one in found for scale in one["scales"]])
     return found
 
 
@@ -239,9 +239,22 @@ def _scales(run: Run) -> list[dict[str, Any]]:
             continue  # the judge tells no skill from perfection
         share = (row["value"] - low) / (high - low)
         value, none, most = (number(one, row) for one in (row["value"], low, high))
-        words = f"{value} given {row['part']}; {none} is no skill, {most} is perfect"
-        found.append({"name": name, "share": min(1.0, max(0.0, share)), "words": words})
+        ends = f"{none} is no skill, {most} is perfect"
+        words = f"{value} given {row['part']}; {ends}"
+        measure = (row["name"], ends)
+        found.append({"name": name, "share": min(1.0, max(0.0, share)), "words": words, "measure": measure})
     return found
+
+
+def _keep_comparable(scales: Sequence[dict[str, Any]]) -> None:
+    """Take the share from scales of one name that runs beside each other were not measured on alike."""
+    measures: dict[str, set[tuple[str, str]]] = {}
+    for scale in scales:
+        measures.setdefault(scale["name"], set()).add(scale["measure"])
+    for scale in scales:
+        if len(measures[scale["name"]]) > 1:
+            scale["share"] = None
+            scale["words"] += "; other ends than beside it, so no bar"
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
@@ -274,7 +287,7 @@ def _trust(run: Run, shown: set[Any]) -> list[dict[str, Any]]:
     if part == TEST_PART:
         before = len([folder for folder in files.same_test if folder.resolve() not in shown])
         evaluations = "evaluations" if before != 1 else "evaluation"
-        say(f"{before} other {evaluations} of the run read the same test images", before > 0)
+        say(f"{before} other {evaluations} kept beside it read the same test images", before > 0)
     if dataset.get("encoders") == "demo":
         say("demo encoders", True)
     skipped = len(files.report["skipped"])

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluate.report.files import UNKNOWN
+from evaluate.records import folder_name
+from evaluate.report.files import OUTPUTS, UNKNOWN
 
 LARGER = {"pulse": 64, "table": 256, "full": 4096}  # samples of each tier
 
@@ -64,13 +65,22 @@ def next_step(
         words = "Pictures vary too little, and guidance narrows them: draw several of one prompt without it, and look."
         return NextStep(words, shlex.join([*sample, "--count", "8", "--grid", "--guidance", "1"]))
     if unclear := [line for line in (known[name] for name in ("text", "pose", "copies")) if line.open]:
-        command = [*_evaluate(provenance), "--tier", _tier(unclear, provenance)]
+        command = _evaluate(provenance, _tier(unclear, provenance))
         names = " and ".join(f"“{line.name}”" for line in unclear)
         if any(line.word == "not measured" for line in unclear):
             return NextStep(f"Measure {names}: this evaluation did not look.", shlex.join(command))
         return NextStep(f"Measure {names} on more images: too few to decide.", shlex.join(command))
-    well = all(known[name].style in ("met", "plain") for name in ("text", "pose", "copies"))
-    start = "All well" if well else "More images would decide nothing here: look for yourself"
+    told = [known[name] for name in ("text", "pose", "copies")]
+    lacking = [line.name for line in (*told, known["variety"]) if line.word == "not measured"]
+    if len(lacking) == len(known):
+        words = "None of this could be measured: see to what is missing, and evaluate again."
+        return NextStep(words, shlex.join(_evaluate(provenance, _tier([], provenance))))
+    if any(line.style not in ("met", "plain") for line in told):
+        start = "More images would decide nothing here: look for yourself"
+    elif lacking:
+        start = f"What was measured is well; {' and '.join(f'“{name}”' for name in lacking)} could not be"
+    else:
+        start = "All well"
     other = "" if compared else ", or set another run beside it (nanodit evaluate report RUN OTHER_RUN)"
     words = f"{start}: draw from it{other}."
     return NextStep(words, shlex.join(sample))
@@ -90,9 +100,13 @@ def _train_on(provenance: Mapping[str, Any]) -> str:
     return shlex.join(command)
 
 
-def _evaluate(provenance: Mapping[str, Any]) -> list[str]:
-    part = ["holdout=dev"] if provenance.get("holdout") == "dev" else []
-    return ["nanodit", "evaluate", "run", "--checkpoint", checkpoint(provenance), *_weights(provenance), *part]
+def _evaluate(provenance: Mapping[str, Any], tier: str) -> list[str]:
+    """Return the command that evaluates by a tier, into a folder of its own: the page's evaluation stays as it is."""
+    dev, (kind,) = provenance.get("holdout") == "dev", _weights(provenance)[1:] or ("ema",)
+    own = folder_name(str(provenance.get("checkpoint", UNKNOWN)), kind, "dev" if dev else "test")
+    place = f"{_training(provenance, 'output')}/{OUTPUTS}/{own}-{tier}"
+    command = ["nanodit", "evaluate", "run", "--checkpoint", checkpoint(provenance), *_weights(provenance)]
+    return [*command, "--tier", tier, "--output", place, *(["holdout=dev"] if dev else [])]
 
 
 def _tier(unclear: Sequence[Line], provenance: Mapping[str, Any]) -> str:

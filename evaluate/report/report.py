@@ -145,10 +145,12 @@ def facts(run: Run) -> dict[str, Any]:
     place = training.get("output", UNKNOWN)
     step = given.get("checkpoint", UNKNOWN)
     kind = given.get("weights", "ema")
-    own = folder_name(step, kind, given.get("holdout", "test"))
+    usual = folder_name(step, kind, given.get("holdout", "test"))
+    own = run.files.folder.name if run.files.folder.parent.name == OUTPUTS else usual
     config = f"{place}/{OUTPUTS}/{own}/config.yaml"
     command = ["nanodit", "evaluate", "run", "--checkpoint", f"{place}/checkpoints/{step}", "--config", config]
     command += ["--weights", kind] if kind != "ema" else []
+    command += ["--output", f"{place}/{OUTPUTS}/{own}"] if own != usual else []
     return {
         "letter": run.letter,
         "style": run.style,

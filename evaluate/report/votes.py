@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.report.files import Run
+from evaluate.report.files import HOLDOUTS, Run
 from evaluate.report.metrics import guidance_words, part_name
 from evaluate.statistics.intervals import Interval
 from evaluate.votes.ballots import VotedRun, read_all
@@ -59,7 +59,8 @@ def votes_section(tally: Tally | None) -> dict[str, Any] | None:
     if tally is None:
         return None
     drawn = tally.drawn
-    given = f"{part_name(drawn.conditions)}, {guidance_words(drawn.guidance)}"
+    given = f"{'short captions, ' if drawn.captions == 'short' else ''}{guidance_words(drawn.guidance)}"
+    given = f"{part_name(drawn.conditions)}, {given}, for prompts of {HOLDOUTS[drawn.holdout]}"
     return {"tally": tally, "given": given, "most_failed": MOST_FAILED, "open": tally.verdict == UNDECIDED}
 
 

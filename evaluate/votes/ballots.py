@@ -21,7 +21,8 @@ ANSWERS = {"answer", "milliseconds"}
 SAVE_AGAIN = "Save the votes on the page again"
 
 Text = Annotated[str, Field(max_length=4096)]
-Count = Annotated[int, Field(ge=0, le=2**53)]  # what JavaScript counts exactly
+LARGEST_COUNT = 2**53  # to which JavaScript counts exactly
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Side = Literal["A", "B", "real"]
 
 
@@ -43,6 +44,7 @@ class Drawn(Config):
     captions: Text
     precision: Text
     noise: Count
+    holdout: Literal["test", "dev"]
     holdout_seed: Count | None
 
 

@@ -102,6 +102,7 @@ def test_short_captions_are_shown_where_they_are_given(place, steps, tmp_path, c
     short = {row["key"]: row["caption"] for row in Dataset(place / "dataset-0").with_short_captions().rows("holdout")}
     assert [shown["prompt"] for shown in trials] == [short[trial["key"]] for trial in sealed["trials"]]
     assert sealed["drawn"]["captions"] == "short"
+    assert sealed["drawn"]["holdout"] == "test"
 
 
 def test_the_page_does_not_name_the_runs(page, place):
@@ -118,6 +119,7 @@ def test_the_page_does_not_name_the_runs(page, place):
         (["--conditions", "text+nose"], 2, "nose"),
         (["--weights", "posthoc:0.05"], 2, "ema.snapshots"),
         (["captions=medium"], 2, "captions"),
+        ([f"seed={2**53 + 3}"], 2, "a page of votes holds no number above 9007199254740992"),
         (["--page", "PLACE"], 2, "is a folder; name a file"),
     ],
 )

@@ -17,7 +17,7 @@ from evaluate import run
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.draw import shown_first
 from evaluate.report import report
-from evaluate.report.files import EvaluationFiles
+from evaluate.report.files import EvaluationFiles, name_runs
 from evaluate.report.next_step import Line, next_step
 from evaluate.subject import Subject
 from nanodit.errors import DataError
@@ -231,13 +231,13 @@ def test_trust_names_the_gate_the_images_the_noises_and_who_read_the_test_before
         content["provenance"]["left_out"] = {"altered_twins": ["a", "b"]}
 
     edit_json(folder / "report.json", test_part)
-    assert "|0 other evaluations of the run read the same test images" in trust(first(folder))
+    assert "|0 other evaluations kept beside it read the same test images" in trust(first(folder))
     others = [Path(shutil.copytree(folder, folder.with_name(name))) for name in ("step-000060", "step-000060-model")]
     said = trust(first(folder))
     assert "24 images of the test part of the holdout" in said
     assert "(2 left out, as training has them mirrored, brighter or cropped)" in said
-    assert "2 other evaluations of the run read the same test images" in said
-    assert "|1 other evaluation of the run read" in trust(first(folder, others[0]))  # what is shown is no other
+    assert "2 other evaluations kept beside it read the same test images" in said
+    assert "|1 other evaluation kept beside it read" in trust(first(folder, others[0]))  # what is shown is no other
     edit_json(others[0] / "report.json", lambda content: content["provenance"].update(holdout="dev"))
     edit_json(others[1] / "report.json", lambda content: content["provenance"]["dataset"].update(fingerprint="ef" * 32))
     assert "|0 other evaluations" in trust(first(folder))
@@ -245,6 +245,21 @@ def test_trust_names_the_gate_the_images_the_noises_and_who_read_the_test_before
     assert "|0 other evaluations" in trust(first(folder))
     edit_json(folder / "report.json", lambda content: content["provenance"].pop("left_out"))
     assert "whether an altered form of one is, nobody checked" in trust(first(folder))
+
+
+def test_shares_between_other_ends_do_not_stand_side_by_side(copies, folders):
+    alike = first(folders["truth"], copies["truth"])
+    assert alike.count('class="track"') == 4
+
+    def easier(content):
+        for metric in content["metrics"]:
+            if metric["name"].startswith("attribute_accuracy"):
+                metric["baselines"] = metric["baselines"] | {"nearest_train": 0.9}
+
+    edit_json(copies["truth"] / "report.json", easier)
+    unlike = first(folders["truth"], copies["truth"])
+    assert unlike.count('class="track"') == 2  # of joints
+    assert unlike.count("other ends than beside it, so no bar") == 2
 
 
 # --- the next step ----------------------------------------------------------------------------------------------------
@@ -270,6 +285,7 @@ def lines(**changed) -> list[Line]:
 
 
 DEAF, PARTLY = ("not obeyed", "missed"), ("partly obeyed", "inconclusive")
+BLIND = ("not measured", "plain")
 UNLOOKED, FEW = ("not measured", "plain", True), ("undecided", "inconclusive", True)
 
 
@@ -277,7 +293,8 @@ UNLOOKED, FEW = ("not measured", "plain", True), ("undecided", "inconclusive", T
     ("found", "words", "command"),
     [
         (lines(), "All well", "nanodit train sample --checkpoint 'runs/a b/checkpoints/step-000100' --prompt 'A man'"),
-        (lines(pose=("not measured", "plain")), "All well", "nanodit train sample"),  # the dataset has none
+        (lines(pose=BLIND), "What was measured is well; “pose” could not be: draw", "nanodit train sample"),
+        (lines(**dict.fromkeys(WELL, BLIND)), "None of this could be measured", "nanodit evaluate run"),
         (lines(text=DEAF), "The text is not obeyed yet: train on.", "nanodit train run --config 'runs/a b/config.ya"),
         (lines(pose=DEAF), "The pose is not obeyed yet", "train.steps=200"),
         (lines(text=DEAF, pose=PARTLY), "Text and pose are not obeyed yet", "nanodit train run"),
@@ -312,6 +329,25 @@ def test_a_run_that_has_not_ended_goes_on_as_it_is_and_other_weights_are_named()
     assert "--weights model" in next_step(lines(), False, GIVEN | {"weights": "model"}).command
     assert "--weights model" in next_step(lines(text=FEW), False, GIVEN | {"weights": "model"}).command
     assert "--prompt TEXT" in next_step(lines(), False, {}).command
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [({}, "step-000100-table"), ({"weights": "model", "holdout": "dev"}, "step-000100-model-dev-table")],
+)
+def test_another_evaluation_does_not_replace_the_one_on_the_page(given, folder):
+    command = shlex.split(next_step(lines(text=FEW), False, GIVEN | given).command)
+    assert command[command.index("--output") + 1] == f"runs/a b/validation_outputs/{folder}"
+
+
+def test_an_evaluation_in_a_folder_of_its_own_is_made_again_there(copies):
+    folder = copies["truth"]
+    assert " --output " not in report.facts(name_runs([EvaluationFiles.read(folder)])[0])["command"]
+    told = report.facts(name_runs([EvaluationFiles.read(folder.rename(folder.with_name("step-000123-pulse")))])[0])
+    command = shlex.split(told["command"])
+    place = command[command.index("--output") + 1]
+    assert place.endswith("validation_outputs/step-000123-pulse")
+    assert f"{place}/config.yaml" in command
 
 
 def test_a_page_of_several_runs_does_not_ask_for_another_one():

@@ -60,8 +60,14 @@ def test_page_json_and_csv_say_the_same(folders, tmp_path):
     assert "A was preferred to B in 91 % of 32 answers of 2 voters, a tie being half" in html
     assert "28 for A, 2 for B, 2 ties." in html
     assert "votes2.json is left out: 2 of 2 catch trials failed" in html
-    assert "given text, guidance 2, from the same noise" in html
+    assert "given text, guidance 2, for prompts of the test part of the holdout, from the same noise" in html
     assert "for these voters, and for these two checkpoints" in html
+
+
+def test_prompts_of_dev_and_short_captions_are_named(folders, tmp_path):
+    drawn = content()["drawn"] | {"holdout": "dev", "captions": "short"}
+    html = write_report(folders, tmp_path / "out.html", cast(tmp_path, mostly("A", "B"), drawn=drawn))[0].read_text()
+    assert "given text, short captions, guidance 2, for prompts of the dev part of the holdout" in html
 
 
 def test_letters_are_those_of_the_report(folders, tmp_path):

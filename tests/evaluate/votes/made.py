@@ -41,7 +41,8 @@ def content(pairs: int = 16, group: int = 1, **changes: Any) -> dict[str, Any]:
         "dataset": "cd" * 32,
         "drawn": {
             "conditions": "text", "guidance": 2.0, "sampler": {"method": "euler", "steps": 12, "interval": [0.0, 0.5]},
-            "captions": "long", "precision": "fp32", "noise": 0, "holdout_seed": None,
+            "captions": "long", "precision": "fp32", "noise": 0, "holdout": "test",
+            "holdout_seed": None,
         },
         "pictures": "ee" * 32,
         "seed": "0123456789abcdef",
