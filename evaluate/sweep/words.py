@@ -114,7 +114,8 @@ def answer(found: Sequence[Contrast], title: str, margin: float | None, looks: L
     if unclear := [one for one in claims if one.verdict.word not in ("better", "worse", "equivalent")]:
         more = next((words for one in unclear if (words := more_words(one.verdict, one.comparison, looks))), "")
         more = more or next((one.verdict.note for one in unclear if one.verdict.note), "")
-        start, word = ("Undecided:", "against") if sentences else ("Nothing separates", "from")
+        tested = all(one.verdict.word == "inconclusive" for one in unclear)  # as a single run is not, or survivors
+        start, word = ("Nothing separates", "from") if tested and not sentences else ("Undecided:", "against")
         sentences.append(f"{start} {_pairs(unclear, word, True)}{f'; {more}' if more else ''}.")
     if doubted := [one.arm.name for one in found if one.repeat and one.verdict.word in ("better", "worse")]:
         sentences.append(f"But the baseline differs from its own repeat ({doubted[0]}).")

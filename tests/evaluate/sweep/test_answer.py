@@ -44,8 +44,16 @@ def test_where_nothing_separates_the_arms_that_is_the_answer(seeds, tmp_path):
     given = pair(KINDS["A"])
     given["content"] |= {"seeds": list(range(seeds)), "primary": {"metric": "heldout_loss", "mode": "min"}}
     said = answer(write_sweep(tmp_path / "sweep", **given))
-    assert said.startswith("Nothing separates B from A (")
+    assert said.startswith("Nothing separates B from A (" if seeds > 1 else "Undecided: B against A (")
     assert ("; run at least three training seeds." in said) == (seeds == 1)
+
+
+def test_where_nothing_could_be_tested_nothing_is_said_of_a_difference(tmp_path):
+    given = pair((0.62, *KINDS["A"][1:]))
+    given["trials"]["B", 1] |= {"status": "failed", "reason": "out of memory"}
+    said = answer(write_sweep(tmp_path / "sweep", **given))
+    assert said.startswith("Undecided: B against A (")
+    assert said.endswith("; unequally many trials failed, and the others are what survived.")
 
 
 def test_an_answer_that_may_change_says_so(tmp_path):
