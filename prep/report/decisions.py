@@ -10,8 +10,10 @@ from prep.passes.advice import MEND, RUN, Advice
 from prep.report.views import DUPLICATE
 
 REASONS = 4  # for which sources were refused, named in a decision
-# where the page shows what a decision is about, by words of it
-PLACES = {"near duplicates": "duplicates", "caption": "captions", "crop": "crops", "bucket": "crops"}
+# where the page shows what a decision is about, by words of it; altered twins, cropped or not, it does not show
+PLACES = {
+    "near duplicates": "duplicates", "in train too": "", "caption": "captions", "crop": "crops", "bucket": "crops",
+}  # fmt: skip
 
 
 def decisions(
@@ -34,7 +36,8 @@ def decisions(
         words = f"The holdout leaks: {groups} on both sides of the split"
         decide(words, "nanodit prep verify --dataset DATASET", "duplicates", True)
     for one in advice:
-        decide(one.words, one.command, next((place for word, place in PLACES.items() if word in one.words), ""))
+        about = one.words.partition(": ")[0]  # names of files follow
+        decide(one.words, one.command, next((place for word, place in PLACES.items() if word in about), ""))
     refused = [one for one in rejects if one["reason"] not in (DUPLICATE, *CHOICES)]  # nobody chose these
     if refused:
         named = ", ".join(f"{one['count']:,} {one['reason']}" for one in refused[:REASONS])

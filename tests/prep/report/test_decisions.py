@@ -8,7 +8,7 @@ import pytest
 from nanodit.storage import open_storage
 from prep.__main__ import parser
 from prep.dataset.reader import Dataset
-from prep.passes.advice import advise
+from prep.passes.advice import Advice, advise
 from prep.report.decisions import decisions
 from prep.report.report import render
 from tests.browser import chromium, look
@@ -70,6 +70,19 @@ def test_a_leak_comes_first_and_refusals_are_named():
     assert leak["words"] == "The holdout leaks: 2 groups of near duplicates lie on both sides of the split"
     assert refused["words"].startswith("6 sources were refused: 3 truncated, 3 caption_empty. ")  # nobody chose these
     assert repeated["words"].startswith("1 text is shared by 4 images")
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("2 images lose more than 50% of their area to the crop: caption.png (60%), near duplicates.png", "crops"),
+        ("1 holdout images are mirrored, brighter or cropped in train too: they were published before", ""),
+        ("3 of 40 samples are near duplicates of each other (group 0f)", "duplicates"),
+        ("3 captions were longer than t5.max_tokens and were cut", "captions"),
+    ],
+)
+def test_a_decision_is_linked_to_what_it_is_about(words, place):
+    assert decisions([Advice(words, "nanodit prep run")], [], None, NONE)[0]["place"] == place
 
 
 def test_every_command_is_one_that_the_program_knows(dataset):
