@@ -1,13 +1,16 @@
-"""How good are pictures from text alone, as a set? Against all training images, and against the holdout, without pairs.
+"""How good are pictures from text alone, as a set? Against training images, and against the holdout, without pairs.
 
 A caption allows many pictures, so that none is held against the image that the caption is of: the sets are compared, in
 the judge's features. The captions are those of holdout images, for half of the pictures as far as they go, and of
-training images, one noise each. Pictures from training captions may be nearer to training images than others, so the
-settings say how many there are. Of near duplicates one counts, in each set.
+training images, one noise each; the training images are the first ``training_features``. Of near duplicates one counts,
+in each set.
 
-Beside every number stands what real images score in the pictures' place, which is what is possible: the holdout against
-training, and training against the holdout. KID is unbiased and takes all of both sets. FD depends on n, which is equal
-on both sides and for the real images; so do recall and coverage, for which there are no more pictures than real images.
+Beside every number stands what real images score in the pictures' place: the holdout against training, and training
+against the holdout. These know nothing of the other side, and are no bound: pictures are given captions of images
+that they are held against, for which the settings say how many there are, and may come nearer. So the KID of a model
+that draws what captions say is below zero against the holdout, unbiased as it is for sets that are independent. It
+takes all of both sets. FD depends on n, which is equal on both sides and for the real images; so do recall and
+coverage, for which there are no more pictures than real images.
 Only features of the pictures are kept: they are no rows of samples.parquet.
 """
 
@@ -290,8 +293,9 @@ TEST = SuiteTest(
             "Precision, recall",
             "Precision is the share of pictures that are as near to a real image as its third neighbour is, recall the "
             "share of real images that are as near to a picture (Kynkäänniemi et al. 2019), in the judge's features. "
-            "Few kinds of picture, all good, have precision without recall. Real images of the other side of the "
-            "split, at the same n, say what is possible.",
+            "Few kinds of picture, all good, have precision without recall; recall also grows where bad pictures "
+            "scatter, which coverage does not. Beside them stand real images of the other side of the split, at the "
+            "same n. These are no bound: pictures are given captions of images that they are held against.",
         ),
         (
             "Density, coverage",

@@ -334,3 +334,11 @@ def test_it_runs_where_it_is_named_and_in_the_full_tier_alone():
         "base": False, "pulse": False, "full": True
     }  # fmt: skip
     assert sorted(tiers["full"].tests) == sorted(["unpaired", *EvaluateConfig().tests])
+
+
+def test_real_images_are_no_bound_for_pictures_of_the_captions_they_are_held_against():
+    """A perfect model: what a caption says is the image's, the rest is drawn anew."""
+    random = np.random.default_rng(0)
+    said, others = random.normal(size=(2, 256, 16))
+    holdout, training, drawn = (what + 0.4 * random.normal(size=what.shape) for what in (said, others, said))
+    assert kid(drawn, holdout).interval().high < 0 < kid(training, holdout).interval().high
