@@ -115,11 +115,15 @@ def _head(condition: str) -> str:
 
 
 def _prompt(run: Run, keys: Sequence[str]) -> str:
-    """Return the first sentence of the first caption; empty where there is none, or a long one."""
+    """Return the first sentence of the first caption; empty where there is none, or one that is no word of a command.
+
+    Such are long ones, those that would be read as an option, and those with characters that a terminal acts on.
+    """
     rows = (run.files.rows.get((REAL, "real", key, 0)) for key in keys)
     captions = (row["caption"] for row in rows if row and row["caption"])
     sentence = " ".join(next(captions, "").split()).partition(". ")[0]
-    return sentence if len(sentence) <= LIMIT else ""
+    plain = len(sentence) <= LIMIT and sentence.isprintable() and not sentence.startswith("-")
+    return sentence if plain else ""
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def next_step(
         return NextStep(words, shlex.join([*sample, "--count", "8", "--grid", "--guidance", "1"]))
     if unclear := [line for line in (known[name] for name in ("text", "pose", "copies")) if line.open]:
         command = _evaluate(provenance, _tier(unclear, provenance))
-        names = " and ".join(f"“{line.name}”" for line in unclear)
+        names = _listed([line.name for line in unclear])
         if any(line.word == "not measured" for line in unclear):
             return NextStep(f"Measure {names}: this evaluation did not look.", shlex.join(command))
         return NextStep(f"Measure {names} on more images: too few to decide.", shlex.join(command))
@@ -78,12 +78,17 @@ def next_step(
     if any(line.style not in ("met", "plain") for line in told):
         start = "More images would decide nothing here: look for yourself"
     elif lacking:
-        start = f"What was measured is well; {' and '.join(f'“{name}”' for name in lacking)} could not be"
+        start = f"What was measured is well; {_listed(lacking)} could not be"
     else:
         start = "All well"
     other = "" if compared else ", or set another run beside it (nanodit evaluate report RUN OTHER_RUN)"
     words = f"{start}: draw from it{other}."
     return NextStep(words, shlex.join(sample))
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = (f"“{name}”" for name in names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def checkpoint(provenance: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ import train.__main__ as train
 from evaluate import run
 from evaluate.config import EvaluateConfig
 from evaluate.drawing.draw import shown_first
-from evaluate.report import report
+from evaluate.report import first_screen, report
 from evaluate.report.files import EvaluationFiles, name_runs
 from evaluate.report.next_step import Line, next_step
 from evaluate.subject import Subject
@@ -305,6 +306,7 @@ UNLOOKED, FEW = ("not measured", "plain", True), ("undecided", "inconclusive", T
         (lines(copies=UNLOOKED), "Measure “copies”: this evaluation did not look.", "--tier pulse"),
         (lines(text=FEW), "Measure “text” on more images", "--tier table"),
         (lines(text=FEW, copies=UNLOOKED), "Measure “text” and “copies”", "--tier table"),
+        (lines(text=FEW, pose=FEW, copies=UNLOOKED), "Measure “text”, “pose” and “copies”: ", "--tier table"),
         (lines(text=("undecided", "inconclusive")), "More images would decide nothing here", "nanodit train sample"),
     ],
 )  # fmt: skip
@@ -348,6 +350,23 @@ def test_an_evaluation_in_a_folder_of_its_own_is_made_again_there(copies):
     place = command[command.index("--output") + 1]
     assert place.endswith("validation_outputs/step-000123-pulse")
     assert f"{place}/config.yaml" in command
+
+
+@pytest.mark.parametrize(
+    ("caption", "prompt"),
+    [
+        ("A man. He runs.", "A man"),
+        ("رجل يركض", "رجل يركض"),
+        ("--help", ""),
+        ("A man\x1b[2J", ""),
+        ("A \u202enam", ""),
+        ("long " * 60, ""),
+        (None, ""),
+    ],
+)
+def test_the_prompt_of_a_command_is_one_word_of_it(caption, prompt):
+    rows = {("real", "real", "key", 0): {"caption": caption}}
+    assert first_screen._prompt(SimpleNamespace(files=SimpleNamespace(rows=rows)), ["key"]) == prompt
 
 
 def test_a_page_of_several_runs_does_not_ask_for_another_one():
