@@ -117,12 +117,13 @@ class Tab:
             await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **given)
             await self.call("Input.dispatchKeyEvent", type="keyUp", **given)
 
-    async def click(self, selector: str) -> None:
-        """Click on the middle of an element with the mouse, which also gives it the focus."""
+    async def click(self, selector: str, count: int = 1) -> None:
+        """Click on the middle of an element with the mouse, which also gives it the focus; twice is a double click."""
         middle = "(box => [box.x + box.width / 2, box.y + box.height / 2])"
         x, y = await self.evaluate(f"{middle}(document.querySelector({selector!r}).getBoundingClientRect())")
-        for kind in ("mousePressed", "mouseReleased"):
-            await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        for number in range(1, count + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=number)
 
 
 @asynccontextmanager

@@ -124,7 +124,9 @@ document.addEventListener("keydown", (event) => {
     vote(KEYS[event.key]);
   }
 });
-choices.forEach((button) => button.addEventListener("click", () => vote(button.dataset.answer)));
+choices.forEach((button) => button.addEventListener("click", (event) => {
+  if (event.detail < 2) vote(button.dataset.answer); // the second of a double click would be on a pair not yet seen
+}));
 element("back").addEventListener("click", back);
 for (const id of ["save", "save-end"]) element(id).addEventListener("click", save);
 element("again").addEventListener("click", again);

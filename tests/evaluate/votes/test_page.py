@@ -179,6 +179,16 @@ async def vote_without_storage(port: str, page: Path) -> None:
         assert tab.complaints == []
 
 
+async def click_twice(port: str, page: Path) -> None:
+    async with open_tab(port) as tab:
+        await tab.load(page)
+        await tab.evaluate("window.confirm = () => true, document.getElementById('again').click()")
+        await tab.click("[data-answer=left]", count=2)  # no vote on the next pair, which nobody has seen
+        assert (await tab.evaluate(WATCH)).endswith(f"2 of {len(PAGE['trials'])}")
+        await tab.click("[data-answer=left]")
+        assert (await tab.evaluate(WATCH)).endswith(f"3 of {len(PAGE['trials'])}")
+
+
 async def spoil_storage(port: str, page: Path) -> None:
     async with open_tab(port) as tab:
         for kept in ("{", "null", "[]", '{"ballot": "x", "at": -1, "answers": []}', '{"at": 1e9}'):
@@ -196,4 +206,5 @@ def test_votes_are_kept_and_saved_as_they_were_given(html, tmp_path):
     with chromium(tmp_path / "profile") as port:
         asyncio.run(vote_in(port, page, folder))
         asyncio.run(vote_without_storage(port, page))
+        asyncio.run(click_twice(port, page))
         asyncio.run(spoil_storage(port, page))
