@@ -110,6 +110,7 @@ async def vote_in(port: str, page: Path, folder: Path) -> None:
         keys = ["ArrowLeft", "ArrowRight", " ", "1", "2", "ArrowDown"]
         await tab.press(*keys)
         assert await tab.evaluate(WATCH) == f"prompt 6 of <i>words</i>7 of {count}"
+        await asyncio.sleep(1)  # a page's storage reaches the browser some moments after the page has gone on
         await tab.load(page)  # nothing is lost
         assert await tab.evaluate(WATCH) == f"prompt 6 of <i>words</i>7 of {count}"
         await tab.press("Backspace", "Backspace")
