@@ -212,10 +212,9 @@ def keep_nearest(context: DrawingContext, rows: Sequence[dict[str, Any]]) -> Non
         if row["kind"] == MODEL and row["key"] in keys and row["condition"] in conditions and not row["seed"]
     ]
     drawn = [row for row in drawn if not row["degenerate"]]
-    training = context.train_features
-    space = next(space for space in SPACES if getattr(training, space) is not None)
-    if not drawn or not len(training):
+    if not drawn or not len(training := context.train_features):  # which are read only if something was drawn
         return
+    space = next(space for space in SPACES if getattr(training, space) is not None)
     points = as_points(np.stack([row[space] for row in drawn]), space)
     distances, places = nearest_points(points, as_points(getattr(training, space), space), 1)
     context.extras["nearest"] = {

@@ -20,11 +20,12 @@ from PIL import Image
 
 from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
+from evaluate.drawing.draw import keep_nearest
 from evaluate.records import SAMPLES_SCHEMA
 from evaluate.report.compare import differing
 from evaluate.report.files import EvaluationFiles
 from evaluate.report.report import render
-from evaluate.run import evaluate, with_bars
+from evaluate.run import build_context, evaluate, with_bars
 from evaluate.subject import Subject, dataset_modalities
 from evaluate.suite.pose import ALPHA
 from nanodit.config import load_config
@@ -288,6 +289,14 @@ def test_what_looks_at_no_pictures_opens_no_judge_and_measures_the_same(trained,
     assert [(row["kind"], row["feature"]) for row in rows] == [("real", None)] * 12
     assert both[1]["provenance"]["judges"] == {}
     assert "Held-out loss" in render(EvaluationFiles.read(folder))
+
+
+def test_training_images_are_read_only_where_something_was_drawn(make_subject):
+    """Thousands of them, decoded for nothing: minutes of a sweep's every trial."""
+    context = build_context(make_subject("truth"), EvaluateConfig(tests=["heldout_loss"], baseline_images=4))
+    keep_nearest(context, [])
+    assert "train_features" not in vars(context)
+    assert "nearest" not in context.extras
 
 
 @pytest.mark.slow
