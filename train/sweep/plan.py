@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nanodit.config import dump_config, load_config
+from nanodit.config import dump_config, load_config, parse_yaml
 from nanodit.errors import ConfigError, ResourceError
 from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
@@ -69,8 +69,17 @@ def _evaluation_changes(sweep: Sweep, work: Work) -> list[str]:
     changes = []
     for name, text in _evaluations(sweep, work).items():
         file = sweep.folder / "evaluate" / name
-        if file.exists() and work.evaluation(file, ()) != text:  # read anew: keys may have come since, with a default
-            changes.append(f"evaluation of arm {file.stem}: {sweep.config.evaluate} says something else than {file}")
+        if not file.exists():
+            continue
+        before, now = (  # read anew: keys may have come since, with a default
+            parse_yaml(one, name) for one in (work.evaluation(file, ()), text)
+        )
+        if "holdout" not in parse_yaml(file.read_text(encoding="utf-8"), str(file)):  # of before it was divided
+            before["holdout"] = "all of it, which no evaluation reads since it has two parts"
+        changes += [
+            f"evaluation of arm {file.stem}: {key}: {theirs!r} -> {ours!r}"
+            for key, theirs, ours in differences(before, now)
+        ]
     return changes
 
 

@@ -147,7 +147,10 @@ def test_a_sweep_begun_before_evaluations_had_a_key_is_the_same_sweep(tiny_datas
     file.write_text(text.replace("\nseed: null\n", "\n"), encoding="utf-8")
     check_folder(sweep, work, resume=True)
     file.write_text(text.replace("\nseed: null\n", "\nseed: 3\n"), encoding="utf-8")
-    with pytest.raises(ConfigError, match="evaluation of arm A"):
+    with pytest.raises(ConfigError, match="evaluation of arm A: seed: 3 -> None"):
+        check_folder(sweep, work, resume=True)
+    file.write_text(text.replace("\nholdout: dev\n", "\n"), encoding="utf-8")  # all of it was measured then
+    with pytest.raises(ConfigError, match="evaluation of arm A: holdout: 'all of it, .* two parts' -> 'dev'"):
         check_folder(sweep, work, resume=True)
 
 
