@@ -28,12 +28,13 @@ def resolve(file: Path, overrides: Sequence[str]) -> str:
     return dump_config(load_config(EvaluateConfig, file, overrides))
 
 
-def measure(run_folder: Path, file: Path) -> None:
-    """Do what ``evaluate run`` does with the newest checkpoint of a run."""
+def measure(run_folder: Path, file: Path) -> str:
+    """Do what ``evaluate run`` does with the newest checkpoint of a run; returns the name of the folder."""
     folder, evidence = run(run_folder, load_config(EvaluateConfig, file))
     for line in summary(evidence.metrics, evidence.skipped).splitlines():
         say(line)
     say(f"wrote {folder}: report.json, samples.parquet")
+    return folder.name
 
 
 def check(text: str, train: TrainConfig, metric: str, mode: str) -> None:

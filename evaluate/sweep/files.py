@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluate.records import DEV
 from evaluate.report.files import read_object, step_of
 from evaluate.statistics.looks import FEWEST, Looks
 from nanodit.errors import DataError
@@ -240,6 +241,16 @@ def _problem_of_looks(content: Mapping[str, Any]) -> str | None:
     return None
 
 
+def evaluated(trial: Path, record: Mapping[str, Any], name: str) -> dict[int, Path]:
+    """Return a file of the evaluations of a trial by step: of several of a step, the one that the sweep measured by.
+
+    Earlier trials do not say which that is, and have it where `evaluate run` has all of the holdout, now its part test.
+    """
+    files = sorted(trial.glob(f"{OUTPUTS}/step-*/{name}"))
+    files.sort(key=lambda path: (path.parent.name == record.get("measured_in"), not path.parent.name.endswith(DEV)))
+    return {step: path for path in files if (step := step_of(path.parent))}
+
+
 def _read_trial(path: Path) -> RecordedTrial:
     record = read_object(path, AGAIN)
     if lacking := [name for name in ("arm", "seed", "status") if name not in record]:
@@ -249,8 +260,7 @@ def _read_trial(path: Path) -> RecordedTrial:
         log = read_metrics(folder / "metrics.jsonl")
     except (DataError, OSError) as error:
         raise DataError(f"{folder / 'metrics.jsonl'} is damaged ({error}). {AGAIN}") from error
-    files = sorted(folder.glob(f"{OUTPUTS}/step-*/report.json"))  # of a step, that of dev comes last: the sweep's own
-    reports = {step: file for file in files if (step := step_of(file.parent))}
+    reports = evaluated(folder, record, "report.json")
     if not reports:
         return RecordedTrial(record["arm"], record["seed"], folder, record, log)
     step = max(reports)

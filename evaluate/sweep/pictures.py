@@ -15,7 +15,7 @@ from PIL import Image
 from evaluate.records import MODEL
 from evaluate.report.files import step_of
 from evaluate.sweep.analysis import Cohort, ticks_even
-from evaluate.sweep.files import AGAIN, OUTPUTS, RecordedSweep, RecordedTrial
+from evaluate.sweep.files import AGAIN, RecordedSweep, RecordedTrial, evaluated
 from nanodit.errors import DataError
 from prep.dataset.layout import read_parquet
 from train.loop.visual import cut_out
@@ -95,8 +95,8 @@ def _watched(trial: RecordedTrial) -> dict[int, Any]:
 
 def _evaluated(trial: RecordedTrial) -> dict[int, Any]:
     """Return step -> how to open what an evaluation kept of the first noise: by condition and key."""
-    kept = sorted(trial.folder.glob(f"{OUTPUTS}/step-*/samples.parquet"))  # as the reports are read
-    folders = {step_of(path.parent): path.parent for path in kept}
+    kept = evaluated(trial.folder, trial.record, "samples.parquet")
+    folders = {step: path.parent for step, path in kept.items()}
 
     def load(folder: Path) -> dict[str, Pictures]:
         path, found = folder / "samples.parquet", {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def table(sweep: Sweep) -> Iterator[str]:
             if record.get("status") != FINISHED:
                 notes.append(f"{trial.name}: {record.get('status', 'not started')}: {record.get('reason') or ''}")
             else:
-                values.append(primary_of(sweep.trials_folder / trial.name, metric, record["steps"]))
+                values.append(primary_of(sweep.trials_folder / trial.name, metric, record))
         known = [value for value in values if value is not None]
         statuses = [record.get("status") for record in records.values()]
         rows.append(
@@ -100,10 +100,11 @@ def _finished(sweep: Sweep) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def primary_of(trial: Path, metric: str, step: int) -> float | None:
+def primary_of(trial: Path, metric: str, record: Mapping[str, Any]) -> float | None:
     """Return a metric of the evaluation of a trial's last step; None where it has no value."""
-    outputs = trial / "validation_outputs"  # dev: what a sweep measures by, unless it is told to read test
-    files = (outputs / f"step-{step:06d}{part}" / "report.json" for part in ("-dev", ""))
+    outputs, last = trial / "validation_outputs", f"step-{record['steps']:06d}"
+    names = (record.get("measured_in"), last, f"{last}-dev")  # earlier trials do not say in which folder it is
+    files = (outputs / name / "report.json" for name in names if name)
     file = next(filter(Path.is_file, files), None)
     if file is None:
         return None

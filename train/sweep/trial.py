@@ -45,7 +45,8 @@ class Work:
     """Training and measuring a trial, handed in by the entry point: ``train`` imports nothing of ``evaluate``."""
 
     train: Callable[[TrainConfig], None]  # as `train run` does
-    evaluate: Callable[[Path, Path], None]  # a run folder and the evaluation's config, as `evaluate run` does
+    # a run folder and the evaluation's config -> the name of the folder that `evaluate run` wrote
+    evaluate: Callable[[Path, Path], str | None]
     evaluation: Callable[[Path, Sequence[str]], str]  # a config file and overrides -> the evaluation's config, YAML
     check: Callable[[str, TrainConfig, str, str], None]  # YAML, trial, metric, mode: refuses a metric that is not there
 
@@ -82,7 +83,7 @@ def run_trial(folder: Path, name: str, work: Work) -> None:
                 work.train(config)
                 record |= measured(trial, config)
             fault("sweep.evaluate", name)
-            work.evaluate(trial, folder / "evaluate" / planned["evaluation"])
+            record["measured_in"] = work.evaluate(trial, folder / "evaluate" / planned["evaluation"])
         except (KeyboardInterrupt, Interrupted):
             write_record(trial, record | {"reason": "interrupted; what was trained is saved"})
             raise

@@ -17,7 +17,7 @@ from evaluate.__main__ import main
 from evaluate.statistics.looks import Looks
 from evaluate.statistics.verdicts import Verdict, paired
 from evaluate.sweep.analysis import at_equal, band, factorial, front, slope, split_cohorts
-from evaluate.sweep.files import RecordedSweep
+from evaluate.sweep.files import RecordedSweep, evaluated
 from evaluate.sweep.report import render, sweep_json, write_sweep_report
 from evaluate.sweep.words import more_words
 from nanodit.errors import DataError
@@ -454,6 +454,27 @@ def test_a_metric_that_is_no_number_is_never_best(tmp_path):
     content["metrics"][0] |= {"value": 0.01}
     (earlier / "report.json").write_text(json.dumps(content))
     assert "evaluated at step 300, not at its last step, 600" in words(render(RecordedSweep.read(folder)))
+
+
+@pytest.mark.parametrize("said", ["step-000600", "step-000600-dev", None])
+def test_a_sweep_is_judged_by_its_own_evaluations_and_not_by_others_of_the_same_step(tmp_path, said):
+    """As by those of validation.tests, which measure dev on fewer images, or by what somebody looked at since."""
+    folder = write_sweep(tmp_path / "s")
+    of_test = next((folder / "trials" / "C-seed0").rglob("report.json"))
+    content, record = (json.loads(path.read_text()) for path in (of_test, folder / "trials/C-seed0/trial.json"))
+    of_test.with_name("samples.parquet").touch()
+    for name, value in (("step-000600-dev", 0.5), ("step-000600-model", 0.7)):
+        other = Path(shutil.copytree(of_test.parent, of_test.parent.with_name(name)))
+        metrics = [content["metrics"][0] | {"value": value}, *content["metrics"][1:]]
+        (other / "report.json").write_text(json.dumps(content | {"metrics": metrics}))
+    if said:
+        (folder / "trials/C-seed0/trial.json").write_text(json.dumps(record | {"measured_in": said}))
+    sweep = RecordedSweep.read(folder)
+    (trial,) = (one for one in sweep.trials if (one.arm, one.seed) == ("C", 0))
+    expected = 0.5 if said == "step-000600-dev" else content["metrics"][0]["value"]
+    assert trial.value("heldout_loss") == expected
+    (kept,) = evaluated(trial.folder, trial.record, "samples.parquet").values()
+    assert kept.parent.name == (said or "step-000600")
 
 
 def test_an_arm_that_changes_more_than_its_factor_is_flagged_in_red(tmp_path):

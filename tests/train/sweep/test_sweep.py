@@ -95,6 +95,7 @@ def test_a_sweep_leaves_run_folders_with_a_record_and_a_report(finished):
         assert (record["schema"], record["arm"], record["seed"]) == (1, trial.arm.name, 0)
         assert (record["status"], record["reason"]) == ("finished", None)
         assert (record["steps"], record["images"], record["attempts"]) == (12, 48, 1)
+        assert record["measured_in"] == "step-000012-dev"
         assert record["seconds"] > 0
         assert record["peak_memory_gb"] > 0
         assert record["ended"] > record["started"]
@@ -310,10 +311,13 @@ def test_S09_a_metric_without_a_value_is_never_best(tiny_dataset, tmp_path):
     sweep = tiny_sweep(tmp_path, tiny_dataset, seeds=[0, 1])
     for trial, value in zip(sweep.trials, (3.0, None, 5.0, 1.0)):
         folder = sweep.trials_folder / trial.name
-        report = folder / "validation_outputs" / "step-000012-dev" / "report.json"
-        report.parent.mkdir(parents=True)
-        report.write_text(json.dumps({"metrics": [{"name": "heldout_loss", "value": value}]}))
+        own, other = ("step-000012", "step-000012-dev") if trial.arm.name == "B" else ("step-000012-dev", "step-000012")
+        for name, measured in ((own, value), (other, 99.0)):
+            report = folder / "validation_outputs" / name / "report.json"
+            report.parent.mkdir(parents=True)
+            report.write_text(json.dumps({"metrics": [{"name": "heldout_loss", "value": measured}]}))
         record = {"arm": trial.arm.name, "seed": trial.config.seed, "status": "finished", "steps": 12, "cohort": {}}
+        record |= {"measured_in": own}
         write_record(folder, record)
     failed = sweep.trials_folder / "B-seed1"
     write_record(failed, read_record(failed) | {"status": "failed", "reason": "NonFiniteError: loss"})
