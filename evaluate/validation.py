@@ -25,7 +25,7 @@ from evaluate.subject import Subject, dataset_modalities, select_holdout
 from evaluate.suite import TESTS
 from evaluate.suite.heldout_loss import HeldoutLossConfig, measure, noisy_bins
 from nanodit.config import load_config
-from nanodit.console import waiting
+from nanodit.console import say, waiting
 from nanodit.errors import ConfigError, DataError
 from nanodit.files import canonical_json, write_atomic
 from prep.dataset.reader import Dataset
@@ -55,7 +55,18 @@ def build_validation(config: TrainConfig, dataset: Dataset) -> Validate:
     tier = _tier(config.validation, subject.batch_size)
     short = bool(config.validation.tests) and tier.captions == "short"
     check_short(dataset, "captions=short of validation.evaluate_overrides", short)
+    _warn_of_a_jump(config)
     return lambda model, step, folder: validate(model, config, dataset, step, folder)
+
+
+def _warn_of_a_jump(config: TrainConfig) -> None:
+    """Warn of a run that goes on and was validated before the holdout had parts: its curves go on with other images."""
+    before = sorted(config.run_folder.glob(f"validation_outputs/step-*/{VALIDATED}"))
+    if before and b'"holdout":' not in before[-1].read_bytes():
+        say(
+            f"warning: {before[-1]}: until then validation read all of the holdout, from now on its part dev: where "
+            "the curves validation/* jump there, the images did, not the model"
+        )
 
 
 def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int, folder: Path) -> dict[str, float]:
@@ -83,7 +94,7 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
         values[f"validation/heldout_loss{suffix}"] = loss
     if config.validation.tests:
         values |= _tests(subject, config, step, folder)
-    settings = {"step": step, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
+    settings = {"step": step, "holdout": subject.part, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
     if config.validation.seed is not None:
         settings["holdout_seed"] = config.validation.seed
     write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "conditions": record}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,19 @@ def test_trap_27_28_on_or_off_the_run_is_the_same(run, dataset, tmp_path):
         for records in (read_metrics(folder / "metrics.jsonl") for folder in (run, tmp_path / "run"))
     )
     assert ours == theirs
+
+
+def test_a_run_that_was_validated_on_all_of_the_holdout_says_that_its_curves_jump(run, dataset, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config, data = tiny_config(dataset, folder, *ON), Dataset(dataset)
+    pulse.build_validation(config, data)
+    assert "jump" not in capsys.readouterr().out
+    last = folder / "validation_outputs" / "step-000006" / "heldout.json"
+    record = json.loads(last.read_text())
+    assert record.pop("holdout") == "dev"
+    last.write_text(json.dumps(record))  # as before there were parts
+    pulse.build_validation(config, data)
+    assert f"warning: {last}: until then validation read all of the holdout" in capsys.readouterr().out
 
 
 def test_batches_and_the_number_of_samples(dataset, tmp_path):
