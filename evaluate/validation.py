@@ -94,10 +94,10 @@ def validate(model: nn.Module, config: TrainConfig, dataset: Dataset, step: int,
         values[f"validation/heldout_loss{suffix}"] = loss
     if config.validation.tests:
         values |= _tests(subject, config, step, folder)
-    settings = {"step": step, "holdout": subject.part, "samples": len(subject.rows), "weights": "ema", "bins": GRID.bins}
+    settings = {"step": step, "holdout": subject.part, "samples": len(subject.rows), "weights": "ema"}
     if config.validation.seed is not None:
         settings["holdout_seed"] = config.validation.seed
-    write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "conditions": record}))
+    write_atomic(folder / VALIDATED, canonical_json({"schema": 1, **settings, "bins": GRID.bins, "conditions": record}))
     return values
 
 

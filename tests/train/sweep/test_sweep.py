@@ -151,7 +151,7 @@ def test_a_sweep_begun_before_evaluations_had_a_key_is_the_same_sweep(tiny_datas
     with pytest.raises(ConfigError, match="evaluation of arm A: seed: 3 -> None"):
         check_folder(sweep, work, resume=True)
     file.write_text(text.replace("\nholdout: dev\n", "\n"), encoding="utf-8")  # all of it was measured then
-    with pytest.raises(ConfigError, match="evaluation of arm A: holdout: 'all of it, .* two parts' -> 'dev'"):
+    with pytest.raises(ConfigError, match=r"evaluation of arm A: holdout: 'all of it, .* two parts' -> 'dev'"):
         check_folder(sweep, work, resume=True)
 
 
@@ -312,10 +312,10 @@ def test_S09_a_metric_without_a_value_is_never_best(tiny_dataset, tmp_path):
     for trial, value in zip(sweep.trials, (3.0, None, 5.0, 1.0)):
         folder = sweep.trials_folder / trial.name
         own, other = ("step-000012", "step-000012-dev") if trial.arm.name == "B" else ("step-000012-dev", "step-000012")
-        for name, measured in ((own, value), (other, 99.0)):
+        for name, found in ((own, value), (other, 99.0)):
             report = folder / "validation_outputs" / name / "report.json"
             report.parent.mkdir(parents=True)
-            report.write_text(json.dumps({"metrics": [{"name": "heldout_loss", "value": measured}]}))
+            report.write_text(json.dumps({"metrics": [{"name": "heldout_loss", "value": found}]}))
         record = {"arm": trial.arm.name, "seed": trial.config.seed, "status": "finished", "steps": 12, "cohort": {}}
         record |= {"measured_in": own}
         write_record(folder, record)
