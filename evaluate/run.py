@@ -36,7 +36,7 @@ from nanodit.config import dump_config
 from nanodit.errors import DataError
 from nanodit.files import canonical_json, check_writable, sha256_file, write_atomic
 from prep.dataset.layout import parquet_bytes
-from prep.dataset.reader import Dataset, open_version
+from prep.dataset.reader import open_version
 from prep.dataset.readers import reading
 from prep.images.twins import altered_twins
 from train.checkpoint.checkpoint import resolve_checkpoint
@@ -254,7 +254,7 @@ def provenance(
         "dataset": {name: info.get(name, "unknown") for name in ("fingerprint", "encoders", "base", "counts")},
         "holdout": subject.part,
         "holdout_images": len(subject.dataset.rows(subject.part)),
-        "left_out": left_out(subject.dataset),
+        "left_out": left_out(subject),
         "training": state["config"],
         "evaluation": config.model_dump(mode="json"),
         "git": git_state(Path(__file__).parent),
@@ -264,10 +264,12 @@ def provenance(
     }
 
 
-def left_out(dataset: Dataset) -> dict[str, Any]:
-    """Return the holdout keys that training has in an altered form, which are not measured; "unknown" is possible."""
-    twins = altered_twins(dataset)
-    return {"altered_twins": "unknown" if twins is None else sorted(twins)}
+def left_out(subject: Subject) -> dict[str, Any]:
+    """Return the keys of the holdout, as far as it is read, that training has in an altered form; or "unknown"."""
+    twins = altered_twins(subject.dataset)
+    if twins is None:
+        return {"altered_twins": "unknown"}
+    return {"altered_twins": sorted(row["key"] for row in subject.dataset.rows(subject.part) if row["key"] in twins)}
 
 
 def write(

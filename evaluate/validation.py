@@ -32,7 +32,8 @@ from prep.dataset.reader import Dataset
 from train.config import TrainConfig, ValidationSection
 from train.data.samples import bucket_size
 from train.data.short import check_short
-from train.loop.trainer import VALIDATED, Validate
+from train.loop.tracking import VALIDATED
+from train.loop.trainer import Validate
 from train.model.conditions import subset_name
 from train.sweep.config import as_arguments
 

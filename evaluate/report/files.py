@@ -16,7 +16,7 @@ from evaluate.records import AGAIN, DEV, SAMPLES_SCHEMA, SCHEMA_VERSION, Metric,
 from evaluate.report.compare import differing, objections
 from nanodit.errors import ConfigError, DataError
 from prep.dataset.layout import read_parquet
-from train.loop.tracking import read_metrics
+from train.loop.tracking import VALIDATED, read_metrics
 
 METRIC_FIELDS = tuple(name for name in Metric("", None).to_dict() if name != "objective")  # which earlier ones lack
 OUTPUTS = "validation_outputs"
@@ -34,8 +34,8 @@ class EvaluationFiles:
 
     ``metrics_log`` holds the records of the run's metrics.jsonl up to the step, empty where the evaluation does not lie
     in its run folder; ``earlier`` the metrics of its other evaluations up to then, by step. ``unfinished`` names newer
-    evaluations that were killed. ``same_test`` are the folders of other evaluations beside it that measured on the same
-    test images.
+    evaluations that were killed. ``same_test`` are the folders of what else in the run measured on the same test
+    images.
     """
 
     folder: Path
@@ -136,7 +136,10 @@ def _earlier(folder: Path, report: Mapping[str, Any]) -> dict[int, list[dict[str
 
 
 def _same_test(folder: Path, report: Mapping[str, Any]) -> list[Path]:
-    """Return the other evaluations beside this one, by folder, that measured on the test images that it measured on."""
+    """Return what else in the run measured on the test images that an evaluation measured on, by folder.
+
+    Those are evaluations beside it, and what was evaluated or validated before the holdout had parts: it read them all.
+    """
     if report["provenance"].get("holdout") != TEST:
         return []
     found = []
@@ -144,7 +147,11 @@ def _same_test(folder: Path, report: Mapping[str, Any]) -> list[Path]:
         with suppress(DataError, KeyError, TypeError, AttributeError):  # as for the curve: a note on the past
             other = read_object(path, AGAIN)["provenance"]
             same = other["dataset"]["fingerprint"] == report["provenance"]["dataset"]["fingerprint"]
-            if same and other.get("holdout") == TEST and path.parent != folder:
+            if same and other.get("holdout") != "dev" and path.parent != folder:
+                found.append(path.parent)
+    for path in sorted(folder.parent.glob(f"*/{VALIDATED}")):
+        with suppress(DataError):
+            if "holdout" not in read_object(path, AGAIN) and path.parent not in found:
                 found.append(path.parent)
     return found
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from nanodit.errors import ResourceError
 from nanodit.storage import Storage
 from prep.captions.sidecar import SidecarCaptions
 from prep.config import PrepConfig
-from prep.dataset.holdout import parts_of
+from prep.dataset.holdout import NEEDED, parts_of
 from prep.dataset.layout import Part, Unit, read_parquet
 from prep.images.filters import DECISIONS
 from prep.images.formats import is_image_name
@@ -147,14 +148,15 @@ def published_sides(storage: Storage) -> tuple[dict[str, str], dict[str, str]]:
 
     Otherwise as :func:`published_keys`.
     """
-    table = _published(storage)
+    table = _published(storage, NEEDED)
     return (dict(zip(table["key"].to_pylist(), table["split"].to_pylist())), parts_of(table)) if table else ({}, {})
 
 
-def _published(storage: Storage, columns: list[str] | None = None) -> pa.Table | None:
+def _published(storage: Storage, columns: Sequence[str]) -> pa.Table | None:
     data = storage.read_if_there(INDEX)
     try:
-        return read_parquet(data, columns=columns) if data else None
+        there = pq.read_schema(pa.BufferReader(data)).names if data else ()
+        return read_parquet(data, columns=[name for name in columns if name in there]) if data else None
     except (OSError, ValueError, pa.ArrowException):
         return None
 

@@ -21,6 +21,8 @@ from nanodit.files import write_atomic
 from nanodit.posix import peak_memory
 from train.data.prefetch import processors
 
+VALIDATED = "heldout.json"  # what a validation writes last
+
 
 class Tracker:
     """Writes the same numbers to ``metrics.jsonl`` and TensorBoard.

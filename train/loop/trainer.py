@@ -46,7 +46,16 @@ from train.loop.observers import finite, keep_warning, observe
 from train.loop.saving import Saver
 from train.loop.sending import Sender
 from train.loop.splitting import Splitter, remedy
-from train.loop.tracking import DataWait, Rates, Tracker, WaitingAdvice, gpu_memory, memory_shown, quiet_event_writer
+from train.loop.tracking import (
+    VALIDATED,
+    DataWait,
+    Rates,
+    Tracker,
+    WaitingAdvice,
+    gpu_memory,
+    memory_shown,
+    quiet_event_writer,
+)
 from train.loop.visual import VisualDebug
 from train.method.dropout import condition_shares
 from train.method.ema import EMA, PowerAverages, ema_decay
@@ -59,7 +68,6 @@ from train.model.network import NanoDiT, build_model
 
 # (averaged model, step, folder for files) -> values by TensorBoard tag
 Validate = Callable[[NanoDiT, int, Path], Mapping[str, float]]
-VALIDATED = "heldout.json"  # what a validation writes last
 
 
 class Trainer:

@@ -239,11 +239,18 @@ def test_trust_names_the_gate_the_images_the_noises_and_who_read_the_test_before
     assert "(2 left out, as training has them mirrored, brighter or cropped)" in said
     assert "2 other evaluations kept beside it read the same test images" in said
     assert "|1 other evaluation kept beside it read" in trust(first(folder, others[0]))  # what is shown is no other
+    edit_json(others[0] / "report.json", lambda content: content["provenance"].pop("holdout"))  # of before: it read all
+    assert "2 other evaluations kept beside it read the same test images" in trust(first(folder))
     edit_json(others[0] / "report.json", lambda content: content["provenance"].update(holdout="dev"))
     edit_json(others[1] / "report.json", lambda content: content["provenance"]["dataset"].update(fingerprint="ef" * 32))
     assert "|0 other evaluations" in trust(first(folder))
     (others[1] / "report.json").write_text("[]")  # a note on the past: damage there is no error here
     assert "|0 other evaluations" in trust(first(folder))
+    validated = folder.with_name("step-000030") / "heldout.json"
+    validated.parent.mkdir()
+    for record, counted in (({"holdout": "dev"}, "|0 other evaluations"), ({}, "|1 other evaluation of")):
+        validated.write_text(json.dumps(record))
+        assert counted in trust(first(folder))
     edit_json(folder / "report.json", lambda content: content["provenance"].pop("left_out"))
     assert "whether an altered form of one is, nobody checked" in trust(first(folder))
 

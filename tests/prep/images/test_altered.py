@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from skimage import data
+from torch import nn
 
-from evaluate.subject import select_holdout
+from evaluate.run import left_out
+from evaluate.subject import Subject, select_holdout
 from nanodit.errors import DataError
 from prep.config import PrepConfig
 from prep.dataset.reader import Dataset
@@ -23,6 +25,7 @@ from prep.images.twins import altered_twins
 from prep.passes import split
 from prep.verify.verify import verify
 from tests.prep.images.test_duplicates import ASSETS, DETECTOR, POSE, photograph, prepare
+from train.method.flow import FlowConfig
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "clock", "moon")
 
@@ -224,6 +227,10 @@ def test_what_was_published_before_stays_and_is_left_out_of_evaluations(torn, ca
         assert select_holdout(before, 99, part=part) == rows
         assert "left out" not in capsys.readouterr().out  # once is enough
     assert torn_parts
+    for part in ("test", "dev"):  # and a report counts those of what it read
+        subject = Subject(nn.Identity(), FlowConfig(), {}, before, (), part)
+        own = sorted(twins.keys() & {row["key"] for row in before.rows(part)})
+        assert left_out(subject) == {"altered_twins": own}
     after = prepare(settings(torn))  # the column comes with the next publication, and nothing changes its side
     assert sides(after) == found
     assert altered_twins(after) == twins
