@@ -225,11 +225,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run folder and the step, and the weights unless they are the usual average."""
+        """The run folder and the step, the weights unless they are the usual average, and dev where that was read."""
         provenance = self.files.provenance
         training, weights = provenance.get("training") or {}, provenance.get("weights", "ema")
         title = f"{training.get('output', UNKNOWN)}, step {provenance.get('step', 0):,}"
-        return title if weights in ("ema", UNKNOWN) else f"{title}, weights {weights}"
+        title = title if weights in ("ema", UNKNOWN) else f"{title}, weights {weights}"
+        return f"{title}, on dev" if provenance.get("holdout") == "dev" else title
 
     @property
     def name(self) -> str:

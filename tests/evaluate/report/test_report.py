@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from evaluate.__main__ import main
 from evaluate.config import EvaluateConfig
 from evaluate.report import report
 from evaluate.report.curves import heldout_charts
-from evaluate.report.files import name_runs
+from evaluate.report.files import Run, name_runs
 from evaluate.report.report import EvaluationFiles, find_output, number, write_report
 from evaluate.subject import Subject
 from nanodit.errors import ConfigError, DataError, ResourceError
@@ -254,6 +255,14 @@ def test_the_csv_holds_every_metric(folder, tmp_path):
     metrics = EvaluationFiles.read(folder).report["metrics"]
     assert [row["name"] for row in rows] == [metric["name"] for metric in metrics]
     assert [float(row["value"]) for row in rows] == [metric["value"] for metric in metrics]
+
+
+def test_evaluations_of_one_checkpoint_on_both_parts_are_told_apart(folder):
+    files = EvaluationFiles.read(folder)
+    plain = Run(files, "", "c1").title
+    for part, end in (("test", ""), ("dev", ", on dev")):
+        provenance = files.provenance | {"holdout": part}
+        assert Run(replace(files, report=files.report | {"provenance": provenance}), "", "c1").title == plain + end
 
 
 def test_a_run_folder_means_its_newest_evaluation(folder, tmp_path):
