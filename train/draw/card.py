@@ -221,8 +221,10 @@ def _evaluation(report: EvaluationReport | None, rounding: str | None) -> str:
         tests = {metric["name"].split("/")[0] for metric in report.metrics}
         compared = " and ".join(f"`{name}`" for name in COMPARED if name in tests)
         against = f"; {compared} compare with training images" if compared else ""
+        chosen = " They are the part `dev`, by which validation and sweeps choose: it flatters what was chosen."
+        chosen = chosen if report.provenance.get("holdout") == "dev" else ""
         lines += [
-            f"On samples that training never saw{against}. 95 % intervals over pictures unless stated otherwise; "
+            f"On samples that training never saw{against}.{chosen} 95 % intervals over pictures unless stated otherwise; "
             "one training seed, so they do not show how much another seed would differ.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],

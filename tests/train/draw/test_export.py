@@ -466,7 +466,9 @@ def test_the_card_says_what_was_held_against_training_images(run, tmp_path):
     distance = {**metric, "name": "distribution/kid", "settings": {"interval_by": "jackknife over images"}}
     report["metrics"] += [copies, distance]
     cards = {}
-    for name, content in (("with", report), ("without", report_for(run))):
+    dev = report_for(run)
+    dev["provenance"]["holdout"] = "dev"
+    for name, content in (("with", report), ("without", report_for(run)), ("dev", dev)):
         written = write_report(tmp_path / f"{name}.json", content)
         cards[name] = (export(run, tmp_path / name, report=written) / "README.md").read_text()
     assert "never saw; `memorisation` and `distribution` compare with training images." in cards["with"]
@@ -474,6 +476,7 @@ def test_the_card_says_what_was_held_against_training_images(run, tmp_path):
     assert "[0.765, 0.863], jackknife over images |" in cards["with"]
     assert "repeats training images is only indicated" in cards["with"]
     assert "On samples that training never saw. 95 %" in cards["without"]
+    assert "On samples that training never saw. They are the part `dev`, by which" in cards["dev"]
     assert "Nothing here tests whether it repeats training images" in cards["without"]
 
 
