@@ -177,15 +177,16 @@ def select_holdout(
     holdout = dataset.rows("holdout")
     if not holdout:
         raise DataError(
-            f"{dataset.root}: the dataset has no holdout samples. Raise holdout or holdout_min, and run "
-            "nanodit prep run again"
+            f"{dataset.root}: the dataset has no holdout samples. Run nanodit prep run with more images, some of which "
+            f"are held out then; those that are published stay where they are. {ANEW}"
         )
     check_leaks(dataset.rows("train"), holdout)
     holdout = dataset.rows(part)
     if not holdout:
         raise DataError(
             f"{dataset.root}: nothing of the holdout is left for its part {part}: what shows the same is all in the "
-            "other. Raise holdout or holdout_min, and run nanodit prep run again"
+            "other. Run nanodit prep run with more images, some of which are held out then; those that are published "
+            f"stay where they are. {ANEW}"
         )
     twins = altered_twins(dataset)
     if twins is None:

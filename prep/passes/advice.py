@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from prep.dataset.buckets import cut_away
 from prep.dataset.holdout import COLUMN as HOLDOUT_PART
+from prep.images.duplicates import HOLDOUT_CAP
 from prep.images.filters import CROPPED, crop_remarks
 
 CROP_COLUMNS = ("crop_left", "crop_top", "crop_right", "crop_bottom")
@@ -76,11 +77,15 @@ def advise(table: pa.Table, buckets: Mapping[str, Any]) -> list[Advice]:
         say(f"{few}. Nothing can be validated with this dataset", f"{RUN} source=FOLDER_WITH_MORE")
     parts = count_values(table[HOLDOUT_PART].drop_null()) if HOLDOUT_PART in table.column_names else Counter()
     if len(parts) == 1:
-        (there,) = parts
+        (there,), held = parts, splits["holdout"]
+        what = "a single image" if held == 1 else f"{held} images that show the same"
+        lacking = "what is reported" if there == "dev" else "validation and sweeps"
+        # what is published stays where it is, and of a small set no more than a fifth is held out
+        anew = 2 * held <= len(table) // HOLDOUT_CAP
         say(
-            f"the holdout of {splits['holdout']} is one group of images that show the same: all of it is {there}, and "
-            f"nothing is left for {'what is reported' if there == 'dev' else 'validation and sweeps'}",
-            f"{RUN} holdout_min={2 * splits['holdout']}",
+            f"the holdout is {what}: all of it is {there}, and nothing is left for {lacking}. "
+            + (ANEW if anew else "Of images that come to the dataset some are held out, for the other part"),
+            f"rm DATASET/index.parquet && {RUN} holdout_min={2 * held}" if anew else f"{RUN} source=FOLDER_WITH_MORE",
         )
     alone = [name for name, bucket in buckets.items() if bucket["samples"] == 1]
     if alone:

@@ -224,8 +224,8 @@ def _evaluation(report: EvaluationReport | None, rounding: str | None) -> str:
         chosen = " They are the part `dev`, by which validation and sweeps choose: it flatters what was chosen."
         chosen = chosen if report.provenance.get("holdout") == "dev" else ""
         lines += [
-            f"On samples that training never saw{against}.{chosen} 95 % intervals over pictures unless stated otherwise; "
-            "one training seed, so they do not show how much another seed would differ.",
+            f"On samples that training never saw{against}.{chosen} 95 % intervals over pictures unless stated "
+            "otherwise; one training seed, so they do not show how much another seed would differ.",
             table(("metric", "value", "95 % interval", "pictures", "baselines", "drawn with"), rows),
             *[f"Not measured: {one['name']} ({one['reason']})." for one in report.skipped],
             f"From `report.json` of `nanodit evaluate run`, SHA-256 `{report.sha256}`. It names these weights by their "

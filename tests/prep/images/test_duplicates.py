@@ -30,7 +30,7 @@ from prep.images.duplicates import (
     thumbnail_rows,
 )
 from prep.passes import split
-from prep.passes.advice import warn
+from prep.passes.advice import Advice, advise, warn
 from prep.passes.layers import LayerWorker
 from prep.passes.plan import make_plan, write_manifest
 from prep.passes.publish import publish
@@ -382,15 +382,23 @@ def test_large_groups_are_held_out_as_often_as_single_images():
 
 
 def test_a_holdout_that_cannot_be_divided_is_warned_of():
-    def warnings(parts: list[str | None]) -> list[str]:
+    def advice(held: list[str], trained: int) -> list[Advice]:
+        parts, groups = [*held, *[None] * trained], list(map(str, range(len(held) + trained)))
         sides = ["train" if part is None else "holdout" for part in parts]
-        table = pa.table({"duplicate_group": list("abcd"), "split": sides, COLUMN: pa.array(parts, pa.string())})
-        return [line for line in warn(table, {}) if "training images are few" not in line]
+        table = pa.table({"duplicate_group": groups, "split": sides, COLUMN: pa.array(parts, pa.string())})
+        return [one for one in advise(table, {}) if "training images are few" not in one.words]
 
-    assert warnings([None, None, "test", "dev"]) == []
-    (line,) = warnings([None, None, "test", "test"])
-    assert line.startswith("the holdout of 2 is one group of images that show the same: all of it is test")
-    assert "nothing is left for validation and sweeps" in line
+    assert advice(["test", "dev"], 2) == []
+    (one,) = advice(["test", "test"], 2)
+    assert one.words.startswith(
+        "the holdout is 2 images that show the same: all of it is test, and nothing is left for"
+    )
+    assert "left for validation and sweeps. Of images that come" in one.words
+    assert one.command.endswith("source=FOLDER_WITH_MORE"), "no minimum holds out more than a fifth"
+    (one,) = advice(["dev"], 9)
+    assert one.words.startswith("the holdout is a single image: all of it is dev, and nothing is left for what is")
+    assert one.command.startswith("rm DATASET/index.parquet && ")  # a published sample stays where it is
+    assert one.command.endswith(" holdout_min=2")
 
 
 def test_a_set_that_is_learnt_by_heart_is_warned_of():
