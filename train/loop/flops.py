@@ -40,7 +40,8 @@ def call_on_meta(function: Any, arguments: tuple, keywords: dict) -> Any:
 
     torch finds shapes and dtypes there in Python, which takes several times as long.
     """
-    key = None if function.is_view or function._schema.is_mutable else _described((function, arguments, keywords))
+    given = (function, arguments, keywords, torch.get_default_dtype())
+    key = None if function.is_view or function._schema.is_mutable else _described(given)
     if known := _results.get(key):
         size, stride, dtype = known
         return torch.empty_strided(size, stride, dtype=dtype, device=META)
@@ -49,8 +50,8 @@ def call_on_meta(function: Any, arguments: tuple, keywords: dict) -> Any:
         storage, likeness = result.untyped_storage(), (result.shape, result.stride(), result.dtype)
         again = torch.empty_strided(*likeness[:2], dtype=result.dtype, device=META).untyped_storage()
         leaves = tree_leaves((arguments, keywords))
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
-        if storage._cdata not in given and storage.nbytes() == again.nbytes():  # not a view, nor part of more
+        read = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        if storage._cdata not in read and storage.nbytes() == again.nbytes():  # not a view, nor part of more
             if len(_results) == MOST_RESULTS:
                 _results.clear()
             _results[key] = likeness

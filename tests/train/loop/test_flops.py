@@ -95,6 +95,12 @@ def test_what_operators_give_is_remembered_only_where_it_is_the_same():
         kinds = [(x * factor).dtype for factor in (1, 1.0, True, 1)]
         x.add_(1).view(4, 3).t().contiguous().split(2)
     assert kinds == [torch.int64, torch.float32, torch.int64, torch.int64]
+    try:
+        torch.set_default_dtype(torch.float64)
+        with Compared():
+            assert (x * 1.0).dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
     with Compared() as compared:
         counted(SUBSETS[-1], tread=TreadConfig(enabled=True, start=1, end=2), kept=5)
     assert compared.remembered > 50
