@@ -41,10 +41,7 @@ def curve_charts(sweep: RecordedSweep, cohort: Cohort) -> dict[str, Any]:
                 smoothed = ", smoothed" if noisy else ""
                 charts.append({"title": f"{title} over {words}{smoothed}", "svg": line_chart(series, axes)})
             elif axis == "step":
-                missing = (
-                    "no finished trial logged a validation" if tag == VALIDATION else "no finished trial logged one"
-                )
-                why.append(f"{title[0].upper()}{title[1:]}: {missing}.")
+                why.append(f"{title[0].upper()}{title[1:]}: no finished trial logged one.")
             elif not noisy and charts:
                 why.append(f"Held-out error over {words}: not recorded.")
     return {"charts": charts, "why": why}
@@ -58,7 +55,7 @@ def equal_tables(sweep: RecordedSweep, equal: Mapping[str, AtEqual | None]) -> l
         if axis == "minutes" and not sweep.time_claims:
             found, why = None, WHY_NO_TIME[0].upper() + WHY_NO_TIME[1:] + "."
         elif found is None:
-            why = "No finished trial logged a validation" + (" and a rate." if axis == "minutes" else ".")
+            why = "No finished trial logged a held-out error" + (" and a rate." if axis == "minutes" else ".")
         if found is None:
             tables.append({"title": title, "why": why, "rows": [], "at": ""})
             continue

@@ -477,6 +477,17 @@ def test_a_sweep_is_judged_by_its_own_evaluations_and_not_by_others_of_the_same_
     assert kept.parent.name == (said or "step-000600")
 
 
+def test_trials_that_were_validated_by_the_loss_alone_are_not_said_to_be_without_validation(tmp_path):
+    """As those of before the error was logged."""
+    folder = write_sweep(tmp_path / "s")
+    for log in (folder / "trials").glob("*/metrics.jsonl"):
+        log.write_text(log.read_text().replace("validation/heldout_error", "validation/heldout_loss"))
+    text = words(render(RecordedSweep.read(folder)))
+    assert "Held-out error: no finished trial logged one." in text
+    assert "No finished trial logged a held-out error" in text
+    assert "logged a validation" not in text
+
+
 def test_an_arm_that_changes_more_than_its_factor_is_flagged_in_red(tmp_path):
     two = {**ARMS["B"], "differences": {"tread.enabled": [False, True], "train.batch_size": [32, 16]}}
     content = describe({**ARMS, "B": {**two, "undeclared": ["train.batch_size"]}})
