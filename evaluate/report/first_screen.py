@@ -218,7 +218,8 @@ def _not_measured(run: Run, name: str) -> Line:
 def _all_measured(run: Run) -> bool:
     """Whether every image that may be tested on was, so that no tier has more: fewer were found than asked for."""
     given = run.files.provenance
-    held = given.get("holdout_images", ((given.get("dataset") or {}).get("counts") or {}).get("holdout"))
+    counts = (given.get("dataset") or {}).get("counts")  # "unknown" is possible
+    held = given.get("holdout_images", counts.get("holdout") if isinstance(counts, dict) else None)
     asked = (given.get("evaluation") or {}).get("samples")
     measured = len({row["key"] for row in run.files.samples if row["kind"] == REAL})
     return (isinstance(held, int) and measured >= held) or (isinstance(asked, int) and measured < asked)

@@ -286,7 +286,8 @@ def test_what_looks_at_no_pictures_opens_no_judge_and_measures_the_same(trained,
     assert alone == heldout
     assert pq.read_table(folder / "heldout_loss.parquet").equals(pq.read_table(evaluated / "heldout_loss.parquet"))
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
-    assert [(row["kind"], row["feature"]) for row in rows] == [("real", None)] * 12
+    assert [(row["kind"], row["feature"]) for row in rows] == [("real", None)] * len({row["key"] for row in rows})
+    assert len(rows) >= 8
     assert both[1]["provenance"]["judges"] == {}
     assert "Held-out loss" in render(EvaluationFiles.read(folder))
 

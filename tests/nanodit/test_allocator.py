@@ -59,6 +59,8 @@ def test_torch_reads_it_in_a_command(package):
         "    def parse_args(self, arguments):\n"
         "        self.verb = verb\n"
         "        return self\n"
+        "    def parse_known_args(self, arguments):\n"
+        "        return self.parse_args(arguments), []\n"
         "command._parser = Parser\n"
         "sys.exit(command.main([]))\n"
     )

@@ -93,6 +93,8 @@ def test_a_command_beside_a_program_that_spins(package):
         "    def parse_args(self, arguments):\n"
         "        self.verb = verb\n"
         "        return self\n"
+        "    def parse_known_args(self, arguments):\n"
+        "        return self.parse_args(arguments), []\n"
         "command._parser = Parser\n"
         "raise SystemExit(command.main([]))\n"
     )

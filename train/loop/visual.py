@@ -51,6 +51,8 @@ class VisualDebug:
         self._modalities = modalities
         if debug.every_steps > 0:
             self._check_guidance(table)
+            if not self.rows:
+                say(f"warning: {dataset.root} has no holdout images of the part dev, so visual_debug draws nothing")
 
     @property
     def captions(self) -> list[str]:

@@ -248,7 +248,7 @@ def test_trust_names_the_gate_the_images_the_noises_and_who_read_the_test_before
     assert "|0 other evaluations" in trust(first(folder))
     validated = folder.with_name("step-000030") / "heldout.json"
     validated.parent.mkdir()
-    for record, counted in (({"holdout": "dev"}, "|0 other evaluations"), ({}, "|1 other evaluation of")):
+    for record, counted in (({"holdout": "dev"}, "|0 other evaluations"), ({}, "|1 other evaluation kept beside")):
         validated.write_text(json.dumps(record))
         assert counted in trust(first(folder))
     edit_json(folder / "report.json", lambda content: content["provenance"].pop("left_out"))
