@@ -233,6 +233,14 @@ def _unread(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class Signalled(KeyboardInterrupt):
+    """SIGTERM, which asks to stop as Ctrl-C does.
+
+    Where KeyboardInterrupt itself once left code that was executed from a string, as dataclasses have, ``python -m``
+    ends by SIGINT in the end, whatever became of it and whatever the exit code; of a class of its own it does not.
+    """
+
+
 _sigterm_came = False
 
 
@@ -259,7 +267,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         if os.getpid() != owner:  # a forked child inherits the handler, but ends as any process does
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        raise KeyboardInterrupt
+        raise Signalled
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

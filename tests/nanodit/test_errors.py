@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,22 @@ def test_a_signal_that_nobody_handles_gives_75_and_leaves_the_handlers_as_they_w
     assert run_command(main) == 75
     assert capsys.readouterr().err.startswith("error: stopped by a signal")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_in_code_from_a_string_gives_75_too(tmp_path):
+    """As in dataclasses, which are made while a program starts: `python -m` would end by SIGINT in the end."""
+    (tmp_path / "program.py").write_text(
+        "import sys\nfrom nanodit.errors import run_command, settled\n"
+        "asks = 'import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)'\n"
+        "sys.exit(settled(run_command(lambda: exec(asks))))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "stopped by a signal" in done.stderr
 
 
 def test_a_handler_inside_has_precedence():

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from nanodit.console import say
-from nanodit.errors import ConfigError, Interrupted, sigterm_came
+from nanodit.errors import ConfigError, Interrupted, Signalled, sigterm_came
 from nanodit.files import no_link
 from nanodit.posix import fcntl
 
@@ -102,4 +102,4 @@ class StopRequest:
         )
         if self._interrupting:
             self._interrupting = False
-            raise KeyboardInterrupt
+            raise Signalled
