@@ -34,7 +34,7 @@ from evaluate.metrics.manifolds import COUNT_K, GROUPS, NEEDED, SHARE_K, Balls, 
 from evaluate.records import Metric, Skipped, degenerate_reason
 from evaluate.statistics import intervals
 from evaluate.statistics.intervals import MIN_CLUSTERS, Interval
-from evaluate.subject import Row
+from evaluate.subject import Row, group_of
 from evaluate.suite.declaration import SuiteTest
 from nanodit.config import Config
 from nanodit.console import waiting
@@ -260,7 +260,7 @@ def _apart(rows: Iterable[Row]) -> list[str]:
 
 
 def _cluster(row: Row) -> str:
-    return row.get("split_group") or row.get("duplicate_group") or row["key"]
+    return group_of(row) or row["key"]
 
 
 TEST = SuiteTest(
