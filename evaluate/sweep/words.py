@@ -112,7 +112,8 @@ def answer(found: Sequence[Contrast], title: str, margin: float | None, looks: L
         within = f": any difference is within ±{margin:g}" if margin else ""
         sentences.append(f"{_pairs(alike, 'is equivalent to', False)}{within}.")
     if unclear := [one for one in claims if one.verdict.word not in ("better", "worse", "equivalent")]:
-        more = next((words for one in unclear if (words := more_words(one.verdict, one.comparison, looks))), "")
+        seeds = ((one, more_words(one.verdict, one.comparison, looks)) for one in unclear)
+        more = next((f"{_whose(one, unclear)}{words}" for one, words in seeds if words), "")
         more = more or next((one.verdict.note for one in unclear if one.verdict.note), "")
         tested = all(one.verdict.word == "inconclusive" for one in unclear)  # as a single run is not, or survivors
         start, word = ("Nothing separates", "from") if tested and not sentences else ("Undecided:", "against")
@@ -120,6 +121,11 @@ def answer(found: Sequence[Contrast], title: str, margin: float | None, looks: L
     if doubted := [one.arm.name for one in found if one.repeat and one.verdict.word in ("better", "worse")]:
         sentences.append(f"But the baseline differs from its own repeat ({doubted[0]}).")
     return " ".join(sentences)
+
+
+def _whose(one: Contrast, among: Sequence[Contrast]) -> str:
+    """Name the comparison that a remark is about, where there are several."""
+    return f"for {one.arm.name} against {one.against}, " if len(among) > 1 else ""
 
 
 def _decided(one: Contrast) -> str:
