@@ -48,6 +48,17 @@ def test_where_nothing_separates_the_arms_that_is_the_answer(seeds, tmp_path):
     assert ("; run at least three training seeds." in said) == (seeds == 1)
 
 
+def test_a_remark_on_seeds_names_the_comparison_that_it_is_about(tmp_path):
+    arms = {"A": {"role": "baseline", "against": None}}
+    arms |= {name: {"role": "arm", "against": "A", "factor": "tread"} for name in ("B", "C")}
+    trials = {(name, seed): {"kind": KINDS["A"]} for name in ("B", "C") for seed in range(3)}
+    content = describe(arms, aa_seeds=[]) | {"primary": {"metric": "heldout_loss", "mode": "min"}}
+    said = answer(write_sweep(tmp_path / "sweep", content=content, trials=trials))
+    assert said.startswith("Nothing separates B from A (")
+    assert "C from A (" in said
+    assert "; for B against A, " in said
+
+
 def test_where_nothing_could_be_tested_nothing_is_said_of_a_difference(tmp_path):
     given = pair((0.62, *KINDS["A"][1:]))
     given["trials"]["B", 1] |= {"status": "failed", "reason": "out of memory"}
