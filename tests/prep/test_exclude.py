@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_a_sample_that_comes_back_is_on_the_side_that_it_was_on(tmp_path: Path) 
     trained = next(key for key in sides if sides[key] == "train")
     assert len(held) == 2
     exclude(settings.output, [trained, *held])
+    file = Path(settings.output) / NAME
+    record = json.loads(file.read_text())
+    assert record["parts"] == {key: parts[key] for key in held}
+    others = {key: {"test": "dev", "dev": "test"}[parts[key]] for key in held}  # which no draw would give both
+    file.write_text(json.dumps(record | {"parts": others}))
     published(settings)
     exclude(settings.output, [trained], include=True)  # there is room in the holdout
     published(settings)
@@ -85,7 +91,7 @@ def test_a_sample_that_comes_back_is_on_the_side_that_it_was_on(tmp_path: Path) 
     published(settings)
     after = {row["key"]: row for row in Dataset(settings.output).rows()}
     assert {key: after[key]["split"] for key in sides} == sides
-    assert {key: after[key]["holdout_part"] for key in held} == {key: parts[key] for key in held}
+    assert {key: after[key]["holdout_part"] for key in held} == others
 
 
 def test_nothing_is_changed_where_a_name_is_not_known(settings: PrepConfig) -> None:
